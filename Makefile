@@ -1,0 +1,50 @@
+# Every target sets up what it needs in $(VENV), once, and then does its one job.
+#   PYTHON  the interpreter to build the environment from     VENV  where the environment lives
+#   RUN     the folder of the demo's run; name one again to continue it
+
+PYTHON ?= python3
+VENV ?= .venv
+ifndef RUN
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+endif
+
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# Two workers on two cores: threads inside each would only fight over them.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+.PHONY: help setup demo test lint wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /  make \1  \t/p' Makefile
+
+setup: $(READY)  ## the environment alone
+
+demo: $(READY)  ## meta-train an optimizer on real images, then measure it against SGD and Adam
+	$(PY) -m meta_train experiment=digits_demo run=$(RUN)
+	$(PY) -m meta_train.evaluate experiment=digits_demo source=$(RUN)/checkpoint out=$(RUN)/evaluation
+
+test: lint  ## lint, then all tests
+	$(PYTEST)
+
+lint: $(READY)  ## style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+wheel: $(READY)  ## dist/: the source archive, and the wheel built from it
+	$(PY) -m build --no-isolation
+
+clean:  ## remove what was built and cached; the environment and the runs stay
+	rm -rf dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamp comes last, so that an interrupted set-up is done again; pip's own presence is tested because a failed
+# `venv` leaves an interpreter without it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "l2o needs Python 3.11 or later; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""l2o: meta-train, ship and use learned optimizers in PyTorch."""

@@ -1,0 +1,153 @@
+"""Files that are whole or absent: atomic writes, and nested states in one safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from l2o.types import ResumeError
+
+FORMAT = "l2o.tree"
+VERSION = 1
+"""Of what `save_tree` writes; to be raised when a file of today could no longer be read."""
+
+_WAY_OUT = "continue from an undamaged copy, or start anew"
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one whole; makes missing folders.
+
+    Raises OSError, with ``path`` as it was and no temporary file left, where the disk does not take it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Not tempfile: its files are readable by their owner alone, and a checkpoint is there to be shared.
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name is on disk only once its folder is."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file; tensors may be views, share storage, need gradients, or be on any device."""
+    # safetensors refuses storage that is shared or not contiguous, so everything is copied.
+    own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    return safetensors.torch.save(own, None if metadata is None else dict(metadata))
+
+
+def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Any = None) -> None:
+    """Write a nested structure to one safetensors file, atomically.
+
+    tree: dicts with string keys and lists (a tuple comes back as a list) of tensors of any dtype and of JSON scalars.
+        The tensor at ``tree["a"]["b"][0]`` has the name ``a/b/0`` in the file; in a key, ``/`` is written ``~1`` and
+        ``~`` ``~0``, as in a JSON pointer.
+    metadata: whatever JSON can hold, handed back by `load_tree` beside the tree.
+    Raises TypeError, before anything is written, naming what is neither tensor nor scalar.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps({"tree": _pack(tree, (), tensors), "metadata": metadata})
+    header = {"format": FORMAT, "version": str(VERSION), "structure": structure, "sha256": _digest(structure, tensors)}
+    atomic_write(path, to_bytes(tensors, header))
+
+
+def load_tree(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """``(tree, metadata)`` as `save_tree` was given them, bit for bit; the tensors are the caller's own, on the CPU.
+
+    Raises `ResumeError` where the file is missing, damaged, of another program or of another version of the format.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            _check_header(path, header)
+            # Cloned: what safetensors hands out may be a view of the file, which the next save replaces.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+        if header["sha256"] != _digest(header["structure"], tensors):
+            raise ResumeError(f"{path}: its content does not have the checksum it was written with; {_WAY_OUT}")
+        content = json.loads(header["structure"])
+        return _unpack(content["tree"], tensors), content["metadata"]
+    except ResumeError:
+        raise
+    except (OSError, safetensors.SafetensorError, LookupError, ValueError, RecursionError) as error:
+        raise ResumeError(f"{path}: cannot be read ({error}); {_WAY_OUT}") from error
+
+
+def _check_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> None:
+    if header.get("format") != FORMAT:
+        raise ResumeError(f"{path}: not a file to resume from; its format is {header.get('format')!r}, not {FORMAT!r}")
+    if header.get("version") != str(VERSION):
+        raise ResumeError(
+            f"{path}: format version {header.get('version')}, this l2o reads version {VERSION}; "
+            "continue with the version of l2o that wrote it"
+        )
+
+
+def _pack(node: Any, where: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """JSON with a ``{"tensor": name}`` for each tensor and a ``{"dict": ...}`` for each dict; fills ``tensors``."""
+    if isinstance(node, Tensor):
+        name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in where)
+        tensors[name] = node
+        return {"tensor": name}
+    if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
+        return {"dict": {key: _pack(value, (*where, key), tensors) for key, value in node.items()}}
+    if isinstance(node, list | tuple):
+        return [_pack(value, (*where, str(i)), tensors) for i, value in enumerate(node)]
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    what = "a dict whose keys are not all strings" if isinstance(node, Mapping) else type(node).__name__
+    raise TypeError(f"{'/'.join(where) or 'tree'} is {what}: expected a tensor, JSON scalar, list or dict of strings")
+
+
+def _unpack(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_unpack(value, tensors) for value in node]
+    if isinstance(node, dict):
+        if "tensor" in node:
+            return tensors[node["tensor"]]
+        return {key: _unpack(value, tensors) for key, value in node["dict"].items()}
+    return node
+
+
+def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    """safetensors notices a truncated file, but not a changed one."""
+    digest = hashlib.sha256(structure.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

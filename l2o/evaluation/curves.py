@@ -1,0 +1,76 @@
+"""Many inner runs side by side, without gradients of θ: what they lose at every step, and on held-out data."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from l2o.types import ConfigurationError, InnerState, TaskFamily, Theta, UpdateRule
+from l2o.unroll import start, unroll
+
+VALID_BATCHES = 4
+"""Batches of the ``valid`` split that are averaged into one validation loss."""
+
+_VALID_SEED = 0x5EED
+"""Set apart from the seed of the run, so that validation batches come from a stream of their own."""
+
+
+class Curves(NamedTuple):
+    """Losses of a run, on its device.
+
+    train: ``[steps, lanes]``, before each update.          valid: ``[points, lanes]``, on held-out data.
+    valid_steps: how many updates had been applied at each point; the last is the length of the run.
+    """
+
+    train: Tensor
+    valid: Tensor
+    valid_steps: list[int]
+
+
+def run(
+    rule: UpdateRule,
+    theta: Theta,
+    family: TaskFamily,
+    horizon: int,
+    generator: torch.Generator,
+    evaluations: int = 20,
+) -> Curves:
+    """Train every lane for ``horizon`` steps; the validation loss is measured at ``evaluations`` evenly spread points.
+
+    theta: ``[lanes, ...]`` on the generator's device.     horizon: also the ``total_steps`` that the rule is told.
+
+    Training draws from ``generator`` exactly what it would without validation, so that rules which are run from equal
+    generators meet the same tasks, initialisations and batches. The host waits for the device nowhere in here.
+    Raises `ConfigurationError` for a horizon or a number of evaluations that is not positive.
+    """
+    for name, value in (("horizon", horizon), ("evaluations", evaluations)):
+        if value < 1:
+            raise ConfigurationError(f"{name}={value}: expected a positive number")
+    points = evaluation_steps(horizon, evaluations)
+    held_out = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ _VALID_SEED)
+    lanes = len(next(iter(theta.values())))
+    train, valid = [], []
+    with torch.no_grad():
+        state = start(rule, theta, family, torch.full((lanes,), horizon, device=generator.device), generator)
+        for before, point in zip([0, *points], points, strict=False):
+            state, losses = unroll(rule, theta, family, state, point - before, generator)
+            train.append(losses)
+            valid.append(validation_loss(family, state, held_out))
+    return Curves(torch.cat(train), torch.stack(valid), points)
+
+
+def evaluation_steps(horizon: int, evaluations: int) -> list[int]:
+    """Up to ``evaluations`` evenly spread step counts, the last of them ``horizon``; fewer where the run is shorter."""
+    return sorted({-(-horizon * k // evaluations) for k in range(1, evaluations + 1)})
+
+
+def validation_loss(family: TaskFamily, state: InnerState, generator: torch.Generator) -> Tensor:
+    """Mean loss ``[lanes]`` over a few batches of the ``valid`` split at the current parameters."""
+    losses = []
+    for _ in range(VALID_BATCHES):
+        batch = family.batch(state.data, "valid", generator)
+        losses.append(vmap(family.loss)(state.params, state.buffers, state.data, batch)[0])
+    return torch.stack(losses).mean(0)

@@ -1,0 +1,77 @@
+"""The picture of a report: training loss over steps, one panel a setting."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from l2o.evaluation.compare import LEARNED, Comparison
+from l2o.evaluation.scores import Score
+from l2o.evaluation.trials import Array
+
+_LEARNED_COLOUR = "#D55E00"
+# The rest of Okabe and Ito's palette, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#666666")
+_DASHES = ("-", "--", "-.")
+_COLUMNS = 3
+_MANY_SEEDS = 10
+"""Beyond these a band of quartiles says more than one of the range, which grows with the number of seeds."""
+
+
+def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training loss") -> bytes:
+    """A PNG of the smoothed training losses: median over seeds, and a band of their range or quartiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(comparisons))
+    rows = math.ceil(len(comparisons) / columns)
+    figure = Figure(figsize=(max(5.0 * columns, 7.0), 4.0 * rows + 0.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, comparison in zip(panels, comparisons, strict=False):
+        _draw(panel, comparison, loss_label)
+    for panel in panels[len(comparisons) :]:
+        panel.remove()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns), frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _draw(panel: Any, comparison: Comparison, loss_label: str) -> None:
+    setting, scores = comparison.setting, comparison.scores
+    ceiling = 3.0 * max(float(s.curve[0].max()) for s in scores.values())
+    styles = [(c, d) for d in _DASHES for c in _COLOURS]
+    usual = [s for name, s in scores.items() if name != LEARNED]
+    for (colour, dashes), s in zip(styles, usual, strict=False):
+        _line(panel, s, ceiling, color=colour, linestyle=dashes, linewidth=1.3, zorder=2)
+    _line(panel, scores[LEARNED], ceiling, color=_LEARNED_COLOUR, linewidth=2.6, zorder=3)
+    panel.set(xlabel="inner training step", ylabel=loss_label, yscale="log", xlim=(0, setting.steps))
+    panel.set_ylim(top=ceiling)
+    spread = "quartiles" if setting.seeds > _MANY_SEEDS else "range"
+    panel.set_title(f"{setting.name}\n", fontsize=11, fontweight="bold")
+    subtitle = f"{setting.steps:,} steps; line and band: median and {spread} of {setting.seeds} seeds"
+    panel.text(0.5, 1.03, subtitle, transform=panel.transAxes, ha="center", fontsize=8.5, color="#555555")
+    panel.grid(which="major", color="#e0e0e0", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _line(panel: Any, score: Score, ceiling: float, **style: Any) -> None:
+    low, middle, high = _band(score.curve, ceiling)
+    steps = np.arange(1, len(middle) + 1)
+    tried = "untuned" if score.rate is None else f"best of {score.trials} learning rates"
+    panel.plot(steps, middle, label=f"{score.label} ({tried})", **style)
+    panel.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=style["zorder"] - 1)
+
+
+def _band(curve: Array, ceiling: float) -> tuple[Array, Array, Array]:
+    """Lower edge, median and upper edge over seeds; a loss that is not finite lies off the top of the panel."""
+    shown = np.clip(np.where(np.isfinite(curve), curve, np.inf), 1e-30, 10.0 * ceiling)
+    edge = 0.25 if curve.shape[1] > _MANY_SEEDS else 0.0
+    low, middle, high = np.quantile(shown, [edge, 0.5, 1.0 - edge], axis=1)
+    return low, middle, high

@@ -1,0 +1,244 @@
+"""What an evaluation leaves behind: ``results.json``, ``report.md``, ``curves.png``, and a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2o._files import atomic_write
+from l2o.evaluation.compare import LEARNED, REFERENCE, Comparison
+from l2o.evaluation.cost import YARDSTICK, Cost
+from l2o.evaluation.plots import curves_png
+from l2o.evaluation.scores import diverged, final_losses
+from l2o.evaluation.trials import Trials
+from l2o.types import ConfigurationError
+
+FORMAT_VERSION = 1
+COLUMNS = ("optimizer", "trials", "best lr", "final training loss [95% CI]", "final validation loss", "diverged seeds",
+           "speed-up over tuned Adam")  # fmt: skip
+
+_PROTOCOL = (
+    "- Every optimizer meets the same tasks, initialisations and batches.",
+    "- The learned optimizer: one run a seed, from its θ and the number of steps alone; nothing was tuned.",
+    "- A baseline: every learning rate of its grid on every seed. Reported is the one with the lowest seed-mean of the",
+    "  final training loss; a run with a loss that is not finite counts as infinitely bad.",
+    "- Intervals: 95%, bootstrap over seeds. Validation: held-out data, measured after the last step.",
+    "- Diverged: a loss was not finite, or the final one is above the one at initialisation.",
+    "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
+    "  training loss of tuned Adam; 0 if it never is.",
+)
+
+
+class Report(NamedTuple):
+    """Everything that a report tells.
+
+    source: the learned optimizer as the user named it.     facts: of the run (command, date, hardware, ...), in order.
+    costs: from `optimizer_costs`; empty where they were not measured.     loss_label: of the picture's axis, with unit.
+    """
+
+    source: str
+    comparisons: Sequence[Comparison]
+    facts: Mapping[str, str]
+    costs: Mapping[str, Cost]
+    loss_label: str = "training loss"
+
+
+def prepare_folder(path: Path) -> None:
+    """Make the folder of a report and try to write there. Raises `ConfigurationError` if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"out={str(path)!r}: {error.strerror}; name a folder that can be written to"
+        ) from error
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write the three files of a report, each atomically."""
+    atomic_write(folder / "curves.png", curves_png(report.comparisons, report.loss_label))
+    atomic_write(folder / "results.json", json.dumps(as_json(report), indent=1, allow_nan=False).encode())
+    atomic_write(folder / "report.md", as_markdown(report).encode())
+
+
+def print_tables(report: Report) -> None:
+    """A table a setting on the terminal, and the verdict under it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for comparison in report.comparisons:
+        setting = comparison.setting
+        table = Table(*COLUMNS, title=f"{setting.name}: {setting.steps} steps, {setting.seeds} seeds")
+        for name in comparison.scores:
+            table.add_row(*table_row(comparison, name), style="bold" if name == LEARNED else None)
+        console.print(table)
+        console.print(f"{verdict(comparison)}\n", markup=False)
+
+
+def verdict(comparison: Comparison) -> str:
+    """One sentence: whether the learned optimizer ends at or under the reference, and by what ratio."""
+    learned, lost = comparison.scores[LEARNED], int(comparison.scores[LEARNED].diverged.sum())
+    failures = f" It diverged on {lost} of {len(learned.diverged)} seeds." if lost else " No seed diverged."
+    if REFERENCE not in comparison.scores:
+        return f"{REFERENCE} is not among the baselines, so there is nothing to compare with.{failures}"
+    adam = comparison.scores[REFERENCE]
+    ends = f"the learned optimizer ends at a training loss of {number(learned.mean)}"
+    tuned = f"best-of-grid {adam.label}'s {number(adam.mean)}"
+    if learned.mean <= adam.mean and math.isfinite(learned.mean):
+        return f"Target reached: {ends}, at or under {tuned} ({_ratio(learned.mean, adam.mean)}).{failures}"
+    return f"Target missed: {ends}, above {tuned} ({_ratio(learned.mean, adam.mean)}).{failures}"
+
+
+def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
+    """The cells of ``COLUMNS`` for one optimizer."""
+    score = comparison.scores[name]
+    low, high = score.interval
+    return (
+        score.label,
+        str(score.trials),
+        "untuned" if score.rate is None else f"{number(score.rate)}{' (edge of the grid)' * score.at_edge}",
+        f"{number(score.mean)} [{number(low)}, {number(high)}]",
+        number(float(np.where(np.isfinite(score.valid), score.valid, np.inf).mean())),
+        f"{int(score.diverged.sum())} of {len(score.diverged)}",
+        _speed_up(comparison.speed_up(name)),
+    )
+
+
+def number(x: float) -> str:
+    """Three significant digits, or words."""
+    return f"{x:.3g}" if math.isfinite(x) else "not finite"
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.3g} times it" if math.isfinite(a) and math.isfinite(b) and b > 0 else "no ratio"
+
+
+def _speed_up(x: float | None) -> str:
+    if x is None or math.isnan(x):
+        return "no reference"
+    return f"{x:.3g}×" if x > 0 else "0 (miss)"
+
+
+def as_markdown(report: Report) -> str:
+    """The text of ``report.md``."""
+    return "\n".join([*_head(report), *_settings(report), *_costs(report.costs), *_protocol(report)]) + "\n"
+
+
+def _head(report: Report) -> Iterator[str]:
+    yield f"# `{report.source}`, untuned, against tuned baselines\n"
+    yield from (f"- **{c.setting.name}**: {verdict(c)}" for c in report.comparisons)
+    yield "\n![smoothed training loss over steps](curves.png)\n"
+
+
+def _settings(report: Report) -> Iterator[str]:
+    for comparison in report.comparisons:
+        setting = comparison.setting
+        yield f"## {setting.name}\n"
+        yield f"`{setting.family}`, {setting.steps} steps, {setting.seeds} seeds. A training loss is the mean over the "
+        yield f"last {setting.smoothing} of the losses that are taken before each update.\n"
+        yield from _table(COLUMNS, [table_row(comparison, name) for name in comparison.scores])
+        yield f"\n{verdict(comparison)}\n"
+
+
+def _costs(costs: Mapping[str, Cost]) -> Iterator[str]:
+    if not costs:
+        return
+    yield "## Cost\n"
+    yield "One step of the optimizer alone on a perceptron of a million parameters; the median of several, in turn.\n"
+    columns = ("optimizer", "milliseconds a step", f"relative to {YARDSTICK}", "state bytes a parameter")
+    unit = costs[YARDSTICK].seconds
+    rows = [(n, f"{1e3 * c.seconds:.3g}", f"{c.seconds / unit:.3g}×", f"{c.state_bytes:.3g}") for n, c in costs.items()]
+    yield from _table(columns, rows)
+    yield ""
+
+
+def _protocol(report: Report) -> Iterator[str]:
+    yield "## How this was measured\n"
+    yield from _PROTOCOL
+    for setting in (comparison.setting for comparison in report.comparisons):
+        yield f"- Seeds of {setting.name}: {setting.seeds} problems, all drawn from a generator of seed {setting.seed}."
+    yield from (
+        f"- {label}: {len(grid)} trials a seed, learning rates {', '.join(map(number, grid))}."
+        for label, grid in _grids(report).items()
+    )
+    yield from (f"- {name}: {text}" for name, text in report.facts.items())
+
+
+def _grids(report: Report) -> dict[str, tuple[float, ...]]:
+    trials = report.comparisons[0].trials.values()
+    return {t.label: tuple(rate for rate in t.rates if rate is not None) for t in trials if t.rates != (None,)}
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for cells in (columns, ["---"] * len(columns), *rows):
+        yield f"| {' | '.join(cells)} |"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The content of ``results.json``: every number of every run; what is not finite is null."""
+    return _finite(
+        {
+            "format_version": FORMAT_VERSION,
+            "source": report.source,
+            "facts": dict(report.facts),
+            "settings": [_setting_json(comparison) for comparison in report.comparisons],
+            "costs": {name: cost._asdict() for name, cost in report.costs.items()},
+        }
+    )
+
+
+def _setting_json(comparison: Comparison) -> dict[str, Any]:
+    setting = comparison.setting
+    return {
+        **{k: v for k, v in vars(setting).items() if k != "family"},
+        "task": str(setting.family),
+        "window": setting.smoothing,
+        "verdict": verdict(comparison),
+        "optimizers": {name: _optimizer_json(comparison, name) for name in comparison.scores},
+    }
+
+
+def _optimizer_json(comparison: Comparison, name: str) -> dict[str, Any]:
+    score, trials = comparison.scores[name], comparison.trials[name]
+    kept = {k: v for k, v in vars(score).items() if k != "curve"}
+    return {
+        **kept,
+        "mean": score.mean,
+        "speed_up": comparison.speed_up(name),
+        "seconds": trials.seconds,
+        "runs": _runs_json(trials, comparison.setting.smoothing),
+    }
+
+
+def _runs_json(trials: Trials, window: int) -> list[dict[str, Any]]:
+    final, lost = final_losses(trials.train, window), diverged(trials.train, window)
+    return [
+        {
+            "trial": i,
+            "lr": rate,
+            "seed": s,
+            "final": final[s, i],
+            "valid": trials.valid[-1, s, i],
+            "diverged": lost[s, i],
+        }
+        for i, rate in enumerate(trials.rates)
+        for s in range(final.shape[0])
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """The same nested structure in plain JSON types; JSON has no word for infinity or NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_finite(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

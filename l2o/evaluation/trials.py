@@ -1,0 +1,100 @@
+"""What is run for a comparison: a learned rule once, a baseline over its grid, on the same problems."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+
+from l2o.evaluation.baselines import Baseline
+from l2o.evaluation.curves import run
+from l2o.tasks import Repeated
+from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
+from l2o.unroll import expand_theta
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where optimizers are compared.
+
+    name: heading in reports.     family, steps: the tasks and the length of a run.
+    seeds: problems (task, initialisation and batches), the same for every optimizer.     seed: of all of them.
+    window: steps that a training loss is the mean of; None for the protocol's 2% of ``steps``, at least 10.
+    """
+
+    name: str
+    family: TaskFamily
+    steps: int
+    seeds: int = 5
+    seed: int = 1000
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds = {"steps": 1, "seeds": 1, "seed": 0} | ({} if self.window is None else {"window": 1})
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigurationError(f"{name}={value!r}: expected a whole number of at least {least}")
+        if self.window is not None and self.window > self.steps:
+            raise ConfigurationError(f"window={self.window}: expected at most steps={self.steps}")
+
+    @property
+    def smoothing(self) -> int:
+        """Steps that a training loss is the mean of."""
+        return self.window or min(max(10, self.steps // 50), self.steps)
+
+
+class Trials(NamedTuple):
+    """All runs of one optimizer in one setting.
+
+    rates: the learning rate of each trial, None for a learned rule, which has one trial and none.
+    train: float64 ``[steps, seeds, trials]``.     valid: float64 ``[points, seeds, trials]``, at ``valid_steps``.
+    seconds: wall-clock time of all runs together.
+    """
+
+    label: str
+    rates: tuple[float | None, ...]
+    train: Array
+    valid: Array
+    valid_steps: list[int]
+    seconds: float
+
+
+def run_baseline(baseline: Baseline, setting: Setting, device: torch.device | str = "cpu") -> Trials:
+    """Every learning rate of the grid on every seed: one vectorised run of ``seeds * len(grid)`` lanes."""
+    generator = torch.Generator(device).manual_seed(setting.seed)
+    # Adjacent lanes share a seed's problem, and the grid runs fastest.
+    theta = {k: t.repeat(setting.seeds, *[1] * (t.ndim - 1)) for k, t in baseline.thetas(generator).items()}
+    return _run(baseline.label, baseline.scheduled_rule(), theta, baseline.grid, setting, generator)
+
+
+def run_learned(
+    rule: UpdateRule, theta: Theta, setting: Setting, device: torch.device | str = "cpu", label: str = "learned"
+) -> Trials:
+    """The learned rule on every seed, once and untuned.  theta: ``[...]``, without lanes, on any device."""
+    generator = torch.Generator(device).manual_seed(setting.seed)
+    lanes = expand_theta({name: t.to(device) for name, t in theta.items()}, setting.seeds)
+    return _run(label, rule, lanes, (None,), setting, generator)
+
+
+def _run(
+    label: str,
+    rule: UpdateRule,
+    theta: Theta,
+    rates: tuple[float | None, ...],
+    setting: Setting,
+    generator: torch.Generator,
+) -> Trials:
+    started = time.perf_counter()
+    curves = run(rule, theta, Repeated(setting.family, len(rates)), setting.steps, generator)
+    train, valid = (_per_trial(losses, len(rates)) for losses in (curves.train, curves.valid))
+    return Trials(label, rates, train, valid, curves.valid_steps, time.perf_counter() - started)
+
+
+def _per_trial(losses: torch.Tensor, trials: int) -> Array:
+    return losses.double().cpu().numpy().reshape(len(losses), -1, trials)

@@ -1,0 +1,295 @@
+"""Checkpoints of meta-parameters: a folder with ``theta.safetensors`` and ``card.json``.
+
+The card says which rule θ is for, with which hyperparameters, and how it came about. Loading is strict, compares every
+byte with the card's checksum, and neither unpickles nor imports anything because a file says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import l2o.rules
+from l2o._files import atomic_write, to_bytes
+from l2o._resources import resource
+from l2o.types import CheckpointError, ConfigurationError, Theta, UnknownNameError, UpdateRule
+
+FORMAT_VERSION = 1
+"""Of the card; to be raised when a checkpoint of today could no longer be read."""
+
+Source = str | os.PathLike[str]
+Card = dict[str, Any]
+
+_THETA = "theta.safetensors"
+_CARD = "card.json"
+_REQUIRED: dict[str, type] = {"rule": str, "hyperparameters": dict, "theta": dict}
+_ADDRESSES = ("http:", "https:", "hf:")
+
+
+def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint and return its folder; one that is there already is replaced.
+
+    path: the folder, made where it is missing.
+    theta: finite and with exactly the names and shapes of ``rule.init_theta``; stored as float32.
+    card: more entries for ``card.json``, whatever JSON can hold: recipe, data, seeds, hardware, compute, results,
+        licence. Numbers that are not finite are written as Python's ``json`` does: ``NaN``, ``Infinity``.
+
+    Each file is written atomically, θ first: if the machine stops between the two, `load` says so by the checksum.
+    Raises `CheckpointError` (θ is not of this rule, or not finite) or `ConfigurationError` (what the card cannot hold),
+    before anything is written.
+    """
+    check_theta(rule, theta)
+    data = to_bytes({name: tensor.to(torch.float32) for name, tensor in theta.items()})
+    text = _card_text(rule, data, card or {})
+    folder = Path(path).expanduser()
+    atomic_write(folder / _THETA, data)
+    atomic_write(folder / _CARD, text.encode())
+    return folder
+
+
+def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[UpdateRule, Theta]:
+    """The rule of a checkpoint and its θ, float32 on the CPU.
+
+    source: the name of a pretrained checkpoint (`list_pretrained`, or ``"default"``), or the path of a checkpoint's
+        folder or of the ``theta.safetensors`` in it. A string that is both is the folder, if that has a ``card.json``;
+        a `pathlib.Path` is always a path.
+    rules: classes that the card may name besides those of `l2o.rules`; of two with one name, the one given here counts.
+        Hyperparameters that the card does not mention, because the rule got them later, have their defaults.
+
+    Raises `UnknownNameError` (no such name or path) and `CheckpointError` (missing, damaged or truncated files, another
+    format version, a rule that is not known here, θ of another rule).
+    """
+    folder = _resolve(source)
+    card = _read_card(folder)
+    rule = _make_rule(folder, card, _known_rules(rules))
+    theta = _read_theta(folder, card["theta"])
+    check_theta(rule, theta, f"{folder}: ")
+    return rule, theta
+
+
+def read_card(source: Source) -> Card:
+    """The content of a checkpoint's ``card.json``; ``source`` and errors as for `load`. θ is not looked at."""
+    return _read_card(_resolve(source))
+
+
+def list_pretrained() -> list[str]:
+    """The names of the checkpoints that come with l2o, sorted; aliases such as ``default`` are not among them."""
+    return sorted(card.parent.name for card in _pretrained().glob(f"*/{_CARD}"))
+
+
+def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> None:
+    """Raise `CheckpointError`, naming the tensor, unless ``theta`` is finite and has the names and shapes of ``rule``.
+
+    where: put before the message.
+    """
+    expected = rule.init_theta(torch.Generator())
+    for name in sorted(expected.keys() | theta.keys()):
+        problem = _misfit(theta.get(name), expected.get(name))
+        if problem:
+            raise CheckpointError(f"{where}θ is not one of {rule!r}: tensor {name!r} {problem}")
+
+
+def _misfit(found: Tensor | None, expected: Tensor | None) -> str:
+    """What is wrong with a tensor of θ, or nothing."""
+    if found is None:
+        return "is missing; θ was saved by another rule"
+    if expected is None:
+        return "is unexpected; θ was saved by another rule"
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}; θ was saved by another rule"
+    if not found.is_floating_point() or not bool(found.isfinite().all()):
+        return "is not made of finite floating-point numbers; meta-training diverged, or the file is damaged"
+    return ""
+
+
+def _card_text(rule: UpdateRule, data: bytes, entries: Mapping[str, Any]) -> str:
+    own: Card = {
+        "format_version": FORMAT_VERSION,
+        "rule": type(rule).__name__,
+        "hyperparameters": _hyperparameters(rule),
+        "theta": {"file": _THETA, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)},
+        "versions": {"l2o": _version(), "torch": str(torch.__version__)},
+    }
+    taken = sorted(own.keys() & entries.keys())
+    if taken:
+        raise ConfigurationError(f"card: {taken} are written by l2o.save itself; give these entries other names")
+    try:
+        return json.dumps({**own, **entries}, indent=2, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"card: {error}; expected dicts, lists, strings and numbers only") from error
+
+
+def _hyperparameters(rule: UpdateRule) -> dict[str, Any]:
+    """The fields of ``rule``, made sure to give the same rule again once they have been JSON."""
+    if not dataclasses.is_dataclass(rule):
+        raise ConfigurationError(f"rule={rule!r}: expected a frozen dataclass whose fields are its hyperparameters")
+    fields = dataclasses.asdict(rule)
+    try:
+        again = type(rule)(**_from_json(type(rule), json.loads(json.dumps(fields))))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"rule={rule!r}: its hyperparameters do not fit into JSON ({error})") from error
+    if again != rule:
+        raise ConfigurationError(f"rule={rule!r} would be read back as {again!r}; use numbers, strings and tuples")
+    return fields
+
+
+def _from_json(cls: type[UpdateRule], values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has only lists; frozen dataclasses want tuples, so that is what they become unless the default is a list."""
+    return {k: v if isinstance(_default(cls, k), list) else _as_tuple(v) for k, v in values.items()}
+
+
+def _default(cls: type[UpdateRule], name: str) -> Any:
+    field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("l2o")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _read_card(folder: Path) -> Card:
+    path = folder / _CARD
+    card = _read_json(path)
+    version = card.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}, this l2o reads {FORMAT_VERSION}; install the l2o that wrote it"
+        )
+    for key, kind in _REQUIRED.items():
+        if not isinstance(card.get(key), kind):
+            raise CheckpointError(f"{path}: expected an entry {key!r} of type {kind.__name__}, got {card.get(key)!r}")
+    return card
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); copy the checkpoint again, or save it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); a checkpoint is a folder with {_THETA} and {_CARD}"
+        ) from error
+
+
+def _known_rules(extra: Sequence[type[UpdateRule]]) -> dict[str, type[UpdateRule]]:
+    if isinstance(extra, type) or not all(_is_rule(c) for c in extra):
+        raise ConfigurationError(f"rules={extra!r}: expected a list of dataclasses that derive from UpdateRule")
+    built_in = {name: getattr(l2o.rules, name) for name in l2o.rules.__all__}
+    return {**built_in, **{cls.__name__: cls for cls in extra}}
+
+
+def _is_rule(cls: object) -> bool:
+    return isinstance(cls, type) and issubclass(cls, UpdateRule) and dataclasses.is_dataclass(cls)
+
+
+def _make_rule(folder: Path, card: Card, known: Mapping[str, type[UpdateRule]]) -> UpdateRule:
+    name, values = card["rule"], card["hyperparameters"]
+    if name not in known:
+        raise CheckpointError(
+            f"{folder}: rule {name!r} is not known here; known are {', '.join(sorted(known))}. "
+            f"If it is your own, hand its class over: rules=[{name}]"
+        )
+    fields = {field.name for field in dataclasses.fields(known[name]) if field.init}  # type: ignore[arg-type]
+    if values.keys() - fields:
+        raise CheckpointError(
+            f"{folder}: {name} has no hyperparameter {sorted(values.keys() - fields)}, only {sorted(fields)}; "
+            "the card is damaged or of another version of the rule"
+        )
+    try:
+        rule = known[name](**_from_json(known[name], values))
+        rule.init_theta(torch.Generator())
+    except Exception as error:  # whatever a rule may raise on values that it was not made for
+        raise CheckpointError(f"{folder}: {name} does not accept the hyperparameters {values}: {error}") from error
+    return rule
+
+
+def _read_theta(folder: Path, entry: Mapping[str, Any]) -> Theta:
+    path = folder / _THETA
+    data = _read(path)
+    found = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for key, value in found.items():
+        if entry.get(key) != value:
+            raise CheckpointError(
+                f"{path}: {key} is {value}, the card says {entry.get(key)}; the file is damaged, or was saved without "
+                "its card; copy the checkpoint again, or save it again"
+            )
+    try:
+        theta: dict[str, Tensor] = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); save the checkpoint again") from error
+    for name, tensor in theta.items():
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(f"{path}: tensor {name!r} is {tensor.dtype}, expected torch.float32")
+    return theta
+
+
+def _resolve(source: Source) -> Path:
+    """The folder that ``source`` means."""
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigurationError(f"source={source!r}: expected a name or a path, got {type(source).__name__}")
+    text = os.fspath(source)
+    if text.startswith(_ADDRESSES):
+        raise UnknownNameError(
+            f"source={text!r}: addresses are not supported yet; download the folder ({_THETA} and {_CARD}) "
+            "and give its path"
+        )
+    path = Path(text).expanduser()
+    folder = path.parent if path.name == _THETA else path
+    # A user's own checkpoint comes before one of ours of that name, an unrelated folder does not.
+    if text and (folder / _CARD).is_file():
+        return folder
+    named = _named(text) if isinstance(source, str) else None
+    if named is not None:
+        return named
+    if text and folder.is_dir():
+        return folder
+    raise UnknownNameError(_not_found(text))
+
+
+def _pretrained() -> Path:
+    return resource(Path(__file__).parent, "pretrained")
+
+
+def _aliases() -> dict[str, str]:
+    path = _pretrained() / "aliases.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def _named(name: str) -> Path | None:
+    """The folder of a pretrained checkpoint, if there is one of that name or alias."""
+    name = _aliases().get(name, name)
+    return _pretrained() / name if name in list_pretrained() else None
+
+
+def _not_found(name: str) -> str:
+    valid = sorted({*list_pretrained(), *_aliases()})
+    nearest = difflib.get_close_matches(name, valid, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"no pretrained checkpoint and no folder {name!r}.{hint} Names: {', '.join(valid) or 'none'}."

@@ -1,0 +1,44 @@
+"""What small networks see: scalings of gradients and embeddings of time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from l2o.ops.numeric import constant
+from l2o.types import Clock
+
+TIMESCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+"""Steps; Metz et al. 2020 (arXiv 2009.11243, app. A) and google/learned_optimization."""
+
+FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+"""Centres of the training-fraction embedding; Metz et al. 2022 (VeLO, arXiv 2211.09760, app. B)."""
+
+
+def step_embedding(clock: Clock, like: Tensor) -> Tensor:
+    """``tanh(t / tau - 1)`` over `TIMESCALES`, ``[11]``: the age of the run in steps, whatever its length."""
+    return torch.tanh(clock.step.to(like.dtype) / constant(TIMESCALES, like) - 1.0)
+
+
+def fraction_embedding(clock: Clock, like: Tensor) -> Tensor:
+    """``tanh(10 (t / total - c))`` over `FRACTIONS`, ``[9]``: how far the run is, so that a schedule can be learned."""
+    fraction = clock.step.to(like.dtype) / clock.total_steps.to(like.dtype)
+    return torch.tanh((fraction - constant(FRACTIONS, like)) * 10.0)
+
+
+def log_and_sign(grad: Tensor, k: float = 5.0) -> Tensor:
+    """``[2, *grad.shape]``: magnitude and sign of a gradient (Andrychowicz et al. 2016, arXiv 1606.04474, app. A).
+
+    Channel 0 is ``max(log(|g| + eps) / k, -1)``, channel 1 ``clip(g exp(k), -1, 1)``: a large gradient shows its
+    logarithm and its sign, a small one its value.
+    """
+    eps = torch.finfo(torch.float32).eps  # that of the original, in every dtype
+    magnitude = ((grad.abs() + eps).log() / k).clamp(min=-1.0)
+    return torch.stack([magnitude, (grad * math.exp(k)).clamp(-1.0, 1.0)])
+
+
+def second_moment_scale(sum_of_squares: Tensor, count: Tensor | int, eps: float = 1e-5) -> Tensor:
+    """``rsqrt(eps + mean(x^2))``, a channel at a time: times it, a channel has mean square one over its tensor."""
+    return torch.rsqrt(eps + sum_of_squares / count)

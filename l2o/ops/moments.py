@@ -1,0 +1,35 @@
+"""Running moments of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from l2o.ops.numeric import constant
+
+
+def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
+    """``d * average + (1 - d) * value`` with ``d = sigmoid(logit_decay)``, both factors to full precision."""
+    return torch.sigmoid(logit_decay) * average + torch.sigmoid(-logit_decay) * value
+
+
+def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:
+    """``1 - d**count``, ``d = sigmoid(logit_decay)``: what an `ema` from 0 is divided by (Adam, section 3)."""
+    return -torch.expm1(count * logsigmoid(logit_decay))
+
+
+def init_momenta(param: Tensor, decays: Sequence[float]) -> Tensor:
+    """Zero momenta ``[len(decays), *param.shape]``."""
+    return torch.zeros_like(param).expand(len(decays), *param.shape).clone()
+
+
+def momenta(previous: Tensor, grad: Tensor, decays: Sequence[float]) -> Tensor:
+    """One momentum a decay, ``m <- d m + (1 - d) g``, without bias correction (Metz et al. 2020, arXiv 2009.11243).
+
+    previous: ``[len(decays), *grad.shape]``. ``1 - d`` is formed in the tensor's dtype, as the reference does.
+    """
+    d = constant(decays, grad).view(-1, *[1] * grad.ndim)
+    return torch.lerp(grad.unsqueeze(0), previous, d)

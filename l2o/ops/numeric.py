@@ -1,0 +1,52 @@
+"""Small pieces: constants on a device, transforms that keep hyperparameters valid, a root with a gradient at 0."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from l2o.types import ConfigurationError
+
+
+def constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """``values`` as a 1-d tensor of the dtype and device of ``like``, copied to the device once and then cached."""
+    return _constant(tuple(values), like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor born in inference mode could never be used in a differentiated unroll
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def scalar_like(value: float, generator: torch.Generator) -> Tensor:
+    """A 0-d float32 tensor on the generator's device: a scalar meta-parameter."""
+    return torch.tensor(value, dtype=torch.float32, device=generator.device)
+
+
+def log_of(name: str, value: float) -> float:
+    """The logarithm of a positive hyperparameter; ``exp`` undoes it, whatever meta-training does to it."""
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigurationError(f"{name}={value!r}: expected a positive finite number")
+    return math.log(value)
+
+
+def logit_of(name: str, value: float) -> float:
+    """The logit of a hyperparameter strictly between 0 and 1; ``sigmoid`` undoes it."""
+    if not 0.0 < value < 1.0:
+        raise ConfigurationError(f"{name}={value!r}: expected a number strictly between 0 and 1")
+    return math.log(value) - math.log1p(-value)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root of ``x >= 0`` whose derivative at 0 is 0 instead of infinite.
+
+    A dead unit's gradient is exactly 0, its second moment too, and ``inf * 0`` would make the meta-gradient NaN. Where
+    the root stands in ``m / (sqrt(v) + eps)`` with ``v`` a sum of squares, 0 is also what finite differences give.
+    """
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)

@@ -1,0 +1,41 @@
+"""The shape that the hand-designed rules share: each tensor on its own, each entry on its own, no sums."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+
+
+class ElementwiseRule(UpdateRule):
+    """A rule that is given by what it does to one tensor.
+
+    The fields of a subclass are the hyperparameters that ``init_theta`` starts from; θ holds their unconstrained
+    transforms (``log_*`` for positive numbers, ``logit_*`` for numbers between 0 and 1), so every θ is a valid setting.
+    """
+
+    @abc.abstractmethod
+    def slots(self, param: Tensor) -> Slots:
+        """The state of ``param`` before its first update."""
+
+    @abc.abstractmethod
+    def advance(self, theta: Theta, grad: Tensor, slots: Slots) -> Slots:
+        """The state once it has seen ``grad``."""
+
+    @abc.abstractmethod
+    def step(self, theta: Theta, grad: Tensor, slots: Slots) -> Tensor:
+        """The update of one tensor, given its advanced state."""
+
+    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+        return OptState({name: self.slots(p) for name, p in params.items()}, {})
+
+    def accumulate(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[OptState, Stats]:
+        return OptState({name: self.advance(theta, g, state.per_param[name]) for name, g in grads.items()}, {}), {}
+
+    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
+        return {name: self.step(theta, g, state.per_param[name]) for name, g in grads.items()}

@@ -1,0 +1,79 @@
+"""The per-parameter MLP of Metz et al. 2020 (arXiv 2009.11243, appendix A), MLPLOpt of google/learned_optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from l2o.ops.features import FRACTIONS, TIMESCALES, fraction_embedding, second_moment_scale, step_embedding
+from l2o.ops.moments import init_momenta, momenta
+from l2o.ops.networks import columns, init_mlp, mlp, over_entries
+from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
+
+_TIME = {"steps": (len(TIMESCALES), step_embedding), "fraction": (len(FRACTIONS), fraction_embedding)}
+
+
+@dataclass(frozen=True)
+class MLP(UpdateRule):
+    """A small network turns gradient, parameter, momenta and time into a direction and a log-magnitude, entry by entry.
+
+    Each channel is divided by its root mean square over the tensor, so the rule does not see scales.
+    ``update = -step_mult * o0 * exp(exp_mult * o1)``.
+
+    hidden: units of the hidden layers.          decays: of the momenta.
+    step_mult, exp_mult: of the two outputs (MLPLOpt: both 0.001, which needs far longer meta-training).
+    time: ``fraction`` embeds how much of ``total_steps`` is done, so that a schedule stretches with the run;
+        ``steps`` the number of updates (MLPLOpt).
+    θ: ``w0, b0, ...``, inputs in the order gradient, parameter, momenta, time. Slot: ``m``, ``[len(decays), *shape]``.
+    """
+
+    hidden: tuple[int, ...] = (32, 32)
+    decays: tuple[float, ...] = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+    step_mult: float = 0.01
+    exp_mult: float = 0.01
+    time: Literal["fraction", "steps"] = "fraction"
+
+    def __post_init__(self) -> None:
+        if self.time not in _TIME:
+            raise ConfigurationError(f"time={self.time!r}: expected one of {sorted(_TIME)}")
+        if any(not 0.0 <= d < 1.0 for d in self.decays):
+            raise ConfigurationError(f"decays={self.decays!r}: expected numbers of at least 0 and under 1")
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return init_mlp(generator, [2 + len(self.decays) + _TIME[self.time][0], *self.hidden, 2])
+
+    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+        return OptState({name: {"m": init_momenta(p, self.decays)} for name, p in params.items()}, {})
+
+    def accumulate(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[OptState, Stats]:
+        slots = {name: {"m": momenta(state.per_param[name]["m"], g, self.decays)} for name, g in grads.items()}
+        stats: Stats = {}
+        for name, g in grads.items():
+            squares = _channels(g, params[name], slots[name]["m"]).square().sum(-1)
+            stats[name] = {"sum_of_squares": squares, "count": squares.new_full((), max(g.numel(), 1))}
+        return OptState(slots, {}), stats
+
+    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
+        embed = _TIME[self.time][1]
+
+        def network(x: Tensor) -> tuple[Tensor]:
+            direction, magnitude = mlp(theta, x, embed(clock, x))
+            return (direction * (magnitude * self.exp_mult).exp() * -self.step_mult,)
+
+        features = {}
+        for name, g in grads.items():
+            scale = second_moment_scale(stats[name]["sum_of_squares"], stats[name]["count"])
+            features[name] = (_channels(g, params[name], state.per_param[name]["m"]) * scale.unsqueeze(-1),)
+        outputs = over_entries(network, features)
+        return {name: outputs[name][0].reshape(g.shape) for name, g in grads.items()}
+
+
+def _channels(grad: Tensor, param: Tensor, m: Tensor) -> Tensor:
+    """``[2 + len(decays), entries]``."""
+    return columns(torch.cat([grad.unsqueeze(0), param.unsqueeze(0), m]))

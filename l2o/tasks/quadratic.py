@@ -1,0 +1,54 @@
+"""Random quadratics (Andrychowicz et al. 2016, arXiv 1606.04474, section 3.1), with optional gradient noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+
+
+@dataclass(frozen=True)
+class Quadratic(TaskFamily):
+    """``||W x - (y + noise ξ)||²``, summed over the dimensions; W, y and ξ have independent N(0, 1) entries.
+
+    dim: of x and of y.
+    noise: scale of ξ, which is fresh in each training batch; validation is noiseless.
+    init_scale: standard deviation of the initial x; 0.01 as in the paper's code (whose W and y are uniform on [0, 1),
+        against the paper's text, which is followed here).
+
+    Data: ``w [lanes, dim, dim]``, ``y [lanes, dim]``. Parameters: ``x [lanes, dim]``. All float32.
+    """
+
+    dim: int = 10
+    noise: float = 0.0
+    init_scale: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ConfigurationError(f"dim={self.dim}: expected a positive number of dimensions")
+        for name in ("noise", "init_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigurationError(f"{name}={getattr(self, name)}: expected a finite number that is not negative")
+
+    def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
+        return {"w": _normal(generator, lanes, self.dim, self.dim), "y": _normal(generator, lanes, self.dim)}
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        return {"x": self.init_scale * _normal(generator, *data["y"].shape)}, {}
+
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        """``noise [lanes, dim]``: ξ, or zeros for ``valid``."""
+        return {"noise": _normal(generator, *data["y"].shape) if split == "train" else torch.zeros_like(data["y"])}
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
+        x = params["x"]
+        target = data["y"] + self.noise * batch["noise"]
+        # The tasks are float32; parameters of another dtype (float64 in gradient checks) decide the arithmetic.
+        return (data["w"].to(x.dtype) @ x - target.to(x.dtype)).square().sum(), buffers
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)

@@ -1,0 +1,47 @@
+"""Lanes that share their problem: for grids of learning rates and for antithetic pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+
+
+@dataclass(frozen=True)
+class Repeated(TaskFamily):
+    """``family`` with each task, initialisation and batch in ``copies`` adjacent lanes.
+
+    Lanes 0 to ``copies - 1`` are one problem, the next ``copies`` another, and so on; the number of lanes must be a
+    multiple of ``copies``, or `ConfigurationError` is raised.
+    """
+
+    family: TaskFamily
+    copies: int
+
+    def __post_init__(self) -> None:
+        if self.copies < 1:
+            raise ConfigurationError(f"copies={self.copies}: expected a positive number")
+
+    def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
+        if lanes % self.copies:
+            raise ConfigurationError(f"lanes={lanes}: expected a multiple of copies={self.copies}")
+        return self._repeat(self.family.sample(generator, lanes // self.copies))
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        params, buffers = self.family.init(self._once(data), generator)
+        return self._repeat(params), self._repeat(buffers)
+
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        return self._repeat(self.family.batch(self._once(data), split, generator))
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
+        return self.family.loss(params, buffers, data, batch)
+
+    def _repeat(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.repeat_interleave(self.copies, dim=0) for name, t in tensors.items()}
+
+    def _once(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t[:: self.copies] for name, t in tensors.items()}

@@ -1,0 +1,126 @@
+"""Where a `ModuleTask` gets its examples: tensors, a ``Dataset``, or a ``DataLoader``."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from l2o.tasks.stateless import seeded
+from l2o.types import ConfigurationError
+
+Examples = Sequence[Tensor] | Dataset[Any] | DataLoader[Any]
+_SEEDS = 2**63 - 1
+
+
+def draw_seeds(generator: torch.Generator, count: int) -> Tensor:
+    """int64 ``[count]`` on the generator's device."""
+    return torch.randint(_SEEDS, (count,), generator=generator, device=generator.device)
+
+
+class Source(abc.ABC):
+    """Examples, drawn with replacement."""
+
+    @abc.abstractmethod
+    def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
+        """The tensors of a batch for every lane, inputs before the target, each ``[lanes, batch, ...]``."""
+
+
+class TensorSource(Source):
+    """Tensors with one entry an example, copied once to each device that asks; no ``batch_size``: all, in order."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int | None) -> None:
+        self._batch_size = batch_size
+        self._by_device = {tensors[0].device: tensors}
+        self._host = tensors
+
+    def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
+        tensors = self._on(generator.device)
+        if self._batch_size is None:
+            return tuple(t.expand(lanes, *t.shape) for t in tensors)
+        shape = (lanes, self._batch_size)
+        index = torch.randint(len(tensors[0]), shape, generator=generator, device=generator.device)
+        return tuple(t[index] for t in tensors)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._by_device:
+            self._by_device[device] = tuple(t.to(device) for t in self._host)
+        return self._by_device[device]
+
+
+class LoaderSource(Source):
+    """The dataset and ``collate_fn`` of a ``DataLoader``; a batch is gathered on the host, which waits for the device.
+
+    Its sampler, shuffling and workers are not used: the order comes from the run's generator, so that a resumed run
+    goes on as it would have. Random transforms of the dataset (torch's generator) are seeded from there, too.
+    """
+
+    def __init__(self, name: str, loader: DataLoader[Any], batch_size: int) -> None:
+        self._name = name
+        self._dataset: Any = loader.dataset
+        self._collate = loader.collate_fn
+        self._batch_size = batch_size
+
+    def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
+        shape = (lanes, self._batch_size)
+        index = torch.randint(len(self._dataset), shape, generator=generator, device=generator.device)
+        with seeded(int(draw_seeds(generator, 1)), generator.device):
+            batches = [_items(self._name, self._collate([self._dataset[i] for i in row])) for row in index.tolist()]
+        return tuple(torch.stack(each).to(generator.device) for each in zip(*batches, strict=True))
+
+
+def as_source(name: str, examples: Examples, batch_size: int | None) -> Source:
+    """``examples`` as a `Source`; raises `ConfigurationError`, which calls them ``name``, if they cannot be one."""
+    dataset = examples.dataset if isinstance(examples, DataLoader) else examples
+    if isinstance(dataset, IterableDataset):
+        raise ConfigurationError(
+            f"{name}: an IterableDataset cannot be resumed nor drawn from at random; hand over a map-style Dataset"
+        )
+    if isinstance(examples, DataLoader):
+        return LoaderSource(name, examples, _loader_batch_size(name, examples, batch_size))
+    return TensorSource(_stack(name, examples), batch_size)
+
+
+def _loader_batch_size(name: str, loader: DataLoader[Any], batch_size: int | None) -> int:
+    size = batch_size or loader.batch_size
+    if size is None:
+        raise ConfigurationError(f"{name}: this DataLoader has no batch_size; give ModuleTask one")
+    return size
+
+
+def _stack(name: str, examples: Sequence[Tensor] | Dataset[Any]) -> tuple[Tensor, ...]:
+    """All examples as tensors, checked. A dataset's random transforms are drawn once, here."""
+    if isinstance(examples, TensorDataset):
+        examples = examples.tensors
+    if isinstance(examples, Dataset):
+        examples = _collate_all(name, examples)
+    tensors = _items(name, examples)
+    lengths = [len(t) if t.ndim else 0 for t in tensors]
+    if min(lengths) == 0 or min(lengths) != max(lengths):
+        raise ConfigurationError(f"{name}: tensors with {lengths} entries, expected as many in each, and at least one")
+    return tensors
+
+
+def _collate_all(name: str, dataset: Any) -> Any:
+    try:
+        with seeded(0, torch.device("cpu")):
+            return default_collate([dataset[i] for i in range(len(dataset))])
+    except (TypeError, RuntimeError, IndexError) as error:
+        raise ConfigurationError(
+            f"{name}: the examples of this {type(dataset).__name__} cannot be stacked to tensors ({error}); "
+            "hand over a DataLoader with a collate_fn that can"
+        ) from error
+
+
+def _items(name: str, items: Any) -> tuple[Tensor, ...]:
+    if isinstance(items, tuple | list) and len(items) > 1 and all(isinstance(item, Tensor) for item in items):
+        return tuple(items)
+    came = [type(item).__name__ for item in items] if isinstance(items, tuple | list) else type(items).__name__
+    raise ConfigurationError(
+        f"{name}: {came}, expected two or more tensors: the module's inputs in their order, then the target "
+        "(a DataLoader's collate_fn can make them so)"
+    )

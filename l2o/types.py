@@ -1,0 +1,198 @@
+"""The contracts: what every module of l2o hands to every other.
+
+Data flows one way: task sample -> unroll -> meta-gradient -> outer step -> checkpoint -> plug-in.
+
+Four conventions hold everywhere.
+
+* **One container.** Parameters, gradients, updates and meta-parameters θ are flat dicts of named tensors,
+  which is what ``torch.func.functional_call``, ``torch.func.vmap`` and safetensors take.
+* **Lanes.** In meta-training every tensor carries a leading axis of ``lanes`` (independent inner problems, θ
+  included: one copy a lane, so that a diverged lane cannot poison the gradient of the others). Rules and losses
+  are written for a single lane; the engine vectorises them. The plug-in has no lane axis.
+* **One sign.** ``new = params + updates``. Nobody subtracts.
+* **The generator is the device.** Whatever draws random numbers takes a ``torch.Generator``, never the global one, and
+  makes its tensors on ``generator.device``.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Grads = dict[str, Tensor]
+Updates = dict[str, Tensor]
+Theta = dict[str, Tensor]
+Buffers = dict[str, Tensor]
+Slots = dict[str, Tensor]
+"""The optimizer state of one parameter tensor, by slot name."""
+Stats = dict[str, Slots]
+"""Sums over each parameter tensor, by tensor and name. They add up: shards of a tensor reduce them by ``+``."""
+TaskData = dict[str, Tensor]
+Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+"""0-d tensors on the device of the run; reading them is the caller's synchronisation, not the engine's."""
+
+Split = Literal["train", "valid"]
+Kind = Literal["matrix", "vector", "embedding", "output"]
+
+
+class OptState(NamedTuple):
+    """The state of an update rule.
+
+    per_param: slots of each parameter tensor, ``{parameter: {slot: Tensor}}``.
+    shared: slots that belong to no single parameter tensor (loss buffers, for example).
+    """
+
+    per_param: dict[str, Slots]
+    shared: Slots
+
+
+class Clock(NamedTuple):
+    """Where in its run an update happens; tensors, because horizons differ from lane to lane.
+
+    step: int64, 0-d: number of updates already applied (the first update sees 0).
+    total_steps: int64, 0-d: the length of the run that the rule was told.
+    """
+
+    step: Tensor
+    total_steps: Tensor
+
+
+class InnerState(NamedTuple):
+    """Inner problems in flight, all tensors ``[lanes, ...]``; the state of an unroll and of its resume.
+
+    data: what was sampled for each lane's task.     params, buffers, opt: the inner training run itself.
+    step, total_steps: int64 ``[lanes]``.            first_loss: ``[lanes]``, the loss of step 0 (NaN before it).
+    """
+
+    data: TaskData
+    params: Params
+    buffers: Buffers
+    opt: OptState
+    step: Tensor
+    total_steps: Tensor
+    first_loss: Tensor
+
+
+class UpdateRule(abc.ABC):
+    """A learned update rule: pure functions of tensors. Subclasses are frozen dataclasses of hyperparameters.
+
+    Everything is written for one lane, without a lane axis, in the dtype of ``params`` (the caller sees to it that
+    θ, gradients and state have that dtype too). No method writes to its inputs, draws random numbers (``init_theta``
+    aside), logs, or reads a tensor's value on the host. Differentiable simply means that grad mode is on.
+    """
+
+    needs_loss: ClassVar[bool] = False
+    """Whether ``accumulate`` reads ``loss``; the plug-in then asks for one."""
+
+    @abc.abstractmethod
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Random meta-parameters, float32, on the generator's device."""
+
+    @abc.abstractmethod
+    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+        """The state before the first update of ``params``. Slots have the dtype of their parameter."""
+
+    @abc.abstractmethod
+    def accumulate(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[OptState, Stats]:
+        """First pass: the new state (recurrent cells advance here), and the sums over each tensor for ``apply``."""
+
+    @abc.abstractmethod
+    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
+        """Second pass: the updates, entry by entry given ``stats`` and the state that ``accumulate`` returned."""
+
+    def update(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None = None
+    ) -> tuple[Updates, OptState]:
+        """One update, ``accumulate`` then ``apply``: what meta-training differentiates and all else must equal.
+
+        theta: meta-parameters.                       grads, params: same names and shapes.
+        state: from ``init`` or the last ``update``.   loss: 0-d loss at ``params``, or None where not ``needs_loss``.
+        """
+        state, stats = self.accumulate(theta, grads, state, params, clock, loss)
+        return self.apply(theta, state, stats, grads, params, clock), state
+
+
+class TaskFamily(abc.ABC):
+    """A distribution of inner problems that share shapes. Subclasses are frozen dataclasses of static settings.
+
+    Settings (architecture, width, activation, kind of loss) define a family; what is sampled is tensors only.
+    """
+
+    @abc.abstractmethod
+    def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
+        """Draw ``lanes`` tasks: at least one tensor, each ``[lanes, ...]``; what does not vary is not repeated here."""
+
+    @abc.abstractmethod
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        """Initial parameters and buffers of every lane, ``[lanes, ...]``."""
+
+    @abc.abstractmethod
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        """One mini-batch for every lane, ``[lanes, ...]``; whatever randomness the loss needs is in it, as tensors."""
+
+    @abc.abstractmethod
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
+        """The loss (0-d) of **one lane** and its new buffers; pure, no random numbers, no writes to its inputs."""
+
+
+class MetaGradient(abc.ABC):
+    """An estimator of the gradient of the meta-loss with respect to θ.
+
+    Subclasses are frozen dataclasses that hold the rule, the family and the settings of the estimator.
+    """
+
+    rule: UpdateRule
+    family: TaskFamily
+
+    @abc.abstractmethod
+    def init(self, theta: Theta, generator: torch.Generator) -> Any:
+        """Fresh inner problems: the estimator's state, a nested structure (tuples, dicts) of tensors."""
+
+    @abc.abstractmethod
+    def estimate(self, theta: Theta, state: Any, generator: torch.Generator) -> tuple[Theta, Any, Metrics]:
+        """One truncation: the gradient (descent direction: subtract it), the next state, and at least ``meta_loss``,
+        ``lanes_masked`` and ``inner_steps`` as metrics."""
+
+
+class L2OError(Exception):
+    """Base of every error that l2o raises on bad input."""
+
+
+class UnknownNameError(L2OError, LookupError):
+    """A rule, task, estimator or checkpoint of that name does not exist."""
+
+
+class CheckpointError(L2OError, ValueError):
+    """A checkpoint of meta-parameters is truncated, corrupt, or belongs to another rule."""
+
+
+class ResumeError(L2OError, ValueError):
+    """A resume file is damaged, foreign, or of another format version."""
+
+
+class RunConflictError(L2OError, ValueError):
+    """A run is to be continued under a configuration that differs from its own."""
+
+
+class ConfigurationError(L2OError, ValueError):
+    """A setting has a value that makes no sense, such as ``total_steps=0``."""
+
+
+class ParameterError(L2OError, TypeError):
+    """A parameter cannot be optimized: it is not a floating-point tensor, or lies on another device than the rest."""
+
+
+class GradientError(L2OError, RuntimeError):
+    """A gradient is sparse or complex, or its shape or device is not its parameter's."""
+
+
+class DataError(L2OError, OSError):
+    """A data set is missing, damaged, or cannot be downloaded."""

@@ -1,0 +1,111 @@
+"""Inner training: one step, an unroll of many, and the resets between unrolls; vectorised over lanes.
+
+Nothing here waits for the device inside an unroll: no value is read on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from l2o.ops.kinds import default_kinds
+from l2o.types import Batch, Clock, InnerState, TaskFamily, Theta, UpdateRule
+
+
+def expand_theta(theta: Theta, lanes: int) -> Theta:
+    """One copy of θ a lane, ``[lanes, ...]``: fresh leaves, so that each lane gets a meta-gradient of its own."""
+    return {name: t.detach().expand(lanes, *t.shape).clone() for name, t in theta.items()}
+
+
+def start(
+    rule: UpdateRule, theta: Theta, family: TaskFamily, horizon: Tensor, generator: torch.Generator
+) -> InnerState:
+    """Draw a task for every lane and put its training run at step 0.
+
+    theta: ``[lanes, ...]``.  horizon: int64 ``[lanes]``, the length of each run.
+    """
+    data = family.sample(generator, len(horizon))
+    params, buffers = family.init(data, generator)
+
+    def init_one(theta: Theta, params: dict[str, Tensor]) -> Any:
+        return rule.init(theta, params, default_kinds(params))
+
+    opt = vmap(init_one)(theta, params)
+    first_loss = torch.full(horizon.shape, torch.nan, dtype=next(iter(params.values())).dtype, device=horizon.device)
+    return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
+
+
+def inner_step(
+    rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, batch: Batch, second_order: bool = True
+) -> tuple[InnerState, Tensor]:
+    """One inner training step of every lane: the new state, and the losses ``[lanes]`` before the update.
+
+    Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
+    A lane at its horizon stands still.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in state.params.items()}
+        loss, buffers = vmap(family.loss)(params, state.buffers, state.data, batch)
+        # not vmap(grad): its second derivatives through normalisation layers are wrong (torch 2.13)
+        grads = torch.autograd.grad(
+            loss.sum(),
+            list(params.values()),
+            retain_graph=differentiable,
+            create_graph=differentiable and second_order,
+            materialize_grads=True,
+        )
+    if not differentiable:
+        params, loss, buffers = state.params, loss.detach(), detach(buffers)
+
+    def advance(theta: Theta, g: Any, opt: Any, p: Any, step: Tensor, total: Tensor, loss: Tensor) -> Any:
+        updates, opt = rule.update(theta, g, opt, p, Clock(step, total), loss if rule.needs_loss else None)
+        return {k: p[k] + torch.where(step < total, u, 0.0) for k, u in updates.items()}, opt
+
+    by_name = dict(zip(params, grads, strict=True))
+    moved, opt = vmap(advance)(theta, by_name, state.opt, params, state.step, state.total_steps, loss)
+    first_loss = torch.where(state.step == 0, loss.detach(), state.first_loss)
+    step = state.step + (state.step < state.total_steps)
+    return InnerState(state.data, moved, buffers, opt, step, state.total_steps, first_loss), loss
+
+
+def unroll(
+    rule: UpdateRule,
+    theta: Theta,
+    family: TaskFamily,
+    state: InnerState,
+    steps: int,
+    generator: torch.Generator,
+    second_order: bool = True,
+) -> tuple[InnerState, Tensor]:
+    """``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``."""
+    losses = []
+    for _ in range(steps):
+        batch = family.batch(state.data, "train", generator)
+        state, loss = inner_step(rule, theta, family, state, batch, second_order)
+        losses.append(loss)
+    return state, torch.stack(losses)
+
+
+def running(state: InnerState, steps: int) -> Tensor:
+    """Bool ``[steps, lanes]``: which of the next ``steps`` steps of each lane lie before its horizon."""
+    ahead = torch.arange(steps, device=state.step.device).unsqueeze(1)
+    return state.step + ahead < state.total_steps
+
+
+def detach(tree: Any) -> Any:
+    """The same nested structure, cut from the graph and contiguous, so that a saved copy is the same bit for bit."""
+    return tree_map(lambda x: x.detach().contiguous(), tree)
+
+
+def reset(state: InnerState, lanes: Tensor, fresh: Callable[[int], InnerState]) -> InnerState:
+    """Replace the lanes set in the bool mask ``lanes`` by those of ``fresh(how many)``; waits for the device once."""
+    index = lanes.nonzero().squeeze(1)
+    if len(index) == 0:
+        return state
+    return cast(InnerState, tree_map(lambda old, new: old.index_copy(0, index, new), state, fresh(len(index))))

@@ -1,0 +1,1 @@
+"""The commands: ``python -m meta_train`` and ``python -m meta_train.evaluate``."""

@@ -1,0 +1,14 @@
+"""``python -m meta_train``."""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    from meta_train.train import main
+except ModuleNotFoundError as error:
+    if str(error.name).split(".")[0] not in ("hydra", "omegaconf", "rich", "yaml"):
+        raise
+    sys.exit(f"error: {error.name} is not installed; the commands need: pip install l2o[train]")
+
+main()

@@ -1,0 +1,65 @@
+"""What a checkpoint says about where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import l2o
+from l2o.meta import MetaTraining
+
+
+def make_card(config: dict[str, Any], command: str, training: MetaTraining) -> dict[str, Any]:
+    """Entries for `l2o.hub.save`: how θ was made, of what and where.  command: the one that began the run."""
+    return {
+        "recipe": {"command": command, "config": config, "estimator": _settings(training.estimator)},
+        "data": _settings(training.estimator.family),
+        "seeds": {"meta_training": config["seed"], "held_out": config["evaluation"]["seed"]},
+        "commit": commit(),
+        "hardware": hardware(training.generator.device),
+    }
+
+
+def _settings(made: Any) -> dict[str, Any]:
+    """Class and fields, defaults included, since they may change; what JSON has no word for is left out."""
+    fields = dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else {}
+    plain = {name: value for name, value in fields.items() if isinstance(value, bool | int | float | str | None)}
+    return {"class": type(made).__name__, **plain}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the code comes from, with ``+changes`` where files differ; None in a wheel."""
+    root = Path(l2o.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no commit yet
+        return None
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Processor, cores and threads, the GPU where it was used, and the versions that numbers may depend on."""
+    found = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return {**found, "system": platform.platform(), "torch": torch.__version__}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True, text=True).stdout.strip()

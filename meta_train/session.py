@@ -1,0 +1,173 @@
+"""A meta-training run in progress: its steps, its records, its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2o.hub import save
+from l2o.meta import MetaTraining
+from l2o.types import L2OError, Metrics, ResumeError
+from meta_train.card import make_card
+from meta_train.held_out import HeldOut, describe, finite
+from meta_train.loggers import JsonLines, Logger, Terminal, Values
+from meta_train.run import RunFolder
+
+RECORDS = ("metrics.jsonl", "timing.jsonl")
+"""What a continued run repeats bit for bit, and what it cannot: seconds."""
+
+
+class Session:
+    """One sitting of a run, from its first or its last saved outer step on.
+
+    The rule that makes continuing exact: a state that was saved at step k goes with the first bytes of the records, as
+    many as they had then, and these end with step k; an evaluation at k comes later, before step k + 1 is made.
+
+    Nothing is written before ``begin``. Raises ResumeError if the saved state, or a record, does not fit.
+    """
+
+    def __init__(self, folder: RunFolder, training: MetaTraining, held_out: HeldOut, loggers: Sequence[Logger]) -> None:
+        self.folder, self.training, self.held_out, self.loggers = folder, training, held_out, loggers
+        self.config = folder.config
+        self.inner_steps = 0
+        self.seconds = 0.0
+        self._sizes = dict.fromkeys(RECORDS, 0)
+        self._pending: list[Metrics] = []
+        self._warned = False
+        if folder.state is not None:
+            self._restore(folder.state)
+
+    @property
+    def step(self) -> int:
+        """Outer steps done."""
+        return self.training.step
+
+    @property
+    def horizon(self) -> int:
+        """Length of the inner runs that θ was measured on."""
+        return self.held_out.setting.steps
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the checkpoint that the plug-in loads."""
+        return self.folder.path / "checkpoint"
+
+    def begin(self) -> None:
+        """Make the folder, cut the records back to the saved step, start the loggers."""
+        self.folder.begin()
+        self._metrics, self._timing = (JsonLines(self.folder.path / name, self._sizes[name]) for name in RECORDS)
+        for logger in self.loggers:
+            logger.start(self.folder.path, self.config, self.folder.id, self.step)
+        self.terminal = Terminal(self.step, self.config["steps"])
+        self._since = time.monotonic()
+
+    def outer_step(self) -> None:
+        """One outer step. Its metrics stay on the device until there are ``log_every`` of them."""
+        self._pending.append(self.training.outer_step())
+        if self.step % self.config["log_every"] == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the pending metrics from the device, all at once, and record them: a line for each step."""
+        if not self._pending:
+            return
+        first, before = self.step - len(self._pending) + 1, self.inner_steps
+        columns = {name: torch.stack([m[name] for m in self._pending]).tolist() for name in self._pending[0]}
+        self._pending.clear()
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for step, row in enumerate(rows, first):
+            self._record(step, row)
+        rate = (self.inner_steps - before) / self._lap()
+        self._timing.write({"step": self.step, "seconds": self.seconds, "inner_steps_per_second": rate})
+        self._log(self.step, {"inner_steps_per_second": rate})
+        self.terminal.advance(self.step, rows[-1]["meta_loss"], rate)
+
+    def evaluate(self) -> None:
+        """Measure θ on held-out tasks beside Adam, record it, and leave θ as the run's checkpoint."""
+        self.flush()
+        results = self.held_out.measure(self.training.theta)
+        self._metrics.write({"step": self.step, **results})
+        self._log(self.step, results)
+        self.terminal.say(f"step {self.step}: {describe(results)}")
+        self._lap()
+        self.save_checkpoint(results)
+
+    def save_checkpoint(self, results: Mapping[str, Any] | None = None) -> None:
+        """Write θ and its card for the plug-in."""
+        compute = {"outer_steps": self.step, "inner_steps": self.inner_steps, "seconds": round(self.seconds, 1)}
+        card = make_card(self.config, self.folder.header["command"], self.training)
+        card |= {"compute": compute, "results": dict(results or {})}
+        save(self.checkpoint, self.held_out.rule, self.training.theta, card)
+
+    def save(self) -> None:
+        """Save the whole outer state, once the records that belong to it are on disk."""
+        self.flush()
+        self.folder.save(
+            {
+                "training": self.training.state_dict(),
+                "device": self.training.generator.device.type,
+                "inner_steps": self.inner_steps,
+                "seconds": self.seconds,
+                "adam": self.held_out.adam,
+                "sizes": {"metrics.jsonl": self._metrics.sync(), "timing.jsonl": self._timing.sync()},
+            }
+        )
+
+    def close(self) -> None:
+        """Close records, loggers and the terminal."""
+        self.terminal.close()
+        closing: list[JsonLines | Logger] = [self._metrics, self._timing, *self.loggers]
+        for each in closing:
+            each.close()
+
+    def _record(self, step: int, row: dict[str, Any]) -> None:
+        self.inner_steps += row.pop("inner_steps")
+        if row["lanes_masked"] == getattr(self.training.estimator, "lanes", None):
+            row["meta_loss"] = float("nan")  # the mean over no lanes at all
+            self._warn(step)
+        values = {name: finite(value) for name, value in row.items()}
+        self._metrics.write({"step": step, **values, "inner_steps": self.inner_steps})
+        self._log(step, {**values, "inner_steps": self.inner_steps})
+
+    def _warn(self, step: int) -> None:
+        if not self._warned:
+            self.terminal.say(
+                f"warning: at step {step} all lanes of {self.config['task']['_target_']} exploded and were masked: "
+                "that step learned nothing; if it recurs, lower the rule's step size or outer.lr"
+            )
+        self._warned = True
+
+    def _log(self, step: int, values: Values) -> None:
+        for logger in self.loggers:
+            logger.log(step, values)
+
+    def _lap(self) -> float:
+        """Seconds since the last lap, which are added to the run's."""
+        now = time.monotonic()
+        lap, self._since = max(now - self._since, 1e-9), now
+        self.seconds += lap
+        return lap
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        path = self.folder.path / "state.safetensors"
+        try:
+            if state["device"] != self.training.generator.device.type:
+                # Generators of different devices have states of different kinds; the stream starts anew.
+                self.training.generator.manual_seed(self.config["seed"] + state["training"]["step"])
+                state["training"]["generator"] = self.training.generator.get_state()
+            self.training.load_state_dict(state["training"])
+            self.inner_steps, self.seconds = state["inner_steps"], state["seconds"]
+            self.held_out.adam, self._sizes = state["adam"], {name: state["sizes"][name] for name in RECORDS}
+        except L2OError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ResumeError(f"{path} is not the state of this run ({error!r}); restore it, or start over") from error
+        for name, size in self._sizes.items():
+            record = self.folder.path / name
+            found = record.stat().st_size if record.exists() else 0
+            if found < size:
+                raise ResumeError(f"{record} has {found} bytes, {size} when last saved; restore it, or start over")

@@ -1,0 +1,100 @@
+"""``python -m meta_train``: meta-train a rule on a task, in a folder that the same command continues."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+
+from l2o.types import ConfigurationError
+from meta_train._config import config_path, main_guard, open_settings
+from meta_train.assemble import make_session
+from meta_train.loggers import duration
+from meta_train.run import Request, RunFolder
+from meta_train.session import Session
+from meta_train.signals import StopRequest
+
+OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", "evaluation")
+"""Nodes that take keys which the YAML does not mention: the fields of what they make."""
+
+
+@main_guard
+def main() -> None:
+    """The command."""
+    sys.argv[1:] = open_settings(sys.argv[1:], OPEN)
+    requests: list[Request] = []
+    # Hydra only composes: what it runs itself, it surrounds with messages of its own when it fails.
+    compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="train")
+    compose(lambda config: requests.append(read_request(config)))()
+    for request in requests:
+        status = train(request)
+        if status:
+            sys.exit(status)
+
+
+def read_request(config: DictConfig) -> Request:
+    """What Hydra composed, and which of it the command line said."""
+    context = HydraConfig.get()
+    overrides = list(context.overrides.task)
+    explicit = tuple(override.key_or_group for override in OverridesParser.create().parse_overrides(overrides))
+    choices = {group: name for group, name in context.runtime.choices.items() if "/" not in group}
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigurationError(f"{error.full_key} has no default: give it, as in {error.full_key}=...") from error
+    said = [override.removeprefix("++") for override in overrides]
+    if "run" not in explicit:
+        said.append(f"run={plain['run']}")
+    return Request(plain, choices, explicit, shlex.join(["python", "-m", "meta_train", *said]))
+
+
+def train(request: Request) -> int:
+    """Meta-train, or go on, until ``steps`` or a signal to stop; the exit status, 128 + number for a signal."""
+    session = make_session(RunFolder(request))
+    with StopRequest() as stop:
+        session.begin()
+        try:
+            _loop(session, stop)
+            if not stop.number:
+                _finish(session)
+        finally:
+            session.close()
+    if stop.number:
+        print(f"stopped at outer step {session.step} and saved; to continue:\n  {session.folder.command}")
+        return 128 + stop.number
+    print(_summary(session))
+    return 0
+
+
+def _loop(session: Session, stop: StopRequest) -> None:
+    config = session.config
+    while session.step < config["steps"] and not stop.number:
+        if config["evaluate_every"] and session.step and session.step % config["evaluate_every"] == 0:
+            session.evaluate()
+        session.outer_step()
+        if session.step % config["checkpoint_every"] == 0 and session.step < config["steps"]:
+            session.save()
+    session.save()
+
+
+def _finish(session: Session) -> None:
+    if session.config["evaluate_every"]:
+        session.evaluate()
+    else:
+        session.save_checkpoint()
+
+
+def _summary(session: Session) -> str:
+    rule = type(session.held_out.rule)
+    own = "" if rule.__module__.startswith("l2o.") else f", rules=[{rule.__name__}]"
+    source = str(session.checkpoint)
+    return (
+        f"{session.step} outer steps, {session.inner_steps:,} inner steps, {duration(session.seconds)}\n"
+        f"checkpoint: {source}\n"
+        f"use it: l2o.LearnedOptimizer(model.parameters(), {source!r}, total_steps={session.horizon}{own})"
+    )

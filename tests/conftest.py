@@ -1,0 +1,37 @@
+"""What every test shares: a seed, a thread, no uploads, and the folder of golden traces."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(os.environ.get("L2O_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings of the process, which subprocesses inherit where they are environment variables.
+
+    ``torch.use_deterministic_algorithms`` stays off on purpose: what is claimed to be deterministic has to be so for
+    users, who do not turn it on.
+    """
+    os.environ["WANDB_MODE"] = "offline"  # nobody's account receives the runs of tests
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Modules under test initialise themselves from the global generator; l2o itself never draws from it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of traces recorded from the reference implementations. It is not part of the repository."""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"no golden traces in {GOLDEN}; name their folder in L2O_GOLDEN_DIR")
+    return GOLDEN

@@ -1,0 +1,114 @@
+"""The tables that tests are parametrised over: every rule, with the variants that take another path."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from l2o import rules
+from l2o.rules import LSTM, MLP, Adam, Momentum
+from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily, Theta
+
+VARIANTS = {
+    "Momentum-nesterov": Momentum(nesterov=True),
+    "Adam-eps_root": Adam(eps_root=1e-8),
+    "LSTM-raw": LSTM(hidden=(7,), preprocess=False),
+    "LSTM-0.01": LSTM(scale=0.01),
+    "MLP-steps": MLP(time="steps", step_mult=0.001, exp_mult=0.001),
+}
+RULES = {name: getattr(rules, name)() for name in rules.__all__} | VARIANTS
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def identical(a, b) -> bool:
+    """The same nested structures bit for bit, NaN equal to NaN."""
+    leaves_a, leaves_b = (torch.utils._pytree.tree_leaves(tree) for tree in (a, b))
+    return len(leaves_a) == len(leaves_b) and all(
+        x.dtype == y.dtype and torch.equal(x.nan_to_num(nan=12345.0), y.nan_to_num(nan=12345.0))
+        if torch.is_tensor(x) and torch.is_tensor(y)
+        else x == y
+        for x, y in zip(leaves_a, leaves_b, strict=True)
+    )
+
+
+def double(tree: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: t.double() if t.is_floating_point() else t for k, t in tree.items()}
+
+
+def random_theta(rule, seed: int = 0, noise: float = 0.05) -> Theta:
+    """A float64 θ off the symmetric points of the initialisation (biases start at zero)."""
+    g = generator(seed)
+    theta = rule.init_theta(g)
+    return {k: t.double() + noise * torch.randn(t.shape, generator=g, dtype=torch.float64) for k, t in theta.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes(TaskFamily):
+    """A float64 regression whose parameters have 0, 1 and 2 axes; one unit is dead, its gradients exactly 0.
+
+    The decoder is the transposed encoder, so the weights are tied. Tasks of different lanes differ.
+    """
+
+    dead: bool = True
+
+    def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
+        return {"target": torch.randn(lanes, 4, generator=generator, dtype=torch.float64)}
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(len(data["target"]), *shape, generator=generator, dtype=torch.float64)
+
+        bias = randn(3).abs() + 0.5
+        if self.dead:
+            bias[:, 0] = -100.0
+        return {"weight": randn(3, 4), "bias": bias, "gain": randn()}, {}
+
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        return {"x": torch.randn(len(data["target"]), 5, 4, generator=generator, dtype=torch.float64)}
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[torch.Tensor, Buffers]:
+        hidden = torch.relu(batch["x"] @ params["weight"].T + params["bias"])
+        output = params["gain"] * (torch.tanh(hidden) @ params["weight"])
+        return (output - data["target"]).square().mean(), buffers
+
+
+TOTAL = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded(TaskFamily):
+    """Another family's tasks, initialisations and batches, drawn once and handed out again: the same for every θ."""
+
+    family: TaskFamily
+    lanes: tuple[int, ...] = (0, 1, 2)
+    seed: int = 0
+
+    def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
+        return self._cut(self.family.sample(self._generator(1), TOTAL), lanes)
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        whole = self.family.sample(self._generator(1), TOTAL)
+        params, buffers = self.family.init(whole, self._generator(2))
+        return self._cut(params, _lanes(data)), self._cut(buffers, _lanes(data))
+
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        whole = self.family.sample(self._generator(1), TOTAL)
+        seed = int(torch.randint(1 << 30, (), generator=generator))
+        return self._cut(self.family.batch(whole, split, self._generator(seed)), _lanes(data))
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[torch.Tensor, Buffers]:
+        return self.family.loss(params, buffers, data, batch)
+
+    def _cut(self, tree: dict[str, torch.Tensor], lanes: int) -> dict[str, torch.Tensor]:
+        return {k: t[list(self.lanes[:lanes])] for k, t in tree.items()}
+
+    def _generator(self, salt: int) -> torch.Generator:
+        return generator(self.seed * 1_000_003 + salt)
+
+
+def _lanes(data: TaskData) -> int:
+    return len(next(iter(data.values())))

@@ -1,0 +1,207 @@
+"""Estimators and the outer loop: truncation, masking, clipping, resume, and that meta-training works."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from tables import TOTAL, Recorded, Shapes, every_rule, generator, identical, random_theta
+
+from l2o import estimators
+from l2o.estimators import Backprop
+from l2o.meta import MetaTraining, warmup_cosine
+from l2o.rules import LSTM, MLP, SGD, Adam
+from l2o.tasks import Quadratic
+from l2o.types import Batch, ConfigurationError, ResumeError, Split, TaskData
+from l2o.unroll import running
+
+
+def training(rule=None, seed=0, lr=1e-2, **settings):
+    rule = rule or MLP(hidden=(4,))
+    g = generator(seed)
+    settings = {"lanes": 4, "horizon": 12, "truncation": 4} | settings
+    estimator = Backprop(rule, settings.pop("family", Quadratic()), **settings)
+    return MetaTraining(estimator, rule.init_theta(g), functools.partial(torch.optim.Adam, lr=lr), g)
+
+
+@every_rule
+def test_tbptt_at_full_length_is_bptt(rule):
+    theta, family = random_theta(rule), Recorded(Shapes())
+    results = []
+    for truncation in (5, None):
+        estimator = Backprop(rule, family, lanes=TOTAL, horizon=5, truncation=truncation, stagger=False)
+        g = generator(1)
+        results.append(estimator.estimate(theta, estimator.init(theta, g), g))
+    assert identical(*results)
+
+
+@every_rule
+def test_every_rule_gets_a_gradient_through_two_outer_steps(rule):
+    run = training(rule)
+    for _ in range(2):
+        metrics = run.outer_step()
+        assert metrics["lanes_masked"] == 0
+        for name, t in run.theta.items():
+            assert t.grad.isfinite().all(), name
+        assert metrics["meta_grad_norm"] > 0
+
+
+def test_staggered_lanes_end_at_different_times_and_go_on_with_whole_runs():
+    run = training(lanes=3)
+    assert run.inner.total_steps.tolist() == [12, 8, 4]
+    assert run.outer_step()["inner_steps"] == 12
+    assert run.inner.step.tolist() == [4, 4, 0]  # the third was reset
+    assert run.inner.total_steps.tolist() == [12, 8, 12]
+
+
+def test_a_horizon_that_is_no_multiple_of_the_truncation_ends_exactly():
+    run = training(lanes=2, horizon=6, truncation=4, stagger=False)
+    assert run.outer_step()["inner_steps"] == 8
+    assert running(run.inner, 4).sum() == 4
+    assert run.outer_step()["inner_steps"] == 4
+    assert run.inner.step.tolist() == [0, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sick(Quadratic):
+    """The loss of lane 0 is multiplied by ``factor`` once its parameters have moved."""
+
+    factor: float = 1.0
+
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        return super().batch(data, split, generator) | {"lane": torch.arange(len(data["y"]))}
+
+    def loss(self, params, buffers, data, batch):
+        loss, buffers = super().loss(params, buffers, data, batch)
+        sick = (batch["lane"] == 0) & (params["x"].detach().abs().max() > 0)
+        return loss * torch.where(sick, self.factor, 1.0), buffers
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
+def test_a_sick_lane_is_masked_counted_and_reset(factor):
+    """The gradient is what it would be if the lane were not there."""
+    rule, family = SGD(lr=0.02), Sick(init_scale=0.0, factor=factor)
+    theta = rule.init_theta(generator())
+    results = []
+    for lanes in ((0, 1, 2), (1, 2)):
+        estimator = Backprop(rule, Recorded(family, lanes), lanes=len(lanes), horizon=8, truncation=4, stagger=False)
+        g = generator(4)
+        results.append(estimator.estimate(theta, estimator.init(theta, g), g))
+    (grads, state, metrics), (want, _, healthy) = results
+    assert metrics["lanes_masked"] == 1
+    assert healthy["lanes_masked"] == 0
+    assert state.step.tolist() == [0, 4, 4]
+    torch.testing.assert_close(grads, want)
+    torch.testing.assert_close(metrics["meta_loss"], healthy["meta_loss"])
+
+
+def test_all_lanes_sick_gives_a_zero_gradient_and_says_so():
+    run = training(SGD(lr=1e6), lr=0.1, explosion=10.0)
+    before = run.theta["log_lr"].clone()
+    metrics = run.outer_step()
+    assert metrics["lanes_masked"] == 4
+    assert run.theta["log_lr"].grad == 0
+    assert run.theta["log_lr"].equal(before)
+
+
+def test_lanes_are_clipped_before_they_are_averaged():
+    theta = SGD(lr=0.02).init_theta(generator())
+    norms = {}
+    for clip in (1e9, 1e-3):
+        estimator = Backprop(SGD(), Quadratic(), lanes=5, horizon=8, truncation=4, clip=clip)
+        g = generator()
+        grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        norms[clip] = grads["log_lr"].abs().item(), metrics["lane_grad_norm"].item()
+    assert norms[1e9][1] == norms[1e-3][1] > 1e-3
+    assert norms[1e-3][0] <= 1e-3 * 1.0001 < norms[1e9][0]
+
+
+def test_log_meta_loss_does_not_see_the_scale_of_a_task():
+    class Scaled(Quadratic):
+        def loss(self, params, buffers, data, batch):
+            loss, buffers = super().loss(params, buffers, data, batch)
+            return 100.0 * loss, buffers
+
+    grads = []
+    rule = Adam(lr=0.1)  # blind to the scale of gradients, but for its epsilon
+    theta = rule.init_theta(generator())
+    for family in (Quadratic(), Scaled()):
+        estimator = Backprop(rule, family, lanes=3, horizon=4, truncation=4, meta_loss="log", clip=1e9)
+        g = generator()
+        grads.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
+    for name in theta:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-3, atol=1e-6)
+    assert grads[0]["log_lr"].abs() > 1e-2
+
+
+@pytest.mark.parametrize("rule", [Adam(), MLP(hidden=(4,)), LSTM(hidden=(3,))], ids=["Adam", "MLP", "LSTM"])
+@pytest.mark.parametrize("stop", [1, 5])
+def test_resuming_equals_never_having_stopped(rule, stop):
+    whole, first = training(rule), training(rule)
+    logs = [[float(v) for v in whole.outer_step().values()] for _ in range(9)]
+    for _ in range(stop):
+        first.outer_step()
+    saved = torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, first.state_dict())
+    second = training(rule, seed=99)  # other θ, other generator: all of it must come from the state
+    second.load_state_dict(saved)
+    assert second.step == stop
+    assert [[float(v) for v in second.outer_step().values()] for _ in range(9 - stop)] == logs[stop:]
+    assert identical(whole.state_dict(), second.state_dict())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another():
+    runs = [training(seed=s) for s in (0, 0, 1)]
+    losses = [[run.outer_step()["meta_loss"].item() for _ in range(3)] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("other", [{"rule": Adam()}, {"lanes": 5}, {"family": Quadratic(dim=3)}])
+def test_a_state_of_another_run_is_refused_and_nothing_changes(other):
+    run, foreign = training(), training(**other)
+    before = run.theta["w0"].clone(), run.generator.get_state()
+    with pytest.raises(ResumeError, match="saved state has"):
+        run.load_state_dict(foreign.state_dict())
+    assert run.theta["w0"].equal(before[0])
+    assert run.generator.get_state().equal(before[1])
+
+
+def test_meta_training_learns_a_learning_rate():
+    """Adam on ten-dimensional quadratics, from a rate that is far too small."""
+    run = training(Adam(lr=1e-3), lr=0.1, lanes=16, horizon=20, truncation=20, stagger=False)
+    losses = [run.outer_step()["meta_loss"].item() for _ in range(40)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert run.theta["log_lr"] > -5.0
+
+
+def test_warmup_cosine():
+    factors = [warmup_cosine(step, total=10, warmup=4, floor=0.1) for step in range(15)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert factors[7] == pytest.approx(0.55)
+    assert factors[10:] == pytest.approx([0.1] * 5)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+
+
+def test_the_schedule_scales_the_outer_rate_and_a_resume_keeps_the_rate():
+    rule, g = SGD(), generator()
+    estimator = Backprop(rule, Quadratic(), lanes=2, horizon=4, truncation=2)
+    run = MetaTraining(
+        estimator, rule.init_theta(g), functools.partial(torch.optim.SGD, lr=0.5), g, lambda t: 1 / (t + 1)
+    )
+    rates = []
+    for _ in range(3):
+        run.outer_step()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 0.25, 0.5 / 3]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lanes": 0}, {"horizon": -1}, {"truncation": 0}, {"meta_loss": "sum"}], ids=lambda s: next(iter(s))
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        Backprop(SGD(), Quadratic(), **settings)
+
+
+def test_the_public_estimators_are_listed():
+    assert estimators.__all__ == ["Backprop"]

@@ -1,0 +1,220 @@
+"""`ModuleTask`: initialisations, data in every form, and bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from l2o.tasks import ModuleTask
+from l2o.types import ConfigurationError, TaskFamily
+
+X, Y = torch.arange(40.0).reshape(20, 2), torch.arange(20)
+
+
+class Rows(Dataset[Any]):
+    """Map-style; the target is a Python number, the input random by ``noise``."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if i >= len(X):
+            raise IndexError(i)
+        return X[i] + self.noise * torch.randn(2), int(Y[i])
+
+
+class Ragged(Rows):
+    def __getitem__(self, i: int) -> Any:
+        return torch.ones(i + 1), 0
+
+
+class Named(Rows):
+    def __getitem__(self, i: int) -> Any:
+        return {"x": X[i], "y": int(Y[i])}
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(zip(X, Y, strict=True))
+
+
+def to_pair(items: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([item["x"] for item in items]), torch.tensor([item["y"] for item in items])
+
+
+def task(examples: Any = (X, Y), **options: Any) -> ModuleTask:
+    given = {"module": nn.Linear(2, 20), "criterion": nn.CrossEntropyLoss(), "batch_size": 5} | options
+    return ModuleTask(train=examples, **given)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def one_batch(family: TaskFamily, split: Any = "train", seed: int = 0, lanes: int = 3) -> dict[str, Tensor]:
+    g = generator(seed)
+    return family.batch(family.sample(g, lanes), split, g)
+
+
+SOURCES: dict[str, Any] = {
+    "tensors": (X, Y),
+    "list": [X, Y],
+    "TensorDataset": TensorDataset(X, Y),
+    "Dataset": Rows(),
+    "DataLoader": DataLoader(Rows(), batch_size=5),
+    "DataLoader with collate_fn": DataLoader(Named(), batch_size=5, collate_fn=to_pair, shuffle=True),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_gives_the_same_batches(name: str) -> None:
+    """Rows stay with their targets, and a seed draws the same ones whatever form the data came in."""
+    batch = one_batch(task(SOURCES[name], batch_size=None if name.startswith("DataLoader") else 5))
+    assert batch["input.0"].shape == (3, 5, 2)
+    assert batch["target"].dtype == torch.int64
+    assert torch.equal(batch["input.0"], X[batch["target"]])
+    assert torch.equal(batch["target"], one_batch(task())["target"])
+
+
+def test_without_a_batch_size_a_batch_is_everything_in_order() -> None:
+    batch = one_batch(task(batch_size=None))
+    assert torch.equal(batch["input.0"], X.expand(3, 20, 2))
+    assert torch.equal(batch["target"], Y.expand(3, 20))
+
+
+def test_a_batch_size_of_ones_own_replaces_the_loaders() -> None:
+    assert one_batch(task(SOURCES["DataLoader"], batch_size=7))["target"].shape == (3, 7)
+
+
+def test_random_transforms_of_a_loader_follow_the_generator() -> None:
+    family = task(DataLoader(Rows(noise=1.0)))
+    one, same, other = (one_batch(family, seed=seed)["input.0"] for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one[0], one[1])
+
+
+def test_several_inputs_go_to_the_module_in_order() -> None:
+    bilinear = nn.Bilinear(2, 2, 1)
+    family = task((X, X.flip(1) / 9, Y[:, None].float()), module=bilinear, criterion=nn.MSELoss())
+    g = generator()
+    data = family.sample(g, 1)
+    params, buffers = family.init(data, g)
+    batch = {name: t[0] for name, t in family.batch(data, "train", g).items()}
+    loss, _ = family.loss({name: p[0] for name, p in params.items()}, buffers, {}, batch)
+    bilinear.load_state_dict({name: p[0] for name, p in params.items()})
+    expected = nn.functional.mse_loss(bilinear(batch["input.0"], batch["input.1"]), batch["target"])
+    torch.testing.assert_close(loss, expected)
+
+
+def test_an_instance_is_redrawn_for_every_lane_and_left_alone() -> None:
+    module = nn.Sequential(nn.Linear(2, 4), nn.MultiheadAttention(4, 2), nn.BatchNorm1d(4))
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    params, buffers = task(module=module).init({"lane": torch.arange(3)}, generator())
+    for name in ("0.weight", "0.bias", "1.in_proj_weight", "1.out_proj.weight"):
+        assert not torch.equal(params[name][0], params[name][1])
+        assert not torch.equal(params[name][0], before[name])
+    assert torch.equal(params["1.out_proj.bias"], torch.zeros(3, 4))  # as nn.MultiheadAttention starts
+    assert buffers["2.num_batches_tracked"].tolist() == [0, 0, 0]
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_a_lane_starts_as_its_seed_says() -> None:
+    """An instance and a function that makes it start alike: reset_parameters draws what the constructor does."""
+    by_instance, _ = task(module=nn.Linear(2, 20)).init({"lane": torch.arange(3)}, generator())
+    by_function, _ = task(module=lambda: nn.Linear(2, 20)).init({"lane": torch.arange(3)}, generator())
+    assert all(torch.equal(p, by_function[name]) for name, p in by_instance.items())
+
+
+def test_frozen_parameters_travel_with_the_buffers() -> None:
+    module = nn.Linear(2, 20)
+    module.bias.requires_grad_(False)
+    params, buffers = task(module=module).init({"lane": torch.arange(3)}, generator())
+    assert set(params) == {"weight"}
+    assert set(buffers) == {"bias"}
+
+
+class Forward(nn.Module):
+    """A layer, and a forward of one's own: ``function(layer, x)``."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Any], layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.function = layer or nn.Linear(2, 20), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.layer, x)
+
+
+def recurrent(layer: nn.Module, pack: bool = False) -> nn.Module:
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        sequence = x.unsqueeze(1)
+        lengths = torch.ones(len(x), dtype=torch.int64)
+        return layer(pack_padded_sequence(sequence, lengths, batch_first=True) if pack else sequence)[0]
+
+    return Forward(forward, layer)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (Forward(lambda f, x: f(x) if x.sum() > 0 else f(-x)), "cannot vectorise Forward.*torch.where"),
+        (Forward(lambda f, x: f(x) * x.sum().item()), "cannot vectorise Forward.*item"),
+        (nn.Sequential(nn.Linear(2, 20), nn.BatchNorm1d(20, momentum=None)), "cannot vectorise Sequential.*item"),
+        (Forward(lambda f, x: f(x + torch.rand_like(x))), "rand_like draws"),
+        (recurrent(nn.LSTM(2, 4, proj_size=3, batch_first=True)), "proj_size"),
+        (recurrent(nn.GRU(2, 4, batch_first=True), pack=True), "packed sequences"),
+    ],
+)
+def test_modules_that_cannot_be_vectorised(module: nn.Module, text: str) -> None:
+    family = task(module=module)
+    params, buffers = family.init({"lane": torch.arange(3)}, generator())
+    with pytest.raises(ConfigurationError, match=f"(?s){text}"):
+        vmap(family.loss)(params, buffers, {"lane": torch.arange(3)}, one_batch(family))
+
+
+def test_other_errors_of_a_module_come_through() -> None:
+    family = task(module=nn.Linear(3, 20))
+    params, buffers = family.init({"lane": torch.arange(3)}, generator())
+    with pytest.raises(RuntimeError, match="Expected size"):
+        vmap(family.loss)(params, buffers, {"lane": torch.arange(3)}, one_batch(family))
+
+
+def test_a_criterion_that_does_not_reduce() -> None:
+    family = task(criterion=nn.CrossEntropyLoss(reduction="none"))
+    params, buffers = family.init({"lane": torch.arange(3)}, generator())
+    with pytest.raises(ConfigurationError, match=r"criterion: a loss of shape \[5\], expected 0-d"):
+        vmap(family.loss)(params, buffers, {"lane": torch.arange(3)}, one_batch(family))
+
+
+@pytest.mark.parametrize(
+    ("text", "make"),
+    [
+        ("train: an IterableDataset", lambda: task(Stream())),
+        ("valid: an IterableDataset", lambda: task(valid=DataLoader(Stream()))),
+        ("train: .*DataLoader has no batch_size", lambda: task(DataLoader(Rows(), batch_size=None), batch_size=None)),
+        ("train: Tensor, expected two or more", lambda: task(X)),
+        (r"train: \['Tensor'\], expected two or more", lambda: task((X,))),
+        ("train: dict, expected two or more.*collate_fn", lambda: task(Named())),
+        ("train: dict, expected two or more", lambda: one_batch(task(DataLoader(Named())))),
+        ("Ragged cannot be stacked.*collate_fn", lambda: task(Ragged())),
+        (r"train: tensors with \[20, 19\] entries", lambda: task((X, Y[1:]))),
+        (r"train: tensors with \[0, 0\] entries", lambda: task((X[:0], Y[:0]))),
+        ("batch_size=0", lambda: task(batch_size=0)),
+        ("Identity has no parameters to train", lambda: task(module=nn.Identity())),
+        ("made a int, expected an nn.Module", lambda: task(module=lambda: 3)),
+        ("split='valid'.*no data.*pass valid=", lambda: one_batch(task(), "valid")),
+    ],
+)
+def test_bad_settings_are_named(text: str, make: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"(?s){text}"):
+        make()

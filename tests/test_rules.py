@@ -1,0 +1,176 @@
+"""What every update rule keeps: purity, the two-pass shape, agreement with torch, a small θ."""
+
+import math
+
+import pytest
+import torch
+from tables import RULES, double, every_rule, generator, random_theta
+
+from l2o.ops.kinds import default_kinds
+from l2o.rules import LSTM, MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
+from l2o.types import Clock, ConfigurationError, OptState
+
+SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4), "conv": (2, 3, 2, 2), "empty": (0, 3), "one": (1,)}
+
+
+def problem(dtype=torch.float64, seed=0):
+    g = generator(seed)
+    return {k: torch.randn(s, generator=g).to(dtype) for k, s in SHAPES.items()}
+
+
+def steps(rule, theta, params, grads, total=10):
+    """Params after every update by ``grads[t]``, and the last state."""
+    state = rule.init(theta, params, default_kinds(params))
+    trajectory = []
+    for t, g in enumerate(grads):
+        clock = Clock(torch.tensor(t), torch.tensor(total))
+        updates, state = rule.update(theta, g, state, params, clock, torch.tensor(1.0) if rule.needs_loss else None)
+        params = {k: p + updates[k] for k, p in params.items()}
+        trajectory.append(params)
+    return trajectory, state
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_updates_have_the_shapes_and_dtype_of_the_parameters(rule, dtype):
+    params = problem(dtype)
+    theta = {k: t.to(dtype) for k, t in rule.init_theta(generator()).items()}
+    trajectory, state = steps(rule, theta, params, [problem(dtype, seed) for seed in (1, 2)])
+    for name, p in trajectory[-1].items():
+        assert p.shape == params[name].shape
+        assert p.dtype == dtype
+        assert p.isfinite().all()
+        assert not p.numel() or not p.equal(params[name])
+        assert all(slot.dtype == dtype for slot in state.per_param[name].values())
+
+
+@every_rule
+def test_update_is_pure(rule):
+    theta, params, grads = random_theta(rule), problem(), problem(seed=1)
+    state = rule.init(theta, params, default_kinds(params))
+    _, state = rule.update(theta, grads, state, params, Clock(torch.tensor(0), torch.tensor(9)), torch.tensor(1.0))
+    inputs = (theta, grads, state, params)
+    before = torch.utils._pytree.tree_map(torch.clone, inputs)
+    rng = torch.get_rng_state()
+    clock = Clock(torch.tensor(1), torch.tensor(9))
+    first = rule.update(theta, grads, state, params, clock, torch.tensor(1.0))
+    again = rule.update(theta, grads, state, params, clock, torch.tensor(1.0))
+    leaves = torch.utils._pytree.tree_leaves
+    assert all(a.equal(b) for a, b in zip(leaves(inputs), leaves(before), strict=True))
+    assert all(a.equal(b) for a, b in zip(leaves(first), leaves(again), strict=True))
+    assert rng.equal(torch.get_rng_state())
+
+
+@every_rule
+def test_a_tensors_update_does_not_depend_on_its_shape_or_strides(rule):
+    theta, flat, grads = random_theta(rule), {"p": torch.randn(12).double()}, {"p": torch.randn(12).double()}
+    (want,), _ = steps(rule, theta, flat, [grads])
+    for view in (lambda t: t.view(3, 4), lambda t: t.view(4, 3).T.contiguous().T, lambda t: t.view(1, 12, 1, 1)):
+        (got,), _ = steps(rule, theta, {"p": view(flat["p"])}, [{"p": view(grads["p"])}])
+        torch.testing.assert_close(got["p"], view(want["p"]))
+
+
+@every_rule
+def test_every_leaf_of_theta_matters(rule):
+    theta = {k: t.requires_grad_() for k, t in random_theta(rule).items()}
+    trajectory, _ = steps(rule, theta, problem(), [problem(seed=s) for s in (1, 2, 3)])
+    objective = sum(p.square().sum() for p in trajectory[-1].values())
+    for name, grad in zip(theta, torch.autograd.grad(objective, list(theta.values())), strict=True):
+        assert grad.isfinite().all(), name
+        assert grad.abs().max() > 0, name
+
+
+TORCH = {
+    "SGD": (SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "Momentum": (Momentum(lr=0.1, momentum=0.8), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8)),
+    "Nesterov": (
+        Momentum(lr=0.1, momentum=0.8, nesterov=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True),
+    ),
+    "RMSProp": (RMSProp(lr=0.02, alpha=0.95), lambda p: torch.optim.RMSprop(p, lr=0.02, alpha=0.95)),
+    "AdaGrad": (AdaGrad(lr=0.3), lambda p: torch.optim.Adagrad(p, lr=0.3)),
+    "Adam": (Adam(lr=0.02, beta2=0.99), lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.9, 0.99))),
+}
+
+
+@pytest.mark.parametrize(("rule", "optimizer"), TORCH.values(), ids=TORCH.keys())
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-12, 0.0, 1e6])
+def test_hand_designed_rules_agree_with_torch(rule, optimizer, scale):
+    params = problem()
+    grads = [{k: scale * g for k, g in problem(seed=s).items()} for s in range(1, 6)]
+    theta = double(rule.init_theta(generator()))
+    trajectory, _ = steps(rule, theta, params, grads)
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    reference = optimizer(list(leaves.values()))
+    for t, g in enumerate(grads):
+        for name, p in leaves.items():
+            p.grad = g[name].clone()
+        reference.step()
+        for name, p in leaves.items():
+            step, want = trajectory[t][name] - params[name], p.detach() - params[name]
+            if want.numel():  # of the steps taken, not of the parameters, which would hide small ones
+                torch.testing.assert_close(step, want, rtol=0, atol=1e-6 * want.abs().max().item() + 1e-15)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("MLP", 2_000), ("LSTM", 6_000)])
+def test_theta_is_small(name, limit):
+    assert sum(t.numel() for t in RULES[name].init_theta(generator()).values()) < limit
+
+
+def test_lstm_is_two_lstm_layers_and_a_linear_readout():
+    """One step from zero state, written out with torch's LSTM as the reference."""
+    rule = LSTM(hidden=(3, 2), scale=0.1)
+    theta, grads = random_theta(rule), {"p": torch.tensor([0.3, -0.002]).double()}
+    state = rule.init(theta, grads, {"p": "vector"})
+    updates, new = rule.update(theta, grads, state, grads, Clock(torch.tensor(0), torch.tensor(5)))
+    assert isinstance(new, OptState)
+    for j, g in enumerate(grads["p"].tolist()):
+        eps = torch.finfo(torch.float32).eps
+        x = torch.tensor(
+            [max(torch.log(torch.tensor(abs(g) + eps).double()).item() / 5, -1), max(-1, min(1, g * 148.4131591))]
+        )
+        x = x.double()
+        for i, units in enumerate(rule.hidden):
+            z = torch.cat([x, torch.zeros(units).double()]) @ theta[f"w{i}"] + theta[f"b{i}"]
+            gate_i, gate_g, _, gate_o = z.chunk(4)
+            x = torch.sigmoid(gate_o) * torch.tanh(torch.sigmoid(gate_i) * torch.tanh(gate_g))
+            torch.testing.assert_close(new.per_param["p"][f"h{i}"][:, j], x)
+        torch.testing.assert_close(updates["p"][j], 0.1 * (x @ theta["w_out"] + theta["b_out"])[0])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_mlp_is_mlplopt_of_the_field(seed):
+    """The update of FORMULAS' MLPLOpt, written out a tensor at a time with the features of an entry in a row."""
+    rule = MLP(time="steps", step_mult=0.001, exp_mult=0.001)
+    theta, params = random_theta(rule, seed), problem(seed=seed)
+    params.pop("empty")
+    grads = [{k: g for k, g in problem(seed=s).items() if k in params} for s in (5, 6, 7)]
+    trajectory, _ = steps(rule, theta, params, grads)
+    momenta = {k: [torch.zeros_like(p)] * 6 for k, p in params.items()}
+    for t, g in enumerate(grads):
+        for name, p in params.items():
+            momenta[name] = [d * m + (1 - d) * g[name] for d, m in zip(rule.decays, momenta[name], strict=True)]
+            x = torch.stack([g[name], p, *momenta[name]], -1).reshape(-1, 8)
+            x = x * torch.rsqrt(1e-5 + x.square().mean(0))
+            time = torch.tanh(t / torch.tensor([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5]).double() - 1)
+            x = torch.cat([x, time.expand(len(x), 11)], 1)
+            x = (
+                torch.relu(torch.relu(x @ theta["w0"] + theta["b0"]) @ theta["w1"] + theta["b1"]) @ theta["w2"]
+                + theta["b2"]
+            )
+            params[name] = p - (x[:, 0] * torch.exp(x[:, 1] * 0.001) * 0.001).reshape(p.shape)
+            torch.testing.assert_close(trajectory[t][name], params[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MLP(time="epochs"),
+        lambda: MLP(decays=(1.0,)),
+        lambda: LSTM(hidden=()),
+        lambda: SGD(lr=0.0).init_theta(generator()),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make):
+    with pytest.raises(ConfigurationError, match="expected"):
+        make()
