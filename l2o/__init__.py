@@ -1,1 +1,62 @@
-"""l2o: meta-train, ship and use learned optimizers in PyTorch."""
+"""l2o: meta-train, ship and use learned optimizers in PyTorch.
+
+    optimizer = l2o.LearnedOptimizer(model.parameters(), "default", total_steps=10_000)
+
+`l2o.rules`, `l2o.tasks` and `l2o.estimators` list what there is; `l2o.types` has the contracts for your own.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from l2o import estimators, rules, tasks
+from l2o.hub import list_pretrained, load, read_card, save
+from l2o.meta import MetaTraining, constant_schedule, warmup_cosine
+from l2o.optim import LearnedOptimizer
+from l2o.types import (
+    CheckpointError,
+    Clock,
+    ConfigurationError,
+    DataError,
+    GradientError,
+    L2OError,
+    MetaGradient,
+    OptState,
+    ParameterError,
+    ResumeError,
+    RunConflictError,
+    TaskFamily,
+    UnknownNameError,
+    UpdateRule,
+)
+
+try:
+    __version__ = version("l2o")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CheckpointError",
+    "Clock",
+    "ConfigurationError",
+    "DataError",
+    "GradientError",
+    "L2OError",
+    "LearnedOptimizer",
+    "MetaGradient",
+    "MetaTraining",
+    "OptState",
+    "ParameterError",
+    "ResumeError",
+    "RunConflictError",
+    "TaskFamily",
+    "UnknownNameError",
+    "UpdateRule",
+    "constant_schedule",
+    "estimators",
+    "list_pretrained",
+    "load",
+    "read_card",
+    "rules",
+    "save",
+    "tasks",
+    "warmup_cosine",
+]

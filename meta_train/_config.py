@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ def open_settings(arguments: Iterable[str], nodes: Sequence[str]) -> list[str]:
 
     What they may be is known by the class that they are for, not by the YAML.
     """
-    opened = re.compile(rf"({'|'.join(nodes)})\.[\w.]+=")
+    opened = re.compile(rf"({'|'.join(nodes)})(\.[\w.]+=|={{)")
     return [f"++{argument}" if opened.match(argument) else argument for argument in arguments]
 
 
@@ -63,7 +65,7 @@ def build(node: DictConfig, what: str) -> Any:
         call = instantiate(node, _convert_="all", _partial_=True)
     except HydraException as error:
         raise UnknownNameError(
-            f"{what}: {_first_line(error)}; expected an import path that this folder can import"
+            f"{what}: {_one_line(error)}; expected an import path that this folder can import"
         ) from error
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in call.keywords.items()}
     try:
@@ -71,20 +73,24 @@ def build(node: DictConfig, what: str) -> Any:
     except TypeError as error:
         valid = ", ".join(inspect.signature(call.func).parameters)
         raise ConfigurationError(f"{what}: {call.func.__name__} {error}; it takes {valid}") from error
-    return call.func(**settings)
+    try:
+        return call.func(**settings)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, L2OError):
+            raise
+        raise ConfigurationError(f"{what}: {call.func.__name__} refuses its settings: {_one_line(error)}") from error
 
 
 def import_classes(paths: Iterable[str], what: str) -> tuple[type, ...]:
     """The classes of the import paths that the user named, such as ``my_module.MyRule``."""
-    from hydra.utils import get_class
-
     classes = []
     for path in paths:
+        module, _, name = str(path).rpartition(".")
         try:
-            classes.append(get_class(path))
+            classes.append(getattr(importlib.import_module(module), name))
         except Exception as error:  # whatever importing a user's module raises, the answer is the same
             raise UnknownNameError(
-                f"{what}={path!r}: {_first_line(error)}; expected module.Class, importable here"
+                f"{what}: cannot import {path!r} ({_one_line(error)}); expected module.Class"
             ) from error
     return tuple(classes)
 
@@ -97,10 +103,9 @@ def main_guard(command: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(command)
     def guarded() -> None:
-        full = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them and exiting
         try:
-            command()
+            with _hydra_raises() as full:
+                command()
         except Exception as error:
             message = _message(error)
             if full or message is None:
@@ -109,6 +114,19 @@ def main_guard(command: Callable[[], None]) -> Callable[[], None]:
             sys.exit(2)
 
     return guarded
+
+
+@contextlib.contextmanager
+def _hydra_raises() -> Iterator[bool]:
+    """Hydra hands its errors on, instead of printing them and exiting; gives whether the user had asked for that."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield before == "1"
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _message(error: Exception) -> str | None:
@@ -124,17 +142,26 @@ def _message(error: Exception) -> str | None:
 
     if isinstance(error, HydraException):
         return _composition_message(error)
-    return _first_line(error) if isinstance(error, OmegaConfBaseException) else None
+    return _one_line(error) if isinstance(error, OmegaConfBaseException) else None
 
 
 def _composition_message(error: HydraException) -> str:
     from hydra.errors import MissingConfigException
 
     if not isinstance(error, MissingConfigException) or error.missing_cfg_file is None:
-        cause = f": {_first_line(error.__cause__)}" if error.__cause__ else ""
-        return f"{_first_line(error)}{cause}"
+        return _unknown_key(error.__cause__) or " ".join(_one_line(e) for e in (error, error.__cause__) if e)
     group, _, name = error.missing_cfg_file.rpartition("/")
     return unknown(group or "config", name, error.options or [])
+
+
+def _unknown_key(error: BaseException | None) -> str | None:
+    """The message for a setting that the configuration does not have; Hydra's own advises to add it."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    parent = getattr(error, "parent_node", None)
+    if not isinstance(error, ConfigAttributeError | ConfigKeyError) or not parent:
+        return None
+    return unknown("setting", str(error.key), [str(key) for key in parent if key != "hydra"])
 
 
 def unknown(kind: str, name: str, valid: Sequence[str]) -> str:
@@ -144,5 +171,6 @@ def unknown(kind: str, name: str, valid: Sequence[str]) -> str:
     return f"unknown {kind} {name!r}{hint}; valid: {', '.join(sorted(valid))}"
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _one_line(error: BaseException) -> str:
+    text = str(error).replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception", "")
+    return " ".join(text.split()).rstrip(".")

@@ -38,7 +38,8 @@ def make_session(folder: RunFolder) -> Session:
     loggers = [build(OmegaConf.create(node), f"logger.{name}") for name, node in (config["logger"] or {}).items()]
     held_out = HeldOut(rule, _held_out_setting(config, estimator), device)
     generator = torch.Generator(device).manual_seed(config["seed"])
-    theta = rule.init_theta(generator)
+    with _one_line("rule"):
+        theta = rule.init_theta(generator)
     if config["init_from"] and folder.state is None:
         theta = _warm_start(config["init_from"], rule)
     optimizer, schedule = _partial(config["outer"], "outer", "params"), _partial(config["schedule"], "schedule", "step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import shlex
 import sys
@@ -45,9 +46,12 @@ def main() -> None:
     # Both commands have experiments of the same names; those of this one lie in a folder of their own.
     arguments = [f"evaluate/{a}" if a.startswith("experiment=") else a for a in sys.argv[1:]]
     sys.argv[1:] = open_settings(arguments, OPEN)
-    hydra.main(version_base="1.3", config_path=config_path(), config_name="evaluate")(
-        lambda config: evaluate(config, command)
-    )()
+    composed: list[DictConfig] = []
+    # Hydra only composes: where what it runs fails, it adds a message of its own.
+    compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="evaluate")
+    compose(lambda config: composed.append(config))()
+    for config in composed:
+        evaluate(config, command)
 
 
 def evaluate(config: DictConfig, command: str) -> Report:
@@ -64,8 +68,8 @@ def evaluate(config: DictConfig, command: str) -> Report:
     comparisons = [compare(s, rule, theta, chosen, device, partial(_progress, s)) for s in settings]
     costs = optimizer_costs(rule, theta, device) if config.cost else {}
     facts = {
-        "Learned optimizer": f"{config.source}: {rule!r}, {sum(t.numel() for t in theta.values()):,} numbers in θ",
-        "Hardware": ", ".join(f"{name} {value}" for name, value in hardware(device).items()),
+        "Learned optimizer": f"{config.source}: {rule!r}, size of θ: {sum(t.numel() for t in theta.values()):,}",
+        "Hardware": f"device {device}, " + ", ".join(f"{name} {value}" for name, value in hardware(device).items()),
         "Wall time": f"{time.perf_counter() - started:.0f} s",
         "Command": f"`{command}`",
         "Date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -85,19 +89,25 @@ def make_settings(config: DictConfig) -> list[Setting]:
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     common = {name: plain[name] for name in ("steps", "seeds", "seed", "window")}
     named = plain["settings"] or {"": {}}
-    return [_setting(plain["task"], {**common, **(own or {})}, key) for key, own in named.items()]
+    if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
+        raise ConfigurationError(f"settings={named!r}: expected a mapping such as {{wide: {{task: {{width: 128}}}}}}")
+    return [_setting(plain["task"], plain["half"], {**common, **own}, key) for key, own in named.items()]
 
 
-def _setting(task: Mapping[str, Any], own: dict[str, Any], key: str) -> Setting:
+def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) -> Setting:
+    """One setting.  half: of the images, for a task that has halves and does not name one.  own: `Setting`'s fields."""
     from omegaconf import OmegaConf
 
     valid = ("name", "task", "steps", "seeds", "seed", "window")
     for name in own:
         if name not in valid:
             raise ConfigurationError(f"settings.{key}: {unknown('key', name, valid)}")
-    family = build(OmegaConf.create({**task, **own.pop("task", {})}), f"settings.{key}.task" if key else "task")
+    task = {**task, **own.pop("task", {})}
+    family = build(OmegaConf.create(task), f"settings.{key}.task" if key else "task")
     if not isinstance(family, TaskFamily):
-        raise ConfigurationError(f"task: {type(family).__name__} is not a TaskFamily")
+        raise ConfigurationError(f"task._target_={task['_target_']!r}: expected a TaskFamily")
+    if "half" not in task and hasattr(family, "half"):
+        family = dataclasses.replace(family, half=half)  # type: ignore[type-var]  # every family is a dataclass
     return Setting(own.pop("name", key or type(family).__name__), family, **own)
 
 

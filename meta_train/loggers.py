@@ -83,8 +83,8 @@ class Wandb:
         run = {**where, "name": self.name, "id": run_id, "resume": "allow", "config": dict(config), "dir": folder}
         try:
             self._run = wandb.init(**run, mode=self._choose_mode(), settings=quiet)
-        except wandb.errors.CommError as error:
-            print(f"wandb cannot be reached ({error}); recording offline in {folder / 'wandb'}", file=sys.stderr)
+        except wandb.errors.Error as error:
+            print(f"wandb: {error}; recording offline in {folder / 'wandb'}", file=sys.stderr)
             self._run = wandb.init(**run, mode="offline", settings=quiet)
 
     def _choose_mode(self) -> str | None:
@@ -154,7 +154,7 @@ class Terminal:
         self._began = self._said = time.monotonic()
 
     def advance(self, step: int, meta_loss: float, rate: float) -> None:
-        """meta_loss: of the last steps, NaN where all lanes were masked.     rate: inner steps a second."""
+        """meta_loss: mean of the last steps, NaN where there is none.     rate: inner steps a second."""
         text = f"meta-loss {meta_loss:.4g}  {rate:,.0f} inner steps/s"
         self._bar.update(self._task, completed=step, description=text)
         now = time.monotonic()

@@ -54,7 +54,7 @@ class RunFolder:
     """
 
     def __init__(self, request: Request) -> None:
-        self.path = Path(request.config["run"])
+        self.path = Path(str(request.config["run"]))
         saved = _read_config(self.path)
         self.command = request.command
         self.id: str = saved["id"] if saved else uuid.uuid4().hex[:8]
@@ -66,13 +66,18 @@ class RunFolder:
     def begin(self) -> None:
         """Make the folder, keep other processes out of it, and write ``config.yaml``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / ".lock").open("w")  # locked until it is closed, at the latest by the process' end
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise RunConflictError(f"run={self.path}: another process is writing to it; name another") from error
         text = yaml.safe_dump({**self.header, "config": self.config}, sort_keys=False, allow_unicode=True)
         atomic_write(self.path / "config.yaml", text.encode())
+
+    def end(self) -> None:
+        """Let other processes in."""
+        self._lock.close()
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace ``state.safetensors``, atomically."""
@@ -118,7 +123,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 
 def _conflicts(saved: dict[str, Any], request: Request) -> Iterator[str]:
-    for key in request.explicit:
+    for key in dict.fromkeys(request.explicit):
         if key.split(".")[0] in FREE:
             continue
         if key in request.choices:
@@ -126,7 +131,7 @@ def _conflicts(saved: dict[str, Any], request: Request) -> Iterator[str]:
         else:
             old, new = _lookup(saved["config"], key), _lookup(request.config, key)
         if old != new:
-            yield f"{key}: saved {old!r}, given {new!r}"
+            yield f"{key}: saved {_show(old)}, given {_show(new)}"
 
 
 def _check_leaf(path: str, value: Any, request: Request) -> None:
@@ -176,3 +181,7 @@ def _lookup(tree: Any, path: str) -> Any:
             tree = dict(zip(map(str, range(len(tree))), tree, strict=True))
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is None else repr(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ class Session:
         self._sizes = dict.fromkeys(RECORDS, 0)
         self._pending: list[Metrics] = []
         self._warned = False
+        self._open = contextlib.ExitStack()
         if folder.state is not None:
             self._restore(folder.state)
 
@@ -59,10 +62,15 @@ class Session:
     def begin(self) -> None:
         """Make the folder, cut the records back to the saved step, start the loggers."""
         self.folder.begin()
+        self._open.callback(self.folder.end)
         self._metrics, self._timing = (JsonLines(self.folder.path / name, self._sizes[name]) for name in RECORDS)
+        self._open.callback(self._metrics.close)
+        self._open.callback(self._timing.close)
         for logger in self.loggers:
             logger.start(self.folder.path, self.config, self.folder.id, self.step)
+            self._open.callback(logger.close)
         self.terminal = Terminal(self.step, self.config["steps"])
+        self._open.callback(self.terminal.close)
         self._since = time.monotonic()
 
     def outer_step(self) -> None:
@@ -84,7 +92,7 @@ class Session:
         rate = (self.inner_steps - before) / self._lap()
         self._timing.write({"step": self.step, "seconds": self.seconds, "inner_steps_per_second": rate})
         self._log(self.step, {"inner_steps_per_second": rate})
-        self.terminal.advance(self.step, rows[-1]["meta_loss"], rate)
+        self.terminal.advance(self.step, _mean([row["meta_loss"] for row in rows]), rate)
 
     def evaluate(self) -> None:
         """Measure θ on held-out tasks beside Adam, record it, and leave θ as the run's checkpoint."""
@@ -118,16 +126,13 @@ class Session:
         )
 
     def close(self) -> None:
-        """Close records, loggers and the terminal."""
-        self.terminal.close()
-        closing: list[JsonLines | Logger] = [self._metrics, self._timing, *self.loggers]
-        for each in closing:
-            each.close()
+        """Undo ``begin``, as far as it got: close the terminal, the loggers, the records and the folder."""
+        self._open.close()
 
     def _record(self, step: int, row: dict[str, Any]) -> None:
         self.inner_steps += row.pop("inner_steps")
         if row["lanes_masked"] == getattr(self.training.estimator, "lanes", None):
-            row["meta_loss"] = float("nan")  # the mean over no lanes at all
+            row["meta_loss"] = math.nan  # the mean over no lanes at all
             self._warn(step)
         values = {name: finite(value) for name, value in row.items()}
         self._metrics.write({"step": step, **values, "inner_steps": self.inner_steps})
@@ -171,3 +176,9 @@ class Session:
             found = record.stat().st_size if record.exists() else 0
             if found < size:
                 raise ResumeError(f"{record} has {found} bytes, {size} when last saved; restore it, or start over")
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite; NaN where none is."""
+    kept = [value for value in values if math.isfinite(value)]
+    return sum(kept) / len(kept) if kept else math.nan

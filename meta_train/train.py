@@ -27,19 +27,18 @@ OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", "evaluation"
 def main() -> None:
     """The command."""
     sys.argv[1:] = open_settings(sys.argv[1:], OPEN)
-    requests: list[Request] = []
-    # Hydra only composes: what it runs itself, it surrounds with messages of its own when it fails.
+    composed: list[tuple[DictConfig, Any]] = []
+    # Hydra only composes: where what it runs fails, it adds a message of its own.
     compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="train")
-    compose(lambda config: requests.append(read_request(config)))()
-    for request in requests:
-        status = train(request)
+    compose(lambda config: composed.append((config, HydraConfig.get())))()
+    for config, context in composed:
+        status = train(read_request(config, context))
         if status:
             sys.exit(status)
 
 
-def read_request(config: DictConfig) -> Request:
-    """What Hydra composed, and which of it the command line said."""
-    context = HydraConfig.get()
+def read_request(config: DictConfig, context: Any) -> Request:
+    """What Hydra composed, and which of it the command line said.  context: Hydra's own configuration."""
     overrides = list(context.overrides.task)
     explicit = tuple(override.key_or_group for override in OverridesParser.create().parse_overrides(overrides))
     choices = {group: name for group, name in context.runtime.choices.items() if "/" not in group}
@@ -57,8 +56,8 @@ def train(request: Request) -> int:
     """Meta-train, or go on, until ``steps`` or a signal to stop; the exit status, 128 + number for a signal."""
     session = make_session(RunFolder(request))
     with StopRequest() as stop:
-        session.begin()
         try:
+            session.begin()
             _loop(session, stop)
             if not stop.number:
                 _finish(session)

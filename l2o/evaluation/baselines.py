@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp
 from l2o.tasks.data import choose
-from l2o.types import Clock, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
+from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,6 @@ does not. Adam with warm-up and cosine is AdamW without weight decay."""
 
 def baselines(names: Iterable[str]) -> dict[str, Baseline]:
     """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names."""
+    if isinstance(names, str):
+        raise ConfigurationError(f"baselines={names!r}: expected a list, such as [{names}]")
     return {name: choose("baseline", name, BASELINES) for name in names}

@@ -37,7 +37,9 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
     for panel in panels[len(comparisons) :]:
         panel.remove()
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns), frameon=False)
+    # The learned optimizer is drawn last, over the others, and named first.
+    handles, labels = handles[-1:] + handles[:-1], labels[-1:] + labels[:-1]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

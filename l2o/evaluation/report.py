@@ -20,16 +20,17 @@ from l2o.evaluation.trials import Trials
 from l2o.types import ConfigurationError
 
 FORMAT_VERSION = 1
-COLUMNS = ("optimizer", "trials", "best lr", "final training loss [95% CI]", "final validation loss", "diverged seeds",
-           "speed-up over tuned Adam")  # fmt: skip
-
+COLUMNS = ("optimizer", "trials", "best lr", "training loss [95%]", "validation", "diverged", "speed-up")
+_PLAIN_WIDTH = 110
+"""Characters a line where the output is no terminal."""
 _PROTOCOL = (
     "- Every optimizer meets the same tasks, initialisations and batches.",
     "- The learned optimizer: one run a seed, from its θ and the number of steps alone; nothing was tuned.",
     "- A baseline: every learning rate of its grid on every seed. Reported is the one with the lowest seed-mean of the",
     "  final training loss; a run with a loss that is not finite counts as infinitely bad.",
-    "- Intervals: 95%, bootstrap over seeds. Validation: held-out data, measured after the last step.",
-    "- Diverged: a loss was not finite, or the final one is above the one at initialisation.",
+    "- Training loss: seed-mean of the final one, with a 95% interval (bootstrap over seeds).",
+    "- Validation: seed-mean of the loss on held-out data after the last step.",
+    "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
     "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
     "  training loss of tuned Adam; 0 if it never is.",
 )
@@ -70,17 +71,21 @@ def write(report: Report, folder: Path) -> None:
 
 def print_tables(report: Report) -> None:
     """A table a setting on the terminal, and the verdict under it."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_PLAIN_WIDTH)
     for comparison in report.comparisons:
         setting = comparison.setting
-        table = Table(*COLUMNS, title=f"{setting.name}: {setting.steps} steps, {setting.seeds} seeds")
+        title = f"{setting.name}: {setting.steps} steps, {setting.seeds} seeds"
+        table = Table(*COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
         for name in comparison.scores:
             table.add_row(*table_row(comparison, name), style="bold" if name == LEARNED else None)
         console.print(table)
-        console.print(f"{verdict(comparison)}\n", markup=False)
+        console.print(verdict(comparison), markup=False, end="\n\n")
 
 
 def verdict(comparison: Comparison) -> str:
@@ -142,8 +147,8 @@ def _settings(report: Report) -> Iterator[str]:
     for comparison in report.comparisons:
         setting = comparison.setting
         yield f"## {setting.name}\n"
-        yield f"`{setting.family}`, {setting.steps} steps, {setting.seeds} seeds. A training loss is the mean over the "
-        yield f"last {setting.smoothing} of the losses that are taken before each update.\n"
+        yield f"`{setting.family}`, {setting.steps} steps, {setting.seeds} seeds. The final training loss is the mean"
+        yield f"over the last {setting.smoothing} steps of the loss before the update.\n"
         yield from _table(COLUMNS, [table_row(comparison, name) for name in comparison.scores])
         yield f"\n{verdict(comparison)}\n"
 

@@ -1,0 +1,62 @@
+"""Learned optimizers inside `higher` (Grefenstette et al. 2019, arXiv 1910.01727), by importing this module.
+
+An existing script that unrolls with `higher` meta-trains a rule so::
+
+    import l2o.integrations.higher
+    optimizer = l2o.LearnedOptimizer(model.parameters(), (rule, theta), total_steps=20)
+    with higher.innerloop_ctx(model, optimizer, override={"theta": [theta]}) as (fmodel, diffopt):
+        for x, y in batches:
+            diffopt.step(loss(fmodel(x), y))
+        loss(fmodel(x), y).backward()        # gradients of the tensors of theta
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import higher
+import torch
+from torch import Tensor
+
+from l2o.ops.kinds import default_kinds
+from l2o.optim import LearnedOptimizer
+from l2o.types import Clock, ConfigurationError, OptState
+
+
+class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
+    """`l2o.LearnedOptimizer` as a differentiable optimizer of `higher`; starts with fresh state at step 0.
+
+    ``override={"theta": [theta]}`` gives the meta-parameters to differentiate (default: the optimizer's own), and
+    ``override={"lr": ...}`` works as for every optimizer of `higher`. Frozen and unused parameters stay as they are.
+    Raises `ConfigurationError` for rules that read the loss, which `higher` does not hand to its optimizers.
+    """
+
+    def __init__(self, other: LearnedOptimizer, *args: Any, **kwargs: Any) -> None:
+        if other.rule.needs_loss:
+            raise ConfigurationError(f"{other.rule!r} reads the loss, which higher does not pass on: use l2o.unroll")
+        super().__init__(other, *args, **kwargs)
+        self._rule, self._total_steps, self._steps = other.rule, other.total_steps, 0
+        self._default_theta = other.theta
+        self._opt = OptState({}, {})
+
+    def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
+        theta = self.param_groups[0].get("theta", self._default_theta)
+        places, params, grads = {}, {}, {}
+        for i, (group, group_grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
+            for j, grad in enumerate(group_grads):
+                if grad is not None:
+                    key = f"{i}.{j}"
+                    places[key], params[key], grads[key] = (group, j), group["params"][j], grad
+        new = {key: p for key, p in params.items() if key not in self._opt.per_param}
+        fresh = self._rule.init(theta, new, default_kinds(new))
+        state = OptState({**self._opt.per_param, **fresh.per_param}, self._opt.shared or fresh.shared)
+        clock = Clock(torch.tensor(self._steps), torch.tensor(self._total_steps))
+        updates, self._opt = self._rule.update(theta, grads, state, params, clock)
+        for key, (group, j) in places.items():
+            keep = math.exp(-group["weight_decay"] * group["lr"] / self._total_steps)
+            group["params"][j] = keep * params[key] + group["lr"] * updates[key]
+        self._steps += 1
+
+
+higher.register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)

@@ -1,0 +1,84 @@
+"""What the tests of the plug-in share: parameters of every shape, gradients by step, a rule that does all a rule may."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from tables import generator
+from torch import Tensor
+
+from l2o.optim import LearnedOptimizer
+from l2o.rules import SGD
+from l2o.types import Clock, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
+
+TOTAL = 20
+KINDS = ("matrix", "vector", "embedding", "output")
+
+
+@dataclass(frozen=True)
+class Mixing(UpdateRule):
+    """Normalised descent times the mean of the last losses: tensors mix, slots are shared, the loss is read.
+
+    The slot ``last`` is the gradient itself, not a copy: a rule only promises not to write to its inputs.
+    """
+
+    needs_loss: ClassVar[bool] = True
+    memory: int = 3
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"log_lr": torch.tensor(-2.0)}
+
+    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+        slots = {
+            n: {"last": torch.zeros_like(p), "kind": p.new_tensor(KINDS.index(kinds[n]))} for n, p in params.items()
+        }
+        return OptState(slots, {"losses": next(iter(params.values())).new_zeros(self.memory)})
+
+    def accumulate(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[OptState, Stats]:
+        assert loss is not None
+        losses = torch.cat([state.shared["losses"][1:], loss.unsqueeze(0)])
+        slots = {n: {**state.per_param[n], "last": g} for n, g in grads.items()}
+        return OptState(slots, {"losses": losses}), {n: {"squares": g.square().sum()} for n, g in grads.items()}
+
+    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
+        norm = sum(s["squares"] for s in stats.values()) + 1e-8
+        return {n: -theta["log_lr"].exp() * state.shared["losses"].mean() * g / norm.sqrt() for n, g in grads.items()}
+
+
+def source(rule: UpdateRule) -> tuple[UpdateRule, Theta]:
+    return rule, rule.init_theta(generator())
+
+
+def make(params: Any, rule: UpdateRule | None = None, **settings: Any) -> LearnedOptimizer:
+    return LearnedOptimizer(params, source(rule or SGD(lr=0.1)), **{"total_steps": TOTAL, **settings})
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    """0-d, 1-d, 2-d, 4-d, channels-last, empty, and a transposed one, whose strides are not those of its shape."""
+    g = generator(1)
+    tensors = [torch.randn(shape, generator=g).to(dtype) for shape in [(), (3,), (4, 3), (2, 3, 2, 2), (0, 3)]]
+    tensors.append(torch.randn(2, 3, 2, 2, generator=g).to(dtype).contiguous(memory_format=torch.channels_last))
+    tensors.append(torch.randn(5, 4, generator=g).to(dtype).T)
+    return [torch.nn.Parameter(t) for t in tensors]
+
+
+def set_gradients(params: Sequence[Tensor], step: int) -> None:
+    """Gradients that are the same for every caller of this step, small, large and zero ones among them."""
+    g = generator(100 + step)
+    for p in params:
+        grad = torch.randn(p.shape, generator=g) * 10.0 ** torch.randint(-6, 2, p.shape, generator=g)
+        p.grad = (grad * (torch.rand(p.shape, generator=g) > 0.1)).to(p.dtype)
+
+
+def train(optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
+    """Steps on `set_gradients`; returns copies of the parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in steps:
+        set_gradients(params, step)
+        optimizer.step(lambda step=step: torch.tensor(1.0 / (1 + step)))
+    return [p.detach().clone() for p in params]

@@ -1,0 +1,288 @@
+"""The plug-in's steps: they are the rule's update, and those of torch.optim where the rule is one of torch's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from plugin import TOTAL, Mixing, make, parameters, set_gradients, source, train
+from tables import every_rule, identical
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from l2o.rules import MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
+from l2o.types import Clock
+
+
+def by_hand(rule, theta, params, steps: range) -> list[torch.Tensor]:
+    """What the rule's own ``update`` makes of the parameters."""
+    names = {str(i): p for i, p in enumerate(params)}
+    values = {n: p.detach().clone() for n, p in names.items()}
+    kinds = {n: "matrix" if p.ndim >= 2 else "vector" for n, p in names.items()}
+    state = rule.init(theta, values, kinds)
+    for step in steps:
+        set_gradients(params, step)
+        clock = Clock(torch.tensor(step), torch.tensor(TOTAL))
+        loss = torch.tensor(1.0 / (1 + step), dtype=params[0].dtype) if rule.needs_loss else None
+        updates, state = rule.update(theta, {n: p.grad for n, p in names.items()}, state, values, clock, loss)
+        values = {n: values[n] + updates[n] for n in values}
+    return list(values.values())
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_is_the_rules_update(rule, dtype):
+    params = parameters(dtype)
+    theta = {k: t.to(dtype) for k, t in source(rule)[1].items()}
+    expected = by_hand(rule, theta, params, range(5))
+    before = [p.detach().clone() for p in params]
+    assert identical(train(make(params, rule), range(5)), expected)
+    assert not identical(before, expected)
+
+
+def test_a_rule_that_mixes_tensors_sees_all_groups_at_once():
+    params = parameters()
+    expected = by_hand(Mixing(), source(Mixing())[1], params, range(5))
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    assert identical(train(make(groups, Mixing()), range(5)), expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "torch_class", "settings"),
+    [
+        (SGD(lr=0.1), torch.optim.SGD, {"lr": 0.1}),
+        (Momentum(lr=0.05), torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+        (Momentum(lr=0.05, nesterov=True), torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+        (RMSProp(lr=0.01), torch.optim.RMSprop, {"lr": 0.01}),
+        (AdaGrad(lr=0.1), torch.optim.Adagrad, {"lr": 0.1}),
+        (Adam(lr=0.01), torch.optim.Adam, {"lr": 0.01}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_optim_agrees(rule, torch_class, settings, dtype):
+    losses = []
+    for factory in (lambda p: make(p, rule), lambda p: torch_class(p, **settings)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(dtype)
+        x = torch.randn(16, 4).to(dtype)
+        optimizer = factory(model.parameters())
+        losses.append([])
+        for _ in range(TOTAL):
+            optimizer.zero_grad()
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # θ is float32, so its learning rate is to 1e-7 the same
+    assert losses[0][-1] < 0.8 * losses[0][0]
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_are_rounded_on_writing_alone(rule, dtype):
+    params = parameters(dtype)
+    wide = [nn.Parameter(p.detach().float()) for p in params]
+    optimizer, reference = make(params, rule), make(wide, rule)
+    for step in range(3):
+        for p, w in zip(params, wide, strict=True):
+            w.data.copy_(p)
+        set_gradients(params, step)
+        for p, w in zip(params, wide, strict=True):
+            w.grad = p.grad.float()
+        optimizer.step()
+        reference.step()
+        assert identical([p.data for p in params], [w.detach().to(dtype) for w in wide])
+    slots = [t for p in params for t in optimizer.state[p].values()]
+    assert all(t.dtype == torch.float32 for t in slots)
+
+
+def test_one_float64_parameter_makes_all_arithmetic_float64():
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+    optimizer = make(params[:1], MLP())
+    train(optimizer, range(1))
+    assert optimizer.state[params[0]]["m"].dtype == torch.float32
+    optimizer.add_param_group({"params": params[1:]})
+    train(optimizer, range(1, 3))
+    assert [optimizer.state[p]["m"].dtype for p in params] == [torch.float64, torch.float64]
+    assert [p.dtype for p in params] == [torch.float32, torch.float64]
+
+
+def test_weight_decay_shrinks_by_exp_of_lambda_over_the_run():
+    params = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3)]
+    groups = [{"params": params[:1]}, {"params": params[1:2], "weight_decay": 3.0}, {"params": params[2:], "lr": 0.5}]
+    optimizer = make(groups, weight_decay=0.7)
+    for _ in range(TOTAL):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert [p[0].item() for p in params] == pytest.approx([math.exp(-0.7), math.exp(-3.0), math.exp(-0.35)], rel=1e-12)
+
+
+def test_weight_decay_is_decoupled():
+    p = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    p.grad = torch.tensor([3.0], dtype=torch.float64)
+    make([p], SGD(lr=0.1), lr=0.5, weight_decay=4.0).step()
+    assert p.item() == pytest.approx(2.0 * math.exp(-4.0 * 0.5 / TOTAL) - 0.5 * 0.1 * 3.0, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "factors"),
+    [
+        (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step), [1.0, 0.5, 0.25]),
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=2), [1.0, 0.5, 0.0]),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, total_steps=3, cycle_momentum=False), None),
+    ],
+)
+def test_schedulers_scale_the_step(scheduler, factors):
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = make([p], SGD(lr=0.1))
+    schedule = scheduler(optimizer)
+    for step in range(3):
+        before, rate = p.item(), optimizer.param_groups[0]["lr"]
+        assert factors is None or rate == pytest.approx(factors[step])
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        schedule.step()
+        assert before - p.item() == pytest.approx(0.1 * rate, rel=1e-6)
+
+
+def test_parameters_without_gradient_wait_for_their_first_one():
+    frozen, unused, used, late = (nn.Parameter(torch.ones(2)) for _ in range(4))
+    frozen.requires_grad_(False)
+    optimizer = make([frozen, unused, used], Adam(lr=0.1))
+    used.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(frozen, torch.ones(2))
+    assert torch.equal(unused, torch.ones(2))
+    assert set(optimizer.state) == {used, "clock"}
+    frozen.requires_grad_(True)
+    optimizer.add_param_group({"params": [late]})
+    for p in (frozen, late):
+        p.grad = torch.ones(2)
+    optimizer.step()
+    # Adam's first step is lr, whatever the gradient: each parameter has its own count.
+    assert frozen.tolist() == late.tolist() == pytest.approx([0.9, 0.9], rel=1e-5)
+    assert [optimizer.state[p]["count"].item() for p in (frozen, used, late)] == [1, 3, 1]
+
+
+def test_a_step_without_any_gradient_is_none():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = make([p])
+    optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(p, torch.ones(2))
+
+
+def test_a_parameter_that_a_group_has_twice_is_stepped_once():
+    p = nn.Parameter(torch.ones(1))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = make([p, p], SGD(lr=0.1))
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert p.item() == pytest.approx(0.9)
+
+
+def test_a_closure_is_called_once_with_gradients_on_and_its_loss_is_returned():
+    p = nn.Parameter(torch.tensor([2.0]))
+    optimizer = make([p], SGD(lr=0.1))
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        seen.append(loss)
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure) is seen[0]
+    assert len(seen) == 1
+    assert p.item() == pytest.approx(2.0 - 0.1 * 4.0)
+    assert optimizer.step() is None
+
+
+def test_a_rule_that_reads_the_loss_takes_it_from_a_closure_or_by_name():
+    results = []
+    for arguments in ({"closure": lambda: torch.tensor(0.5)}, {"closure": lambda: 0.5}, {"loss": 0.5}):
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.arange(3.0)
+        optimizer = make([p], Mixing())
+        optimizer.step(**arguments)
+        assert optimizer.state["shared"]["losses"].tolist() == [0.0, 0.0, 0.5]
+        results.append(p.detach())
+    assert identical(results[:1] * 2, results[1:])
+
+
+def test_gradients_are_left_alone_and_slots_are_not_views_of_them():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = grad = torch.arange(3.0)
+    optimizer = make([p], Mixing(), weight_decay=1.0)
+    optimizer.step(loss=1.0)
+    assert p.grad is grad
+    assert grad.tolist() == [0.0, 1.0, 2.0]
+    optimizer.zero_grad(set_to_none=False)
+    assert optimizer.state[p]["last"].tolist() == [0.0, 1.0, 2.0]
+    optimizer.zero_grad()
+    assert p.grad is None
+
+
+def test_kinds_are_those_of_the_group_or_of_the_axes():
+    params = [nn.Parameter(torch.ones(shape)) for shape in [(2, 2), (2,), (2, 2)]]
+    optimizer = make([{"params": params[:2]}, {"params": params[2:], "kind": "embedding"}], Mixing())
+    train(optimizer, range(1))
+    assert [int(optimizer.state[p]["kind"]) for p in params] == [0, 1, 2]
+
+
+def test_a_run_that_goes_on_is_warned_once():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = make([p], total_steps=2)
+    train(optimizer, range(2))
+    with pytest.warns(UserWarning, match="total_steps=2") as caught:
+        train(optimizer, range(2, 5))
+    assert len(caught) == 1
+    assert optimizer.state["clock"]["step"] == 5
+
+
+def test_grad_scaler_skips_steps_with_infinite_gradients():
+    p = nn.Parameter(torch.ones(1))
+    optimizer = make([p], SGD(lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(p.sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert p.item() == pytest.approx(0.8)
+    assert optimizer.state["clock"]["step"] == 2
+
+
+def test_gradients_that_are_not_finite_pass_through_as_in_torch():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = make([p])
+    p.grad = torch.tensor([math.nan, 1.0])
+    optimizer.step()
+    assert p.isnan().tolist() == [True, False]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value on the host, each of which would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@every_rule
+def test_a_step_does_not_wait_for_the_device(rule):
+    params = parameters()
+    optimizer = make(params, rule, weight_decay=0.1)
+    set_gradients(params, 0)
+    with HostReads() as reads:
+        optimizer.step()
+        assert reads.count == 0
+        params[0].item()
+    assert reads.count == 1

@@ -1,0 +1,121 @@
+"""What the plug-in refuses, with which words, and that nothing has changed then."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from plugin import Mixing, make, parameters
+from torch import nn
+
+from l2o.optim import LearnedOptimizer
+from l2o.rules import SGD, Adam
+from l2o.types import CheckpointError, ConfigurationError, GradientError, ParameterError
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"total_steps": value}, "total_steps") for value in (0, -1, 100.0, True, "10", None)]
+    + [({name: value}, name) for name in ("lr", "weight_decay") for value in (-1.0, math.nan, math.inf, "1", True)],
+)
+def test_settings_that_make_no_sense(settings, named):
+    with pytest.raises(ConfigurationError, match=f"{named}=.*expected"):
+        make(parameters(), **settings)
+
+
+@pytest.mark.parametrize("group", [{"kind": "tensor"}, {"lr": -1.0}, {"weight_decay": math.nan}])
+def test_settings_of_a_group_that_make_no_sense(group):
+    optimizer = make([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ConfigurationError, match="expected"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **group})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("wrong", [None, 3, (SGD(),), (SGD, {}), {"w": 1}])
+def test_sources_that_are_none(wrong):
+    with pytest.raises(ConfigurationError, match="source="):
+        LearnedOptimizer(parameters(), wrong, total_steps=1)
+
+
+def test_theta_of_another_rule_names_the_tensor():
+    with pytest.raises(CheckpointError, match="'log_eps' is missing"):
+        LearnedOptimizer(parameters(), (Adam(), {"log_lr": torch.zeros(())}), total_steps=1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.ones(2, dtype=torch.int64),
+        torch.ones(2, dtype=torch.complex64, requires_grad=True),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, device="meta", requires_grad=True),
+    ],
+    ids=["int", "complex", "sparse", "device"],
+)
+def test_parameters_that_cannot_be_optimized(bad):
+    good = nn.Parameter(torch.ones(2))
+    with pytest.raises(ParameterError, match="parameter 1"):
+        make([good, bad])
+    optimizer = make([good])
+    with pytest.raises(ParameterError, match="parameter 1"):
+        optimizer.add_param_group({"params": [bad]})
+    assert len(optimizer.param_groups) == 1
+
+
+def sparse(p):
+    p.grad = torch.ones(2, 2).to_sparse()
+
+
+def complex_(p):
+    p.grad_dtype = None
+    p.grad = torch.ones(2, 2, dtype=torch.complex64)
+
+
+def resized(p):
+    p.grad = torch.ones(2, 2)
+    p.data = torch.ones(3)
+
+
+@pytest.mark.parametrize("spoil", [sparse, complex_, resized])
+def test_a_bad_gradient_changes_nothing(spoil):
+    good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = make([("first", good), ("second", bad)], Adam())
+    good.grad = torch.ones(2)
+    spoil(bad)
+    with pytest.raises(GradientError, match=r"gradient of parameter 1 \('second'\)"):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(2))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "loss=loss"),
+        ({"closure": lambda: None}, "loss is NoneType"),
+        ({"loss": torch.ones(2)}, r"loss is \(2,\)"),
+        ({"loss": 1.0, "closure": lambda: 1.0}, "closure and loss="),
+    ],
+)
+def test_a_loss_that_is_missing_or_none_changes_nothing(arguments, named):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = make([p], Mixing())
+    with pytest.raises(ConfigurationError, match=named):
+        optimizer.step(**arguments)
+    assert torch.equal(p, torch.ones(2))
+    assert not optimizer.state
+
+
+def test_torchs_own_errors_stay():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = make([p])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [p]})
+    with pytest.raises(ValueError, match="empty parameter list"):
+        make([])
+    with pytest.raises(ValueError, match="non-leaf"):
+        make([p * 2])
+    with pytest.raises(TypeError, match="iterable"):
+        make(p)

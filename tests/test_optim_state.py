@@ -1,0 +1,176 @@
+"""The plug-in's state: saved, loaded, copied and pickled, a run goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from plugin import Mixing, make, parameters, train
+from tables import RULES, identical
+from torch import nn
+
+from l2o.rules import LSTM, MLP, SGD, Adam
+from l2o.types import ResumeError
+
+every_rule = pytest.mark.parametrize("rule", [*RULES.values(), Mixing()], ids=[*RULES, "Mixing"])
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def copies(params):
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def snapshot(optimizer):
+    return copy.deepcopy(optimizer.state_dict())
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "transport", [lambda state: state, through_a_file, copy.deepcopy], ids=["same", "file", "copy"]
+)
+def test_a_loaded_run_continues_bit_for_bit(rule, dtype, transport):
+    params = parameters(dtype)
+    optimizer = make(params, rule, weight_decay=0.1)
+    train(optimizer, range(3))
+    state = transport(optimizer.state_dict())
+    before = copy.deepcopy(state)
+
+    fresh = make(copies(params), rule)
+    fresh.load_state_dict(state)
+    assert identical(fresh.state_dict(), before)
+    assert identical(train(fresh, range(3, 6)), train(optimizer, range(3, 6)))
+    assert identical(fresh.state_dict(), optimizer.state_dict())
+    assert not identical(fresh.state_dict(), before)
+    assert identical(state, before)  # the caller's dict is neither written to nor shared
+
+
+def test_the_step_is_one_integer_beside_the_slots():
+    optimizer = make(parameters(), Adam())
+    assert optimizer.state_dict()["state"] == {}
+    train(optimizer, range(2))
+    state = optimizer.state_dict()["state"]
+    assert state.pop("clock") == {"step": 2}
+    assert all(set(slots) == {"m", "v", "count"} for slots in state.values())
+    assert set(state) == set(range(7))
+
+
+def test_the_number_of_steps_goes_on_and_the_length_is_the_new_one():
+    optimizer = make(parameters(), MLP(), total_steps=3)
+    train(optimizer, range(3))
+    longer = make(parameters(), MLP(), total_steps=6)
+    longer.load_state_dict(optimizer.state_dict())
+    train(longer, range(3, 6))  # without the warning that a run over its length gives
+    assert longer.state["clock"] == {"step": 6}
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+@every_rule
+def test_a_copy_of_the_optimizer_continues_on_its_own(rule, clone):
+    params = parameters()
+    optimizer = make(params, rule)
+    train(optimizer, range(2))
+    other, others = clone((optimizer, params))
+    expected = train(optimizer, range(2, 4))
+    assert identical(train(other, range(2, 4)), expected)
+    assert identical([p.data for p in others], expected)
+    train(other, range(4, 5))
+    assert identical([p.data for p in params], expected)
+
+
+def test_groups_settings_and_hooks_come_through():
+    params = parameters()
+    optimizer = make([{"params": params[:3], "kind": "output"}, {"params": params[3:], "lr": 0.5}], Adam())
+    train(optimizer, range(1))
+    fresh = make([{"params": p} for p in (copies(params[:3]), copies(params[3:]))], Adam())
+    seen = []
+    fresh.register_load_state_dict_pre_hook(lambda _, state: {**state, "param_groups": state["param_groups"][:]})
+    fresh.register_load_state_dict_post_hook(lambda o: seen.append(snapshot(o)))
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.param_groups[0]["kind"] == "output"
+    assert [group["lr"] for group in fresh.param_groups] == [1.0, 0.5]
+    assert identical(seen[0], optimizer.state_dict())
+    assert not fresh._optimizer_load_state_dict_post_hooks.keys() - {
+        next(iter(fresh._optimizer_load_state_dict_post_hooks))
+    }
+
+
+def test_named_parameters_keep_their_names():
+    model = nn.Linear(2, 2)
+    optimizer = make(model.named_parameters(), MLP())
+    train(optimizer, range(1))
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    fresh = make(nn.Linear(2, 2).named_parameters(), MLP())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert identical(fresh.state_dict(), optimizer.state_dict())
+
+
+def test_state_of_frozen_parameters_may_be_missing():
+    params = parameters()
+    optimizer = make(params, MLP())
+    params[0].requires_grad_(False)
+    for p in params[1:]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    fresh = make(copies(params), MLP())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert set(fresh.state_dict()["state"]) == {*range(1, 7), "clock"}
+    train(fresh, range(1))
+
+
+def test_a_module_may_move_or_widen_after_its_optimizer_was_made():
+    model = nn.Linear(2, 2)
+    optimizer = make(model.parameters(), MLP())
+    train(optimizer, range(1))
+    model.double()
+    train(optimizer, range(1, 2))
+    assert {t.dtype for p in model.parameters() for t in optimizer.state[p].values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("groups", [[[0]], [[0, 1, 2]], [[0], [1]]], ids=["fewer", "more", "other groups"])
+def test_another_number_of_parameters_is_torchs_error(groups):
+    optimizer = make(parameters()[:2], Adam())
+    train(optimizer, range(1))
+    fresh = make([{"params": [parameters()[i] for i in group]} for group in groups], Adam())
+    with pytest.raises(ValueError, match="loaded state dict"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.state
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: torch.optim.Adam(parameters()), "another optimizer"),
+        (lambda: make(parameters(), LSTM()), "'h0'.*'m'"),
+        (lambda: make(parameters(), MLP(decays=(0.5, 0.9))), r"\(2,\).*\(6,\)"),
+        (lambda: make([nn.Parameter(p.detach()[..., None]) for p in parameters()], MLP()), "parameter 0"),
+    ],
+    ids=["torch", "rule", "hyperparameters", "model"],
+)
+def test_state_of_another_optimizer_changes_nothing(other, message):
+    foreign = other()
+    train(foreign, range(1))
+    optimizer = make(parameters(), MLP())
+    train(optimizer, range(1))
+    before = snapshot(optimizer)
+    with pytest.raises(ResumeError, match=message):
+        optimizer.load_state_dict(foreign.state_dict())
+    assert identical(snapshot(optimizer), before)
+    assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
+def test_state_saved_before_the_first_step_is_empty_and_loads():
+    optimizer, fresh = make(parameters(), SGD()), make(parameters(), SGD())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert identical(train(fresh, range(2)), train(optimizer, range(2)))
