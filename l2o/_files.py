@@ -147,7 +147,7 @@ def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
     """safetensors notices a truncated file, but not a changed one."""
     digest = hashlib.sha256(structure.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu()
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

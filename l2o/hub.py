@@ -49,8 +49,7 @@ def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] |
     Raises `CheckpointError` (θ is not of this rule, or not finite) or `ConfigurationError` (what the card cannot hold),
     before anything is written.
     """
-    check_theta(rule, theta)
-    data = to_bytes({name: tensor.to(torch.float32) for name, tensor in theta.items()})
+    data = to_bytes({name: tensor.to(torch.float32) for name, tensor in check_theta(rule, theta).items()})
     text = _card_text(rule, data, card or {})
     folder = Path(path).expanduser()
     atomic_write(folder / _THETA, data)
@@ -73,9 +72,7 @@ def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[Update
     folder = _resolve(source)
     card = _read_card(folder)
     rule = _make_rule(folder, card, _known_rules(rules))
-    theta = _read_theta(folder, card["theta"])
-    check_theta(rule, theta, f"{folder}: ")
-    return rule, theta
+    return rule, check_theta(rule, _read_theta(folder, card["theta"]), f"{folder}: ")
 
 
 def read_card(source: Source) -> Card:
@@ -88,16 +85,18 @@ def list_pretrained() -> list[str]:
     return sorted(card.parent.name for card in _pretrained().glob(f"*/{_CARD}"))
 
 
-def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> None:
-    """Raise `CheckpointError`, naming the tensor, unless ``theta`` is finite and has the names and shapes of ``rule``.
+def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> Theta:
+    """``theta`` in the order of ``rule.init_theta``, by which outer optimizers number the tensors; files have none.
 
     where: put before the message.
+    Raises `CheckpointError`, naming the tensor, unless ``theta`` is finite and has the names and shapes of ``rule``.
     """
     expected = rule.init_theta(torch.Generator())
     for name in sorted(expected.keys() | theta.keys()):
         problem = _misfit(theta.get(name), expected.get(name))
         if problem:
             raise CheckpointError(f"{where}θ is not one of {rule!r}: tensor {name!r} {problem}")
+    return {name: theta[name] for name in expected}
 
 
 def _misfit(found: Tensor | None, expected: Tensor | None) -> str:

@@ -35,7 +35,7 @@ def make_session(folder: RunFolder) -> Session:
     device = resolve_device(config["device"])
     rule, family = _make(config["rule"], "rule", UpdateRule), _make(config["task"], "task", TaskFamily)
     estimator: MetaGradient = _partial(config["estimator"], "estimator", "rule", "family")(rule=rule, family=family)
-    loggers = [build(OmegaConf.create(node), f"logger.{name}") for name, node in (config["logger"] or {}).items()]
+    loggers = [_make(node, f"logger.{name}", object) for name, node in (config["logger"] or {}).items()]
     held_out = HeldOut(rule, _held_out_setting(config, estimator), device)
     generator = torch.Generator(device).manual_seed(config["seed"])
     with _one_line("rule"):
@@ -47,8 +47,11 @@ def make_session(folder: RunFolder) -> Session:
 
 
 def _make(node: dict[str, Any], what: str, base: type) -> Any:
-    with _one_line(what):
-        made = build(OmegaConf.create(node), what)
+    if "_target_" not in node:
+        raise ConfigurationError(
+            f"{what} has settings but is not chosen; choose it in its group, or give {what}._target_"
+        )
+    made = build(OmegaConf.create(node), what)
     if not isinstance(made, base):
         raise ConfigurationError(f"{what}._target_={node['_target_']!r}: expected a {base.__name__}")
     return made

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml  # type: ignore[import-untyped]
 
 from l2o._files import atomic_write, load_tree, save_tree
-from l2o.types import ResumeError, RunConflictError
+from l2o.types import ConfigurationError, ResumeError, RunConflictError
 
 VERSION = 1
 FREE = ("run", "steps", "device", "logger", "log_every", "checkpoint_every")
@@ -54,6 +54,8 @@ class RunFolder:
     """
 
     def __init__(self, request: Request) -> None:
+        if not request.config["run"]:
+            raise ConfigurationError("run= is empty; expected the path of a folder")
         self.path = Path(str(request.config["run"]))
         saved = _read_config(self.path)
         self.command = request.command
@@ -65,8 +67,11 @@ class RunFolder:
 
     def begin(self) -> None:
         """Make the folder, keep other processes out of it, and write ``config.yaml``."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")  # locked until it is closed, at the latest by the process' end
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")  # locked until it is closed, at the latest by the process' end
+        except OSError as error:
+            raise ConfigurationError(f"run={self.path} cannot be written ({error.strerror}); name another") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -184,4 +189,4 @@ def _lookup(tree: Any, path: str) -> Any:
 
 
 def _show(value: Any) -> str:
-    return "nothing" if value is None else repr(value)
+    return "unset" if value is None else repr(value)

@@ -19,8 +19,8 @@ from meta_train.run import Request, RunFolder
 from meta_train.session import Session
 from meta_train.signals import StopRequest
 
-OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", "evaluation")
-"""Nodes that take keys which the YAML does not mention: the fields of what they make."""
+OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", r"evaluation\.task")
+"""Nodes (patterns) that take keys which the YAML does not mention: the fields of what they make."""
 
 
 @main_guard

@@ -1,4 +1,4 @@
-"""What the tests of the plug-in share: parameters of every shape, gradients by step, a rule that does all a rule may."""
+"""What the tests of the plug-in share: parameters of every shape, their gradients, a rule that does all a rule may."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Mixing(UpdateRule):
         return {"log_lr": torch.tensor(-2.0)}
 
     def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        slots = {
-            n: {"last": torch.zeros_like(p), "kind": p.new_tensor(KINDS.index(kinds[n]))} for n, p in params.items()
-        }
-        return OptState(slots, {"losses": next(iter(params.values())).new_zeros(self.memory)})
+        kind = {n: p.new_full((), KINDS.index(kinds[n])) for n, p in params.items()}
+        losses = next(iter(params.values())).new_zeros(self.memory)
+        return OptState(
+            {n: {"last": torch.zeros_like(p), "kind": kind[n]} for n, p in params.items()}, {"losses": losses}
+        )
 
     def accumulate(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None

@@ -11,6 +11,7 @@ from tables import every_rule, identical
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
 from l2o.types import Clock
 
@@ -46,6 +47,25 @@ def test_a_rule_that_mixes_tensors_sees_all_groups_at_once():
     expected = by_hand(Mixing(), source(Mixing())[1], params, range(5))
     groups = [{"params": params[:2]}, {"params": params[2:]}]
     assert identical(train(make(groups, Mixing()), range(5)), expected)
+
+
+def test_shared_slots_stay_when_a_parameter_joins():
+    params = parameters()
+    optimizer = make(params[:2], Mixing())
+    train(optimizer, range(2))
+    optimizer.add_param_group({"params": params[2:]})
+    train(optimizer, range(2, 3))
+    assert optimizer.state["shared"]["losses"].tolist() == pytest.approx([1.0, 1 / 2, 1 / 3])
+
+
+def test_theta_is_the_one_at_construction():
+    p = nn.Parameter(torch.ones(1))
+    rule, theta = source(SGD(lr=0.1))
+    optimizer = LearnedOptimizer([p], (rule, theta), total_steps=TOTAL)
+    theta["log_lr"].fill_(5.0)
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert p.item() == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(

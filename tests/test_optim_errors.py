@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from plugin import Mixing, make, parameters
 from torch import nn
 
 from l2o.optim import LearnedOptimizer
+from l2o.optim.members import Member, checked_gradient
 from l2o.rules import SGD, Adam
 from l2o.types import CheckpointError, ConfigurationError, GradientError, ParameterError
 
@@ -87,6 +89,13 @@ def test_a_bad_gradient_changes_nothing(spoil):
         optimizer.step()
     assert torch.equal(good, torch.ones(2))
     assert not optimizer.state
+
+
+def test_a_gradient_on_another_device():
+    # torch itself refuses to make such a pair of devices that a test can count on.
+    stub = SimpleNamespace(grad=torch.ones(2, device="meta"), shape=torch.Size([2]), device=torch.device("cpu"))
+    with pytest.raises(GradientError, match=r"\(2,\) on meta, expected \(2,\) on cpu"):
+        checked_gradient(Member("0", stub, {"params": [stub]}))
 
 
 @pytest.mark.parametrize(

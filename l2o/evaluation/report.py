@@ -110,16 +110,16 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
         score.label,
         str(score.trials),
         "untuned" if score.rate is None else f"{number(score.rate)}{' (edge of the grid)' * score.at_edge}",
-        f"{number(score.mean)} [{number(low)}, {number(high)}]",
+        f"{number(score.mean)} [{number(low, 2)}, {number(high, 2)}]",
         number(float(np.where(np.isfinite(score.valid), score.valid, np.inf).mean())),
         f"{int(score.diverged.sum())} of {len(score.diverged)}",
         _speed_up(comparison.speed_up(name)),
     )
 
 
-def number(x: float) -> str:
-    """Three significant digits, or words."""
-    return f"{x:.3g}" if math.isfinite(x) else "not finite"
+def number(x: float, digits: int = 3) -> str:
+    """Significant digits, or words."""
+    return f"{x:.{digits}g}" if math.isfinite(x) else "not finite"
 
 
 def _ratio(a: float, b: float) -> str:

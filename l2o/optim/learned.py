@@ -253,8 +253,7 @@ def _resolve(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[UpdateRule
         case str() | os.PathLike():
             return hub.load(source, rules)
         case (UpdateRule() as rule, Mapping() as theta):
-            hub.check_theta(rule, dict(theta))
-            return rule, {k: t.detach().clone() for k, t in theta.items()}
+            return rule, {k: t.detach().clone() for k, t in hub.check_theta(rule, dict(theta)).items()}
     raise ConfigurationError(f"source={source!r}: expected a checkpoint's name or path, or a pair (rule, theta)")
 
 

@@ -1,0 +1,224 @@
+"""The command ``python -m meta_train.evaluate``: a whole small run, its settings, and bad input before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import l2o.hub
+from l2o.rules import SGD
+from l2o.types import UnknownNameError
+from meta_train import evaluate
+
+OWN = """
+from dataclasses import dataclass
+
+from l2o.rules import SGD
+from l2o.tasks import Quadratic
+
+
+@dataclass(frozen=True)
+class Rule(SGD):
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Task(Quadratic):
+    dim: int = 2
+"""
+EXPERIMENTS = {
+    folder: sorted(path.stem for path in (ROOT / "configs" / folder).glob("*.yaml"))
+    for folder in ("experiment", "evaluate/experiment")
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder of its own for every test, but for a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    l2o.hub.save("sgd", SGD(), SGD().init_theta(torch.Generator()))
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """The command in this process: its exit status."""
+
+    def command(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["evaluate", "source=sgd", "out=out", *arguments])
+        try:
+            evaluate.main()
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+        return 0
+
+    return command
+
+
+@pytest.fixture
+def settings(monkeypatch, command):
+    """The settings that a command line means."""
+
+    def settings(*arguments: str):
+        seen = []
+        monkeypatch.setattr(evaluate, "evaluate", lambda config, line: seen.extend(evaluate.make_settings(config)))
+        assert command(*arguments) == 0
+        return {setting.name: setting for setting in seen}
+
+    return settings
+
+
+def test_a_small_run_leaves_its_report_and_nothing_else(command, capsys):
+    assert command("task=quadratic", "task.dim=3", "steps=12", "seeds=3", "baselines=[sgd,adam]") == 0
+    assert {path.name for path in Path().iterdir()} == {"sgd", "out"}
+    assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "curves.png"}
+    results = json.loads(Path("out/results.json").read_text())
+    (setting,) = results["settings"]
+    assert (setting["steps"], setting["seeds"], list(setting["optimizers"])) == (12, 3, ["learned", "sgd", "adam"])
+    assert len(setting["optimizers"]["adam"]["runs"]) == 3 * setting["optimizers"]["adam"]["trials"]
+    assert set(results["costs"]) == {"learned", "AdamW (fused)", "Adam"}
+    text = Path("out/report.md").read_text()
+    for part in ("device cpu, ", f"torch {torch.__version__}", "Wall time", "task.dim=3 steps=12", "Date", "## Cost"):
+        assert part in text
+    shown = capsys.readouterr().out
+    assert "learned SGD" in shown
+    assert "out/report.md" in shown
+
+
+def test_it_runs_as_a_module():
+    arguments = ["source=sgd", "task=quadratic", "steps=2", "seeds=1", "baselines=[]", "cost=false", "out='a b'"]
+    module = [sys.executable, "-m", "meta_train.evaluate", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(module, capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("a b/report.md").is_file()
+
+
+def test_the_same_command_gives_the_same_numbers(command):
+    numbers = []
+    for _ in range(2):
+        assert command("task.width=4", "steps=3", "seeds=2", "baselines=[adam]", "cost=false") == 0
+        results = json.loads(Path("out/results.json").read_text())["settings"][0]["optimizers"]
+        numbers.append([results[name]["runs"] for name in ("learned", "adam")])
+    assert numbers[0] == numbers[1]
+
+
+def test_own_rules_and_tasks_go_by_import_path(command, monkeypatch):
+    Path("own_evaluated.py").write_text(OWN)
+    monkeypatch.syspath_prepend(".")
+    import own_evaluated
+
+    l2o.hub.save("mine", own_evaluated.Rule(), own_evaluated.Rule().init_theta(torch.Generator()))
+    own = ["source=mine", "rules=[own_evaluated.Rule]", "task._target_=own_evaluated.Task", "task.noise=0.5"]
+    assert command(*own, "steps=3", "seeds=2", "baselines=[adam]", "cost=false") == 0
+    text = Path("out/report.md").read_text()
+    assert "Task(dim=2, noise=0.5" in text
+    assert "learned Rule" in text
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_meta_test_half_of_digits(settings):
+    (setting,) = settings().values()
+    assert (setting.family.dataset, setting.family.half, setting.seeds) == ("digits", "meta_test", 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "half"),
+    [(["half=meta_train"], "meta_train"), (["half=meta_train", "task.half=meta_test"], "meta_test")],
+)
+def test_the_half_can_be_chosen(settings, arguments, half):
+    assert settings(*arguments)["ImageMLP"].family.half == half
+
+
+def test_settings_override_the_task_and_the_rest(settings):
+    found = settings("steps=30", "settings={a: {task: {width: 9}}, b: {steps: 40, seeds: 2}}", "settings.b.window=3")
+    assert [(s.name, s.family.width, s.steps, s.seeds, s.window) for s in found.values()] == [
+        ("a", 9, 30, 5, None),
+        ("b", 32, 40, 2, 3),
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS["evaluate/experiment"])
+def test_every_experiment_makes_sense(settings, name):
+    for setting in settings(f"experiment={name}").values():
+        assert setting.steps >= setting.smoothing
+        assert getattr(setting.family, "half", "meta_test") == "meta_test"
+
+
+def test_every_experiment_of_training_has_its_evaluation():
+    assert EXPERIMENTS["experiment"]
+    assert set(EXPERIMENTS["experiment"]) <= set(EXPERIMENTS["evaluate/experiment"])
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["source=nowhere"], ["nowhere"]),
+        (["task=digit_mlp"], ["unknown task 'digit_mlp'", "'digits_mlp'", "mnist_mlp, quadratic"]),
+        (["experiment=digit_demo"], ["'digit_demo'", "'digits_demo'", "l2l_quadratic"]),
+        (["baselines=[sgdd]"], ["unknown baseline 'sgdd'", "'sgd'", "adam_cosine"]),
+        (["stepz=3"], ["unknown setting 'stepz'", "'steps'"]),
+        (["task.widht=3"], ["ImageMLP", "'widht'", "width"]),
+        (["task.width=wide"], ["task", "ImageMLP"]),
+        (["task.dataset=digit"], ["unknown dataset 'digit'", "mnist_t10k"]),
+        (["task._target_=no_such.Task"], ["task", "no_such.Task"]),
+        (["task._target_=l2o.rules.SGD"], ["expected a TaskFamily"]),
+        (["rules=[no_such.Rule]"], ["rules", "no_such.Rule"]),
+        (["rules=[l2o.tasks.Quadratic]"], ["Quadratic", "UpdateRule"]),
+        (["settings.wide.stps=3"], ["settings.wide", "'stps'", "'steps'"]),
+        (["settings=3"], ["settings=3", "mapping"]),
+        (["steps=0"], ["steps=0"]),
+        (["device=gpu"], ["device='gpu'", "auto, cpu or cuda"]),
+        (["out=sgd/card.json/x"], ["out='sgd/card.json/x'", "name a folder"]),
+        (["steps"], ["'steps'"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_before_any_work(command, capfd, monkeypatch, arguments, says):
+    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    assert command(*arguments) == 2
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for part in says:
+        assert part in error
+    assert {path.name for path in Path().iterdir()} == {"sgd"}
+
+
+def test_missing_data_is_noticed_before_any_work(command, capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("L2O_DATA_DIR", str(tmp_path / "no_data"))
+    assert command("task=mnist_mlp") == 2
+    assert "no_data" in capfd.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_missing_extra_is_named(command, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    assert command() == 2
+    assert capfd.readouterr().err == "error: hydra is not installed; the commands need: pip install l2o[train]\n"
+
+
+def test_a_bug_keeps_its_trace(command, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command()
+
+
+def test_a_trace_can_be_asked_for(command, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UnknownNameError):
+        command("source=nowhere")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"

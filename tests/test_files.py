@@ -1,0 +1,164 @@
+"""Atomic writes, nested states in one file, and where data folders lie."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+
+import pytest
+import torch
+from tables import identical
+
+from l2o._files import FORMAT, VERSION, atomic_write, load_tree, save_tree, sha256, to_bytes
+from l2o._resources import resource
+from l2o.types import L2OError, ResumeError
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64),
+]
+
+
+def test_a_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "file"
+    for data in (b"a long first content", b"short", b""):
+        atomic_write(path, data)
+        assert path.read_bytes() == data
+        assert sha256(path) == hashlib.sha256(data).hexdigest()
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path):
+    atomic_write(tmp_path / "atomic", b"")
+    (tmp_path / "plain").write_bytes(b"")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("atomic", "plain")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("stage", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, stage):
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, stage, fail)
+    with pytest.raises(OSError, match="no space left"):
+        atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def tree() -> dict:
+    generator = torch.Generator().manual_seed(3)
+    values = {str(dtype): (torch.randn(2, 3, generator=generator) * 9).abs().to(dtype) for dtype in DTYPES}
+    return {
+        **values,
+        "0-d": {str(dtype): torch.ones((), dtype=dtype) for dtype in DTYPES},
+        "empty": {str(dtype): torch.ones(0, 2, dtype=dtype) for dtype in DTYPES},
+        "scalars": [1, -2.5, 0.1 + 0.2, 1e-320, float("inf"), None, True, "θ", 2**80],
+        "nan": torch.tensor([float("nan"), -0.0]),
+        "a/b": {"~": torch.ones(1), "": torch.zeros(1)},
+        "a": {"b/~": torch.full((1,), 2.0), "b": {"~": torch.full((1,), 3.0)}},
+        "dict": {"tensor": "dict", "dict": {}, "list": []},
+        "view": values["torch.float32"].T,
+        "expanded": torch.ones(1).expand(3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "generator": generator.get_state(),
+    }
+
+
+def test_a_tree_comes_back_bit_for_bit(tmp_path):
+    saved = tree()
+    save_tree(tmp_path / "state", saved, {"step": 3, "keys": ["a", None]})
+    loaded, metadata = load_tree(tmp_path / "state")
+    assert metadata == {"step": 3, "keys": ["a", None]}
+    assert list(loaded) == list(saved)
+    assert identical(loaded, saved)
+    assert loaded["nan"].signbit().tolist() == saved["nan"].signbit().tolist()
+    assert type(loaded["scalars"][6]) is bool
+
+
+def test_loaded_tensors_are_contiguous_and_independent_of_the_file(tmp_path):
+    path = tmp_path / "state"
+    save_tree(path, {"view": torch.arange(6.0).view(2, 3).T, "list": [torch.zeros(2)]})
+    loaded, _ = load_tree(path)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert loaded["view"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert loaded["view"].is_contiguous()
+    loaded["list"][0].add_(1)
+
+
+@pytest.mark.parametrize("root", [torch.ones(2), [torch.ones(2), 1], {}, 3])
+def test_a_tree_may_be_anything(tmp_path, root):
+    save_tree(tmp_path / "state", root)
+    assert identical(load_tree(tmp_path / "state")[0], root)
+
+
+@pytest.mark.parametrize(
+    ("node", "named"),
+    [
+        ({"a": [{"b": {1, 2}}]}, "a/0/b is set"),
+        ({"a": {0: 1}}, "a is a dict whose keys"),
+        (torch.Generator(), "tree is Generator"),
+    ],
+)
+def test_what_is_neither_tensor_nor_scalar_is_named_before_anything_is_written(tmp_path, node, named):
+    with pytest.raises(TypeError, match=named):
+        save_tree(tmp_path / "state", node)
+    assert not os.listdir(tmp_path)
+
+
+def changed_byte(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:5],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        changed_byte,
+        lambda data: data.replace(b'"a"', b'"b"').replace(b'\\"a\\"', b'\\"b\\"'),
+        lambda data: b"\x80\x05K\x01.",
+        lambda data: to_bytes({"a": torch.ones(2)}),
+        lambda data: to_bytes({}, {"format": FORMAT, "version": str(VERSION)}),
+    ],
+    ids=["empty", "start", "half", "cut", "flipped", "renamed", "pickle", "foreign", "headless"],
+)
+def test_damaged_and_foreign_files(tmp_path, damage):
+    path = tmp_path / "state"
+    save_tree(path, {"a": torch.ones(2)})
+    data = path.read_bytes()
+    assert damage(data) != data
+    path.write_bytes(damage(data))
+    with pytest.raises(ResumeError, match=str(path)):
+        load_tree(path)
+
+
+def test_another_version_of_the_format_is_named(tmp_path):
+    path = tmp_path / "state"
+    path.write_bytes(to_bytes({}, {"format": FORMAT, "version": "99"}))
+    with pytest.raises(ResumeError, match=f"version 99, this l2o reads version {VERSION}"):
+        load_tree(path)
+
+
+@pytest.mark.parametrize("path", ["missing", "."])
+def test_no_file(tmp_path, path):
+    with pytest.raises(ResumeError, match="cannot be read"):
+        load_tree(tmp_path / path)
+
+
+def test_data_folders_are_found_inside_a_package_and_else_beside_it(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    with pytest.raises(L2OError, match="reinstall"):
+        resource(package, "data")
+    (tmp_path / "data").mkdir()
+    assert resource(package, "data") == tmp_path / "data"
+    (package / "data").mkdir()
+    assert resource(package, "data") == package / "data"

@@ -1,0 +1,286 @@
+"""Checkpoints: what is saved comes back, and what is damaged, foreign or unknown is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from plugin import Mixing, source
+from tables import every_rule, generator, identical
+
+import l2o.rules
+from l2o import hub
+from l2o._files import to_bytes
+from l2o.rules import LSTM, MLP, SGD
+from l2o.types import CheckpointError, ConfigurationError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Nested(Mixing):
+    """Hyperparameters of every kind that a card can hold."""
+
+    layers: tuple[tuple[int, ...], ...] = ((1, 2), ())
+    clip: float = float("inf")
+    name: str = "θ"
+    scale: float | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Unsavable(Mixing):
+    tensor: object = None
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return hub.save(tmp_path / "saved", *source(MLP(hidden=(4,))))
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch) -> Path:
+    """A folder of pretrained checkpoints with two of them, and a working folder that is empty."""
+    folder = tmp_path / "pretrained"
+    hub.save(folder / "mlp-small", *source(MLP(hidden=(4,))))
+    hub.save(folder / "lstm-small", *source(LSTM(hidden=(3,))))
+    (folder / "aliases.json").write_text('{"default": "mlp-small"}')
+    (folder / "README.md").write_text("# Pretrained")
+    monkeypatch.setattr(hub, "resource", lambda package, name: tmp_path / name)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return folder
+
+
+def edit(folder: Path, **entries: object) -> None:
+    """Change the card; an entry that is ... is removed."""
+    card = json.loads((folder / "card.json").read_text()) | entries
+    (folder / "card.json").write_text(json.dumps({k: v for k, v in card.items() if v is not ...}))
+
+
+def replace_theta(folder: Path, data: bytes) -> None:
+    """Another θ file, with its own checksum on the card."""
+    (folder / "theta.safetensors").write_bytes(data)
+    edit(folder, theta={"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
+
+
+@every_rule
+def test_what_is_saved_comes_back(rule, tmp_path):
+    theta = rule.init_theta(generator(5))
+    folder = hub.save(tmp_path / "a" / "b", rule, theta)
+    assert folder == tmp_path / "a" / "b"
+    for place in (folder, str(folder), folder / "theta.safetensors"):
+        loaded, again = hub.load(place)
+        assert loaded == rule
+        assert type(loaded) is type(rule)
+        assert identical(again, theta)
+        assert list(again) == list(theta)  # by which an outer optimizer numbers them
+
+
+@pytest.mark.parametrize(
+    "rule", [Nested(), Nested(layers=((3,),), clip=1.5, scale=0.1, tags=["a", "b"]), Mixing(memory=7)]
+)
+def test_hyperparameters_of_ones_own_rule_come_back(rule, tmp_path):
+    hub.save(tmp_path, *source(rule))
+    assert hub.load(tmp_path, rules=[Nested, Mixing])[0] == rule
+
+
+def test_theta_is_stored_as_float32_whatever_it_was(tmp_path):
+    rule, theta = source(MLP())
+    views = {k: torch.stack([t, t], -1).double()[..., 0].requires_grad_() for k, t in theta.items()}
+    loaded = hub.load(hub.save(tmp_path, rule, views))[1]
+    assert identical(loaded, theta)
+    assert not any(t.requires_grad for t in loaded.values())
+
+
+def test_the_card_describes_the_checkpoint(tmp_path):
+    rule, theta = source(MLP(hidden=(4, 5)))
+    hub.save(tmp_path, rule, theta, {"seeds": [0, 1], "results": {"loss": float("inf")}, "licence": "Apache-2.0"})
+    data = (tmp_path / "theta.safetensors").read_bytes()
+    card = hub.read_card(tmp_path)
+    assert card["format_version"] == 1
+    assert card["rule"] == "MLP"
+    assert card["hyperparameters"]["hidden"] == [4, 5]
+    assert card["theta"] == {"file": "theta.safetensors", "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    assert card["versions"]["torch"] == torch.__version__
+    assert (card["seeds"], card["results"], card["licence"]) == ([0, 1], {"loss": float("inf")}, "Apache-2.0")
+
+
+def test_a_checkpoint_is_replaced(saved):
+    rule, theta = source(LSTM(hidden=(3,)))
+    hub.save(saved, rule, theta)
+    assert hub.load(saved)[0] == rule
+    assert sorted(os.listdir(saved)) == ["card.json", "theta.safetensors"]
+
+
+def test_a_save_that_stops_between_its_files_is_noticed(saved, monkeypatch):
+    write = hub.atomic_write
+
+    def stop(path: Path, data: bytes) -> None:
+        if path.name == "card.json":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(hub, "atomic_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hub.save(saved, MLP(hidden=(4,)), MLP(hidden=(4,)).init_theta(generator(9)))
+    with pytest.raises(CheckpointError, match="sha256"):
+        hub.load(saved)
+
+
+def test_hyperparameters_that_the_card_does_not_know_have_their_defaults(saved):
+    edit(saved, hyperparameters={"hidden": [4]})
+    assert hub.load(saved)[0] == MLP(hidden=(4,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w0": torch.ones(2, 2)}, r"'w0' has shape \(2, 2\), expected \("),
+        ({"w0": None}, "'w0' is missing"),
+        ({"extra": torch.ones(1)}, "'extra' is unexpected"),
+        ({"b0": torch.full((4,), float("nan"))}, "'b0' is not made of finite"),
+        ({"b0": torch.full((4,), float("inf"))}, "'b0' is not made of finite"),
+        ({"b0": torch.ones(4, dtype=torch.int64)}, "'b0' is not made of finite"),
+    ],
+)
+def test_theta_of_another_rule_is_neither_saved_nor_loaded(saved, tmp_path, change, message):
+    rule, theta = source(MLP(hidden=(4,)))
+    theta = {k: t for k, t in (theta | change).items() if t is not None}
+    with pytest.raises(CheckpointError, match=message):
+        hub.save(tmp_path / "other", rule, theta)
+    assert not (tmp_path / "other").exists()
+    replace_theta(saved, to_bytes(theta))
+    with pytest.raises(CheckpointError, match="int64" if theta["b0"].dtype == torch.int64 else message):
+        hub.load(saved)
+
+
+@pytest.mark.parametrize("data", [b"", b"no tensors at all", to_bytes({"w0": torch.ones(3)})[:-2], b"\x80\x05K\x01."])
+def test_a_theta_file_that_is_none(saved, data):
+    replace_theta(saved, data)
+    with pytest.raises(CheckpointError, match=r"theta\.safetensors: not a safetensors file"):
+        hub.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(lambda data: data[:-1], "size is"), (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "sha256 is")],
+)
+def test_a_theta_file_that_is_not_the_one_saved(saved, damage, message):
+    path = saved / "theta.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"theta.safetensors: {message}.*the card says"):
+        hub.load(saved)
+
+
+@pytest.mark.parametrize("file", ["theta.safetensors", "card.json"])
+def test_a_file_that_is_missing(saved, file):
+    (saved / file).unlink()
+    for place in (saved, saved / "theta.safetensors"):
+        with pytest.raises(CheckpointError, match=f"{file}: cannot be read"):
+            hub.load(place)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"1", b"\xff\xfe", b"[" * 100_000])
+def test_a_card_that_is_not_json(saved, text):
+    (saved / "card.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"card\.json: (not JSON|expected a JSON object)"):
+        hub.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2, this l2o reads 1"),
+        ({"format_version": ...}, "format_version is None"),
+        ({"rule": ...}, "'rule' of type str, got None"),
+        ({"theta": "x"}, "'theta' of type dict"),
+        ({"theta": {}}, "the card says None"),
+        ({"hyperparameters": []}, "'hyperparameters' of type dict"),
+        ({"rule": "Secret"}, r"'Secret' is not known here; known are AdaGrad, .*SGD.*rules=\[Secret\]"),
+        ({"rule": "os.system"}, "not known here"),
+        ({"hyperparameters": {"hiden": [4]}}, r"no hyperparameter \['hiden'\], only .*'hidden'"),
+        ({"hyperparameters": {"time": "never"}}, "does not accept.*'never'"),
+        ({"hyperparameters": {"hidden": "wide"}}, "does not accept"),
+        ({"hyperparameters": {"hidden": [[4]]}}, "does not accept"),
+        ({"rule": "LSTM", "hyperparameters": {}}, r"LSTM.*'b0' has shape \(4,\), expected \(80,\)"),
+    ],
+)
+def test_a_card_that_does_not_fit(saved, entries, message):
+    edit(saved, **entries)
+    with pytest.raises(CheckpointError, match=message):
+        hub.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("rule", "card", "message"),
+    [
+        (SGD(), {"rule": "mine"}, r"card: \['rule'\]"),
+        (SGD(), {"data": {1, 2}}, "card: .*set"),
+        (Unsavable(torch.ones(1)), {}, "Unsavable.*JSON"),
+        (Unsavable({"a": (1,)}), {}, "would be read back"),
+    ],
+)
+def test_what_a_card_cannot_hold_is_refused_before_anything_is_written(tmp_path, rule, card, message):
+    with pytest.raises(ConfigurationError, match=message):
+        hub.save(tmp_path / "new", *source(rule), card)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rules", [SGD, [SGD()], ["SGD"], [int]])
+def test_rules_that_are_none(saved, rules):
+    with pytest.raises(ConfigurationError, match="rules="):
+        hub.load(saved, rules=rules)
+
+
+def test_names_and_aliases_of_pretrained_checkpoints(shelf):
+    assert hub.list_pretrained() == ["lstm-small", "mlp-small"]
+    assert hub.load("lstm-small")[0] == LSTM(hidden=(3,))
+    assert hub.load("default")[0] == MLP(hidden=(4,))
+    assert hub.read_card("default") == hub.read_card("mlp-small")
+    assert identical(hub.load("default")[1], hub.load(shelf / "mlp-small")[1])
+
+
+def test_a_folder_comes_before_a_name_only_if_it_is_a_checkpoint(shelf):
+    Path("default").mkdir()
+    assert hub.load("default")[0] == MLP(hidden=(4,))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hub.load(Path("default"))
+    hub.save("default", *source(SGD()))
+    assert hub.load("default")[0] == SGD()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mlp-smal", "'mlp-smal'.* Did you mean 'mlp-small'.* Names: default, lstm-small, mlp-small"),
+        ("quite different", r"Names: default, lstm-small, mlp-small"),
+        ("", "Names: "),
+        ("../pretrained/none", "no folder '../pretrained/none'"),
+        (Path("lstm-small"), "no folder 'lstm-small'"),
+        ("https://example.org/mlp", "not supported yet; download the folder"),
+        ("hf://someone/mlp", "not supported yet"),
+    ],
+)
+def test_unknown_names(shelf, name, message):
+    for function in (hub.load, hub.read_card):
+        with pytest.raises(UnknownNameError, match=message):
+            function(name)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ("a", "b"), b"default"])
+def test_a_source_is_a_string_or_a_path(wrong):
+    with pytest.raises(ConfigurationError, match="source="):
+        hub.load(wrong)
+
+
+def test_the_shelf_of_this_repository_is_whole():
+    """Each checkpoint that is shipped loads, and the alias names one of them."""
+    for name in hub.list_pretrained():
+        rule, theta = hub.load(name)
+        assert type(rule).__name__ in l2o.rules.__all__
+        assert theta
+    assert set(hub._aliases().values()) <= set(hub.list_pretrained())

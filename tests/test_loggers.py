@@ -1,0 +1,130 @@
+"""Where the numbers of a run go: wandb, TensorBoard, a logger of one's own, the terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from conftest import ROOT
+from training import SMALL, command, records, snapshot
+
+from meta_train.loggers import Terminal, Wandb, duration
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("logger", "module", "extra"),
+    [("wandb", "wandb", "train"), ("tensorboard", "torch.utils.tensorboard", "tensorboard")],
+)
+def test_a_logger_that_is_not_installed_names_its_extra(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    logger: str,
+    module: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert command(f"logger=[{logger}]") == 2
+    assert f"pip install l2o[{extra}]" in capsys.readouterr().err
+    assert snapshot() == {}
+
+
+def test_tensorboard_gets_every_step_once() -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (3, 5):
+        assert command(f"steps={steps}", "logger=[tensorboard]", "evaluate_every=2") == 0
+    events = EventAccumulator("run/tensorboard").Reload()
+    losses = {row["step"]: row["meta_loss"] for row in records() if "meta_loss" in row}
+    assert [event.step for event in events.Scalars("meta_loss")] == list(losses)
+    assert [event.value for event in events.Scalars("meta_loss")] == pytest.approx(list(losses.values()), rel=1e-6)
+    # The first sitting ended with an evaluation, at 3; one that never stops has none there.
+    assert [event.step for event in events.Scalars("held_out_loss")] == [2, 3, 4, 5]
+
+
+def test_wandb_records_offline_where_there_is_no_account(here: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(here), "NETRC": str(here / "netrc")}
+    env |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # the network is away
+    line = [sys.executable, "-m", "meta_train", *SMALL, "logger=[wandb]", "steps=2"]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (recorded,) = Path("run/wandb").glob("offline-run-*")
+    run_id = yaml.safe_load(Path("run/config.yaml").read_text())["id"]
+    assert (recorded / f"run-{run_id}.wandb").stat().st_size
+    assert {path.name for path in here.iterdir() if not path.name.startswith(".")} == {"run"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "logged_in", "mode"),
+    [
+        (None, None, True, None),
+        (None, None, False, "offline"),
+        (None, "disabled", False, None),
+        ("online", None, False, "online"),
+    ],
+)
+def test_wandb_is_online_with_an_account(
+    monkeypatch: pytest.MonkeyPatch, setting: str | None, variable: str | None, logged_in: bool, mode: str | None
+) -> None:
+    """None leaves it to wandb, which then goes by ``WANDB_MODE``, and else online."""
+    logger = Wandb(mode=setting)
+    monkeypatch.setattr(logger._wandb, "login", lambda **_: logged_in)
+    monkeypatch.delenv("WANDB_MODE")
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert logger._choose_mode() == mode
+
+
+def test_a_logger_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "own_logger.py").write_text(
+        "class Recorder:\n"
+        "    seen = []\n"
+        "    def start(self, folder, config, run_id, step): self.seen.append(('start', step))\n"
+        "    def log(self, step, values): self.seen.append((step, dict(values)))\n"
+        "    def close(self): self.seen.append('close')\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    assert command("steps=2", "logger.own._target_=own_logger.Recorder") == 0
+    seen = sys.modules["own_logger"].Recorder.seen
+    assert seen[0] == ("start", 0)
+    assert seen[-1] == "close"
+    values = [{"step": step, **values} for step, values in seen[1:-1] if "inner_steps_per_second" not in values]
+    assert values == records()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119.4, "119 s"), (120, "2 min"), (3599, "1 h 00 min"), (3901, "1 h 06 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_terminal_shows_progress(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(Terminal, "every", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = Terminal(4, 8, stream)
+    shown.advance(6, 0.5, 1234.5)
+    shown.say("half [way]")
+    shown.close()
+    text = stream.getvalue()
+    assert "meta-loss 0.5  1,234 inner steps/s" in text
+    assert "half [way]\n" in text
+    assert ("step 6/8" in text) is not terminal
+    assert ("\x1b[?25h" in text) is terminal  # the cursor is given back

@@ -1,0 +1,168 @@
+"""What is made of the curves: hand-made ones get the scores they should, and reports say what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from l2o.evaluation import Baseline, Comparison, Report, Setting, Trials, compare, score, speed_up, step_cost, write
+from l2o.evaluation.compare import LEARNED
+from l2o.evaluation.report import as_markdown, prepare_folder, table_row, verdict
+from l2o.evaluation.scores import best_trial, bootstrap_interval, diverged, final_losses, smooth
+from l2o.rules import SGD, Adam
+from l2o.tasks import Quadratic
+from l2o.types import ConfigurationError
+
+NOISY = Setting("noisy", Quadratic(dim=3, noise=0.1), steps=21, seeds=3, window=1)
+INF, NAN = math.inf, math.nan
+
+
+def trials_of(curve: list[float], label: str = "made up") -> Trials:
+    """One seed, one trial."""
+    losses = np.array(curve).reshape(-1, 1, 1)
+    return Trials(label, (None,), losses, losses[-1:], [len(curve)], 0.0)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def test_smoothing_looks_back_only():
+    np.testing.assert_array_equal(smooth(np.array([4.0, 2.0, 0.0, 0.0]), 2), [4.0, 3.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("curve", "final", "lost"),
+    [
+        ([4.0, 3.0, 1.0], 2.0, False),
+        ([4.0, 1.0, 7.0], 4.0, False),
+        ([4.0, 3.0, 5.1], 4.05, True),
+        ([4.0, NAN, 1.0, 1.0], INF, True),
+        ([4.0, 1.0, INF], INF, True),
+        ([NAN, NAN, NAN], INF, True),
+    ],
+)
+def test_final_loss_and_divergence(curve, final, lost):
+    losses = np.array(curve).reshape(-1, 1, 1)
+    assert final_losses(losses, window=2).item() == pytest.approx(final)
+    assert diverged(losses, window=2).item() is lost
+
+
+def test_the_best_trial_has_the_lowest_seed_mean_and_has_lost_no_seed():
+    assert best_trial(np.array([[3.0, 0.0, 2.0], [3.0, INF, 2.0]])) == 2
+
+
+def test_a_score_is_that_of_the_best_trial_and_says_where_it_lies():
+    train = np.array([[[9.0, 9.0, 9.0]], [[3.0, 1.0, 2.0]]])
+    trials = Trials("three", (0.1, 1.0, 10.0), train, 10 * train[1:], [2], 0.0)
+    best = score(trials, window=1)
+    assert (best.rate, best.mean, best.valid.tolist(), best.trials, best.at_edge) == (1.0, 1.0, [10.0], 3, False)
+    assert score(trials._replace(train=train[..., ::-1].cumsum(2)), window=1).at_edge
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference", "expected"),
+    [
+        ([4.0, 2.0, 1.0, 0.5], [4.0, 3.0, 2.0, 2.0], 2.0),
+        ([4.0, 3.0, 2.5, 2.0], [4.0, 3.0, 2.0, 2.0], 1.0),
+        ([4.0, 3.0, 2.5, 2.1], [4.0, 3.0, 2.0, 2.0], 0.0),
+        ([4.0, NAN, NAN, NAN], [4.0, 3.0, 2.0, 2.0], 0.0),
+        ([4.0, 3.0, 2.0, 2.0], [4.0, NAN, NAN, NAN], NAN),
+    ],
+)
+def test_speed_up(candidate, reference, expected):
+    ours, theirs = (score(trials_of(curve), window=1) for curve in (candidate, reference))
+    assert speed_up(ours, theirs) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_bootstrap_interval():
+    values = np.random.default_rng(0).normal(5.0, 1.0, 400)
+    low, high = bootstrap_interval(values)
+    assert bootstrap_interval(values) == (low, high)
+    standard_error = values.std() / math.sqrt(400)
+    assert (values.mean() - low, high - values.mean()) == pytest.approx((1.96 * standard_error,) * 2, rel=0.1)
+    assert bootstrap_interval(np.full(3, 2.0)) == (2.0, 2.0)
+    assert bootstrap_interval(np.array([1.0, INF])) == (1.0, INF)
+
+
+def theta_of(rule):
+    return rule.init_theta(torch.Generator())
+
+
+# Reports --------------------------------------------------------------------------------------------------------------
+
+
+def comparison(lr: float, grid: tuple[float, ...] = (1e-3, 1e-2, 1e-1), setting: Setting = NOISY) -> Comparison:
+    return compare(setting, SGD(lr=lr), theta_of(SGD(lr=lr)), {"adam": Baseline("Adam", Adam(), grid)})
+
+
+def report(*comparisons: Comparison) -> Report:
+    facts = {"Hardware": "an abacus", "Command": "`evaluate`"}
+    costs = step_cost({"learned": torch.optim.SGD, "AdamW (fused)": torch.optim.AdamW}, nn.Linear(3, 3), rounds=1)
+    return Report("mine", comparisons, facts, costs)
+
+
+def test_a_hit_and_a_miss_are_said_in_words():
+    hit, miss = comparison(3e-2, grid=(1e-4, 1e-3)), comparison(1e-3)
+    assert verdict(hit).startswith("Target reached: the learned optimizer ends at")
+    assert verdict(miss).startswith("Target missed: the learned optimizer ends at")
+    ratio = miss.scores[LEARNED].mean / miss.scores["adam"].mean
+    assert f"above best-of-grid Adam's {miss.scores['adam'].mean:.3g} ({ratio:.3g} times it). No seed" in verdict(miss)
+    assert table_row(miss, LEARNED)[-1] == "0 (miss)"
+    assert "(edge of the grid)" in table_row(hit, "adam")[2]
+
+
+def test_divergence_is_counted_and_written_down(tmp_path):
+    lost = comparison(1e3, setting=dataclasses.replace(NOISY, steps=60))
+    assert lost.scores[LEARNED].diverged.tolist() == [True] * 3
+    assert "It diverged on 3 of 3 seeds." in verdict(lost)
+    assert "not finite" in verdict(lost)
+    assert table_row(lost, LEARNED)[-2] == "3 of 3"
+    write(report(lost), tmp_path)
+    learned = json.loads((tmp_path / "results.json").read_text())["settings"][0]["optimizers"][LEARNED]
+    assert (learned["mean"], learned["diverged"], learned["interval"]) == (None, [True] * 3, [None, None])
+
+
+def test_without_adam_nothing_is_claimed():
+    alone = compare(NOISY, SGD(), theta_of(SGD()), {})
+    assert verdict(alone).startswith("adam is not among the baselines")
+    assert table_row(alone, LEARNED)[-1] == "no reference"
+
+
+def test_a_report_states_seeds_trials_window_and_facts():
+    text = as_markdown(report(comparison(1e-2), comparison(1e-3, setting=dataclasses.replace(NOISY, name="other"))))
+    for part in (
+        "`Quadratic(dim=3, noise=0.1, init_scale=0.01)`, 21 steps, 3 seeds",
+        "over the last 1 steps",
+        "- Adam: 3 trials a seed, learning rates 0.001, 0.01, 0.1.",
+        "- Seeds of other: 3 problems, all drawn from a generator of seed 1000.",
+        "- Hardware: an abacus",
+        "| learned | ",
+        "![smoothed training loss over steps](curves.png)",
+    ):
+        assert part in text
+
+
+def test_every_run_is_in_the_results(tmp_path):
+    result = comparison(1e-2)
+    write(report(result), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md", "curves.png"}
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    adam = json.loads((tmp_path / "results.json").read_text())["settings"][0]["optimizers"]["adam"]
+    assert [(r["lr"], r["seed"]) for r in adam["runs"]] == [
+        (lr, seed) for lr in (1e-3, 1e-2, 1e-1) for seed in range(3)
+    ]
+    best = [r["final"] for r in adam["runs"] if r["trial"] == adam["best"]]
+    assert best == adam["final"] == result.scores["adam"].final.tolist()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"out=.*file/below.*name a folder"):
+        prepare_folder(Path(tmp_path, "file", "below"))

@@ -1,0 +1,84 @@
+"""Bad input to the training command is one line on stderr, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training import command, snapshot
+
+import l2o
+from l2o.rules import SGD
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rule=momentun"], "unknown rule 'momentun', did you mean 'momentum'"),
+        (["task=quadratics"], "did you mean 'quadratic'?; valid: digits_mlp"),
+        (["estimator=es"], "unknown estimator 'es'; valid: bptt, tbptt"),
+        (["logger=[wandb,tensorbord]"], "unknown logger 'tensorbord'"),
+        (["experiment=nothing"], "unknown experiment 'nothing'"),
+        (["init_from=nothing"], "'nothing'"),
+        (["rule._target_=nowhere.Rule"], "rule"),
+        (["rule._target_=l2o.tasks.Quadratic"], "expected a UpdateRule"),
+        (["task._target_=l2o.rules.SGD", "~task.dim"], "expected a TaskFamily"),
+        (["rule.width=3"], "unexpected keyword argument 'width'"),
+        (["rule.lr=abc"], "rule"),
+        (["estimator.lanez=3"], "unexpected keyword argument 'lanez'; it takes lanes, horizon"),
+        (["estimator.lanes=many"], "estimator"),
+        (["estimator.lanes=0"], "lanes=0"),
+        (["outer.lr=-1"], "outer: Invalid learning rate: -1"),
+        (["outer.rate=1"], "unexpected keyword argument 'rate'"),
+        (["schedule=warmup_cosine"], "schedule.total has no default"),
+        (["schedule.total=3"], "unexpected keyword argument 'total'"),
+        (["evaluation.seeds=0"], "seeds=0"),
+        (["evaluation.task.width=3"], "evaluation.task"),
+        (["steps=0"], "steps=0: expected a whole number of at least 1"),
+        (["steps=1.5"], "steps=1.5"),
+        (["seed=true"], "seed=True"),
+        (["log_every=0"], "log_every=0"),
+        (["device=tpu"], "device='tpu'"),
+        (["step=3"], "unknown setting 'step', did you mean 'steps'?"),
+        (["evaluation.seedz=3"], "'seedz'"),
+        (["logger.wandb.project=mine"], "logger.wandb has settings but is not chosen"),
+        (["run="], "run= is empty"),
+        (["run=/dev/null/run"], "run=/dev/null/run cannot be written"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_error_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert command(*arguments) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert snapshot() == {}
+
+
+def test_a_warm_start_from_another_rule_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    rule = SGD(lr=0.5)
+    l2o.save("saved", rule, rule.init_theta(torch.Generator()))
+    before = snapshot()
+    for own in (["rule=momentum"], ["rule=sgd"]):
+        assert command("init_from=saved", *own) == 2
+        assert "init_from='saved' is of SGD(lr=0.5)" in capsys.readouterr().err
+    assert snapshot() == before
+
+
+def test_help_says_what_there_is_to_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--help") == 0
+    said = capsys.readouterr().out
+    assert "rule: adagrad, adam, lstm, mlp, momentum, rmsprop, sgd" in said
+    assert "checkpoint_every" in said
+    assert snapshot() == {}
