@@ -11,6 +11,7 @@ from l2o import estimators, rules, tasks
 from l2o.hub import list_pretrained, load, read_card, save
 from l2o.meta import MetaTraining, constant_schedule, warmup_cosine
 from l2o.optim import LearnedOptimizer
+from l2o.rules.elementwise import ElementwiseRule
 from l2o.types import (
     CheckpointError,
     Clock,
@@ -38,6 +39,7 @@ __all__ = [
     "Clock",
     "ConfigurationError",
     "DataError",
+    "ElementwiseRule",
     "GradientError",
     "L2OError",
     "LearnedOptimizer",

@@ -7,7 +7,6 @@ byte with the card's checksum, and neither unpickles nor imports anything becaus
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import l2o.rules
 from l2o._files import atomic_write, to_bytes
+from l2o._names import unknown
 from l2o._resources import resource
 from l2o.types import CheckpointError, ConfigurationError, Theta, UnknownNameError, UpdateRule
 
@@ -288,7 +288,5 @@ def _named(name: str) -> Path | None:
 
 
 def _not_found(name: str) -> str:
-    valid = sorted({*list_pretrained(), *_aliases()})
-    nearest = difflib.get_close_matches(name, valid, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"no pretrained checkpoint and no folder {name!r}.{hint} Names: {', '.join(valid) or 'none'}."
+    names = unknown("checkpoint", name, {*list_pretrained(), *_aliases()})
+    return f"{names}; and there is no folder of that name"

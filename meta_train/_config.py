@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib
 import inspect
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from l2o._names import unknown
 from l2o._resources import resource
 from l2o.types import ConfigurationError, L2OError, UnknownNameError
 
@@ -151,7 +151,8 @@ def _composition_message(error: HydraException) -> str:
     if not isinstance(error, MissingConfigException) or error.missing_cfg_file is None:
         return _unknown_key(error.__cause__) or " ".join(_one_line(e) for e in (error, error.__cause__) if e)
     group, _, name = error.missing_cfg_file.rpartition("/")
-    return unknown(group or "config", name, error.options or [])
+    choices = error.options or [path.stem for path in Path(config_path(), group).glob("*.yaml")]
+    return unknown(group or "config", name, choices)
 
 
 def _unknown_key(error: BaseException | None) -> str | None:
@@ -162,13 +163,6 @@ def _unknown_key(error: BaseException | None) -> str | None:
     if not isinstance(error, ConfigAttributeError | ConfigKeyError) or not parent:
         return None
     return unknown("setting", str(error.key), [str(key) for key in parent if key != "hydra"])
-
-
-def unknown(kind: str, name: str, valid: Sequence[str]) -> str:
-    """The text for a name that does not exist: the nearest ones and all valid ones."""
-    near = difflib.get_close_matches(name, valid)
-    hint = f", did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"unknown {kind} {name!r}{hint}; valid: {', '.join(sorted(valid))}"
 
 
 def _one_line(error: BaseException) -> str:

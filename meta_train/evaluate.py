@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from l2o._names import unknown
 from l2o.evaluation import (
     Report,
     Setting,
@@ -27,7 +28,7 @@ from l2o.evaluation import (
 )
 from l2o.hub import load
 from l2o.types import ConfigurationError, TaskFamily, UpdateRule
-from meta_train._config import build, config_path, import_classes, main_guard, open_settings, resolve_device, unknown
+from meta_train._config import build, config_path, import_classes, main_guard, open_settings, resolve_device
 from meta_train.card import commit, hardware
 
 if TYPE_CHECKING:

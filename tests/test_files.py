@@ -36,6 +36,14 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path):
     assert modes[0] == modes[1]
 
 
+def test_file_and_folder_are_on_disk_when_a_write_returns(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor)))
+    atomic_write(tmp_path / "file", b"abc")
+    assert [status.st_size for status in synced if stat.S_ISREG(status.st_mode)] == [3]
+    assert [status.st_ino for status in synced if stat.S_ISDIR(status.st_mode)] == [tmp_path.stat().st_ino]
+
+
 @pytest.mark.parametrize("stage", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, stage):
     path = tmp_path / "file"
@@ -62,6 +70,9 @@ def tree() -> dict:
         "nan": torch.tensor([float("nan"), -0.0]),
         "a/b": {"~": torch.ones(1), "": torch.zeros(1)},
         "a": {"b/~": torch.full((1,), 2.0), "b": {"~": torch.full((1,), 3.0)}},
+        "a~1b": torch.full((1,), 4.0),
+        "c/d": torch.full((1,), 5.0),
+        "c~1d": torch.full((1,), 6.0),
         "dict": {"tensor": "dict", "dict": {}, "list": []},
         "view": values["torch.float32"].T,
         "expanded": torch.ones(1).expand(3),
@@ -137,6 +148,13 @@ def test_damaged_and_foreign_files(tmp_path, damage):
     assert damage(data) != data
     path.write_bytes(damage(data))
     with pytest.raises(ResumeError, match=str(path)):
+        load_tree(path)
+
+
+def test_a_file_of_another_program_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(to_bytes({"a": torch.ones(2)}, {"format": "pt"}))
+    with pytest.raises(ResumeError, match=f"not a file to resume from; its format is 'pt', not '{FORMAT}'"):
         load_tree(path)
 
 

@@ -256,11 +256,11 @@ def test_a_folder_comes_before_a_name_only_if_it_is_a_checkpoint(shelf):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mlp-smal", "'mlp-smal'.* Did you mean 'mlp-small'.* Names: default, lstm-small, mlp-small"),
-        ("quite different", r"Names: default, lstm-small, mlp-small"),
-        ("", "Names: "),
-        ("../pretrained/none", "no folder '../pretrained/none'"),
-        (Path("lstm-small"), "no folder 'lstm-small'"),
+        ("mlp-smal", "'mlp-smal', did you mean 'mlp-small'.*; valid: default, lstm-small, mlp-small"),
+        ("quite different", r"valid: default, lstm-small, mlp-small"),
+        ("", "valid: "),
+        ("../pretrained/none", "'../pretrained/none'.* no folder of that name"),
+        (Path("lstm-small"), "'lstm-small'.* no folder of that name"),
         ("https://example.org/mlp", "not supported yet; download the folder"),
         ("hf://someone/mlp", "not supported yet"),
     ],

@@ -16,7 +16,7 @@ import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 
-SUPPORT = {"types", "_files", "_resources", "download"}
+SUPPORT = {"types", "_files", "_names", "_resources", "download"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "hub", "optim"}
 UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
@@ -26,6 +26,7 @@ UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "_files": {"types"},
+    "_names": {"types"},
     "_resources": {"types"},
     "download": {"types", "_files"},
     "ops": {"types"},

@@ -1,7 +1,5 @@
 """What every update rule keeps: purity, the two-pass shape, agreement with torch, a small θ."""
 
-import math
-
 import pytest
 import torch
 from tables import RULES, double, every_rule, generator, random_theta

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2o._names import choose
 from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp
-from l2o.tasks.data import choose
 from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from l2o._names import choose
 from l2o.tasks.mnist import load_mnist
-from l2o.types import DataError, UnknownNameError
-
-T = TypeVar("T")
+from l2o.types import DataError
 
 _SPLIT_SEED = 0
 _TRAIN_PARTS, _PARTS = 4, 5
@@ -51,18 +49,6 @@ IMAGE_SETS: dict[str, ImageSet] = {
 }
 HALVES = {"meta_train": 0, "meta_test": 1}
 SPLITS = {"train": 0, "valid": 1}
-
-
-def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """``table[name]``; where there is none, `UnknownNameError` with the nearest names and all valid ones."""
-    if name in table:
-        return table[name]
-    raise UnknownNameError(f"unknown {kind} {name!r}{_hint(name, table)}; valid: {', '.join(sorted(table))}")
-
-
-def _hint(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(names))
-    return f", did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def image_split(dataset: str, half: str, split: str, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o.tasks.data import HALVES, IMAGE_SETS, choose, image_split
+from l2o._names import choose
+from l2o.tasks.data import HALVES, IMAGE_SETS, image_split
 from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}

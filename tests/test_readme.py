@@ -1,0 +1,94 @@
+"""Every code block of the README runs, as it stands but for its length."""
+
+import contextlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.finditer(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
+BLOCKS = [(fence[1], fence[2], TEXT[: fence.start()].count("\n") + 1) for fence in FENCES]
+SETUP = {"make demo", "make test"}
+SHORT = {
+    "meta_train": ["steps=2", "evaluate_every=0", "logger=none", "estimator.lanes=2"],
+    "meta_train.evaluate": ["steps=10", "seeds=2", "cost=false"],
+}
+
+
+def blocks(language):
+    return [pytest.param(code, id=f"line{line}") for kind, code, line in BLOCKS if kind == language]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Blocks build on one another, in the order in which a reader meets them."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    model = nn.Linear(3, 1)
+    model(torch.randn(8, 3)).square().mean().backward()
+    return {"__name__": "__main__", "model": model}
+
+
+def shortened(code: str) -> str:
+    return re.sub(r"range\(\d+\)", "range(3)", code)
+
+
+@pytest.mark.xdist_group("readme")
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, namespace, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for name in re.findall(r"^# (\w+\.py)", code):  # a file that commands further down import
+        (folder / name).write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(str(folder))
+    exec(compile(shortened(code), "README.md", "exec"), namespace)
+    with contextlib.suppress(KeyError):
+        namespace["optimizer"].step()
+
+
+@pytest.mark.xdist_group("readme")
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_commands_run(code, folder):
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or " ".join(words) in SETUP:
+            continue
+        assert words[:2] == ["python", "-m"], f"no test knows how to run: {line}"
+        command = [sys.executable, *words[1:], *SHORT[words[2]]]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+def test_the_readme_has_both_set_up_commands_and_no_other_languages():
+    assert {" ".join(line.split("#")[0].split()) for _, code, _ in BLOCKS for line in code.splitlines()} >= SETUP
+    assert {kind for kind, _, _ in BLOCKS} <= {"python", "bash", "text"}
+
+
+LENGTHS = {"class RandomRegression": 20, "class SignDescent": 20, "MetaTraining(": 30}
+
+
+@pytest.mark.parametrize(("marker", "limit"), LENGTHS.items(), ids=LENGTHS)
+def test_the_examples_are_as_short_as_they_say(marker, limit):
+    (code,) = [code for _, code, _ in BLOCKS if marker in code]
+    assert len([line for line in code.splitlines() if line.strip()]) < limit
+
+
+def test_the_file_tree_is_that_of_the_repository():
+    (tree,) = [code for kind, code, _ in BLOCKS if kind == "text" and "pyproject.toml" in code]
+    listed = {name.rstrip("/") for line in tree.splitlines() for name in line.split("   ")[0].split()}
+    assert {name for name in listed if not (ROOT / name).exists()} == set()
+    packages = {f"l2o/{p.name}" for p in (ROOT / "l2o").iterdir() if p.is_dir() and not p.name.startswith("__")}
+    assert packages <= listed
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("http") or (ROOT / target).exists(), target
