@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from l2o.ops import schedules
 from l2o.types import MetaGradient, Metrics, ResumeError, Theta
 
 Schedule = Callable[[int], float]
@@ -22,11 +22,9 @@ def constant_schedule(step: int) -> float:
 
 
 def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """Linear from 0 over ``warmup`` steps, then half a cosine down to ``floor`` at ``total`` steps; then ``floor``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    """`l2o.ops.schedules.warmup_cosine` of one outer step."""
+    now, end, warm = (torch.tensor(float(n), dtype=torch.float64) for n in (step, total, warmup))
+    return schedules.warmup_cosine(now, end, warm, floor).item()
 
 
 class MetaTraining:

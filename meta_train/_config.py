@@ -1,27 +1,24 @@
-"""What the commands share: where the configs are, how a node becomes an object, the device, and one-line errors."""
+"""What the commands share: where the configs are, the device, and one-line errors."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from l2o._names import unknown
 from l2o._resources import resource
-from l2o.types import ConfigurationError, L2OError, UnknownNameError
+from l2o.types import ConfigurationError, L2OError
 
 if TYPE_CHECKING:
     from hydra.errors import HydraException
-    from omegaconf import DictConfig
 
 EXTRA = ("hydra", "omegaconf", "rich", "matplotlib", "sklearn", "wandb", "higher")
 """Packages of the extra ``train`` that a command may find missing."""
@@ -50,49 +47,6 @@ def resolve_device(name: str) -> torch.device:
             "device='cuda': this machine has no usable CUDA device; take device=auto or device=cpu"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def build(node: DictConfig, what: str) -> Any:
-    """The object that a config node describes: its ``_target_``, called with the rest of the node.
-
-    what: name of the node, for messages. Lists become tuples, since rules and tasks are frozen dataclasses.
-    Raises `UnknownNameError` for a target that cannot be imported, `ConfigurationError` for settings it does not take.
-    """
-    from hydra.errors import HydraException
-    from hydra.utils import instantiate
-
-    try:
-        call = instantiate(node, _convert_="all", _partial_=True)
-    except HydraException as error:
-        raise UnknownNameError(
-            f"{what}: {_one_line(error)}; expected an import path that this folder can import"
-        ) from error
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in call.keywords.items()}
-    try:
-        inspect.signature(call.func).bind(**settings)
-    except TypeError as error:
-        valid = ", ".join(inspect.signature(call.func).parameters)
-        raise ConfigurationError(f"{what}: {call.func.__name__} {error}; it takes {valid}") from error
-    try:
-        return call.func(**settings)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, L2OError):
-            raise
-        raise ConfigurationError(f"{what}: {call.func.__name__} refuses its settings: {_one_line(error)}") from error
-
-
-def import_classes(paths: Iterable[str], what: str) -> tuple[type, ...]:
-    """The classes of the import paths that the user named, such as ``my_module.MyRule``."""
-    classes = []
-    for path in paths:
-        module, _, name = str(path).rpartition(".")
-        try:
-            classes.append(getattr(importlib.import_module(module), name))
-        except Exception as error:  # whatever importing a user's module raises, the answer is the same
-            raise UnknownNameError(
-                f"{what}: cannot import {path!r} ({_one_line(error)}); expected module.Class"
-            ) from error
-    return tuple(classes)
 
 
 def main_guard(command: Callable[[], None]) -> Callable[[], None]:
@@ -142,14 +96,14 @@ def _message(error: Exception) -> str | None:
 
     if isinstance(error, HydraException):
         return _composition_message(error)
-    return _one_line(error) if isinstance(error, OmegaConfBaseException) else None
+    return one_line(error) if isinstance(error, OmegaConfBaseException) else None
 
 
 def _composition_message(error: HydraException) -> str:
     from hydra.errors import MissingConfigException
 
     if not isinstance(error, MissingConfigException) or error.missing_cfg_file is None:
-        return _unknown_key(error.__cause__) or " ".join(_one_line(e) for e in (error, error.__cause__) if e)
+        return _unknown_key(error.__cause__) or " ".join(one_line(e) for e in (error, error.__cause__) if e)
     group, _, name = error.missing_cfg_file.rpartition("/")
     choices = error.options or [path.stem for path in Path(config_path(), group).glob("*.yaml")]
     return unknown(group or "config", name, choices)
@@ -165,6 +119,7 @@ def _unknown_key(error: BaseException | None) -> str | None:
     return unknown("setting", str(error.key), [str(key) for key in parent if key != "hydra"])
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, without Hydra's advice on how to see its trace."""
     text = str(error).replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception", "")
     return " ".join(text.split()).rstrip(".")

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from l2o._names import unknown
 from l2o.evaluation import (
     Report,
@@ -28,7 +26,8 @@ from l2o.evaluation import (
 )
 from l2o.hub import load
 from l2o.types import ConfigurationError, TaskFamily, UpdateRule
-from meta_train._config import build, config_path, import_classes, main_guard, open_settings, resolve_device
+from meta_train._build import import_classes, make, probe
+from meta_train._config import config_path, main_guard, open_settings, resolve_device
 from meta_train.card import commit, hardware
 
 if TYPE_CHECKING:
@@ -60,10 +59,10 @@ def evaluate(config: DictConfig, command: str) -> Report:
     started = time.perf_counter()
     device = resolve_device(config.device)
     chosen = baselines(config.baselines)
-    rule, theta = load(config.source, rules=_rules(config))
+    rule, theta = load(config.source, rules=import_classes(config.rules, "rules", UpdateRule))
     settings = make_settings(config)
     for setting in settings:
-        _probe(setting, device)
+        probe(setting.family, device)
     out = Path(config.out)
     prepare_folder(out)
     comparisons = [compare(s, rule, theta, chosen, device, partial(_progress, s)) for s in settings]
@@ -97,35 +96,15 @@ def make_settings(config: DictConfig) -> list[Setting]:
 
 def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) -> Setting:
     """One setting.  half: of the images, for a task that has halves and does not name one.  own: `Setting`'s fields."""
-    from omegaconf import OmegaConf
-
     valid = ("name", "task", "steps", "seeds", "seed", "window")
     for name in own:
         if name not in valid:
             raise ConfigurationError(f"settings.{key}: {unknown('key', name, valid)}")
     task = {**task, **own.pop("task", {})}
-    family = build(OmegaConf.create(task), f"settings.{key}.task" if key else "task")
-    if not isinstance(family, TaskFamily):
-        raise ConfigurationError(f"task._target_={task['_target_']!r}: expected a TaskFamily")
+    family = make(task, f"settings.{key}.task" if key else "task", TaskFamily)
     if "half" not in task and hasattr(family, "half"):
-        family = dataclasses.replace(family, half=half)  # type: ignore[type-var]  # every family is a dataclass
+        family = dataclasses.replace(family, half=half)  # every family is a dataclass
     return Setting(own.pop("name", key or type(family).__name__), family, **own)
-
-
-def _probe(setting: Setting, device: torch.device) -> None:
-    """Draw a batch of each split, so that missing data is noticed before anything is run."""
-    generator = torch.Generator(device).manual_seed(0)
-    data = setting.family.sample(generator, 1)
-    setting.family.batch(data, "train", generator)
-    setting.family.batch(data, "valid", generator)
-
-
-def _rules(config: DictConfig) -> tuple[type[UpdateRule], ...]:
-    classes = import_classes(config.rules, "rules")
-    for cls in classes:
-        if not issubclass(cls, UpdateRule):
-            raise ConfigurationError(f"rules: {cls.__name__} is not an UpdateRule")
-    return classes
 
 
 def _progress(setting: Setting, trials: Trials) -> None:

@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import l2o.meta
 from l2o.evaluation import BASELINES, Setting, baselines, run, run_baseline, run_learned, step_cost
-from l2o.evaluation.baselines import warmup_cosine
 from l2o.evaluation.curves import evaluation_steps
 from l2o.optim import LearnedOptimizer
 from l2o.rules import SGD
 from l2o.tasks import ImageMLP, Quadratic, Repeated
-from l2o.types import Clock, ConfigurationError, UnknownNameError
+from l2o.types import ConfigurationError, UnknownNameError
 
 NOISY = Setting("noisy", Quadratic(dim=3, noise=0.1), steps=21, seeds=3, window=1)
 
@@ -138,13 +137,6 @@ def test_a_learned_rule_meets_the_problems_of_the_baselines(family, name):
     if not baseline.cosine:
         np.testing.assert_allclose(grid.train[..., 3], once.train[..., 0], rtol=1e-4)
         np.testing.assert_allclose(grid.valid[..., 3], once.valid[..., 0], rtol=1e-4)
-
-
-@pytest.mark.parametrize("total", [1, 10, 19, 20, 100, 137])
-def test_the_schedule_is_that_of_the_outer_loop(total):
-    clocks = [Clock(torch.tensor(step), torch.tensor(total)) for step in range(total)]
-    expected = [l2o.meta.warmup_cosine(step, total, warmup=total // 20) for step in range(total)]
-    assert [warmup_cosine(clock).item() for clock in clocks] == pytest.approx(expected, abs=1e-6)
 
 
 def test_grids_have_at_least_eight_rates_half_a_decade_apart():

@@ -36,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["estimator.lanez=3"], "unexpected keyword argument 'lanez'; it takes lanes, horizon"),
         (["estimator.lanes=many"], "estimator"),
         (["estimator.lanes=0"], "lanes=0"),
-        (["outer.lr=-1"], "outer: Invalid learning rate: -1"),
+        (["outer.lr=-1"], "outer: Adam: Invalid learning rate: -1"),
         (["outer.rate=1"], "unexpected keyword argument 'rate'"),
         (["schedule=warmup_cosine"], "schedule.total has no default"),
         (["schedule.total=3"], "unexpected keyword argument 'total'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from l2o._names import choose
+from l2o.ops.schedules import warmup_cosine
 from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp
 from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
 
 
 @dataclass(frozen=True)
 class Scheduled(UpdateRule):
-    """``rule`` with its updates multiplied by `warmup_cosine` of the clock; θ is the rule's."""
+    """``rule`` with its updates warmed up over 5% of the run, then following half a cosine to 0; θ is the rule's."""
 
     rule: UpdateRule
 
@@ -34,15 +34,8 @@ class Scheduled(UpdateRule):
 
     def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
         updates = self.rule.apply(theta, state, stats, grads, params, clock)
-        return {name: u * warmup_cosine(clock).to(u.dtype) for name, u in updates.items()}
-
-
-def warmup_cosine(clock: Clock) -> Tensor:
-    """`l2o.meta.warmup_cosine` on tensors: linear over the first 5% of the run, then half a cosine towards 0."""
-    warmup = clock.total_steps // 20
-    progress = (clock.step - warmup) / (clock.total_steps - warmup).clamp(min=1)
-    cosine = 0.5 * (1.0 + torch.cos(math.pi * progress.clamp(0.0, 1.0)))
-    return torch.where(clock.step < warmup, (clock.step + 1) / warmup.clamp(min=1), cosine)
+        factor = warmup_cosine(clock.step, clock.total_steps, warmup=clock.total_steps // 20)
+        return {name: u * factor.to(u.dtype) for name, u in updates.items()}
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Baseline:
 
     label: what reports call it.
     rule: has a field ``lr``, which the grid replaces; its other fields stay as they are in every trial.
-    cosine: multiply the learning rate by `warmup_cosine` instead of keeping it constant.
+    cosine: run it `Scheduled` instead of at a constant learning rate.
     """
 
     label: str

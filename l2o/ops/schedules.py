@@ -1,0 +1,18 @@
+"""Schedules of learning rates, as factors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def warmup_cosine(step: Tensor, total: Tensor, warmup: Tensor, floor: float = 0.0) -> Tensor:
+    """Linear from 0 over ``warmup`` steps, then half a cosine down to ``floor`` at ``total`` steps; then ``floor``.
+
+    All of one shape, numbers of steps; the first step is 0 and has the factor ``1 / warmup``.
+    """
+    progress = ((step - warmup) / (total - warmup).clamp(min=1)).clamp(0.0, 1.0)
+    cosine = floor + (1.0 - floor) * 0.5 * (1.0 + torch.cos(math.pi * progress))
+    return torch.where(step < warmup, (step + 1) / warmup.clamp(min=1), cosine)

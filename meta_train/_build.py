@@ -1,0 +1,94 @@
+"""From nodes of a configuration to objects: what is named is imported, what it takes is checked, errors say where."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from l2o.types import ConfigurationError, L2OError, TaskFamily, UnknownNameError
+from meta_train._config import one_line
+
+
+def make(node: Mapping[str, Any], what: str, base: type) -> Any:
+    """The object of class ``base`` that a node describes: its ``_target_``, called with the rest of the node.
+
+    what: name of the node, for messages. Lists become tuples, since rules and tasks are frozen dataclasses.
+    Raises `UnknownNameError` for a target that cannot be imported, `ConfigurationError` for settings it does not take.
+    """
+    if "_target_" not in node:
+        raise ConfigurationError(
+            f"{what} has settings but is not chosen; choose it in its group, or give {what}._target_"
+        )
+    made = partial(node, what)()
+    if not isinstance(made, base):
+        raise ConfigurationError(f"{what}._target_={node['_target_']!r}: expected a {base.__name__}")
+    return made
+
+
+def partial(node: Mapping[str, Any], what: str, *later: str) -> Callable[..., Any]:
+    """What a node names, with its settings filled in; ``later`` are the arguments that it is still called with."""
+    from hydra.errors import HydraException
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    try:
+        call = instantiate(OmegaConf.create(dict(node)), _convert_="all", _partial_=True)
+    except HydraException as error:
+        raise UnknownNameError(
+            f"{what}: {one_line(error)}; expected an import path that this folder can import"
+        ) from error
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in call.keywords.items()}
+    signature = inspect.signature(call.func)
+    try:
+        signature.bind(**settings, **dict.fromkeys(later))
+    except TypeError as error:
+        valid = ", ".join(name for name in signature.parameters if name not in later)
+        raise ConfigurationError(f"{what}: {call.func.__name__} {error}; it takes {valid}") from error
+
+    @functools.wraps(call.func)
+    def called(*arguments: Any, **named: Any) -> Any:
+        with refused(f"{what}: {call.func.__name__}"):
+            return call.func(*arguments, **named, **settings)
+
+    return called
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn what other people's classes raise for a wrong setting into `ConfigurationError`."""
+    try:
+        yield
+    except L2OError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{what}: {one_line(error)}; check the settings given to it") from error
+
+
+def import_classes(paths: Iterable[str], what: str, base: type) -> tuple[type, ...]:
+    """The subclasses of ``base`` at the import paths that the user named, such as ``my_module.MyRule``."""
+    classes = []
+    for path in paths:
+        module, _, name = str(path).rpartition(".")
+        try:
+            classes.append(getattr(importlib.import_module(module), name))
+        except Exception as error:  # whatever importing a user's module raises, the answer is the same
+            raise UnknownNameError(
+                f"{what}: cannot import {path!r} ({one_line(error)}); expected module.Class"
+            ) from error
+        if not (isinstance(classes[-1], type) and issubclass(classes[-1], base)):
+            raise ConfigurationError(f"{what}: {path!r} is not a subclass of {base.__name__}")
+    return tuple(classes)
+
+
+def probe(family: TaskFamily, device: torch.device) -> None:
+    """Draw a batch of each split, so that missing data is noticed before anything is run or written."""
+    generator = torch.Generator(device).manual_seed(0)
+    data = family.sample(generator, 1)
+    family.batch(data, "train", generator)
+    family.batch(data, "valid", generator)
