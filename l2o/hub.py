@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 Source = str | os.PathLike[str]
 Card = dict[str, Any]
 
+_OWN = {"format_version", "rule", "hyperparameters", "theta", "versions"}
+"""The entries of a card that `save` writes itself."""
 _THETA = "theta.safetensors"
 _CARD = "card.json"
 _REQUIRED: dict[str, type] = {"rule": str, "hyperparameters": dict, "theta": dict}
@@ -55,6 +57,17 @@ def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] |
     atomic_write(folder / _THETA, data)
     atomic_write(folder / _CARD, text.encode())
     return folder
+
+
+def annotate(source: Source, entries: Mapping[str, Any]) -> None:
+    """Add entries to a checkpoint's card, or replace those that are there: measured results, a licence. θ stays.
+
+    Errors as for `load`, and `ConfigurationError` for entries that are `save`'s own or that JSON cannot hold.
+    """
+    folder = _resolve(source)
+    card = _read_card(folder)
+    own = {key: card.pop(key) for key in _OWN if key in card}
+    atomic_write(folder / _CARD, _to_json(own, {**card, **entries}).encode())
 
 
 def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[UpdateRule, Theta]:
@@ -120,7 +133,11 @@ def _card_text(rule: UpdateRule, data: bytes, entries: Mapping[str, Any]) -> str
         "theta": {"file": _THETA, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)},
         "versions": {"l2o": _version(), "torch": str(torch.__version__)},
     }
-    taken = sorted(own.keys() & entries.keys())
+    return _to_json(own, entries)
+
+
+def _to_json(own: Card, entries: Mapping[str, Any]) -> str:
+    taken = sorted(_OWN & entries.keys())
     if taken:
         raise ConfigurationError(f"card: {taken} are written by l2o.save itself; give these entries other names")
     try:

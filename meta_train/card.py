@@ -50,7 +50,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     found = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-    return {**found, "system": platform.platform(), "torch": torch.__version__}
+    return {**found, "system": f"{platform.system()} {platform.machine()}", "torch": torch.__version__}
 
 
 def _cpu_model() -> str:

@@ -22,9 +22,10 @@ from l2o.evaluation import (
     optimizer_costs,
     prepare_folder,
     print_tables,
+    summary,
     write,
 )
-from l2o.hub import load
+from l2o.hub import annotate, load
 from l2o.types import ConfigurationError, TaskFamily, UpdateRule
 from meta_train._build import import_classes, make, probe
 from meta_train._config import config_path, main_guard, open_settings, resolve_device
@@ -77,6 +78,8 @@ def evaluate(config: DictConfig, command: str) -> Report:
     }
     report = Report(str(config.source), comparisons, facts, costs, config.loss_label)
     write(report, out)
+    if config.record:
+        annotate(config.source, {"results": summary(report)})
     print_tables(report)
     print(f"report:  {out / 'report.md'}\npicture: {out / 'curves.png'}\nnumbers: {out / 'results.json'}")
     return report

@@ -92,6 +92,23 @@ def test_a_small_run_leaves_its_report_and_nothing_else(command, capsys):
     assert "out/report.md" in shown
 
 
+def test_results_can_be_recorded_in_the_card(command):
+    before = l2o.read_card("sgd")
+    arguments = ["task=quadratic", "steps=12", "seeds=3", "baselines=[adam]", "cost=false"]
+    assert command(*arguments) == 0
+    assert l2o.read_card("sgd") == before
+    assert command(*arguments, "record=true") == 0
+    recorded = l2o.read_card("sgd").pop("results")
+    assert "Command" in recorded["facts"]
+    reported = json.loads(Path("out/results.json").read_text())["settings"][0]["optimizers"]["adam"]
+    adam = recorded["settings"][0]["optimizers"]["adam"]
+    assert {name: adam[name] for name in ("mean", "rate", "trials")} == {
+        k: reported[k] for k in ("mean", "rate", "trials")
+    }
+    assert adam["diverged"] == sum(reported["diverged"])
+    assert l2o.load("sgd")[0] == SGD()
+
+
 def test_it_runs_as_a_module():
     arguments = ["source=sgd", "task=quadratic", "steps=2", "seeds=1", "baselines=[]", "cost=false", "out='a b'"]
     module = [sys.executable, "-m", "meta_train.evaluate", *arguments]

@@ -284,3 +284,17 @@ def test_the_shelf_of_this_repository_is_whole():
         assert type(rule).__name__ in l2o.rules.__all__
         assert theta
     assert set(hub._aliases().values()) <= set(hub.list_pretrained())
+
+
+def test_annotate_adds_to_the_card_and_leaves_the_rest(tmp_path):
+    path = hub.save(tmp_path / "a", *source(SGD()), card={"licence": "MIT", "data": "digits"})
+    theta = (path / "theta.safetensors").read_bytes()
+    before = hub.read_card(path)
+    hub.annotate(path, {"results": {"loss": 0.5}, "licence": "CC0-1.0"})
+    assert hub.read_card(path) == before | {"results": {"loss": 0.5}, "licence": "CC0-1.0"}
+    assert (path / "theta.safetensors").read_bytes() == theta
+    assert hub.load(path)[0] == SGD()
+    with pytest.raises(ConfigurationError, match="written by l2o.save itself"):
+        hub.annotate(path, {"rule": "Adam"})
+    with pytest.raises(ConfigurationError, match="expected dicts"):
+        hub.annotate(path, {"results": torch.ones(1)})

@@ -8,7 +8,7 @@ from l2o.evaluation.baselines import BASELINES, Baseline, Scheduled, baselines
 from l2o.evaluation.compare import Comparison, compare
 from l2o.evaluation.cost import Cost, optimizer_costs, step_cost
 from l2o.evaluation.curves import Curves, run
-from l2o.evaluation.report import Report, prepare_folder, print_tables, write
+from l2o.evaluation.report import Report, prepare_folder, print_tables, summary, write
 from l2o.evaluation.scores import Score, score, speed_up
 from l2o.evaluation.trials import Setting, Trials, run_baseline, run_learned
 
@@ -34,5 +34,6 @@ __all__ = [
     "score",
     "speed_up",
     "step_cost",
+    "summary",
     "write",
 ]

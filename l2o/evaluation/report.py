@@ -200,6 +200,17 @@ def as_json(report: Report) -> dict[str, Any]:
     )
 
 
+def summary(report: Report) -> dict[str, Any]:
+    """What a checkpoint's card says of its results: `as_json` without the single runs."""
+    short = as_json(report)
+    for setting in short["settings"]:
+        for optimizer in setting["optimizers"].values():
+            optimizer["diverged"] = sum(optimizer["diverged"])
+            for name in ("runs", "final", "valid", "seconds", "best"):
+                del optimizer[name]
+    return {name: short[name] for name in ("settings", "facts", "costs")}
+
+
 def _setting_json(comparison: Comparison) -> dict[str, Any]:
     setting = comparison.setting
     return {
