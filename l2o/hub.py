@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 Source = str | os.PathLike[str]
 Card = dict[str, Any]
 
-_OWN = {"format_version", "rule", "hyperparameters", "theta", "versions"}
+_OWN = ("format_version", "rule", "hyperparameters", "theta", "versions")
 """The entries of a card that `save` writes itself."""
 _THETA = "theta.safetensors"
 _CARD = "card.json"
@@ -137,7 +137,7 @@ def _card_text(rule: UpdateRule, data: bytes, entries: Mapping[str, Any]) -> str
 
 
 def _to_json(own: Card, entries: Mapping[str, Any]) -> str:
-    taken = sorted(_OWN & entries.keys())
+    taken = sorted(entries.keys() & set(_OWN))
     if taken:
         raise ConfigurationError(f"card: {taken} are written by l2o.save itself; give these entries other names")
     try:

@@ -206,7 +206,10 @@ def summary(report: Report) -> dict[str, Any]:
     for setting in short["settings"]:
         for optimizer in setting["optimizers"].values():
             optimizer["diverged"] = sum(optimizer["diverged"])
-            for name in ("runs", "final", "valid", "seconds", "best"):
+            optimizer["valid"] = (
+                None if None in optimizer["valid"] else sum(optimizer["valid"]) / len(optimizer["valid"])
+            )
+            for name in ("runs", "final", "seconds", "best"):
                 del optimizer[name]
     return {name: short[name] for name in ("settings", "facts", "costs")}
 
