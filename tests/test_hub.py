@@ -294,7 +294,7 @@ def test_annotate_adds_to_the_card_and_leaves_the_rest(tmp_path):
     assert hub.read_card(path) == before | {"results": {"loss": 0.5}, "licence": "CC0-1.0"}
     assert (path / "theta.safetensors").read_bytes() == theta
     assert hub.load(path)[0] == SGD()
-    with pytest.raises(ConfigurationError, match="written by .* itself"):
+    with pytest.raises(ConfigurationError, match=r"written by .* itself"):
         hub.annotate(path, {"rule": "Adam"})
     with pytest.raises(ConfigurationError, match="expected dicts"):
         hub.annotate(path, {"results": torch.ones(1)})
