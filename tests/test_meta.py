@@ -196,7 +196,9 @@ def test_the_schedule_scales_the_outer_rate_and_a_resume_keeps_the_rate():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lanes": 0}, {"horizon": -1}, {"truncation": 0}, {"meta_loss": "sum"}], ids=lambda s: next(iter(s))
+    "settings",
+    [{"lanes": 0}, {"horizon": -1}, {"truncation": 0}, {"meta_loss": "sum"}, {"log_floor": 0.0}],
+    ids=lambda s: next(iter(s)),
 )
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):

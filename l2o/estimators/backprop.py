@@ -23,6 +23,9 @@ class Backprop(MetaGradient):
     second_order: differentiate the inner gradients too; else they are taken as constants.
     meta_loss: ``mean`` of the losses, or the mean of their logarithms (``log``), which weighs late progress as much as
         early and is blind to the scale of a task (cf. Lv et al. 2017, arXiv 1703.03633, on scale).
+        It is for losses that are positive.
+    log_floor: fraction of a lane's first loss that ``log`` adds, so that what is solved already earns little more;
+        without it, a rule pays for the last digits of easy lanes with accidents on hard ones.
     clip: largest norm of one lane's meta-gradient; lanes are clipped before they are averaged.
     explosion: a lane whose loss passes this multiple of its first, or is not finite, is masked, counted and reset.
     """
@@ -35,6 +38,7 @@ class Backprop(MetaGradient):
     stagger: bool = True
     second_order: bool = True
     meta_loss: Literal["mean", "log"] = "mean"
+    log_floor: float = 1e-3
     clip: float = 1.0
     explosion: float = 1e3
 
@@ -45,6 +49,8 @@ class Backprop(MetaGradient):
                 raise ConfigurationError(f"{name}={value}: expected a positive number")
         if self.meta_loss not in ("mean", "log"):
             raise ConfigurationError(f"meta_loss={self.meta_loss!r}: expected 'mean' or 'log'")
+        if not 0.0 < self.log_floor < 1.0:
+            raise ConfigurationError(f"log_floor={self.log_floor}: expected a number between 0 and 1")
 
     def init(self, theta: Theta, generator: torch.Generator) -> InnerState:
         state = self._fresh(theta, generator, self.lanes)
@@ -62,7 +68,7 @@ class Backprop(MetaGradient):
         weights = running(state, steps)
         with torch.enable_grad():
             after, losses = unroll(self.rule, lane_theta, self.family, state, steps, generator, self.second_order)
-            objective = _masked_mean(losses.clamp(min=1e-12).log() if self.meta_loss == "log" else losses, weights)
+            objective = _masked_mean(self._scaled(losses, after.first_loss), weights)
             lane_grads = torch.autograd.grad(objective.sum(), list(lane_theta.values()), materialize_grads=True)
         after, losses = detach(after), losses.detach()
         grads, norms = _clip_lanes(dict(zip(theta, lane_grads, strict=True)), self.clip)
@@ -77,6 +83,9 @@ class Backprop(MetaGradient):
         ended = after.step >= after.total_steps
         after = reset(after, ended | ~healthy, lambda n: self._fresh(theta, generator, n))
         return {name: _masked_mean(g, healthy) for name, g in grads.items()}, after, metrics
+
+    def _scaled(self, losses: Tensor, first_loss: Tensor) -> Tensor:
+        return (losses + self.log_floor * first_loss).log() if self.meta_loss == "log" else losses
 
     def _fresh(self, theta: Theta, generator: torch.Generator, lanes: int) -> InnerState:
         horizon = torch.full((lanes,), self.horizon, device=generator.device)
