@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from l2o._checks import real, whole
 from l2o.ops import schedules
 from l2o.types import MetaGradient, Metrics, ResumeError, Theta
 
@@ -22,7 +23,10 @@ def constant_schedule(step: int) -> float:
 
 
 def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """`l2o.ops.schedules.warmup_cosine` of one outer step."""
+    """`l2o.ops.schedules.warmup_cosine` of one outer step. Raises ConfigurationError unless ``0 <= warmup < total``."""
+    whole("warmup", warmup, least=0)
+    whole("total", total, least=warmup + 1)
+    real("floor", floor, least=0.0)
     now, end, warm = (torch.tensor(float(n), dtype=torch.float64) for n in (step, total, warmup))
     return schedules.warmup_cosine(now, end, warm, floor).item()
 
@@ -69,31 +73,43 @@ class MetaTraining:
         return {**metrics, "meta_grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next outer steps depend on: nested dicts and lists of tensors and plain scalars."""
+        """A snapshot of all that the next outer steps depend on: nested dicts and lists of tensors and scalars."""
         optimizer = self.optimizer.state_dict()
-        return {
+        state = {
             "step": self.step,
-            "theta": dict(self.theta),
-            "optimizer": {str(k): dict(slots) for k, slots in optimizer["state"].items()},
+            "theta": self.theta,
+            "optimizer": {str(k): slots for k, slots in optimizer["state"].items()},
             "inner": tree_flatten(self.inner)[0],
             "generator": self.generator.get_state(),
         }
+        return _copied(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``. Raises ResumeError, with nothing changed, if it is of another rule or task."""
+        """Continue from a copy of ``state``. Raises ResumeError, and changes nothing, if it is of another run."""
         leaves, structure = tree_flatten(self.inner)
-        _same_shapes("theta", self.theta, state["theta"])
-        _same_shapes("inner problems", dict(enumerate(leaves)), dict(enumerate(state["inner"])))
+        state = self._checked(_copied(state), leaves)
+        device = self.generator.device
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(
-            {"state": {int(k): slots for k, slots in state["optimizer"].items()}, "param_groups": groups}
-        )
+        slots = {int(k): slots for k, slots in state["optimizer"].items()}
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         for name, tensor in self.theta.items():
             tensor.copy_(state["theta"][name])
-        device = self.generator.device
         self.inner = tree_unflatten([leaf.to(device) for leaf in state["inner"]], structure)
         self.generator.set_state(state["generator"])
         self.step = state["step"]
+
+    def _checked(self, state: dict[str, Any], leaves: list[Tensor]) -> dict[str, Any]:
+        missing = {"step", "theta", "optimizer", "inner", "generator"} - state.keys()
+        if missing:
+            raise ResumeError(f"the saved state has no {sorted(missing)}: it is not the state of a meta-training run")
+        _same_shapes("theta", self.theta, state["theta"])
+        _same_shapes("inner problems", dict(enumerate(leaves)), dict(enumerate(state["inner"])))
+        _same_shapes("generator", {"state": self.generator.get_state()}, {"state": state["generator"]})
+        return state
+
+
+def _copied(tree: Any) -> Any:
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
 
 
 def _same_shapes(what: str, own: dict[Any, Tensor], theirs: dict[Any, Tensor]) -> None:

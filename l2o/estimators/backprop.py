@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from l2o._checks import real, whole
 from l2o.types import ConfigurationError, InnerState, MetaGradient, Metrics, TaskFamily, Theta, UpdateRule
 from l2o.unroll import detach, expand_theta, reset, running, start, unroll
 
@@ -15,6 +16,9 @@ from l2o.unroll import detach, expand_theta, reset, running, start, unroll
 @dataclass(frozen=True)
 class Backprop(MetaGradient):
     """The gradient of the mean loss over a truncation, averaged over lanes.
+
+    The losses are those before each update, so the last update of a truncation is credited to nobody; the first loss
+    of the next truncation, which it decides, is there a constant.
 
     rule, family: what is meta-trained, and on what.
     lanes: inner problems at once.              horizon: steps of an inner run.
@@ -38,19 +42,21 @@ class Backprop(MetaGradient):
     stagger: bool = True
     second_order: bool = True
     meta_loss: Literal["mean", "log"] = "mean"
-    log_floor: float = 1e-3
+    log_floor: float = 1e-2
     clip: float = 1.0
     explosion: float = 1e3
 
     def __post_init__(self) -> None:
-        for name in ("lanes", "horizon", "truncation"):
-            value = getattr(self, name)
-            if not (name == "truncation" and value is None) and value < 1:
-                raise ConfigurationError(f"{name}={value}: expected a positive number")
+        whole("lanes", self.lanes)
+        # With one step nothing that depends on θ would enter the objective: each loss is the one before its update.
+        whole("horizon", self.horizon, least=2)
+        if self.truncation is not None:
+            whole("truncation", self.truncation, least=2)
         if self.meta_loss not in ("mean", "log"):
             raise ConfigurationError(f"meta_loss={self.meta_loss!r}: expected 'mean' or 'log'")
-        if not 0.0 < self.log_floor < 1.0:
-            raise ConfigurationError(f"log_floor={self.log_floor}: expected a number between 0 and 1")
+        real("log_floor", self.log_floor, above=0.0, below=1.0)
+        real("clip", self.clip, above=0.0)
+        real("explosion", self.explosion, above=0.0)
 
     def init(self, theta: Theta, generator: torch.Generator) -> InnerState:
         state = self._fresh(theta, generator, self.lanes)

@@ -1,0 +1,28 @@
+"""Checks of settings, each with one message: what came, what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from l2o.types import ConfigurationError
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an int, if it is a whole number of at least ``least``; raises `ConfigurationError`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
+        raise ConfigurationError(
+            f"{name}={value!r} ({type(value).__name__}): expected a whole number of at least {least}"
+        )
+    return int(value)
+
+
+def real(name: str, value: Any, least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> float:
+    """``value`` as a float, if it is finite, at least ``least``, over ``above`` and under ``below``; else an error."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not (least <= value and above < value < below):
+        bounds = (("of at least", least), ("over", above), ("under", below))
+        said = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
+        raise ConfigurationError(f"{name}={value!r} ({type(value).__name__}): expected a finite number {said}".rstrip())
+    return float(value)
