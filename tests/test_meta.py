@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from l2o.meta import MetaTraining, warmup_cosine
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.tasks import Quadratic
 from l2o.types import Batch, ConfigurationError, ResumeError, Split, TaskData
-from l2o.unroll import running
+from l2o.unroll import expand_theta, running, start, unroll
 
 
 def training(rule=None, seed=0, lr=1e-2, **settings):
@@ -197,12 +198,144 @@ def test_the_schedule_scales_the_outer_rate_and_a_resume_keeps_the_rate():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lanes": 0}, {"horizon": -1}, {"truncation": 0}, {"meta_loss": "sum"}, {"log_floor": 0.0}],
-    ids=lambda s: next(iter(s)),
+    [{"lanes": value} for value in (0, 1.5, True, "3")]
+    + [{"horizon": value} for value in (-1, 1, 2.5)]
+    + [{"truncation": value} for value in (0, 1)]
+    + [{"clip": value} for value in (0.0, -1.0, math.nan)]
+    + [{"explosion": 0.0}, {"meta_loss": "sum"}, {"log_floor": 0.0}],
+    ids=str,
 )
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):
         Backprop(SGD(), Quadratic(), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"total": 3, "warmup": 3}, {"total": 3, "warmup": -1}, {"total": 3, "floor": -0.1}]
+)
+def test_schedules_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ConfigurationError, match="expected"):
+        warmup_cosine(0, **settings)
+
+
+def objective_by_hand(theta, family, horizon, second_order=True):
+    """The mean loss of the steps before ``horizon``, from the unroll alone, differentiated."""
+    rule, g = SGD(), generator(3)
+    lanes = expand_theta(theta, TOTAL)
+    leaf = theta["log_lr"].clone().requires_grad_()
+    state = start(rule, lanes, family, torch.full((TOTAL,), horizon), g)
+    _, losses = unroll(rule, {"log_lr": leaf.expand(TOTAL)}, family, state, horizon, g, second_order)
+    return torch.autograd.grad(losses.mean(), leaf)[0]
+
+
+def estimated(theta, family, steps, **settings):
+    estimator = Backprop(SGD(), family, lanes=TOTAL, clip=1e9, stagger=False, **settings)
+    g = generator(3)
+    state = estimator.init(theta, g)
+    return estimator.estimate(theta, state._replace(total_steps=torch.full((TOTAL,), steps)), g)[0]["log_lr"]
+
+
+def test_steps_after_the_horizon_do_not_count():
+    theta, family = {"log_lr": torch.tensor(-1.0, dtype=torch.float64)}, Recorded(Shapes())
+    want = objective_by_hand(theta, family, 3)
+    got = estimated(theta, family, 3, horizon=5, truncation=5)
+    torch.testing.assert_close(got, want)
+    assert (objective_by_hand(theta, family, 5) - want).abs() > 1e-3 * want.abs()
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_second_order_is_passed_on(second_order):
+    theta, family = {"log_lr": torch.tensor(-1.0, dtype=torch.float64)}, Recorded(Shapes())
+    got = estimated(theta, family, 4, horizon=4, truncation=4, second_order=second_order)
+    torch.testing.assert_close(got, objective_by_hand(theta, family, 4, second_order))
+    assert not got.isclose(objective_by_hand(theta, family, 4, not second_order), rtol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted(Quadratic):
+    """Losses follow a script ``[step][lane]``."""
+
+    script: tuple[tuple[float, ...], ...] = ()
+
+    def init(self, data, generator):
+        return {"count": torch.zeros(len(data["y"]))}, {}
+
+    def batch(self, data, split, generator):
+        return {"lane": torch.arange(len(data["y"]))}
+
+    def loss(self, params, buffers, data, batch):
+        place = params["count"].detach().round().long() * len(self.script[0]) + batch["lane"]
+        value = torch.tensor(self.script).flatten().index_select(0, place.reshape(1)).squeeze(0)
+        # SGD at rate 1 counts the steps: the gradient of this term is -1 and its value 0.
+        return value - (params["count"] - params["count"].detach()), buffers
+
+
+SCRIPTS = [
+    (((1.0, 1.0), (1.9, 1.0), (1.0, 1.0)), 0),  # never above twice its first
+    (((1.0, 1.0), (2.1, 1.0), (1.0, 1.0)), 1),  # once, in the middle
+    (((1.0, 1.0), (1.5, 1.0), (2.6, 1.0)), 1),  # twice the first, though not twice the one before
+    (((1.0, 1.0), (0.5, 1.0), (1.9, 1.0)), 0),  # twice the one before, though not twice the first
+]
+
+
+@pytest.mark.parametrize(("script", "masked"), SCRIPTS)
+def test_exploding_is_measured_against_the_first_loss(script, masked):
+    estimator = Backprop(SGD(), Scripted(script=script), lanes=2, horizon=3, truncation=3, explosion=2.0, stagger=False)
+    theta, g = {"log_lr": torch.tensor(0.0)}, generator()
+    assert estimator.estimate(theta, estimator.init(theta, g), g)[2]["lanes_masked"] == masked
+
+
+class Kinked(SGD):
+    """``-|θ g|`` with a derivative that is NaN where the gradient is 0."""
+
+    def step(self, theta, grad, slots):
+        return -(theta["log_lr"] * grad).square().sqrt()
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat(Quadratic):
+    """Lane 0 has a loss without a slope."""
+
+    def batch(self, data, split, generator):
+        return {"lane": torch.arange(len(data["y"]))}
+
+    def loss(self, params, buffers, data, batch):
+        return 5.0 + torch.where(batch["lane"] == 0, 0.0, params["x"].sum()), buffers
+
+
+def test_a_gradient_that_is_not_finite_masks_its_lane_at_a_finite_loss():
+    estimator = Backprop(Kinked(), Flat(), lanes=2, horizon=3, truncation=3, stagger=False)
+    theta, g = {"log_lr": torch.tensor(0.1)}, generator()
+    grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    assert metrics["lanes_masked"] == 1
+    assert metrics["meta_loss"].isfinite()
+    assert grads["log_lr"].isfinite()
+    assert grads["log_lr"] != 0
+
+
+def test_states_are_snapshots_and_runs_share_nothing():
+    one = training()
+    one.outer_step()
+    saved = one.state_dict()
+    kept = torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, saved)
+    two, three = training(seed=5), training(seed=6)
+    two.load_state_dict(saved)
+    one.outer_step()
+    two.outer_step()
+    assert identical(saved, kept)
+    three.load_state_dict(saved)
+    three.outer_step()
+    assert identical(one.state_dict(), two.state_dict())
+    assert identical(two.state_dict(), three.state_dict())
+
+
+@pytest.mark.parametrize("broken", [{}, {"x": 1}, {"generator": torch.zeros(3, dtype=torch.uint8)}])
+def test_a_broken_state_is_refused_and_nothing_changes(broken):
+    run = training()
+    before = run.state_dict()
+    with pytest.raises(ResumeError, match="saved state"):
+        run.load_state_dict({**before, **broken} if "generator" in broken else broken)
+    assert identical(run.state_dict(), before)
 
 
 def test_the_public_estimators_are_listed():
