@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 from l2o.types import ConfigurationError
@@ -26,3 +27,13 @@ def real(name: str, value: Any, least: float = -math.inf, above: float = -math.i
         said = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
         raise ConfigurationError(f"{name}={value!r} ({type(value).__name__}): expected a finite number {said}".rstrip())
     return float(value)
+
+
+def each(name: str, values: Any, check: Callable[[str, Any], Any]) -> None:
+    """``check`` every number of a tuple or list; raises `ConfigurationError`, also for what is neither."""
+    if not isinstance(values, tuple | list):
+        raise ConfigurationError(
+            f"{name}={values!r} ({type(values).__name__}): expected a tuple or list, as in {name}=[{values}]"
+        )
+    for i, value in enumerate(values):
+        check(f"{name}[{i}]", value)

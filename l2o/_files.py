@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def try_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise OSError unless a file can be made in ``folder``, which stays as it was."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _sync_folder(folder: Path) -> None:

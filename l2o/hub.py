@@ -20,23 +20,19 @@ import torch
 from torch import Tensor
 
 import l2o.rules
-from l2o._files import atomic_write, to_bytes
-from l2o._names import unknown
-from l2o._resources import resource
-from l2o.types import CheckpointError, ConfigurationError, Theta, UnknownNameError, UpdateRule
+from l2o._files import atomic_write, to_bytes, try_folder
+from l2o._shelf import CARD, THETA, Source, read, read_json, resolve
+from l2o._shelf import list_pretrained as list_pretrained
+from l2o.types import CheckpointError, ConfigurationError, Theta, UpdateRule
 
 FORMAT_VERSION = 1
 """Of the card; to be raised when a checkpoint of today could no longer be read."""
 
-Source = str | os.PathLike[str]
 Card = dict[str, Any]
 
 _OWN = ("format_version", "rule", "hyperparameters", "theta", "versions")
 """The entries of a card that `save` writes itself."""
-_THETA = "theta.safetensors"
-_CARD = "card.json"
 _REQUIRED: dict[str, type] = {"rule": str, "hyperparameters": dict, "theta": dict}
-_ADDRESSES = ("http:", "https:", "hf:")
 
 
 def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] | None = None) -> Path:
@@ -49,25 +45,41 @@ def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] |
 
     Each file is written atomically, θ first: if the machine stops between the two, `load` says so by the checksum.
     Raises `CheckpointError` (θ is not of this rule, or not finite) or `ConfigurationError` (what the card cannot hold),
-    before anything is written.
+    before anything is written, and OSError where the disk does not take the files.
     """
     data = to_bytes({name: tensor.to(torch.float32) for name, tensor in check_theta(rule, theta).items()})
     text = _card_text(rule, data, card or {})
     folder = Path(path).expanduser()
-    atomic_write(folder / _THETA, data)
-    atomic_write(folder / _CARD, text.encode())
+    atomic_write(folder / THETA, data)
+    atomic_write(folder / CARD, text.encode())
     return folder
 
 
 def annotate(source: Source, entries: Mapping[str, Any]) -> None:
     """Add entries to a checkpoint's card, or replace those that are there: measured results, a licence. θ stays.
 
-    Errors as for `load`, and `ConfigurationError` for entries that are `save`'s own or that JSON cannot hold.
+    Errors as for `load`, `ConfigurationError` for entries that are `save`'s own or that JSON cannot hold, and OSError
+    where the disk does not take the card.
     """
-    folder = _resolve(source)
+    folder = resolve(source)
     card = _read_card(folder)
     own = {key: card.pop(key) for key in _OWN if key in card}
-    atomic_write(folder / _CARD, _to_json(own, {**card, **entries}).encode())
+    atomic_write(folder / CARD, _to_json(own, {**card, **entries}).encode())
+
+
+def check_writable(source: Source) -> None:
+    """See whether `annotate` could write a card, before there is anything to write.
+
+    Errors as for `load`, and `ConfigurationError` where the folder takes no files.
+    """
+    folder = resolve(source)
+    try:
+        try_folder(folder)
+    except OSError as error:
+        raise ConfigurationError(
+            f"source={os.fspath(source)!r}: its card in {folder} cannot be written ({error.strerror}); "
+            "copy the folder to where you may write, and name the copy"
+        ) from error
 
 
 def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[UpdateRule, Theta]:
@@ -82,7 +94,7 @@ def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[Update
     Raises `UnknownNameError` (no such name or path) and `CheckpointError` (missing, damaged or truncated files, another
     format version, a rule that is not known here, θ of another rule).
     """
-    folder = _resolve(source)
+    folder = resolve(source)
     card = _read_card(folder)
     rule = _make_rule(folder, card, _known_rules(rules))
     return rule, check_theta(rule, _read_theta(folder, card["theta"]), f"{folder}: ")
@@ -90,12 +102,7 @@ def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[Update
 
 def read_card(source: Source) -> Card:
     """The content of a checkpoint's ``card.json``; ``source`` and errors as for `load`. θ is not looked at."""
-    return _read_card(_resolve(source))
-
-
-def list_pretrained() -> list[str]:
-    """The names of the checkpoints that come with l2o, sorted; aliases such as ``default`` are not among them."""
-    return sorted(card.parent.name for card in _pretrained().glob(f"*/{_CARD}"))
+    return _read_card(resolve(source))
 
 
 def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> Theta:
@@ -105,19 +112,21 @@ def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> Theta:
     Raises `CheckpointError`, naming the tensor, unless ``theta`` is finite and has the names and shapes of ``rule``.
     """
     expected = rule.init_theta(torch.Generator())
-    for name in sorted(expected.keys() | theta.keys()):
+    for name in sorted(expected.keys() | theta.keys(), key=str):
         problem = _misfit(theta.get(name), expected.get(name))
         if problem:
             raise CheckpointError(f"{where}θ is not one of {rule!r}: tensor {name!r} {problem}")
     return {name: theta[name] for name in expected}
 
 
-def _misfit(found: Tensor | None, expected: Tensor | None) -> str:
+def _misfit(found: Any, expected: Tensor | None) -> str:
     """What is wrong with a tensor of θ, or nothing."""
     if found is None:
         return "is missing; θ was saved by another rule"
     if expected is None:
         return "is unexpected; θ was saved by another rule"
+    if not isinstance(found, Tensor):
+        return f"is of type {type(found).__name__}, expected a torch.Tensor"
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}; θ was saved by another rule"
     if not found.is_floating_point() or not bool(found.isfinite().all()):
@@ -130,7 +139,7 @@ def _card_text(rule: UpdateRule, data: bytes, entries: Mapping[str, Any]) -> str
         "format_version": FORMAT_VERSION,
         "rule": type(rule).__name__,
         "hyperparameters": _hyperparameters(rule),
-        "theta": {"file": _THETA, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)},
+        "theta": {"file": THETA, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)},
         "versions": {"l2o": _version(), "torch": str(torch.__version__)},
     }
     return _to_json(own, entries)
@@ -182,8 +191,8 @@ def _version() -> str:
 
 
 def _read_card(folder: Path) -> Card:
-    path = folder / _CARD
-    card = _read_json(path)
+    path = folder / CARD
+    card = read_json(path)
     version = card.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -193,25 +202,6 @@ def _read_card(folder: Path) -> Card:
         if not isinstance(card.get(key), kind):
             raise CheckpointError(f"{path}: expected an entry {key!r} of type {kind.__name__}, got {card.get(key)!r}")
     return card
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy the checkpoint again, or save it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); a checkpoint is a folder with {_THETA} and {_CARD}"
-        ) from error
 
 
 def _known_rules(extra: Sequence[type[UpdateRule]]) -> dict[str, type[UpdateRule]]:
@@ -247,14 +237,14 @@ def _make_rule(folder: Path, card: Card, known: Mapping[str, type[UpdateRule]]) 
 
 
 def _read_theta(folder: Path, entry: Mapping[str, Any]) -> Theta:
-    path = folder / _THETA
-    data = _read(path)
+    path = folder / THETA
+    data = read(path)
     found = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     for key, value in found.items():
         if entry.get(key) != value:
             raise CheckpointError(
                 f"{path}: {key} is {value}, the card says {entry.get(key)}; the file is damaged, or was saved without "
-                "its card; copy the checkpoint again, or save it again"
+                "its card or by another rule; copy the checkpoint again, or save it again"
             )
     try:
         theta: dict[str, Tensor] = safetensors.torch.load(data)
@@ -264,46 +254,3 @@ def _read_theta(folder: Path, entry: Mapping[str, Any]) -> Theta:
         if tensor.dtype != torch.float32:
             raise CheckpointError(f"{path}: tensor {name!r} is {tensor.dtype}, expected torch.float32")
     return theta
-
-
-def _resolve(source: Source) -> Path:
-    """The folder that ``source`` means."""
-    if not isinstance(source, str | os.PathLike):
-        raise ConfigurationError(f"source={source!r}: expected a name or a path, got {type(source).__name__}")
-    text = os.fspath(source)
-    if text.startswith(_ADDRESSES):
-        raise UnknownNameError(
-            f"source={text!r}: addresses are not supported yet; download the folder ({_THETA} and {_CARD}) "
-            "and give its path"
-        )
-    path = Path(text).expanduser()
-    folder = path.parent if path.name == _THETA else path
-    # A user's own checkpoint comes before one of ours of that name, an unrelated folder does not.
-    if text and (folder / _CARD).is_file():
-        return folder
-    named = _named(text) if isinstance(source, str) else None
-    if named is not None:
-        return named
-    if text and folder.is_dir():
-        return folder
-    raise UnknownNameError(_not_found(text))
-
-
-def _pretrained() -> Path:
-    return resource(Path(__file__).parent, "pretrained")
-
-
-def _aliases() -> dict[str, str]:
-    path = _pretrained() / "aliases.json"
-    return _read_json(path) if path.is_file() else {}
-
-
-def _named(name: str) -> Path | None:
-    """The folder of a pretrained checkpoint, if there is one of that name or alias."""
-    name = _aliases().get(name, name)
-    return _pretrained() / name if name in list_pretrained() else None
-
-
-def _not_found(name: str) -> str:
-    names = unknown("checkpoint", name, {*list_pretrained(), *_aliases()})
-    return f"{names}; and there is no folder of that name"

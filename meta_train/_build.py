@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from l2o.types import ConfigurationError, L2OError, TaskFamily, UnknownNameError
+from l2o._names import unknown
+from l2o.types import ConfigurationError, L2OError, Split, TaskFamily, UnknownNameError
 from meta_train._config import one_line
 
 
@@ -40,9 +41,7 @@ def partial(node: Mapping[str, Any], what: str, *later: str) -> Callable[..., An
     try:
         call = instantiate(OmegaConf.create(dict(node)), _convert_="all", _partial_=True)
     except HydraException as error:
-        raise UnknownNameError(
-            f"{what}: {one_line(error)}; expected an import path that this folder can import"
-        ) from error
+        raise UnknownNameError(_not_importable(node["_target_"], f"{what}._target_", error)) from error
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in call.keywords.items()}
     signature = inspect.signature(call.func)
     try:
@@ -61,9 +60,11 @@ def partial(node: Mapping[str, Any], what: str, *later: str) -> Callable[..., An
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Turn what other people's classes raise for a wrong setting into `ConfigurationError`."""
+    """Turn what classes raise for a wrong setting into a `ConfigurationError` that says whose setting it was."""
     try:
         yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{what}: {error}") from error
     except L2OError:
         raise
     except (TypeError, ValueError) as error:
@@ -78,17 +79,28 @@ def import_classes(paths: Iterable[str], what: str, base: type) -> tuple[type, .
         try:
             classes.append(getattr(importlib.import_module(module), name))
         except Exception as error:  # whatever importing a user's module raises, the answer is the same
-            raise UnknownNameError(
-                f"{what}: cannot import {path!r} ({one_line(error)}); expected module.Class"
-            ) from error
+            raise UnknownNameError(_not_importable(path, what, error)) from error
         if not (isinstance(classes[-1], type) and issubclass(classes[-1], base)):
             raise ConfigurationError(f"{what}: {path!r} is not a subclass of {base.__name__}")
     return tuple(classes)
 
 
-def probe(family: TaskFamily, device: torch.device) -> None:
+def _not_importable(path: Any, what: str, error: Exception) -> str:
+    """The message for an import path: where its module says what it has, the nearest of that and all of it."""
+    module, _, name = str(path).rpartition(".")
+    try:
+        found = importlib.import_module(module)
+        valid = () if hasattr(found, name) else tuple(found.__all__)
+    except Exception:  # whatever importing a user's module raises, it has no list then
+        valid = ()
+    if valid:
+        return f"{what}: {unknown(f'name in {module}', name, valid)}"
+    return f"{what}: cannot import {path!r} ({one_line(error)}); expected module.Class, found from this folder"
+
+
+def probe(family: TaskFamily, splits: Iterable[Split], device: torch.device) -> None:
     """Draw a batch of each split, so that missing data is noticed before anything is run or written."""
     generator = torch.Generator(device).manual_seed(0)
     data = family.sample(generator, 1)
-    family.batch(data, "train", generator)
-    family.batch(data, "valid", generator)
+    for split in splits:
+        family.batch(data, split, generator)

@@ -20,7 +20,7 @@ from l2o.types import ConfigurationError, L2OError
 if TYPE_CHECKING:
     from hydra.errors import HydraException
 
-EXTRA = ("hydra", "omegaconf", "rich", "matplotlib", "sklearn", "wandb", "higher")
+EXTRA = ("hydra", "omegaconf", "yaml", "rich", "matplotlib", "sklearn", "wandb", "higher")
 """Packages of the extra ``train`` that a command may find missing."""
 
 

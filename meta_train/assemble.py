@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from l2o._checks import whole
 from l2o.evaluation.trials import Setting
 from l2o.hub import load
-from l2o.meta import MetaTraining
+from l2o.meta import MetaTraining, Schedule
 from l2o.types import ConfigurationError, MetaGradient, TaskFamily, Theta, UpdateRule
 from meta_train._build import make, partial, probe, refused
 from meta_train._config import resolve_device
@@ -32,14 +33,16 @@ def make_session(folder: RunFolder) -> Session:
     estimator: MetaGradient = partial(config["estimator"], "estimator", "rule", "family")(rule=rule, family=family)
     loggers = [make(node, f"logger.{name}", object) for name, node in (config["logger"] or {}).items()]
     held_out = HeldOut(rule, _held_out_setting(config, estimator), device)
+    probe(family, ["train"], device)
     if config["evaluate_every"]:
-        probe(held_out.setting.family, device)
+        probe(held_out.setting.family, ["train", "valid"], device)
     generator = torch.Generator(device).manual_seed(config["seed"])
     with refused("rule"):
         theta = rule.init_theta(generator)
     if config["init_from"] and folder.state is None:
         theta = _warm_start(config["init_from"], rule)
     optimizer, schedule = partial(config["outer"], "outer", "params"), partial(config["schedule"], "schedule", "step")
+    _check_schedule(config, schedule)
     return Session(folder, MetaTraining(estimator, theta, optimizer, generator, schedule), held_out, loggers)
 
 
@@ -62,6 +65,14 @@ def _warm_start(source: str, rule: UpdateRule) -> Theta:
 
 def _check_numbers(config: dict[str, Any]) -> None:
     for name, least in LEAST.items():
-        value = config[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigurationError(f"{name}={value!r}: expected a whole number of at least {least}")
+        whole(name, config[name], least)
+
+
+def _check_schedule(config: dict[str, Any], schedule: Schedule) -> None:
+    """Outer steps at a learning rate of 0 would only look like training."""
+    last = config["steps"] - 1
+    if not schedule(0) > 0.0 or not schedule(last) > 0.0:
+        raise ConfigurationError(
+            f"steps={config['steps']}: the schedule has the outer learning rate at 0 by then; "
+            f"give schedule.total={config['steps']}, or a schedule.floor"
+        )

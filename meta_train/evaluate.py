@@ -25,7 +25,8 @@ from l2o.evaluation import (
     summary,
     write,
 )
-from l2o.hub import annotate, load
+from l2o.evaluation.extras import require
+from l2o.hub import annotate, check_writable, load
 from l2o.types import ConfigurationError, TaskFamily, UpdateRule
 from meta_train._build import import_classes, make, probe
 from meta_train._config import config_path, main_guard, open_settings, resolve_device
@@ -58,12 +59,15 @@ def main() -> None:
 def evaluate(config: DictConfig, command: str) -> Report:
     """Run what the configuration says and write its report; bad input raises before anything is run."""
     started = time.perf_counter()
+    require("matplotlib", "rich")
     device = resolve_device(config.device)
     chosen = baselines(config.baselines)
     rule, theta = load(config.source, rules=import_classes(config.rules, "rules", UpdateRule))
     settings = make_settings(config)
     for setting in settings:
-        probe(setting.family, device)
+        probe(setting.family, ["train", "valid"], device)
+    if config.record:
+        check_writable(config.source)
     out = Path(config.out)
     prepare_folder(out)
     comparisons = [compare(s, rule, theta, chosen, device, partial(_progress, s)) for s in settings]

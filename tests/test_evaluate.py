@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import l2o.hub
 from l2o.rules import SGD
 from l2o.types import UnknownNameError
 from meta_train import evaluate
+from meta_train._config import EXTRA
 
 OWN = """
 from dataclasses import dataclass
@@ -188,11 +191,16 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["baselines=[sgdd]"], ["unknown baseline 'sgdd'", "'sgd'", "adam_cosine"]),
         (["stepz=3"], ["unknown setting 'stepz'", "'steps'"]),
         (["task.widht=3"], ["ImageMLP", "'widht'", "width"]),
-        (["task.width=wide"], ["task", "ImageMLP"]),
+        (["task.width=wide"], ["task: ImageMLP: width='wide'", "whole number"]),
+        (["task.width=1.5"], ["task: ImageMLP: width=1.5", "whole number"]),
+        (["task=quadratic", "task.dim=abc"], ["task: Quadratic: dim='abc'", "whole number"]),
+        (["settings.wide.task.width=0"], ["settings.wide.task: ImageMLP: width=0"]),
+        (["task._target_=l2o.tasks.ImageMPL"], ["task._target_", "'ImageMPL'", "did you mean 'ImageMLP'", "Quadratic"]),
         (["task.dataset=digit"], ["unknown dataset 'digit'", "mnist_t10k"]),
         (["task._target_=no_such.Task"], ["task", "no_such.Task"]),
         (["task._target_=l2o.rules.SGD"], ["expected a TaskFamily"]),
         (["rules=[no_such.Rule]"], ["rules", "no_such.Rule"]),
+        (["rules=[l2o.rules.MLQ]"], ["rules: unknown name in l2o.rules 'MLQ'", "'MLP'", "RMSProp"]),
         (["rules=[l2o.tasks.Quadratic]"], ["Quadratic", "UpdateRule"]),
         (["settings.wide.stps=3"], ["settings.wide", "'stps'", "'steps'"]),
         (["settings=3"], ["settings=3", "mapping"]),
@@ -222,10 +230,42 @@ def test_missing_data_is_noticed_before_any_work(command, capfd, monkeypatch, tm
     assert not Path("out").exists()
 
 
-def test_a_missing_extra_is_named(command, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "hydra", None)
+@pytest.mark.parametrize("package", ["hydra", "omegaconf", "matplotlib", "rich"])
+def test_a_missing_extra_is_named_before_any_work(command, capfd, monkeypatch, package):
+    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setitem(sys.modules, package, None)
     assert command() == 2
-    assert capfd.readouterr().err == "error: hydra is not installed; the commands need: pip install l2o[train]\n"
+    error = capfd.readouterr().err
+    assert re.fullmatch(rf"error: {package} .*: pip install l2o\[train\]\n", error)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("package", EXTRA)
+def test_a_package_that_is_missing_deeper_down_is_named_too(command, capfd, monkeypatch, package):
+    def load(*_, **__):
+        raise ModuleNotFoundError(name=f"{package}.part")
+
+    monkeypatch.setattr(evaluate, "load", load)
+    assert command() == 2
+    assert capfd.readouterr().err.startswith(f"error: {package}.part is not installed; ")
+
+
+def test_the_extra_has_what_hydra_brings_along():
+    assert {"omegaconf", "yaml"} <= set(EXTRA)
+
+
+def test_a_card_that_cannot_be_written_is_noticed_before_any_work(command, capfd, monkeypatch):
+    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(l2o.hub, "try_folder", refuse)
+    assert command("task=quadratic", "record=true") == 2
+    assert capfd.readouterr().err.startswith(
+        "error: source='sgd': its card in sgd cannot be written (Permission denied)"
+    )
+    assert not Path("out").exists()
 
 
 def test_a_bug_keeps_its_trace(command, monkeypatch):

@@ -56,6 +56,25 @@ def test_validation_does_not_touch_the_training_stream():
     assert torch.equal(runs[0].train, runs[1].train)
 
 
+@dataclasses.dataclass(frozen=True)
+class Batches(Quadratic):
+    """Its loss is the batch alone, noisy also in validation."""
+
+    def batch(self, data, split, generator):
+        return super().batch(data, "train", generator)
+
+    def loss(self, params, buffers, data, batch):
+        return batch["noise"].sum() + 0.0 * params["x"].sum(), buffers
+
+
+def test_validation_batches_are_those_of_the_seed_and_of_no_other_stream():
+    theta = {"log_lr": torch.full((2,), -4.0)}
+    one, same, other = (run(SGD(), theta, Batches(), 5, torch.Generator().manual_seed(s), 5) for s in (1000, 1000, 7))
+    assert torch.equal(one.valid, same.valid)
+    assert not torch.isin(one.valid, other.valid).any()
+    assert not torch.isin(one.valid, one.train).any()
+
+
 def test_validation_losses_are_those_after_as_many_updates():
     theta = {"log_lr": torch.full((2,), -4.0)}
     curves = run(SGD(), theta, Quadratic(dim=3), 9, torch.Generator().manual_seed(0), 9)
@@ -85,7 +104,9 @@ def test_a_run_does_not_wait_for_the_device():
     assert reads.count == 1
 
 
-@pytest.mark.parametrize(("horizon", "evaluations", "names"), [(0, 1, "horizon=0"), (1, 0, "evaluations=0")])
+@pytest.mark.parametrize(
+    ("horizon", "evaluations", "names"), [(0, 1, "horizon=0"), (1, 0, "evaluations=0"), (1.5, 1, "horizon=1.5")]
+)
 def test_a_run_needs_positive_numbers(horizon, evaluations, names):
     with pytest.raises(ConfigurationError, match=names):
         run(SGD(), {"log_lr": torch.zeros(1)}, NOISY.family, horizon, torch.Generator(), evaluations)
@@ -158,6 +179,8 @@ def test_baselines_go_by_name():
     [
         ({"steps": 0}, "steps=0"),
         ({"seeds": 1.5}, "seeds=1.5"),
+        ({"steps": "9"}, "steps='9'"),
+        ({"window": 0.5}, "window=0.5"),
         ({"seed": -1}, "seed=-1"),
         ({"window": 22}, "window=22"),
     ],

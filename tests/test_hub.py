@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,6 @@ import torch
 from plugin import Mixing, source
 from tables import every_rule, generator, identical
 
-import l2o.rules
 from l2o import hub
 from l2o._files import to_bytes
 from l2o.rules import LSTM, MLP, SGD
@@ -39,20 +40,6 @@ class Unsavable(Mixing):
 @pytest.fixture
 def saved(tmp_path) -> Path:
     return hub.save(tmp_path / "saved", *source(MLP(hidden=(4,))))
-
-
-@pytest.fixture
-def shelf(tmp_path, monkeypatch) -> Path:
-    """A folder of pretrained checkpoints with two of them, and a working folder that is empty."""
-    folder = tmp_path / "pretrained"
-    hub.save(folder / "mlp-small", *source(MLP(hidden=(4,))))
-    hub.save(folder / "lstm-small", *source(LSTM(hidden=(3,))))
-    (folder / "aliases.json").write_text('{"default": "mlp-small"}')
-    (folder / "README.md").write_text("# Pretrained")
-    monkeypatch.setattr(hub, "resource", lambda package, name: tmp_path / name)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return folder
 
 
 def edit(folder: Path, **entries: object) -> None:
@@ -146,6 +133,7 @@ def test_hyperparameters_that_the_card_does_not_know_have_their_defaults(saved):
         ({"b0": torch.full((4,), float("inf"))}, "'b0' is not made of finite"),
         ({"b0": torch.ones(4, dtype=torch.int64)}, "'b0' is not made of finite"),
     ],
+    ids=["shape", "missing", "unexpected", "nan", "inf", "int"],
 )
 def test_theta_of_another_rule_is_neither_saved_nor_loaded(saved, tmp_path, change, message):
     rule, theta = source(MLP(hidden=(4,)))
@@ -156,6 +144,37 @@ def test_theta_of_another_rule_is_neither_saved_nor_loaded(saved, tmp_path, chan
     replace_theta(saved, to_bytes(theta))
     with pytest.raises(CheckpointError, match="int64" if theta["b0"].dtype == torch.int64 else message):
         hub.load(saved)
+
+
+@pytest.mark.parametrize("wrong", [[0.0] * 4, 1.0, "b0"])
+def test_theta_is_made_of_tensors(tmp_path, wrong):
+    rule, theta = source(MLP(hidden=(4,)))
+    message = f"'b0' is of type {type(wrong).__name__}, expected a torch.Tensor"
+    for entries, named in (({"b0": wrong}, message), ({3: wrong}, "3 is unexpected")):
+        with pytest.raises(CheckpointError, match=named):
+            hub.save(tmp_path / "new", rule, theta | entries)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        hub.save(tmp_path / "file" / "below", *source(SGD()))
+
+
+def test_whether_a_card_can_be_written_is_known_beforehand(saved, monkeypatch):
+    before = sorted(os.listdir(saved))
+    hub.check_writable(saved)
+    assert sorted(os.listdir(saved)) == before
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigurationError, match=r"source=.*saved'.*Read-only file system.*copy the folder"):
+        hub.check_writable(saved)
+    with pytest.raises(UnknownNameError):
+        hub.check_writable("no such checkpoint")
 
 
 @pytest.mark.parametrize("data", [b"", b"no tensors at all", to_bytes({"w0": torch.ones(3)})[:-2], b"\x80\x05K\x01."])
@@ -176,12 +195,20 @@ def test_a_theta_file_that_is_not_the_one_saved(saved, damage, message):
         hub.load(saved)
 
 
+def test_a_theta_file_of_another_checkpoint_says_what_may_have_happened(saved, tmp_path):
+    other = hub.save(tmp_path / "other", *source(LSTM(hidden=(3,))))
+    (saved / "theta.safetensors").write_bytes((other / "theta.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="damaged, or was saved without its card or by another rule"):
+        hub.load(saved)
+
+
 @pytest.mark.parametrize("file", ["theta.safetensors", "card.json"])
 def test_a_file_that_is_missing(saved, file):
     (saved / file).unlink()
     for place in (saved, saved / "theta.safetensors"):
-        with pytest.raises(CheckpointError, match=f"{file}: cannot be read"):
+        with pytest.raises(CheckpointError, match=f"{file}: cannot be read") as caught:
             hub.load(place)
+        assert "not JSON" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"1", b"\xff\xfe", b"[" * 100_000])
@@ -234,56 +261,6 @@ def test_what_a_card_cannot_hold_is_refused_before_anything_is_written(tmp_path,
 def test_rules_that_are_none(saved, rules):
     with pytest.raises(ConfigurationError, match="rules="):
         hub.load(saved, rules=rules)
-
-
-def test_names_and_aliases_of_pretrained_checkpoints(shelf):
-    assert hub.list_pretrained() == ["lstm-small", "mlp-small"]
-    assert hub.load("lstm-small")[0] == LSTM(hidden=(3,))
-    assert hub.load("default")[0] == MLP(hidden=(4,))
-    assert hub.read_card("default") == hub.read_card("mlp-small")
-    assert identical(hub.load("default")[1], hub.load(shelf / "mlp-small")[1])
-
-
-def test_a_folder_comes_before_a_name_only_if_it_is_a_checkpoint(shelf):
-    Path("default").mkdir()
-    assert hub.load("default")[0] == MLP(hidden=(4,))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        hub.load(Path("default"))
-    hub.save("default", *source(SGD()))
-    assert hub.load("default")[0] == SGD()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("mlp-smal", "'mlp-smal', did you mean 'mlp-small'.*; valid: default, lstm-small, mlp-small"),
-        ("quite different", r"valid: default, lstm-small, mlp-small"),
-        ("", "valid: "),
-        ("../pretrained/none", "'../pretrained/none'.* no folder of that name"),
-        (Path("lstm-small"), "'lstm-small'.* no folder of that name"),
-        ("https://example.org/mlp", "not supported yet; download the folder"),
-        ("hf://someone/mlp", "not supported yet"),
-    ],
-)
-def test_unknown_names(shelf, name, message):
-    for function in (hub.load, hub.read_card):
-        with pytest.raises(UnknownNameError, match=message):
-            function(name)
-
-
-@pytest.mark.parametrize("wrong", [None, 3, ("a", "b"), b"default"])
-def test_a_source_is_a_string_or_a_path(wrong):
-    with pytest.raises(ConfigurationError, match="source="):
-        hub.load(wrong)
-
-
-def test_the_shelf_of_this_repository_is_whole():
-    """Each checkpoint that is shipped loads, and the alias names one of them."""
-    for name in hub.list_pretrained():
-        rule, theta = hub.load(name)
-        assert type(rule).__name__ in l2o.rules.__all__
-        assert theta
-    assert set(hub._aliases().values()) <= set(hub.list_pretrained())
 
 
 def test_annotate_adds_to_the_card_and_leaves_the_rest(tmp_path):

@@ -16,27 +16,29 @@ import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 
-SUPPORT = {"types", "_files", "_names", "_resources", "download"}
+SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
-PLUGIN = SUPPORT | {"ops", "rules", "hub", "optim"}
+PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
 UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
+    "_checks": {"types"},
     "_files": {"types"},
     "_names": {"types"},
     "_resources": {"types"},
     "download": {"types", "_files"},
-    "ops": {"types"},
-    "rules": {"types", "ops"},
+    "ops": {"types", "_checks"},
+    "rules": {"types", "_checks", "ops"},
     "tasks": SUPPORT,
-    "unroll": {"types", "ops"},
-    "estimators": {"types", "ops", "unroll"},
-    "meta": {"types", "_files", "ops", "estimators"},
-    "hub": SUPPORT | {"rules"},
-    "optim": {"types", "ops", "hub"},
+    "unroll": {"types", "_checks", "ops"},
+    "estimators": {"types", "_checks", "ops", "unroll"},
+    "meta": {"types", "_checks", "_files", "ops", "estimators"},
+    "_shelf": SUPPORT,
+    "hub": SUPPORT | {"_shelf", "rules"},
+    "optim": {"types", "_checks", "ops", "hub"},
     "evaluation": UNITS,
     "integrations": UNITS,
     "l2o": UNITS,
@@ -158,6 +160,12 @@ print(*sorted((set(sys.modules) - before) & set({HEAVY})))
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_every_rule_has_its_line_of_configuration() -> None:
+    lines = {path.stem: path.read_text("utf-8").splitlines() for path in (ROOT / "configs" / "rule").glob("*.yaml")}
+    expected = {name.lower(): [f"_target_: l2o.rules.{name}"] for name in l2o.rules.__all__}
+    assert lines == expected
 
 
 def _listed(package: object) -> list[type]:

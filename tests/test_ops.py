@@ -129,6 +129,8 @@ def test_constants_made_in_inference_mode_can_be_differentiated_with():
         (numeric.log_of, math.inf),
         (numeric.logit_of, 1.0),
         (numeric.logit_of, 0.0),
+        (numeric.logit_of, math.nan),
+        *((transform, value) for transform in (numeric.log_of, numeric.logit_of) for value in ("0.5", None, True)),
     ],
 )
 def test_hyperparameters_out_of_range_are_named(transform, value):

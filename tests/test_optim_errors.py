@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plugin import Mixing, make, parameters
+from plugin import Mixing, make, parameters, source
 from torch import nn
 
 from l2o.optim import LearnedOptimizer
 from l2o.optim.members import Member, checked_gradient
-from l2o.rules import SGD, Adam
+from l2o.rules import MLP, SGD, Adam
 from l2o.types import CheckpointError, ConfigurationError, GradientError, ParameterError
 
 
@@ -38,6 +38,11 @@ def test_settings_of_a_group_that_make_no_sense(group):
 def test_sources_that_are_none(wrong):
     with pytest.raises(ConfigurationError, match="source="):
         LearnedOptimizer(parameters(), wrong, total_steps=1)
+
+
+def test_a_pair_the_wrong_way_round_shows_types_and_not_theta():
+    with pytest.raises(ConfigurationError, match=r"^source=\(dict, MLP\): expected .* a pair \(rule, theta\)$"):
+        LearnedOptimizer(parameters(), tuple(reversed(source(MLP()))), total_steps=1)
 
 
 def test_theta_of_another_rule_names_the_tensor():
@@ -88,7 +93,7 @@ def test_a_bad_gradient_changes_nothing(spoil):
     with pytest.raises(GradientError, match=r"gradient of parameter 1 \('second'\)"):
         optimizer.step()
     assert torch.equal(good, torch.ones(2))
-    assert not optimizer.state
+    assert optimizer.state == {"clock": {"step": 0}}
 
 
 def test_a_gradient_on_another_device():
@@ -114,7 +119,7 @@ def test_a_loss_that_is_missing_or_none_changes_nothing(arguments, named):
     with pytest.raises(ConfigurationError, match=named):
         optimizer.step(**arguments)
     assert torch.equal(p, torch.ones(2))
-    assert not optimizer.state
+    assert optimizer.state == {"clock": {"step": 0}}
 
 
 def test_torchs_own_errors_stay():

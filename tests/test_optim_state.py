@@ -73,7 +73,7 @@ def test_loading_copies():
 
 def test_the_step_is_one_integer_beside_the_slots():
     optimizer = make(parameters(), Adam())
-    assert optimizer.state_dict()["state"] == {}
+    assert optimizer.state_dict()["state"] == {"clock": {"step": 0}}
     train(optimizer, range(2))
     state = optimizer.state_dict()["state"]
     assert state.pop("clock") == {"step": 2}
@@ -158,7 +158,7 @@ def test_another_number_of_parameters_is_torchs_error(groups):
     fresh = make([{"params": [parameters()[i] for i in group]} for group in groups], Adam())
     with pytest.raises(ValueError, match="loaded state dict"):
         fresh.load_state_dict(optimizer.state_dict())
-    assert not fresh.state
+    assert fresh.state == {"clock": {"step": 0}}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,21 @@ def test_state_of_another_optimizer_changes_nothing(other, message):
     assert not optimizer._optimizer_load_state_dict_post_hooks
 
 
-def test_state_saved_before_the_first_step_is_empty_and_loads():
+@pytest.mark.parametrize("spoil", [dict.clear, lambda s: s.update(clock=None), lambda s: s.update(clock={"step": "1"})])
+def test_fresh_state_of_another_optimizer_is_refused_too(spoil):
+    optimizer = make(parameters(), SGD())
+    for foreign in (torch.optim.Adam(parameters()), torch.optim.SGD(parameters(), lr=0.1)):
+        with pytest.raises(ResumeError, match="another optimizer"):
+            optimizer.load_state_dict(foreign.state_dict())
+    state = snapshot(optimizer)
+    spoil(state["state"])
+    with pytest.raises(ResumeError, match="another optimizer"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert optimizer.state == {"clock": {"step": 0}}
+
+
+def test_state_saved_before_the_first_step_loads():
     optimizer, fresh = make(parameters(), SGD()), make(parameters(), SGD())
     fresh.load_state_dict(optimizer.state_dict())
     assert identical(train(fresh, range(2)), train(optimizer, range(2)))

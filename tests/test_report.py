@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from l2o.evaluation import Baseline, Comparison, Report, Setting, Trials, compare, score, speed_up, step_cost, write
+from l2o.evaluation import (
+    Baseline,
+    Comparison,
+    Report,
+    Setting,
+    Trials,
+    compare,
+    print_tables,
+    score,
+    speed_up,
+    step_cost,
+    write,
+)
 from l2o.evaluation.compare import LEARNED
+from l2o.evaluation.plots import curves_png
 from l2o.evaluation.report import as_markdown, prepare_folder, table_row, verdict
 from l2o.evaluation.scores import best_trial, bootstrap_interval, diverged, final_losses, smooth
 from l2o.rules import SGD, Adam
@@ -144,6 +158,7 @@ def test_a_report_states_seeds_trials_window_and_facts():
         "- Seeds of other: 3 problems, all drawn from a generator of seed 1000.",
         "- Hardware: an abacus",
         "| learned | ",
+        "AdamW without weight decay; warm-up over 5% of the run",
         "![smoothed training loss over steps](curves.png)",
     ):
         assert part in text
@@ -160,6 +175,21 @@ def test_every_run_is_in_the_results(tmp_path):
     ]
     best = [r["final"] for r in adam["runs"] if r["trial"] == adam["best"]]
     assert best == adam["final"] == result.scores["adam"].final.tolist()
+
+
+@pytest.mark.parametrize(("package", "function"), [("matplotlib", curves_png), ("rich", print_tables)])
+def test_a_missing_package_names_its_extra(monkeypatch, package, function):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigurationError, match=rf"{package} cannot be imported .*pip install l2o\[train\]"):
+        function(None)
+
+
+def test_the_numbers_are_on_disk_before_the_picture_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigurationError, match="matplotlib"):
+        write(report(comparison(1e-2)), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md"}
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):

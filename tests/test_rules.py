@@ -1,14 +1,21 @@
 """What every update rule keeps: purity, the two-pass shape, agreement with torch, a small θ."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from tables import RULES, double, every_rule, generator, random_theta
 
+from l2o import rules
 from l2o.ops.kinds import default_kinds
 from l2o.rules import LSTM, MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
 from l2o.types import Clock, ConfigurationError, OptState
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4), "conv": (2, 3, 2, 2), "empty": (0, 3), "one": (1,)}
+
+
+NAN = math.nan
 
 
 def problem(dtype=torch.float64, seed=0):
@@ -161,14 +168,36 @@ def test_mlp_is_mlplopt_of_the_field(seed):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("rule", "name", "values"),
     [
-        lambda: MLP(time="epochs"),
-        lambda: MLP(decays=(1.0,)),
-        lambda: LSTM(hidden=()),
-        lambda: SGD(lr=0.0).init_theta(generator()),
+        (MLP, "time", ["epochs"]),
+        (MLP, "hidden", [32, "32", (0,), (4, 1.5), (True,)]),
+        (MLP, "decays", [0.9, (1.0,), (-0.1,), (NAN,), ("0.9",)]),
+        (MLP, "step_mult", [NAN, 0.0, "x"]),
+        (MLP, "exp_mult", [NAN, -1.0, None]),
+        (LSTM, "hidden", [20, (), [0], (20, "20")]),
+        (LSTM, "scale", [NAN, math.inf, 0.0]),
+        (LSTM, "k", [0, -5.0, "5"]),
+        *((rule, "lr", [0.0, -1.0, NAN, "abc", True]) for rule in (SGD, Momentum, RMSProp, AdaGrad, Adam)),
+        *((rule, "eps", [0.0, NAN, "abc"]) for rule in (RMSProp, AdaGrad, Adam)),
+        (Momentum, "momentum", [1.0, 0.0, "0.9"]),
+        (RMSProp, "alpha", [1.0, -0.1]),
+        (Adam, "beta1", [1.0, None]),
+        (Adam, "beta2", [NAN, 2]),
+        (Adam, "eps_root", [-1, NAN, "0"]),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make):
-    with pytest.raises(ConfigurationError, match="expected"):
-        make()
+def test_settings_that_make_no_sense_are_refused(rule, name, values):
+    for value in values:
+        with pytest.raises(ConfigurationError, match=rf"^{name}(\[\d\])?=.*expected"):
+            rule(**{name: value})
+
+
+def test_every_field_that_is_a_number_refuses_a_word():
+    for name in rules.__all__:
+        rule = getattr(rules, name)
+        numbers = [f.name for f in dataclasses.fields(rule) if type(f.default) in (int, float, tuple)]
+        assert numbers
+        for field in numbers:
+            with pytest.raises(ConfigurationError, match=f"^{field}='word' "):
+                rule(**{field: "word"})

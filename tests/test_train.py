@@ -224,6 +224,6 @@ def test_steps_that_lose_all_lanes_are_said_once(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")))
 def test_experiments_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    small = ["estimator.lanes=2", "estimator.horizon=2", "estimator.truncation=1", "evaluation.seeds=1"]
+    small = ["estimator.lanes=2", "estimator.horizon=2", "estimator.truncation=2", "evaluation.seeds=1"]
     assert command(f"experiment={name}", "run=run", "steps=1", "logger=none", "device=cpu", *small, base=[]) == 0
     assert load_file("run/checkpoint/theta.safetensors")

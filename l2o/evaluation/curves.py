@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from l2o.types import ConfigurationError, InnerState, TaskFamily, Theta, UpdateRule
+from l2o._checks import whole
+from l2o.types import InnerState, TaskFamily, Theta, UpdateRule
 from l2o.unroll import start, unroll
 
 VALID_BATCHES = 4
@@ -44,12 +45,9 @@ def run(
 
     Training draws from ``generator`` exactly what it would without validation, so that rules which are run from equal
     generators meet the same tasks, initialisations and batches. The host waits for the device nowhere in here.
-    Raises `ConfigurationError` for a horizon or a number of evaluations that is not positive.
+    Raises `ConfigurationError` for a horizon or a number of evaluations that is not a positive whole number.
     """
-    for name, value in (("horizon", horizon), ("evaluations", evaluations)):
-        if value < 1:
-            raise ConfigurationError(f"{name}={value}: expected a positive number")
-    points = evaluation_steps(horizon, evaluations)
+    points = evaluation_steps(whole("horizon", horizon), whole("evaluations", evaluations))
     held_out = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ _VALID_SEED)
     lanes = len(next(iter(theta.values())))
     train, valid = [], []

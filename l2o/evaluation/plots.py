@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from l2o.evaluation.compare import LEARNED, Comparison
+from l2o.evaluation.extras import require
 from l2o.evaluation.scores import Score
 from l2o.evaluation.trials import Array
 
@@ -23,7 +24,11 @@ _MANY_SEEDS = 10
 
 
 def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training loss") -> bytes:
-    """A PNG of the smoothed training losses: median over seeds, and a band of their range or quartiles."""
+    """A PNG of the smoothed training losses: median over seeds, and a band of their range or quartiles.
+
+    Raises `ConfigurationError` where matplotlib is missing.
+    """
+    require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

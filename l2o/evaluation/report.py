@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2o._files import atomic_write
+from l2o._files import atomic_write, try_folder
 from l2o.evaluation.compare import LEARNED, REFERENCE, Comparison
 from l2o.evaluation.cost import YARDSTICK, Cost
+from l2o.evaluation.extras import require
 from l2o.evaluation.plots import curves_png
 from l2o.evaluation.scores import diverged, final_losses
 from l2o.evaluation.trials import Trials
@@ -28,6 +28,7 @@ _PROTOCOL = (
     "- The learned optimizer: one run a seed, from its θ and the number of steps alone; nothing was tuned.",
     "- A baseline: every learning rate of its grid on every seed. Reported is the one with the lowest seed-mean of the",
     "  final training loss; a run with a loss that is not finite counts as infinitely bad.",
+    "- Adam, warm-up + cosine: AdamW without weight decay; warm-up over 5% of the run, then half a cosine down to 0.",
     "- Training loss: seed-mean of the final one, with a 95% interval (bootstrap over seeds).",
     "- Validation: seed-mean of the loss on held-out data after the last step.",
     "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
@@ -54,8 +55,7 @@ def prepare_folder(path: Path) -> None:
     """Make the folder of a report and try to write there. Raises `ConfigurationError` if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        try_folder(path)
     except OSError as error:
         raise ConfigurationError(
             f"out={str(path)!r}: {error.strerror}; name a folder that can be written to"
@@ -63,14 +63,18 @@ def prepare_folder(path: Path) -> None:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write the three files of a report, each atomically."""
-    atomic_write(folder / "curves.png", curves_png(report.comparisons, report.loss_label))
+    """Write the three files of a report, each atomically, the numbers first: the rest can be made from them again.
+
+    Raises `ConfigurationError` where matplotlib is missing.
+    """
     atomic_write(folder / "results.json", json.dumps(as_json(report), indent=1, allow_nan=False).encode())
     atomic_write(folder / "report.md", as_markdown(report).encode())
+    atomic_write(folder / "curves.png", curves_png(report.comparisons, report.loss_label))
 
 
 def print_tables(report: Report) -> None:
-    """A table a setting on the terminal, and the verdict under it."""
+    """A table a setting on the terminal, and the verdict under it; `ConfigurationError` where rich is missing."""
+    require("rich")
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -188,7 +192,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The content of ``results.json``: every number of every run; what is not finite is null."""
+    """The content of ``results.json``: how each run ended, and all that is said of them; what is not finite is null.
+
+    The curves that the runs took are not in it.
+    """
     return _finite(
         {
             "format_version": FORMAT_VERSION,

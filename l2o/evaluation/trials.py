@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 
+from l2o._checks import whole
 from l2o.evaluation.baselines import Baseline
 from l2o.evaluation.curves import run
 from l2o.tasks import Repeated
@@ -37,9 +38,7 @@ class Setting:
     def __post_init__(self) -> None:
         bounds = {"steps": 1, "seeds": 1, "seed": 0} | ({} if self.window is None else {"window": 1})
         for name, least in bounds.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigurationError(f"{name}={value!r}: expected a whole number of at least {least}")
+            whole(name, getattr(self, name), least)
         if self.window is not None and self.window > self.steps:
             raise ConfigurationError(f"window={self.window}: expected at most steps={self.steps}")
 

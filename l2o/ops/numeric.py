@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from l2o.types import ConfigurationError
+from l2o._checks import real
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
@@ -29,16 +29,13 @@ def scalar_like(value: float, generator: torch.Generator) -> Tensor:
 
 
 def log_of(name: str, value: float) -> float:
-    """The logarithm of a positive hyperparameter; ``exp`` undoes it, whatever meta-training does to it."""
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigurationError(f"{name}={value!r}: expected a positive finite number")
-    return math.log(value)
+    """The logarithm of a positive hyperparameter, or `ConfigurationError`; ``exp`` undoes it, whatever was learned."""
+    return math.log(real(name, value, above=0.0))
 
 
 def logit_of(name: str, value: float) -> float:
-    """The logit of a hyperparameter strictly between 0 and 1; ``sigmoid`` undoes it."""
-    if not 0.0 < value < 1.0:
-        raise ConfigurationError(f"{name}={value!r}: expected a number strictly between 0 and 1")
+    """The logit of a hyperparameter strictly between 0 and 1, or `ConfigurationError`; ``sigmoid`` undoes it."""
+    value = real(name, value, above=0.0, below=1.0)
     return math.log(value) - math.log1p(-value)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from l2o import hub
+from l2o._checks import real, whole
 from l2o.optim.members import Member, check_params, checked_gradient, kinds, label
 from l2o.types import (
     Clock,
@@ -69,19 +70,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         rules: Sequence[type[UpdateRule]] = (),
     ) -> None:
-        self.total_steps = _positive_int("total_steps", total_steps)
-        defaults = {"lr": _factor("lr", lr), "weight_decay": _factor("weight_decay", weight_decay)}
+        self.total_steps = whole("total_steps", total_steps)
+        defaults = {"lr": real("lr", lr, least=0.0), "weight_decay": real("weight_decay", weight_decay, least=0.0)}
         self.rule, self.theta = _resolve(source, rules)
         self._theta_on: dict[tuple[torch.dtype, torch.device], Theta] = {}
         self._warned = False
         super().__init__(params, defaults)
+        self.state["clock"] = {"step": 0}  # from the start, so that each state_dict of ours shows whose it is
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters get their state with their first gradient."""
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            group.update({name: _factor(name, group[name]) for name in ("lr", "weight_decay")})
+            # As Python's floats: torch.load(weights_only=True) would not read numpy's in a state_dict.
+            group.update({name: real(name, group[name], least=0.0) for name in ("lr", "weight_decay")})
             if group.get("kind", "vector") not in get_args(Kind):
                 raise ConfigurationError(f"kind={group['kind']!r}: expected one of {', '.join(get_args(Kind))}")
             check_params(self._members())
@@ -208,7 +211,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         saved, state = state_dict["param_groups"], state_dict["state"]
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
             return  # torch has its error for that
-        if state and not isinstance(state.get("clock", {}).get("step"), int):
+        clock = state.get("clock")
+        if not isinstance(clock, Mapping) or not isinstance(clock.get("step"), int):
             raise ResumeError("state_dict has no state['clock']['step']: it is of another optimizer")
         ids = list(chain.from_iterable(g["params"] for g in saved))
         for member in self._members():
@@ -254,19 +258,9 @@ def _resolve(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[UpdateRule
             return hub.load(source, rules)
         case (UpdateRule() as rule, Mapping() as theta):
             return rule, {k: t.detach().clone() for k, t in hub.check_theta(rule, dict(theta)).items()}
-    raise ConfigurationError(f"source={source!r}: expected a checkpoint's name or path, or a pair (rule, theta)")
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) <= 0:
-        raise ConfigurationError(f"{name}={value!r} ({type(value).__name__}): expected a positive int")
-    return int(value)
-
-
-def _factor(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0.0 <= float(value) < math.inf:
-        raise ConfigurationError(f"{name}={value!r} ({type(value).__name__}): expected a finite number of at least 0")
-    return float(value)  # torch.load(weights_only=True) would not read numpy's numbers in a state_dict
+    # The types alone: θ printed would bury the message.
+    came = f"({', '.join(type(x).__name__ for x in source)})" if isinstance(source, tuple) else type(source).__name__
+    raise ConfigurationError(f"source={came}: expected a checkpoint's name or path, or a pair (rule, theta)")
 
 
 def _scalar(loss: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,4 +1,6 @@
-"""Learned update rules, one a file; a line in ``__all__`` makes one known to configs, checkpoints and tests."""
+"""Learned update rules, one a file. A line in ``__all__`` makes one known to checkpoints and tests, a line in
+``configs/rule/<name>.yaml`` to the command line.
+"""
 
 from l2o.rules.adagrad import AdaGrad
 from l2o.rules.adam import Adam

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from l2o._checks import real
 from l2o.ops.moments import bias_correction, ema
 from l2o.ops.numeric import log_of, logit_of, safe_sqrt, scalar_like
 from l2o.rules.elementwise import ElementwiseRule
@@ -26,6 +27,10 @@ class Adam(ElementwiseRule):
     beta2: float = 0.999
     eps: float = 1e-8
     eps_root: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        real("eps_root", self.eps_root, least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
@@ -15,7 +16,11 @@ class ElementwiseRule(UpdateRule):
 
     The fields of a subclass are the hyperparameters that ``init_theta`` starts from; θ holds their unconstrained
     transforms (``log_*`` for positive numbers, ``logit_*`` for numbers between 0 and 1), so every θ is a valid setting.
+    Raises `ConfigurationError` for a hyperparameter that has no such transform.
     """
+
+    def __post_init__(self) -> None:
+        self.init_theta(torch.Generator())  # the transforms know what they take
 
     @abc.abstractmethod
     def slots(self, param: Tensor) -> Slots:

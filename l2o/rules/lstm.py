@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from l2o._checks import each, real, whole
 from l2o.ops.features import log_and_sign
 from l2o.ops.networks import columns, init_linear, linear, lstm_cell, over_entries
 from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
@@ -30,8 +31,11 @@ class LSTM(UpdateRule):
     k: float = 5.0
 
     def __post_init__(self) -> None:
-        if not self.hidden or min(self.hidden) < 1:
-            raise ConfigurationError(f"hidden={self.hidden!r}: expected at least one layer of at least one unit")
+        each("hidden", self.hidden, whole)
+        if not self.hidden:
+            raise ConfigurationError(f"hidden={self.hidden!r}: expected at least one layer")
+        real("scale", self.scale, above=0.0)
+        real("k", self.k, above=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         theta: Theta = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from l2o._checks import each, real, whole
 from l2o.ops.features import FRACTIONS, TIMESCALES, fraction_embedding, second_moment_scale, step_embedding
 from l2o.ops.moments import init_momenta, momenta
 from l2o.ops.networks import columns, init_mlp, mlp, over_entries
@@ -40,8 +42,10 @@ class MLP(UpdateRule):
     def __post_init__(self) -> None:
         if self.time not in _TIME:
             raise ConfigurationError(f"time={self.time!r}: expected one of {sorted(_TIME)}")
-        if any(not 0.0 <= d < 1.0 for d in self.decays):
-            raise ConfigurationError(f"decays={self.decays!r}: expected numbers of at least 0 and under 1")
+        each("hidden", self.hidden, whole)
+        each("decays", self.decays, partial(real, least=0.0, below=1.0))
+        real("step_mult", self.step_mult, above=0.0)
+        real("exp_mult", self.exp_mult, least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_mlp(generator, [2 + len(self.decays) + _TIME[self.time][0], *self.hidden, 2])

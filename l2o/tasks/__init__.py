@@ -1,4 +1,4 @@
-"""Inner problems, one family a file; a line in ``__all__`` makes one known to configs and tests."""
+"""Inner problems, one family a file. A line in ``__all__`` lists one, a file in ``configs/task`` names a preset."""
 
 from l2o.tasks.image import ImageMLP
 from l2o.tasks.module import ModuleTask

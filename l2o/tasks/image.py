@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2o._checks import whole
 from l2o._names import choose
 from l2o.tasks.data import HALVES, IMAGE_SETS, image_split
-from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
 
@@ -26,7 +27,7 @@ class ImageMLP(TaskFamily):
 
     Parameters: ``{layer}.weight [lanes, out, in]`` and ``{layer}.bias [lanes, out]``, layers counted from 0; lanes
     differ in their initialisation and batches. Batches: ``x [lanes, batch, pixels]`` and int64 ``y [lanes, batch]``.
-    Raises `UnknownNameError` for an unknown name, `ConfigurationError` for a size that is not positive.
+    Raises `UnknownNameError` for an unknown name, `ConfigurationError` for a size that is not a positive whole number.
     """
 
     dataset: str = "digits"
@@ -41,8 +42,7 @@ class ImageMLP(TaskFamily):
         choose("half", self.half, HALVES)
         choose("activation", self.activation, ACTIVATIONS)
         for name, least in (("width", 1), ("depth", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ConfigurationError(f"{name}={getattr(self, name)}: expected at least {least}")
+            whole(name, getattr(self, name), least)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"lane": torch.arange(lanes, device=generator.device)}

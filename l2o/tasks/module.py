@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from l2o._checks import whole
 from l2o.tasks.sources import Examples, Source, as_source, draw_seeds
 from l2o.tasks.stateless import Stateless, seeded
 from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
@@ -44,8 +45,8 @@ class ModuleTask(TaskFamily):
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigurationError(f"batch_size={self.batch_size}: expected a positive number, or None")
+        if self.batch_size is not None:
+            whole("batch_size", self.batch_size)
         if not any(p.requires_grad for p in self._template.parameters()):
             raise ConfigurationError(f"module: this {self._name} has no parameters to train")
         self._sources  # noqa: B018  made now, so that unusable data are refused now

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+from l2o._checks import real, whole
+from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Quadratic(TaskFamily):
         against the paper's text, which is followed here).
 
     Data: ``w [lanes, dim, dim]``, ``y [lanes, dim]``. Parameters: ``x [lanes, dim]``. All float32.
+    Raises `ConfigurationError` for a ``dim`` that is not a positive whole number, or a scale under 0.
     """
 
     dim: int = 10
@@ -27,11 +29,9 @@ class Quadratic(TaskFamily):
     init_scale: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ConfigurationError(f"dim={self.dim}: expected a positive number of dimensions")
-        for name in ("noise", "init_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigurationError(f"{name}={getattr(self, name)}: expected a finite number that is not negative")
+        whole("dim", self.dim)
+        real("noise", self.noise, least=0.0)
+        real("init_scale", self.init_scale, least=0.0)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"w": _normal(generator, lanes, self.dim, self.dim), "y": _normal(generator, lanes, self.dim)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from l2o._checks import whole
 from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
 
 
@@ -22,8 +23,7 @@ class Repeated(TaskFamily):
     copies: int
 
     def __post_init__(self) -> None:
-        if self.copies < 1:
-            raise ConfigurationError(f"copies={self.copies}: expected a positive number")
+        whole("copies", self.copies)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         if lanes % self.copies:

@@ -1,0 +1,78 @@
+"""Names of checkpoints: which folder is meant, and what is said where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from plugin import source
+from tables import identical
+
+import l2o.rules
+from l2o import _shelf, hub
+from l2o.rules import LSTM, MLP, SGD
+from l2o.types import CheckpointError, ConfigurationError, UnknownNameError
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch) -> Path:
+    """A folder of pretrained checkpoints with two of them, and a working folder that is empty."""
+    folder = tmp_path / "pretrained"
+    hub.save(folder / "mlp-small", *source(MLP(hidden=(4,))))
+    hub.save(folder / "lstm-small", *source(LSTM(hidden=(3,))))
+    (folder / "aliases.json").write_text('{"default": "mlp-small"}')
+    (folder / "README.md").write_text("# Pretrained")
+    monkeypatch.setattr(_shelf, "resource", lambda package, name: tmp_path / name)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return folder
+
+
+def test_names_and_aliases_of_pretrained_checkpoints(shelf):
+    assert hub.list_pretrained() == ["lstm-small", "mlp-small"]
+    assert hub.load("lstm-small")[0] == LSTM(hidden=(3,))
+    assert hub.load("default")[0] == MLP(hidden=(4,))
+    assert hub.read_card("default") == hub.read_card("mlp-small")
+    assert identical(hub.load("default")[1], hub.load(shelf / "mlp-small")[1])
+
+
+def test_a_folder_comes_before_a_name_only_if_it_is_a_checkpoint(shelf):
+    Path("default").mkdir()
+    assert hub.load("default")[0] == MLP(hidden=(4,))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hub.load(Path("default"))
+    hub.save("default", *source(SGD()))
+    assert hub.load("default")[0] == SGD()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mlp-smal", "'mlp-smal', did you mean 'mlp-small'.*; valid: default, lstm-small, mlp-small"),
+        ("quite different", r"valid: default, lstm-small, mlp-small"),
+        ("", "valid: "),
+        ("../pretrained/none", "'../pretrained/none'.* no folder of that name"),
+        (Path("lstm-small"), "'lstm-small'.* no folder of that name"),
+        ("https://example.org/mlp", "not supported yet; download the folder"),
+        ("hf://someone/mlp", "not supported yet"),
+    ],
+)
+def test_unknown_names(shelf, name, message):
+    for function in (hub.load, hub.read_card):
+        with pytest.raises(UnknownNameError, match=message):
+            function(name)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ("a", "b"), b"default"])
+def test_a_source_is_a_string_or_a_path(wrong):
+    with pytest.raises(ConfigurationError, match="source="):
+        hub.load(wrong)
+
+
+def test_the_shelf_of_this_repository_is_whole():
+    """Each checkpoint that is shipped loads, and the alias names one of them."""
+    for name in hub.list_pretrained():
+        rule, theta = hub.load(name)
+        assert type(rule).__name__ in l2o.rules.__all__
+        assert theta
+    assert set(_shelf.aliases().values()) <= set(hub.list_pretrained())
