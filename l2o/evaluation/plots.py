@@ -19,6 +19,8 @@ _LEARNED_COLOUR = "#D55E00"
 _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#666666")
 _DASHES = ("-", "--", "-.")
 _COLUMNS = 3
+_FLOOR = 1e-9
+"""Losses under it, exact zeros among them, are drawn here: float32 has little to say of them."""
 _MANY_SEEDS = 10
 """Beyond these a band of quartiles says more than one of the range, which grows with the number of seeds."""
 
@@ -78,7 +80,7 @@ def _line(panel: Any, score: Score, ceiling: float, **style: Any) -> None:
 
 def _band(curve: Array, ceiling: float) -> tuple[Array, Array, Array]:
     """Lower edge, median and upper edge over seeds; a loss that is not finite lies off the top of the panel."""
-    shown = np.clip(np.where(np.isfinite(curve), curve, np.inf), 1e-30, 10.0 * ceiling)
+    shown = np.clip(np.where(np.isfinite(curve), curve, np.inf), _FLOOR, 10.0 * ceiling)
     edge = 0.25 if curve.shape[1] > _MANY_SEEDS else 0.0
     low, middle, high = np.quantile(shown, [edge, 0.5, 1.0 - edge], axis=1)
     return low, middle, high

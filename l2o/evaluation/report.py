@@ -15,7 +15,7 @@ from l2o.evaluation.compare import LEARNED, REFERENCE, Comparison
 from l2o.evaluation.cost import YARDSTICK, Cost
 from l2o.evaluation.extras import require
 from l2o.evaluation.plots import curves_png
-from l2o.evaluation.scores import diverged, final_losses
+from l2o.evaluation.scores import Score, diverged, final_losses
 from l2o.evaluation.trials import Trials
 from l2o.types import ConfigurationError
 
@@ -93,7 +93,7 @@ def print_tables(report: Report) -> None:
 
 
 def verdict(comparison: Comparison) -> str:
-    """One sentence: whether the learned optimizer ends at or under the reference, and by what ratio."""
+    """In words: whether the learned optimizer ends at or under the reference, by what ratio, and the validation."""
     learned, lost = comparison.scores[LEARNED], int(comparison.scores[LEARNED].diverged.sum())
     failures = f" It diverged on {lost} of {len(learned.diverged)} seeds." if lost else " No seed diverged."
     if REFERENCE not in comparison.scores:
@@ -101,9 +101,10 @@ def verdict(comparison: Comparison) -> str:
     adam = comparison.scores[REFERENCE]
     ends = f"the learned optimizer ends at a training loss of {number(learned.mean)}"
     tuned = f"best-of-grid {adam.label}'s {number(adam.mean)}"
-    if learned.mean <= adam.mean and math.isfinite(learned.mean):
-        return f"Target reached: {ends}, at or under {tuned} ({_ratio(learned.mean, adam.mean)}).{failures}"
-    return f"Target missed: {ends}, above {tuned} ({_ratio(learned.mean, adam.mean)}).{failures}"
+    reached = learned.mean <= adam.mean and math.isfinite(learned.mean)
+    head = f"Target reached: {ends}, at or under" if reached else f"Target missed: {ends}, above"
+    valid = f" Validation loss: {number(valid_loss(learned))} against {number(valid_loss(adam))}."
+    return f"{head} {tuned} ({_ratio(learned.mean, adam.mean)}).{valid}{failures}"
 
 
 def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
@@ -115,10 +116,15 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
         str(score.trials),
         "untuned" if score.rate is None else f"{number(score.rate)}{' (edge of the grid)' * score.at_edge}",
         f"{number(score.mean)} [{number(low, 2)}, {number(high, 2)}]",
-        number(float(np.where(np.isfinite(score.valid), score.valid, np.inf).mean())),
+        number(valid_loss(score)),
         f"{int(score.diverged.sum())} of {len(score.diverged)}",
         _speed_up(comparison.speed_up(name)),
     )
+
+
+def valid_loss(score: Score) -> float:
+    """Seed-mean of the validation loss at the end of the run; ``inf`` where that of a seed is not finite."""
+    return float(np.where(np.isfinite(score.valid), score.valid, np.inf).mean())
 
 
 def number(x: float, digits: int = 3) -> str:
