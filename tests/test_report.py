@@ -127,7 +127,8 @@ def test_a_hit_and_a_miss_are_said_in_words():
     assert verdict(hit).startswith("Target reached: the learned optimizer ends at")
     assert verdict(miss).startswith("Target missed: the learned optimizer ends at")
     ratio = miss.scores[LEARNED].mean / miss.scores["adam"].mean
-    assert f"above best-of-grid Adam's {miss.scores['adam'].mean:.3g} ({ratio:.3g} times it). Validation loss: " in verdict(miss)
+    said = f"above best-of-grid Adam's {miss.scores['adam'].mean:.3g} ({ratio:.3g} times it). Validation loss: "
+    assert said in verdict(miss)
     assert verdict(miss).endswith(" against 1.19. No seed diverged.")
     assert table_row(miss, LEARNED)[-1] == "0 (miss)"
     assert "(edge of the grid)" in table_row(hit, "adam")[2]
