@@ -1,10 +1,10 @@
 """Every code block of the README runs, as it stands but for its length."""
 
-import contextlib
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,50 +21,38 @@ SHORT = {
 }
 
 
-def blocks(language):
-    return [pytest.param(code, id=f"line{line}") for kind, code, line in BLOCKS if kind == language]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Blocks build on one another, in the order in which a reader meets them."""
-    return tmp_path_factory.mktemp("readme")
-
-
-@pytest.fixture(scope="module")
-def namespace():
+def test_every_block_runs_in_the_order_of_reading(tmp_path, monkeypatch):
+    """One after the other in one folder, as blocks build on those before."""
     model = nn.Linear(3, 1)
     model(torch.randn(8, 3)).square().mean().backward()
-    return {"__name__": "__main__", "model": model}
+    namespace = {"__name__": "__main__", "model": model}
+    monkeypatch.chdir(tmp_path)
+    for kind, code, line in BLOCKS:
+        if kind == "python":
+            run_python(code, line, namespace)
+        elif kind == "bash":
+            run_commands(code, line)
+    assert not list(tmp_path.glob("**/*.tmp"))
 
 
-def shortened(code: str) -> str:
-    return re.sub(r"range\(\d+\)", "range(3)", code)
-
-
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code, namespace, folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def run_python(code, line, namespace):
     for name in re.findall(r"^# (\w+\.py)", code):  # a file that commands further down import
-        (folder / name).write_text(code, encoding="utf-8")
-        monkeypatch.syspath_prepend(str(folder))
-    exec(compile(shortened(code), "README.md", "exec"), namespace)
-    with contextlib.suppress(KeyError):
+        Path(name).write_text(code, encoding="utf-8")
+        return
+    exec(compile(re.sub(r"range\(\d+\)", "range(3)", code), f"README.md, line {line}", "exec"), namespace)
+    if "optimizer" in code and "optimizer" in namespace:
         namespace["optimizer"].step()
 
 
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("code", blocks("bash"))
-def test_commands_run(code, folder):
-    for line in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+def run_commands(code, line):
+    for text in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(text, comments=True)
         if not words or " ".join(words) in SETUP:
             continue
-        assert words[:2] == ["python", "-m"], f"no test knows how to run: {line}"
+        assert words[:2] == ["python", "-m"], f"line {line}: no test knows how to run {text}"
         command = [sys.executable, *words[1:], *SHORT[words[2]]]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
 
 
 def test_the_readme_has_both_set_up_commands_and_no_other_languages():
