@@ -158,8 +158,8 @@ class MetaGradient(abc.ABC):
 
     @abc.abstractmethod
     def estimate(self, theta: Theta, state: Any, generator: torch.Generator) -> tuple[Theta, Any, Metrics]:
-        """One truncation: the gradient (descent direction: subtract it), the next state, and at least ``meta_loss``,
-        ``lanes_masked`` and ``inner_steps`` as metrics."""
+        """One truncation: the gradient of the meta-loss by the names of θ, the next state, and as metrics at least
+        ``meta_loss``, ``lanes_masked`` and ``inner_steps``."""
 
 
 class L2OError(Exception):
