@@ -204,6 +204,7 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["rules=[l2o.tasks.Quadratic]"], ["Quadratic", "UpdateRule"]),
         (["settings.wide.stps=3"], ["settings.wide", "'stps'", "'steps'"]),
         (["settings=3"], ["settings=3", "mapping"]),
+        (["settings.wide.task=3"], ["settings.wide.task=3", "{width: 128}"]),
         (["steps=0"], ["steps=0"]),
         (["device=gpu"], ["device='gpu'", "auto, cpu or cuda"]),
         (["out=sgd/card.json/x"], ["out='sgd/card.json/x'", "name a folder"]),
