@@ -29,6 +29,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test runs in this empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of traces recorded from the reference implementations. It is not part of the repository."""

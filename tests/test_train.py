@@ -25,12 +25,7 @@ from l2o.evaluation.scores import score
 from l2o.evaluation.trials import Setting, run_baseline, run_learned
 from l2o.tasks import Quadratic
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test runs in an empty folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_a_run_leaves_its_folder_and_nothing_else() -> None:

@@ -23,7 +23,7 @@ class Backprop(MetaGradient):
     rule, family: what is meta-trained, and on what.
     lanes: inner problems at once.              horizon: steps of an inner run.
     truncation: steps differentiated through; None for the whole horizon.
-    stagger: start lanes at evenly spread ages, so that each estimate sees all phases of a run.
+    stagger: spread the ages of lanes evenly, so that each estimate sees all phases of a run.
     second_order: differentiate the inner gradients too; else they are taken as constants.
     meta_loss: ``mean`` of the losses, or the mean of their logarithms (``log``), which weighs late progress as much as
         early and is blind to the scale of a task (cf. Lv et al. 2017, arXiv 1703.03633, on scale).
@@ -62,7 +62,7 @@ class Backprop(MetaGradient):
         state = self._fresh(theta, generator, self.lanes)
         if not self.stagger or self.truncation is None:
             return state
-        # A staggered lane's first run is cut short instead of aged: its clock starts late, its task is new.
+        # First runs are cut short to different lengths; from their ends on, whole runs are at different ages.
         phase = torch.arange(self.lanes, device=generator.device) * self.horizon // self.lanes
         return state._replace(total_steps=state.total_steps - phase // self.truncation * self.truncation)
 
