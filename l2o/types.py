@@ -119,12 +119,26 @@ class UpdateRule(abc.ABC):
         state, stats = self.accumulate(theta, grads, state, params, clock, loss)
         return self.apply(theta, state, stats, grads, params, clock), state
 
+    def fused_update(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[Updates, OptState] | None:
+        """``update`` of all lanes at once, every tensor ``[lanes, ...]``, by a kernel: equal to it but for rounding.
+
+        None where there is no kernel for this rule, device or dtype; the engine then vectorises ``update``.
+        Differentiable, once, where grad mode is on.
+        """
+        return None
+
 
 class TaskFamily(abc.ABC):
     """A distribution of inner problems that share shapes. Subclasses are frozen dataclasses of static settings.
 
     Settings (architecture, width, activation, kind of loss) define a family; what is sampled is tensors only.
     """
+
+    keyed: ClassVar[bool] = False
+    """Whether all random numbers come from the functions of `l2o.draws`. Processes that share the lanes of a run then
+    draw only their own; for any other family each of them draws for all lanes."""
 
     @abc.abstractmethod
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
@@ -141,6 +155,15 @@ class TaskFamily(abc.ABC):
     @abc.abstractmethod
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         """The loss (0-d) of **one lane** and its new buffers; pure, no random numbers, no writes to its inputs."""
+
+    def fused_gradient(
+        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Tensor, Buffers, Grads] | None:
+        """Losses ``[lanes]``, new buffers and gradients of all lanes at once in closed form, as constants.
+
+        None where there is none for these settings, this device or dtype; the engine then differentiates ``loss``.
+        """
+        return None
 
 
 class MetaGradient(abc.ABC):

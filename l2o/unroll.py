@@ -14,7 +14,19 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from l2o.ops.kinds import default_kinds
-from l2o.types import Batch, Clock, InnerState, TaskFamily, Theta, UpdateRule
+from l2o.types import (
+    Batch,
+    Buffers,
+    Clock,
+    Grads,
+    InnerState,
+    OptState,
+    Params,
+    TaskFamily,
+    Theta,
+    UpdateRule,
+    Updates,
+)
 
 
 def expand_theta(theta: Theta, lanes: int) -> Theta:
@@ -48,7 +60,27 @@ def inner_step(
     Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
     A lane at its horizon stands still.
     """
+    loss, buffers, grads, params = _gradients(family, state, batch, second_order)
+    clock = Clock(state.step, state.total_steps)
+    result = rule.fused_update(theta, grads, state.opt, params, clock, loss)
+    if result is None:
+        result = vmap(_update(rule))(theta, grads, state.opt, params, clock, loss)
+    updates, opt = result
+    ahead = state.step < state.total_steps
+    moved = {k: p + torch.where(_along(ahead, p), updates[k], 0.0) for k, p in params.items()}
+    first_loss = torch.where(state.step == 0, loss.detach(), state.first_loss)
+    return InnerState(state.data, moved, buffers, opt, state.step + ahead, state.total_steps, first_loss), loss
+
+
+def _gradients(
+    family: TaskFamily, state: InnerState, batch: Batch, second_order: bool
+) -> tuple[Tensor, Buffers, Grads, Params]:
+    """Loss ``[lanes]``, new buffers, gradients, and the parameters that they belong to."""
     differentiable = torch.is_grad_enabled()
+    if not differentiable:
+        result = family.fused_gradient(state.params, state.buffers, state.data, batch)
+        if result is not None:
+            return *result, state.params
     with torch.enable_grad():
         params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in state.params.items()}
         loss, buffers = vmap(family.loss)(params, state.buffers, state.data, batch)
@@ -60,18 +92,24 @@ def inner_step(
             create_graph=differentiable and second_order,
             materialize_grads=True,
         )
-    if not differentiable:
-        params, loss, buffers = state.params, loss.detach(), detach(buffers)
-
-    def advance(theta: Theta, g: Any, opt: Any, p: Any, step: Tensor, total: Tensor, loss: Tensor) -> Any:
-        updates, opt = rule.update(theta, g, opt, p, Clock(step, total), loss if rule.needs_loss else None)
-        return {k: p[k] + torch.where(step < total, u, 0.0) for k, u in updates.items()}, opt
-
     by_name = dict(zip(params, grads, strict=True))
-    moved, opt = vmap(advance)(theta, by_name, state.opt, params, state.step, state.total_steps, loss)
-    first_loss = torch.where(state.step == 0, loss.detach(), state.first_loss)
-    step = state.step + (state.step < state.total_steps)
-    return InnerState(state.data, moved, buffers, opt, step, state.total_steps, first_loss), loss
+    if differentiable:
+        return loss, buffers, by_name, params
+    return loss.detach(), detach(buffers), by_name, state.params
+
+
+def _update(rule: UpdateRule) -> Callable[..., tuple[Updates, OptState]]:
+    """``rule.update``, which sees the loss only where it asks for it."""
+
+    def update(theta: Theta, g: Grads, opt: OptState, p: Params, clock: Clock, loss: Tensor) -> Any:
+        return rule.update(theta, g, opt, p, clock, loss if rule.needs_loss else None)
+
+    return update
+
+
+def _along(mask: Tensor, like: Tensor) -> Tensor:
+    """``mask [lanes]`` with as many axes as ``like``."""
+    return mask.view(-1, *[1] * (like.ndim - 1))
 
 
 def unroll(

@@ -16,7 +16,7 @@ import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 
-SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download"}
+SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
 UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
@@ -30,11 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_names": {"types"},
     "_resources": {"types"},
     "download": {"types", "_files"},
+    "draws": set(),
     "ops": {"types", "_checks"},
     "rules": {"types", "_checks", "ops"},
     "tasks": SUPPORT,
-    "unroll": {"types", "_checks", "ops"},
-    "estimators": {"types", "_checks", "ops", "unroll"},
+    "unroll": {"types", "_checks", "draws", "ops"},
+    "estimators": {"types", "_checks", "draws", "ops", "unroll"},
     "meta": {"types", "_checks", "_files", "ops", "estimators"},
     "_shelf": SUPPORT,
     "hub": SUPPORT | {"_shelf", "rules"},

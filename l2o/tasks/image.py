@@ -12,6 +12,7 @@ from torch import Tensor
 
 from l2o._checks import whole
 from l2o._names import choose
+from l2o.draws import integers, uniform
 from l2o.tasks.data import HALVES, IMAGE_SETS, image_split
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
 
@@ -37,6 +38,8 @@ class ImageMLP(TaskFamily):
     activation: str = "relu"
     batch_size: int = 128
 
+    keyed = True
+
     def __post_init__(self) -> None:
         choose("dataset", self.dataset, IMAGE_SETS)
         choose("half", self.half, HALVES)
@@ -54,14 +57,14 @@ class ImageMLP(TaskFamily):
         lanes = len(data["lane"])
         params = {}
         for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            params[f"{layer}.weight"] = _uniform(generator, fan_in**-0.5, lanes, fan_out, fan_in)
-            params[f"{layer}.bias"] = _uniform(generator, fan_in**-0.5, lanes, fan_out)
+            bound = fan_in**-0.5
+            params[f"{layer}.weight"] = uniform(generator, lanes, fan_out, fan_in, low=-bound, high=bound)
+            params[f"{layer}.bias"] = uniform(generator, lanes, fan_out, low=-bound, high=bound)
         return params, {}
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
         images, labels = image_split(self.dataset, self.half, split, generator.device)
-        shape = (len(data["lane"]), self.batch_size)
-        index = torch.randint(len(images), shape, generator=generator, device=generator.device)
+        index = integers(generator, len(images), len(data["lane"]), self.batch_size)
         return {"x": images[index], "y": labels[index]}
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
@@ -72,7 +75,3 @@ class ImageMLP(TaskFamily):
             x = activation(F.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"]))
         logits = F.linear(x, params[f"{self.depth}.weight"], params[f"{self.depth}.bias"])
         return F.cross_entropy(logits, batch["y"]), buffers
-
-
-def _uniform(generator: torch.Generator, bound: float, *shape: int) -> Tensor:
-    return torch.empty(shape, device=generator.device).uniform_(-bound, bound, generator=generator)

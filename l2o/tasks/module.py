@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from l2o._checks import whole
-from l2o.tasks.sources import Examples, Source, as_source, draw_seeds
+from l2o.draws import keys
+from l2o.tasks.sources import Examples, Source, as_source
 from l2o.tasks.stateless import Stateless, seeded
 from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
 
@@ -44,6 +45,8 @@ class ModuleTask(TaskFamily):
     valid: Examples | None = None
     batch_size: int | None = None
 
+    keyed = True
+
     def __post_init__(self) -> None:
         if self.batch_size is not None:
             whole("batch_size", self.batch_size)
@@ -56,7 +59,7 @@ class ModuleTask(TaskFamily):
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
         """Waits for the device once: modules draw their parameters on the host."""
-        seeds = draw_seeds(generator, len(data["lane"])).tolist()
+        seeds = keys(generator, len(data["lane"])).tolist()
         lanes = [self._draw(seed, generator.device) for seed in seeds]
         trained = {name for name, p in self._template.named_parameters() if p.requires_grad}
         stacked = {name: torch.stack([lane[name] for lane in lanes]).to(generator.device) for name in lanes[0]}
@@ -70,7 +73,7 @@ class ModuleTask(TaskFamily):
         lanes = len(data["lane"])
         *inputs, target = self._sources[split].draw(generator, lanes)
         batch = {f"input.{i}": x for i, x in enumerate(inputs)} | {"target": target}
-        return batch | {"key": draw_seeds(generator, lanes)} if split == "train" else batch
+        return batch | {"key": keys(generator, lanes)} if split == "train" else batch
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         module = self._template.train("key" in batch)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l2o._checks import real, whole
+from l2o.draws import normal
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
 
 
@@ -28,27 +29,25 @@ class Quadratic(TaskFamily):
     noise: float = 0.0
     init_scale: float = 0.01
 
+    keyed = True
+
     def __post_init__(self) -> None:
         whole("dim", self.dim)
         real("noise", self.noise, least=0.0)
         real("init_scale", self.init_scale, least=0.0)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
-        return {"w": _normal(generator, lanes, self.dim, self.dim), "y": _normal(generator, lanes, self.dim)}
+        return {"w": normal(generator, lanes, self.dim, self.dim), "y": normal(generator, lanes, self.dim)}
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
-        return {"x": self.init_scale * _normal(generator, *data["y"].shape)}, {}
+        return {"x": self.init_scale * normal(generator, *data["y"].shape)}, {}
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
         """``noise [lanes, dim]``: ξ, or zeros for ``valid``."""
-        return {"noise": _normal(generator, *data["y"].shape) if split == "train" else torch.zeros_like(data["y"])}
+        return {"noise": normal(generator, *data["y"].shape) if split == "train" else torch.zeros_like(data["y"])}
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         x = params["x"]
         target = data["y"] + self.noise * batch["noise"]
         # The tasks are float32; parameters of another dtype (float64 in gradient checks) decide the arithmetic.
         return (data["w"].to(x.dtype) @ x - target.to(x.dtype)).square().sum(), buffers
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device)

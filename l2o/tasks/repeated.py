@@ -25,6 +25,10 @@ class Repeated(TaskFamily):
     def __post_init__(self) -> None:
         whole("copies", self.copies)
 
+    @property
+    def keyed(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the family
+        return self.family.keyed
+
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         if lanes % self.copies:
             raise ConfigurationError(f"lanes={lanes}: expected a multiple of copies={self.copies}")

@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from l2o.draws import integers, keys
 from l2o.tasks.stateless import seeded
 from l2o.types import ConfigurationError
 
 Examples = Sequence[Tensor] | Dataset[Any] | DataLoader[Any]
-_SEEDS = 2**63 - 1
-
-
-def draw_seeds(generator: torch.Generator, count: int) -> Tensor:
-    """int64 ``[count]`` on the generator's device."""
-    return torch.randint(_SEEDS, (count,), generator=generator, device=generator.device)
 
 
 class Source(abc.ABC):
@@ -42,8 +37,7 @@ class TensorSource(Source):
         tensors = self._on(generator.device)
         if self._batch_size is None:
             return tuple(t.expand(lanes, *t.shape) for t in tensors)
-        shape = (lanes, self._batch_size)
-        index = torch.randint(len(tensors[0]), shape, generator=generator, device=generator.device)
+        index = integers(generator, len(tensors[0]), lanes, self._batch_size)
         return tuple(t[index] for t in tensors)
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -66,11 +60,14 @@ class LoaderSource(Source):
         self._batch_size = batch_size
 
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
-        shape = (lanes, self._batch_size)
-        index = torch.randint(len(self._dataset), shape, generator=generator, device=generator.device)
-        with seeded(int(draw_seeds(generator, 1)), generator.device):
-            batches = [_items(self._name, self._collate([self._dataset[i] for i in row])) for row in index.tolist()]
+        index = integers(generator, len(self._dataset), lanes, self._batch_size).tolist()
+        own = keys(generator, lanes)
+        batches = [self._gather(row, int(key), generator.device) for row, key in zip(index, own, strict=True)]
         return tuple(torch.stack(each).to(generator.device) for each in zip(*batches, strict=True))
+
+    def _gather(self, rows: list[int], seed: int, device: torch.device) -> tuple[Tensor, ...]:
+        with seeded(seed, device):
+            return _items(self._name, self._collate([self._dataset[i] for i in rows]))
 
 
 def as_source(name: str, examples: Examples, batch_size: int | None) -> Source:

@@ -7,7 +7,6 @@ cannot pass, while a module runs.
 from __future__ import annotations
 
 import contextlib
-import math
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,12 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from l2o.draws import hashes, shift, stream
 from l2o.tasks.recurrent import CELLS, run_cell, run_layers
 from l2o.types import ConfigurationError
 
-# splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", OOPSLA, section 5.1;
-# constants of the reference implementation, https://prng.di.unimi.it/splitmix64.c). int64 wraps as uint64 does.
-_GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BITS = 24
 """Resolution of a probability: 2^-24, that of float32 in [0.5, 1)."""
 
@@ -46,25 +43,8 @@ def keep_mask(key: Tensor, call: int, shape: tuple[int, ...], p: float) -> Tenso
 
     key: int64, 0-d.     call: which of the calls that share the key this is; each has its own mask.
     """
-    stream = _mix(key + _signed((call + 1) * _GAMMA))
-    counter = torch.arange(math.prod(shape), device=key.device).reshape(shape)
-    top: Tensor = _shift(_mix(stream + counter * _signed(_GAMMA)), 64 - _BITS)
+    top: Tensor = shift(hashes(stream(key, call), *shape), 64 - _BITS)
     return top.ge(round(p * 2**_BITS))
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _signed(_MIX1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX2)
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's own copies the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(constant: int) -> int:
-    return (constant + 2**63) % 2**64 - 2**63
 
 
 class Stateless(TorchFunctionMode):
