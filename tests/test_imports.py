@@ -16,7 +16,7 @@ import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 
-SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws"}
+SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws", "ranks"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
 UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
@@ -31,12 +31,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_resources": {"types"},
     "download": {"types", "_files"},
     "draws": set(),
+    "ranks": {"types"},
     "ops": {"types", "_checks"},
     "rules": {"types", "_checks", "ops"},
     "tasks": SUPPORT,
-    "unroll": {"types", "_checks", "draws", "ops"},
-    "estimators": {"types", "_checks", "draws", "ops", "unroll"},
-    "meta": {"types", "_checks", "_files", "ops", "estimators"},
+    "unroll": {"types", "_checks", "ops"},
+    "estimators": SUPPORT | {"ops", "tasks", "unroll"},
+    "meta": SUPPORT | {"ops", "estimators"},
     "_shelf": SUPPORT,
     "hub": SUPPORT | {"_shelf", "rules"},
     "optim": {"types", "_checks", "ops", "hub"},
