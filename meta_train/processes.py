@@ -14,7 +14,7 @@ import torch.distributed as dist
 from l2o.meta import MetaTraining
 from l2o.ranks import Ranks, ranks
 
-PATIENCE = datetime.timedelta(hours=6)
+PATIENCE = datetime.timedelta(hours=1)
 """The others wait for so long while rank 0 evaluates and writes."""
 
 
@@ -27,7 +27,12 @@ def joined() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    # The agent's store outlives its workers: without a name of their own, those that are started again may find the
+    # addresses of the dead, and be refused or wait for ever (torch 2.13).
+    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield ranks()
         dist.barrier()
