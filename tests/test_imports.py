@@ -19,7 +19,7 @@ from l2o.types import TaskFamily, UpdateRule
 SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws", "ranks"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
-UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
+UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "draws": set(),
     "ranks": {"types"},
     "ops": {"types", "_checks"},
-    "rules": {"types", "_checks", "ops"},
-    "tasks": SUPPORT,
+    "kernels": {"types", "_checks", "_files", "ops", "draws"},
+    "rules": {"types", "_checks", "ops", "kernels"},
+    "tasks": SUPPORT | {"kernels"},
     "unroll": {"types", "_checks", "ops"},
     "estimators": SUPPORT | {"ops", "tasks", "unroll"},
     "meta": SUPPORT | {"ops", "estimators"},
