@@ -4,6 +4,7 @@ from l2o.tasks.autoencoder import ImageAutoencoder
 from l2o.tasks.characters import CharRNN, CharTransformer
 from l2o.tasks.conv import ImageConv
 from l2o.tasks.image import ImageMLP
+from l2o.tasks.lora import ImageLoRA
 from l2o.tasks.module import ModuleTask
 from l2o.tasks.quadratic import Quadratic
 from l2o.tasks.repeated import Repeated
@@ -13,6 +14,7 @@ __all__ = [
     "CharTransformer",
     "ImageAutoencoder",
     "ImageConv",
+    "ImageLoRA",
     "ImageMLP",
     "ModuleTask",
     "Quadratic",

@@ -97,7 +97,7 @@ class ImageTask(TaskFamily):
 
     def images(self, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
         """All images of a split, float32 ``[n, pixels]``, and their labels, int64 ``[n]``."""
-        return _pooled(self.dataset, self.half, split, torch.device(device), self.pool)
+        return pooled_split(self.dataset, self.half, split, torch.device(device), self.pool)
 
     def draw(self, data: TaskData, split: Split, generator: torch.Generator) -> tuple[Tensor, Batch]:
         """Which images make up the next batch, int64 ``[lanes, batch]``, and ``share``, where it is sampled."""
@@ -189,7 +189,8 @@ def _of_norm(name: str) -> bool:
 
 
 @cache
-def _pooled(dataset: str, half: str, split: str, device: torch.device, pool: int) -> tuple[Tensor, Tensor]:
+def pooled_split(dataset: str, half: str, split: str, device: torch.device, pool: int) -> tuple[Tensor, Tensor]:
+    """As `image_split`, the images' squares of ``pool`` × ``pool`` pixels averaged: ``[n, pixels / pool²]``."""
     images, labels = image_split(dataset, half, split, device)
     if pool == 1:
         return images, labels
