@@ -3,6 +3,7 @@
 from l2o.tasks.autoencoder import ImageAutoencoder
 from l2o.tasks.characters import CharRNN, CharTransformer
 from l2o.tasks.conv import ImageConv
+from l2o.tasks.coordinates import CoordinateMLP
 from l2o.tasks.image import ImageMLP
 from l2o.tasks.lora import ImageLoRA
 from l2o.tasks.module import ModuleTask
@@ -12,6 +13,7 @@ from l2o.tasks.repeated import Repeated
 __all__ = [
     "CharRNN",
     "CharTransformer",
+    "CoordinateMLP",
     "ImageAutoencoder",
     "ImageConv",
     "ImageLoRA",

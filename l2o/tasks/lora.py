@@ -20,8 +20,9 @@ SHIFTS = {"labels": "labels under a random permutation", "images": "images moved
 """What sets a lane's task apart from the one that the frozen network was fitted to."""
 
 _BASE_SEED = 0x10A
-_RIDGE = 1e-2
-"""What is added to the covariance of the features, in units of their mean variance."""
+_RIDGE = 1.0
+"""What is added to the covariance of the features, in units of their mean variance: of 0.01, 0.1, 0.3, 1 and 3 the one
+with the lowest validation loss on digits of the ``meta_train`` half (0.35); less makes the network overconfident."""
 
 
 @dataclass(frozen=True)
