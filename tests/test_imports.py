@@ -52,7 +52,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
 ENTRY_POINTS = {"meta_train.train", "meta_train.evaluate"}
 CORE = {"torch", "numpy", "safetensors"}
-ABSENT = ["hydra", "omegaconf", "wandb", "higher", "rich", "matplotlib", "sklearn", "scipy", "pandas", "tensorboard"]
+ABSENT = [
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "higher",
+    "rich",
+    "matplotlib",
+    "skimage",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "tensorboard",
+]
 HEAVY = ["torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.tensorboard", "torch.testing", "sympy"]
 
 FILES = {
