@@ -13,8 +13,9 @@ from torch import Tensor
 from l2o._checks import whole
 from l2o._names import choose
 from l2o.draws import integers, uniform
+from l2o.kernels import perceptron
 from l2o.tasks.data import HALVES, IMAGE_SETS, image_split
-from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, Grads, Params, Split, TaskData, TaskFamily
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
 
@@ -75,3 +76,14 @@ class ImageMLP(TaskFamily):
             x = activation(F.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"]))
         logits = F.linear(x, params[f"{self.depth}.weight"], params[f"{self.depth}.bias"])
         return F.cross_entropy(logits, batch["y"]), buffers
+
+    def fused_gradient(
+        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Tensor, Buffers, Grads] | None:
+        layers = [(params[f"{i}.weight"], params[f"{i}.bias"]) for i in range(self.depth + 1)]
+        result = perceptron.gradient(self.activation, layers, batch["x"], batch["y"])
+        if result is None:
+            return None
+        losses, grads = result
+        by_name = {f"{i}.{kind}": g for i, (w, b) in enumerate(grads) for kind, g in (("weight", w), ("bias", b))}
+        return losses, buffers, {name: by_name[name] for name in params}
