@@ -182,7 +182,8 @@ class MetaGradient(abc.ABC):
     @abc.abstractmethod
     def estimate(self, theta: Theta, state: Any, generator: torch.Generator) -> tuple[Theta, Any, Metrics]:
         """One truncation: the gradient of the meta-loss by the names of θ, the next state, and as metrics at least
-        ``meta_loss``, ``lanes_masked`` and ``inner_steps``."""
+        ``meta_loss``, ``lanes_masked`` and ``inner_steps``; with ``lanes_broken``, the lanes whose loss was not finite
+        at step 0 already, the command tells a broken task from a diverged one."""
 
 
 class L2OError(Exception):
@@ -207,6 +208,10 @@ class RunConflictError(L2OError, ValueError):
 
 class ConfigurationError(L2OError, ValueError):
     """A setting has a value that makes no sense, such as ``total_steps=0``."""
+
+
+class WriteError(L2OError, OSError):
+    """A run cannot be written: the disk is full, or the folder takes no files."""
 
 
 class ParameterError(L2OError, TypeError):

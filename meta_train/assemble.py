@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -43,13 +44,20 @@ def make_session(folder: RunFolder) -> Session:
         theta = _warm_start(config["init_from"], rule)
     optimizer, schedule = partial(config["outer"], "outer", "params"), partial(config["schedule"], "schedule", "step")
     _check_schedule(config, schedule)
-    return Session(folder, MetaTraining(estimator, theta, optimizer, generator, schedule), held_out, loggers)
+    with refused("meta"):
+        training = MetaTraining(estimator, theta, optimizer, generator, schedule, **config["meta"])
+    return Session(folder, training, held_out, loggers)
 
 
 def _held_out_setting(config: dict[str, Any], estimator: MetaGradient) -> Setting:
     """The tasks of ``evaluation``: those of the run, but for the settings that it overrides."""
     own = config["evaluation"]
     family = make({**config["task"], **own["task"]}, "evaluation.task", TaskFamily)
+    if not re.fullmatch(r"held_out(_valid)?_loss(/.+)?", str(own["best_by"])):
+        raise ConfigurationError(
+            f"evaluation.best_by={own['best_by']!r}: expected held_out_loss or held_out_valid_loss, of one family with "
+            "/FAMILY behind it"
+        )
     steps = own["steps"] or getattr(estimator, "horizon", None)
     if steps is None:
         raise ConfigurationError(f"evaluation.steps: {type(estimator).__name__} has no horizon of its own; give one")

@@ -118,7 +118,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "tag in the configuration": ("config.yaml", lambda path: path.write_text("!!python/name:os.system"), "is damaged"),
     "version of the future": (
         "config.yaml",
-        lambda path: path.write_text(path.read_text().replace("version: 1", "version: 9")),
+        lambda path: path.write_text(path.read_text().replace("version: 2", "version: 9")),
         "format version 9",
     ),
     "edited configuration": (

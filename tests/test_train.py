@@ -31,12 +31,13 @@ pytestmark = pytest.mark.usefixtures("here")
 def test_a_run_leaves_its_folder_and_nothing_else() -> None:
     assert command("steps=5", "evaluate_every=2", "log_every=2") == 0
     assert {path.name for path in Path().iterdir()} == {"run"}
-    files = {".lock", "config.yaml", "state.safetensors", "metrics.jsonl", "timing.jsonl", "checkpoint"}
+    files = {".lock", "config.yaml", "state.safetensors", "metrics.jsonl", "timing.jsonl", "checkpoint", "best"}
     assert {path.name for path in Path("run").iterdir()} == files
     assert [row["step"] for row in records()] == [1, 2, 2, 3, 4, 4, 5, 5]
     steps = [row for row in records() if "meta_loss" in row]
     assert [row["inner_steps"] for row in steps] == [9 * step for step in range(1, 6)]
-    assert set(steps[0]) == {"step", "meta_loss", "meta_grad_norm", "lanes_masked", "lane_grad_norm", "inner_steps"}
+    lanes = {"lanes_masked", "lanes_broken", "lane_grad_norm"}
+    assert set(steps[0]) == {"step", "meta_loss", "meta_grad_norm", "update_skipped", "inner_steps"} | lanes
     assert [row["step"] for row in records(name="timing.jsonl")] == [2, 4, 5]
 
 
@@ -173,7 +174,7 @@ def test_metrics_are_read_from_the_device_once_in_log_every_steps(monkeypatch: p
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
     assert command("steps=8", "log_every=4", "evaluate_every=0") == 0
-    assert [tuple(tensor.shape) for tensor in reads] == [(4,)] * 2 * 5  # five metrics, twice
+    assert [tuple(tensor.shape) for tensor in reads] == [(4,)] * 2 * 7  # seven metrics, twice
 
 
 def test_adams_grid_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:

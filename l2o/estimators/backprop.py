@@ -83,6 +83,7 @@ class Backprop(MetaGradient):
         metrics = {
             "meta_loss": _masked_mean(_masked_mean(losses, weights), healthy),
             "lanes_masked": (~healthy).sum(),
+            "lanes_broken": (~after.first_loss.isfinite()).sum(),
             "lane_grad_norm": _masked_mean(norms, healthy),
             "inner_steps": weights.sum(),
         }
