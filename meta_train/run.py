@@ -171,7 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ResumeError(f"{path} is damaged: {error}; restore it, or name another run=") from error
     expected = {"id": str, "command": str, "choices": dict, "config": dict}
     if not isinstance(saved, dict) or any(not isinstance(saved.get(k), t) for k, t in expected.items()):
