@@ -53,23 +53,14 @@ def lines() -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def temporary(folder: str) -> Callable[[], bool]:
-    """A file is being written there."""
-    return lambda: any((RUN / folder).glob(".*.tmp"))
-
-
 def moment(kind: int, draw: random.Random) -> tuple[Callable[[], bool], float]:
-    """What to wait for, and for how many seconds after that."""
-    goal = lines() + draw.randint(1, 6)
-    table: list[tuple[Callable[[], bool], float]] = [
-        (temporary(""), 0.004),  # the state, or the configuration
-        (lambda: lines() >= goal, 0.02),
-        (temporary("checkpoint"), 0.004),
-        (lambda: True, 5.0),  # start-up
-        (temporary("best"), 0.004),
-    ]
-    reached, after = table[kind % len(table)]
-    return reached, draw.uniform(0.0, after)
+    """What to wait for, a number of steps and then a file that is being written, and how many seconds after that."""
+    files = (".state.*.tmp", "checkpoint/.*.tmp", "metrics.jsonl", "", "best/.*.tmp")
+    pattern = files[kind % len(files)]
+    if not pattern:
+        return lambda: True, draw.uniform(0.0, 5.0)  # start-up
+    goal = lines() + draw.randint(1, 12)
+    return lambda: lines() >= goal and any(RUN.glob(pattern)), draw.uniform(0.0, 0.004)
 
 
 def kill_at(reached: Callable[[], bool], after: float) -> bool:
