@@ -96,7 +96,7 @@ def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[Update
     """
     folder = resolve(source)
     card = _read_card(folder)
-    rule = _make_rule(folder, card, _known_rules(rules))
+    rule = _make_rule(folder, card, known_rules(rules))
     return rule, check_theta(rule, _read_theta(folder, card["theta"]), f"{folder}: ")
 
 
@@ -204,7 +204,7 @@ def _read_card(folder: Path) -> Card:
     return card
 
 
-def _known_rules(extra: Sequence[type[UpdateRule]]) -> dict[str, type[UpdateRule]]:
+def known_rules(extra: Sequence[type[UpdateRule]]) -> dict[str, type[UpdateRule]]:
     if isinstance(extra, type) or not all(_is_rule(c) for c in extra):
         raise ConfigurationError(f"rules={extra!r}: expected a list of dataclasses that derive from UpdateRule")
     built_in = {name: getattr(l2o.rules, name) for name in l2o.rules.__all__}

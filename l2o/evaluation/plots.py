@@ -14,9 +14,9 @@ from l2o.evaluation.extras import require
 from l2o.evaluation.scores import Score
 from l2o.evaluation.trials import Array
 
-_LEARNED_COLOUR = "#D55E00"
+LEARNED_COLOUR = "#D55E00"
 # The rest of Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#666666")
+COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#666666")
 _DASHES = ("-", "--", "-.")
 _COLUMNS = 3
 _FLOOR = 1e-9
@@ -30,14 +30,9 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
 
     Raises `ConfigurationError` where matplotlib is missing.
     """
-    require("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(_COLUMNS, len(comparisons))
     rows = math.ceil(len(comparisons) / columns)
-    figure = Figure(figsize=(max(5.0 * columns, 7.0), 4.0 * rows + 0.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.0 * columns, 7.0), 4.0 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, comparison in zip(panels, comparisons, strict=False):
         _draw(panel, comparison, loss_label)
@@ -47,27 +42,48 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
     # The learned optimizer is drawn last, over the others, and named first.
     handles, labels = handles[-1:] + handles[:-1], labels[-1:] + labels[:-1]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
+    return png(figure)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches. Raises `ConfigurationError` where matplotlib is missing."""
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a PNG file."""
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()
 
 
+def frame(panel: Any) -> None:
+    """A light grid, and no lines at the top and on the right."""
+    panel.grid(which="major", color="#e0e0e0", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def _draw(panel: Any, comparison: Comparison, loss_label: str) -> None:
     setting, scores = comparison.setting, comparison.scores
     ceiling = 3.0 * max(float(s.curve[0].max()) for s in scores.values())
-    styles = [(c, d) for d in _DASHES for c in _COLOURS]
+    styles = [(c, d) for d in _DASHES for c in COLOURS]
     usual = [s for name, s in scores.items() if name != LEARNED]
     for (colour, dashes), s in zip(styles, usual, strict=False):
         _line(panel, s, ceiling, color=colour, linestyle=dashes, linewidth=1.3, zorder=2)
-    _line(panel, scores[LEARNED], ceiling, color=_LEARNED_COLOUR, linewidth=2.6, zorder=3)
+    _line(panel, scores[LEARNED], ceiling, color=LEARNED_COLOUR, linewidth=2.6, zorder=3)
     panel.set(xlabel="inner training step", ylabel=loss_label, yscale="log", xlim=(0, setting.steps))
     panel.set_ylim(top=ceiling)
     spread = "quartiles" if setting.seeds > _MANY_SEEDS else "range"
     panel.set_title(f"{setting.name}\n", fontsize=11, fontweight="bold")
     subtitle = f"{setting.steps:,} steps; line and band: median and {spread} of {setting.seeds} seeds"
     panel.text(0.5, 1.03, subtitle, transform=panel.transAxes, ha="center", fontsize=8.5, color="#555555")
-    panel.grid(which="major", color="#e0e0e0", linewidth=0.6)
-    panel.spines[["top", "right"]].set_visible(False)
+    frame(panel)
 
 
 def _line(panel: Any, score: Score, ceiling: float, **style: Any) -> None:
