@@ -79,8 +79,13 @@ def log_uniform(generator: torch.Generator, lanes: int, *shape: int, low: float,
 
 
 def normal(generator: torch.Generator, lanes: int, *shape: int) -> Tensor:
-    """float32 ``[lanes, *shape]``, N(0, 1), by the transform of Box and Muller (1958)."""
-    bits = hashes(keys(generator, lanes), *shape)
+    """float32 ``[lanes, *shape]``, N(0, 1)."""
+    return hashed_normal(keys(generator, lanes), *shape)
+
+
+def hashed_normal(key: Tensor, *shape: int) -> Tensor:
+    """float32 ``[*key.shape, *shape]``, N(0, 1), hashed from each key, by the transform of Box and Muller (1958)."""
+    bits = hashes(key, *shape)
     # 32 bits for the radius, never 0, and 24 for the angle.
     radius = (shift(bits, 32).double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0)).sqrt_().float()
     return radius * (shift(bits, 8) & (2**_FINE - 1)).float().mul_(2.0**-_FINE * 2.0 * math.pi).cos_()

@@ -73,6 +73,7 @@ def inner_step(
     A lane at its horizon stands still.
     """
     loss, buffers, grads, params = _gradients(family, state, batch, second_order)
+    grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
     clock = Clock(state.step, state.total_steps)
     result = rule.fused_update(theta, grads, state.opt, params, clock, loss)
     if result is None:
