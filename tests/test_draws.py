@@ -61,7 +61,7 @@ def test_shift_is_logical_and_signed_keeps_the_bits() -> None:
 def test_uniform_numbers_are_uniform() -> None:
     x = draws.uniform(generator(), 1, N)[0]
     assert x.dtype == torch.float32
-    assert 0 <= x.min()
+    assert x.min() >= 0
     assert x.max() < 1
     counts = torch.histc(x, 100, 0.0, 1.0)
     chi = ((counts - N / 100).square() / (N / 100)).sum()
@@ -109,9 +109,9 @@ def test_integers_are_uniform_over_their_range() -> None:
 @pytest.mark.parametrize("high", [1, 2, 3, 2**31 - 1, 2**31])
 def test_integers_stay_in_range(high: int) -> None:
     x = draws.integers(generator(), high, 4, 10_000)
-    assert 0 <= x.min()
+    assert x.min() >= 0
     assert x.max() < high
-    assert abs(x.double().mean() / max((high - 1) / 2, 0.5) - (high > 1)) < 0.03
+    assert abs(2 * x.double().mean() - (high - 1)) <= 0.03 * (high - 1)
     assert x.unique().numel() > 0.9 * min(high, 40_000)
 
 
@@ -123,7 +123,7 @@ def test_integers_have_the_range_of_their_lane() -> None:
     assert draws.integers(generator(), high, 3, 2, 4).equal(torch.stack(want))
 
 
-@pytest.mark.parametrize(("low", "high"), [(1e-3, 1e3), (0.1, 0.3), (1.0, 1e6), (2.0, 2.0)])
+@pytest.mark.parametrize(("low", "high"), [(1e-3, 1e3), (0.1, 0.3), (1.0, 1e6), (7.0, 7.0), (1e6, 1e6)])
 def test_log_uniform_numbers_are_log_uniform(low: float, high: float) -> None:
     x = draws.log_uniform(generator(), N, low=low, high=high)
     ends = torch.tensor([low, high])

@@ -41,10 +41,11 @@ def log_uniform_spectrum(generator: torch.Generator, condition: Tensor, dim: int
 def rotations(generator: torch.Generator, active: Tensor) -> Tensor:
     """float32 ``[lanes, dim, dim]``: a random rotation or reflection, uniform, of the active entries; 0 beyond."""
     block = (active.unsqueeze(2) * active.unsqueeze(1)).bool()
-    drawn = normal(generator, *block.shape)
-    q, r = torch.linalg.qr(torch.where(block, drawn, torch.eye(block.shape[1], device=drawn.device)))
+    # In float64, since what is left of the rounding of a factorisation may depend on how many there are at once.
+    drawn = normal(generator, *block.shape).double()
+    q, r = torch.linalg.qr(torch.where(block, drawn, torch.eye(block.shape[1]).to(drawn)))
     # These signs make Q uniform (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
-    return torch.where(block, q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1), 0.0)
+    return torch.where(block, q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1), 0.0).float()
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class Plateau(Landscape):
 
     def value(self, z: Tensor, data: TaskData) -> Tensor:
         q = 0.5 * (data["spectrum"] * z.square()).sum()
-        return q / (1 + q)
+        # Both are the same; the first keeps its digits near the minimum, the second those of the gradient far away.
+        return torch.where(q < 1, q / (1 + q), 1 - 1 / (1 + q))
 
     def start(self, data: TaskData, generator: torch.Generator) -> Tensor:
         low, high = self.radii
