@@ -103,6 +103,9 @@ class Recorded(TaskFamily):
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[torch.Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)
 
+    def transform_gradients(self, *arguments: dict[str, torch.Tensor]) -> tuple[Params, Buffers]:
+        return self.family.transform_gradients(*arguments)
+
     def _cut(self, tree: dict[str, torch.Tensor], lanes: int) -> dict[str, torch.Tensor]:
         return {k: t[list(self.lanes[:lanes])] for k, t in tree.items()}
 
