@@ -18,7 +18,7 @@ from l2o.types import TaskFamily, UpdateRule
 
 SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
-PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
+PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "_remote", "hub", "optim"}
 UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "estimators": {"types", "_checks", "draws", "ops", "unroll"},
     "meta": {"types", "_checks", "_files", "ops", "estimators"},
     "_shelf": SUPPORT,
-    "hub": SUPPORT | {"_shelf", "rules"},
+    "_remote": SUPPORT | {"_shelf"},
+    "hub": SUPPORT | {"_shelf", "_remote", "rules"},
     "optim": {"types", "_checks", "ops", "hub"},
     "evaluation": UNITS,
     "integrations": UNITS,
