@@ -19,7 +19,7 @@ from l2o.types import TaskFamily, UpdateRule
 SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "_remote", "hub", "optim"}
-UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
+UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "interop", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_shelf": SUPPORT,
     "_remote": SUPPORT | {"_shelf"},
     "hub": SUPPORT | {"_shelf", "_remote", "rules"},
+    "interop": {"types", "_checks", "_files", "_names", "_shelf", "ops", "rules", "hub"},
     "optim": {"types", "_checks", "ops", "hub"},
     "evaluation": UNITS,
     "integrations": UNITS,
