@@ -27,6 +27,16 @@ _RNN = {
 """The layers of ``VeLORNN``, each with its name in the original's ``rnn_params``."""
 
 
+STEP_MULT = 0.01
+DECAYS = {
+    "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
+    "rms_decays": (0.01079706,),
+    "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
+}
+"""Defaults of ``AdafacLO_naive`` and ``AdafacLO_cuda``: meta-parameters and a hyperparameter of small_fc that PyLO keeps
+in its code, not in the files of the network."""
+
+
 def original_names(tensors: Mapping[str, Tensor]) -> Theta:
     """The tensors of state dicts, their networks under the original's paths; what belongs to none stays as it is.
 
@@ -42,6 +52,11 @@ def original_names(tensors: Mapping[str, Tensor]) -> Theta:
             except (KeyError, RuntimeError) as error:
                 raise CheckpointError(f"{mark!r} is of PyLO's {network}, which is not whole: {error}") from error
     return found | rest
+
+
+def assumed(tensors: Mapping[str, Tensor]) -> dict[str, float | tuple[float, ...]]:
+    """Meta-parameters and hyperparameters, by name, that PyLO has for a network of these tensors beside its file."""
+    return {**DECAYS, "step_mult": STEP_MULT} if _NETWORKS["MetaMLP"][0] in tensors else {}
 
 
 def _meta_mlp(rest: Theta) -> Theta:
