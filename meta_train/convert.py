@@ -53,10 +53,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     folder = convert(given.files, given.to, given.licence, dict(map(setting, given.set)))
     rule, theta = l2o.load(folder)
     origin = l2o.read_card(folder)["origin"]
-    print(
-        f"{origin['name']}: {rule!r}, size of θ: {sum(t.numel() for t in theta.values()):,}, licence: {given.licence}"
-    )
-    for name, value in origin["assumed"].items():
+    size = sum(tensor.numel() for tensor in theta.values())
+    print(f"{origin['name']}: {rule!r}, size of θ: {size:,}, licence: {given.licence}")
+    for name, value in origin["settings"].items():
         print(f"  not in the files: {name} = {value}")
     print(f"use it: l2o.LearnedOptimizer(model.parameters(), {str(folder)!r}, total_steps=...)")
 

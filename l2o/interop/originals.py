@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from itertools import count, takewhile
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import l2o.rules
 from l2o.types import CheckpointError, Theta, UpdateRule
@@ -30,25 +28,27 @@ _CONTROLS = r"rnn_params/rnn_to_controls/[wb]"
 class Original(NamedTuple):
     """names: patterns of which each tensor matches one, and which all match a tensor.
 
-    rule: the class here.     width: ``(tensor, axis, size)``, where names alone do not tell it from another original.
-    fields: hyperparameters that shapes tell.     theta: ours from the original's.
+    rule: the class here.     fields: hyperparameters that shapes tell.     theta: ours from the original's.
+    mark: a number of the shapes, and what it is here, where names alone do not tell one original from another.
+    Both functions raise LookupError where the tensors are not whole.
     """
 
     rule: str
     names: tuple[str, ...]
     fields: Callable[[Theta], Fields]
     theta: Callable[[Theta], Theta]
-    width: tuple[str, int, int] | None = None
+    mark: tuple[Callable[[Theta], int], int]
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are its tensors, by name and, where that leaves it open, by width."""
+    def fits(self, tensors: Theta) -> bool:
+        """Whether these are its tensors."""
         matched = [{pattern for pattern in self.names if re.fullmatch(pattern, name)} for name in tensors]
         if not all(matched) or set().union(*matched) != set(self.names):
             return False
-        if self.width is None:
-            return True
-        name, axis, size = self.width
-        return name in tensors and tensors[name].shape[axis : axis + 1] == (size,)
+        number, expected = self.mark
+        try:
+            return bool(self.fields(tensors)) and number(tensors) == expected
+        except LookupError:
+            return False
 
     def make(self, tensors: Theta, settings: Mapping[str, Any]) -> tuple[UpdateRule, Theta]:
         """The rule, with ``settings`` over what shapes tell, and its θ."""
@@ -56,7 +56,7 @@ class Original(NamedTuple):
         return rule, self.theta(tensors)
 
 
-def recognize(tensors: Mapping[str, Tensor]) -> tuple[str, Original]:
+def recognize(tensors: Theta) -> tuple[str, Original]:
     """The original that these tensors are of, and its name; raises `CheckpointError`, which says what came."""
     for name, original in ORIGINALS.items():
         if original.fits(tensors):
@@ -68,30 +68,43 @@ def recognize(tensors: Mapping[str, Tensor]) -> tuple[str, Original]:
     )
 
 
+def _hidden(tensors: Theta, root: str) -> tuple[int, ...]:
+    """Units of the hidden layers of the MLP under ``root``; LookupError where a weight or a bias is missing."""
+    names = {name.removeprefix(f"{root}/") for name in tensors if name.startswith(f"{root}/")}
+    depth = sum(name.startswith("b") for name in names)
+    first = {name for name in names if name.startswith("w0__")} or {"w0"}
+    if names != first | {f"{kind}{i}" for i in range(depth) for kind in "wb"} - {"w0"}:
+        raise LookupError(root)
+    return tuple(tensors[f"{root}/b{i}"].shape[-1] for i in range(depth - 1))
+
+
 def _layers(tensors: Theta, root: str, outputs: int) -> Theta:
     """``w0, b0, w1, ...`` of the MLP under ``root``, its first layer in groups or whole, with its first ``outputs``."""
-    groups = [tensors[name] for name in takewhile(tensors.__contains__, (f"{root}/w0__{j}" for j in count()))]
-    theta = {"w0": torch.cat(groups, -2)} if groups else {}
-    for i in takewhile(lambda i: f"{root}/b{i}" in tensors, count()):
-        theta[f"w{i}"] = theta[f"w{i}"] if f"w{i}" in theta else tensors[f"{root}/w{i}"]
-        theta[f"b{i}"] = tensors[f"{root}/b{i}"]
-    return {**theta, **{name: theta[name][..., :outputs] for name in list(theta)[-2:]}}
+    last = len(_hidden(tensors, root))
+    groups = sum(name.startswith(f"{root}/w0__") for name in tensors)
+    if groups:
+        tensors = {**tensors, f"{root}/w0": torch.cat([tensors[f"{root}/w0__{j}"] for j in range(groups)], -2)}
+    theta = {f"{kind}{i}": tensors[f"{root}/{kind}{i}"] for i in range(last + 1) for kind in "wb"}
+    return theta | {name: theta[name][..., :outputs] for name in (f"w{last}", f"b{last}")}
 
 
-def _hidden(tensors: Theta, root: str) -> tuple[int, ...]:
-    biases = list(takewhile(tensors.__contains__, (f"{root}/b{i}" for i in count())))
-    return tuple(tensors[name].shape[-1] for name in biases[:-1])
+def _adafac(rule: str, outputs: int) -> Original:
+    """small_fc, or STAR, which has the same inputs and more outputs."""
 
+    def theta(tensors: Theta) -> Theta:
+        return {**_layers(tensors, "nn/~", outputs), **{n: t for n, t in tensors.items() if n.endswith("_decays")}}
 
-def _adafac(tensors: Theta, outputs: int) -> Theta:
-    return {**_layers(tensors, "nn/~", outputs), **{n: t for n, t in tensors.items() if n.endswith("_decays")}}
+    def size(tensors: Theta) -> int:
+        return tensors[f"nn/~/b{len(_hidden(tensors, 'nn/~'))}"].shape[-1]
+
+    return Original(rule, (_MLP, _DECAYS), lambda tensors: {"hidden": _hidden(tensors, "nn/~")}, theta, (size, outputs))
 
 
 def _scheduler(tensors: Theta) -> Theta:
-    theta = {}
-    for ours, theirs in {"in": "linear_2", "mix": "linear_1", "lstm": "rnn/linear", "lr": "step_size"}.items():
-        theta[f"w_{ours}"], theta[f"b_{ours}"] = (tensors[f"rnn_params/{theirs}/{kind}"] for kind in "wb")
-    return {**theta, **{f"{name[0]}_init": tensors[f"lstm_init_state/{name}"][0] for name in ("hidden", "cell")}}
+    theta = {f"lstm_{kind}": tensors[f"rnn_params/rnn/linear/{kind}"] for kind in "wb"}
+    for ours, theirs in {"in": "linear_2", "mix": "linear_1", "lr": "step_size"}.items():
+        theta |= {f"{kind}_{ours}": tensors[f"rnn_params/{theirs}/{kind}"] for kind in "wb"}
+    return {**theta, **{f"lstm_{name[0]}": tensors[f"lstm_init_state/{name}"][0] for name in ("hidden", "cell")}}
 
 
 def _hyper(tensors: Theta) -> Theta:
@@ -106,30 +119,29 @@ def _inits(tensors: Theta) -> int:
 
 
 def _hyper_fields(tensors: Theta) -> Fields:
-    return {**_units(tensors), "inits": _inits(tensors), "units": _hidden(tensors, "ff_mod_stack/~")}
+    return {**_lstm(tensors), "inits": _inits(tensors), "hidden": _hidden(tensors, "ff_mod_stack/~")}
 
 
-def _units(tensors: Theta) -> Fields:
-    return {"hidden": tensors["lstm_init_state/hidden"].shape[-1]}
+def _lstm(tensors: Theta) -> Fields:
+    return {"lstm": tensors["lstm_init_state/hidden"].shape[-1]}
 
 
-_INPUTS = "rnn_params/linear_2/w"
+def _inputs(tensors: Theta) -> int:
+    return tensors["rnn_params/linear_2/w"].shape[0]
+
 
 ORIGINALS = {
-    "AdafacMLPLOpt": Original(
-        "AdafacMLP",
-        (_MLP, _DECAYS),
-        lambda tensors: {"hidden": _hidden(tensors, "nn/~")},
-        lambda tensors: _adafac(tensors, 2),
-    ),
-    "HyperV2": Original("VeLO", (_STACK, _SCHEDULER, _CONTROLS), _hyper_fields, _hyper, (_INPUTS, 0, 30)),
-    "Celo": Original("Celo", (_STACK, _SCHEDULER, _CONTROLS), _hyper_fields, _hyper, (_INPUTS, 0, 18)),
-    "Celo-Adam": Original("CeloAdam", (_SCHEDULER,), _units, _scheduler, (_INPUTS, 0, 18)),
+    "AdafacMLPLOpt": _adafac("AdafacMLP", 2),
+    "MLPNomLOpt": _adafac("STAR", 4),
+    "HyperV2": Original("VeLO", (_STACK, _SCHEDULER, _CONTROLS), _hyper_fields, _hyper, (_inputs, 30)),
+    "Celo": Original("Celo", (_STACK, _SCHEDULER, _CONTROLS), _hyper_fields, _hyper, (_inputs, 18)),
+    "Celo-Adam": Original("CeloAdam", (_SCHEDULER,), _lstm, _scheduler, (_inputs, 18)),
     "Celo2": Original(
         "Celo2",
         (_STACK,),
-        lambda tensors: {"units": _hidden(tensors, "ff_mod_stack/~")},
+        lambda tensors: {"hidden": _hidden(tensors, "ff_mod_stack/~")},
         lambda tensors: _layers(tensors, "ff_mod_stack/~", 2),
+        (lambda tensors: tensors["ff_mod_stack/~/b0"].ndim, 1),
     ),
 }
 """By the name in the sources, or in the paper where the sources call it otherwise."""

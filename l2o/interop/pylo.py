@@ -33,8 +33,8 @@ DECAYS = {
     "rms_decays": (0.01079706,),
     "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
 }
-"""Defaults of ``AdafacLO_naive`` and ``AdafacLO_cuda``: meta-parameters and a hyperparameter of small_fc that PyLO keeps
-in its code, not in the files of the network."""
+"""Defaults of ``AdafacLO_naive`` and ``AdafacLO_cuda``: meta-parameters and a hyperparameter of small_fc that PyLO
+keeps in its code, not in the files of the network."""
 
 
 def original_names(tensors: Mapping[str, Tensor]) -> Theta:
