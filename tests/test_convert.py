@@ -18,10 +18,9 @@ from test_foreign import linear, velo
 import l2o
 from l2o.interop.convert import convert
 from l2o.interop.files import read_foreign
-from l2o.interop.originals import ORIGINALS
 from l2o.interop.pylo import DECAYS, GROUPS
 from l2o.rules import STAR, AdafacMLP, Celo, Celo2, CeloAdam, VeLO
-from l2o.types import CheckpointError, ConfigurationError
+from l2o.types import CheckpointError, L2OError
 from meta_train.convert import main, run
 
 Shapes = dict[str, tuple[int, ...]]
@@ -99,10 +98,6 @@ def test_an_original_is_told_by_its_tensors(here: Path, case: str) -> None:
     assert card["origin"]["files"][0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_every_original_is_a_case() -> None:
-    assert {case.partition(",")[0] for case in CASES} == set(ORIGINALS)
-
-
 def test_matrices_come_as_they_are_and_what_is_unused_stays_behind(here: Path) -> None:
     shapes, _ = CASES["Celo, a mixture"]
     file = write(here / "theta.state", shapes)
@@ -157,7 +152,7 @@ def test_velo_of_pylo_is_in_two_files(here: Path) -> None:
     assert rule == VeLO(lstm=6, inits=2)
     assert identical(theta["w0"], state["input_weights_"].mT)
     assert [file["file"] for file in l2o.read_card(folder)["origin"]["files"]] == ["rnn.safetensors", "mlp.safetensors"]
-    with pytest.raises(CheckpointError, match="known are AdafacMLPLOpt, .*both of VeLO's together"):
+    with pytest.raises(CheckpointError, match=r"known are AdafacMLPLOpt, .*both of VeLO's together"):
         convert([here / "mlp.safetensors"], here / "other", "Apache-2.0")
     with pytest.raises(CheckpointError, match="is in another of the files"):
         convert([here / "mlp.safetensors"] * 2, here / "other", "Apache-2.0")
@@ -166,12 +161,12 @@ def test_velo_of_pylo_is_in_two_files(here: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"momentum_decays": None}, "'momentum_decays' is missing"),
+        ({"momentum_decays": None}, "no learned optimizer"),
         ({"nn/~/w1": None}, "no learned optimizer"),
         ({"nn/~/b2": None}, r"no learned optimizer.*nn/~/w0 \(39, 4\)"),
         ({"nn/~/b2": (3,)}, "no learned optimizer"),
         ({"extra": (1,)}, r"no learned optimizer.*extra \(1,\); known are AdafacMLPLOpt"),
-        ({"nn/~/w0": (38, 4)}, r"'w0' has shape \(38, 4\), expected \(39, 4\)"),
+        ({"nn/~/w0": (38, 4)}, r"no learned optimizer.*nn/~/w0 \(38, 4\)"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_written(here: Path, change: dict[str, Any], message: str) -> None:
@@ -186,36 +181,33 @@ def test_what_does_not_fit_is_named_and_nothing_written(here: Path, change: dict
     ("licence", "settings", "message"),
     [
         (" ", {}, "licence=' '"),
-        ("MIT", {"stepmult": 1}, "AdafacMLP does not take the settings.*stepmult"),
+        ("MIT", {"stepmult": 1}, "stepmult=1: AdafacMLP has no such setting"),
         ("MIT", {"step_mult": "big"}, "step_mult='big'"),
-        ("MIT", {"rms_decays": "x"}, "rms_decays='x': expected a list of numbers"),
+        ("MIT", {"rms_decays": [0.5]}, "the file has this meta-parameter itself"),
     ],
 )
 def test_settings_that_are_none(here: Path, licence: str, settings: dict[str, Any], message: str) -> None:
     file = write(here / "theta.state", adafac(39, 4, 4, 2))
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(L2OError, match=message):
         convert([file], here / "new", licence, settings)
     assert not (here / "new").exists()
 
 
 def test_the_command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(write(here / "theta.state", adafac(39, 4, 4, 2)))
-    command = [file, "--to", "new", "--licence", "CC0-1.0", "--set", "step_mult=0.02", "--set", "rms_decays=[0.5]"]
+    command = [file, "--to", "new", "--licence", "CC0-1.0", "--set", "step_mult=0.02"]
     run(command)
     said = capsys.readouterr().out
     assert "AdafacMLPLOpt: AdafacMLP(hidden=(4, 4)" in said
     assert "not in the files: step_mult = 0.02" in said
-    rule, theta = l2o.load("new")
-    assert (rule.step_mult, theta["rms_decays"].tolist()) == (0.02, [0.5])
-    for arguments, message in (
-        (command, "a checkpoint is there already"),
-        ([*command, "--set", "x"], "expected NAME="),
-    ):
+    assert l2o.load("new")[0] == AdafacMLP(step_mult=0.02)
+    bad = {"a checkpoint is there already": command, "expected NAME=VALUE": [*command, "--set", "x"]}
+    for message, arguments in bad.items():
         monkeypatch.setattr("sys.argv", ["convert", *arguments])
         with pytest.raises(SystemExit) as caught:
             main()
         assert caught.value.code == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        assert message in capsys.readouterr().err
 
 
 def test_a_licence_has_to_be_stated(capsys: pytest.CaptureFixture[str]) -> None:

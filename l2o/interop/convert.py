@@ -13,8 +13,8 @@ from l2o import hub
 from l2o._shelf import CARD
 from l2o.interop import pylo
 from l2o.interop.files import Foreign, read_foreign
-from l2o.interop.originals import recognize
-from l2o.types import CheckpointError, ConfigurationError, Theta, UpdateRule
+from l2o.interop.recognize import recognize
+from l2o.types import CheckpointError, ConfigurationError, Theta
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
     sources = [read_foreign(file) for file in files]
     tensors = _together(sources)
     beside = {**pylo.assumed(tensors), **(settings or {})}
-    name, rule, theta = _make(pylo.original_names(tensors), beside)
+    name, rule, theta = recognize(*_with_decays(pylo.original_names(tensors), beside))
     origin = {"name": name, "files": [source.facts for source in sources], "settings": beside}
     return hub.save(folder, rule, theta, {"licence": licence, "origin": origin})
 
@@ -56,22 +56,16 @@ def _together(sources: Sequence[Foreign]) -> Theta:
     return tensors
 
 
-def _make(tensors: Theta, settings: Mapping[str, Any]) -> tuple[str, UpdateRule, Theta]:
-    """The original's name, and our rule and θ.  settings: those named ``…_decays`` are meta-parameters."""
-    given = {name: value for name, value in settings.items() if name.endswith("_decays")}
-    tensors = {**tensors, **{name: _tensor(name, value) for name, value in given.items()}}
-    name, original = recognize(tensors)
-    try:
-        rule, theta = original.make(tensors, {k: _as_tuple(v) for k, v in settings.items() if k not in given})
-    except KeyError as error:
-        raise CheckpointError(f"tensors of {name}, but {error} is missing") from error
-    except TypeError as error:
-        raise ConfigurationError(f"{original.rule} does not take the settings {dict(settings)}: {error}") from error
-    return name, rule, theta
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+def _with_decays(tensors: Theta, beside: Mapping[str, Any]) -> tuple[Theta, dict[str, Any]]:
+    """The tensors, with the meta-parameters among what the files leave out, and the hyperparameters among it."""
+    tensors, settings = dict(tensors), dict(beside)
+    for name in pylo.DECAYS.keys() & settings.keys():
+        if name in tensors:
+            raise ConfigurationError(
+                f"{name}={settings[name]!r}: the file has this meta-parameter; leave the setting out"
+            )
+        tensors[name] = _tensor(name, settings.pop(name))
+    return tensors, settings
 
 
 def _tensor(name: str, value: Any) -> Tensor:
