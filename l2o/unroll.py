@@ -43,13 +43,28 @@ def start(
     """
     data = family.sample(generator, len(horizon))
     params, buffers = family.init(data, generator)
-
-    def init_one(theta: Theta, params: dict[str, Tensor]) -> Any:
-        return rule.init(theta, params, default_kinds(params))
-
-    opt = vmap(init_one)(theta, params)
+    opt = _init_opt(rule, theta, params)
     first_loss = torch.full(horizon.shape, torch.nan, dtype=next(iter(params.values())).dtype, device=horizon.device)
     return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
+
+
+def _init_opt(rule: UpdateRule, theta: Theta, params: Params) -> OptState:
+    def init_one(theta: Theta, params: Params) -> Any:
+        return rule.init(theta, params, default_kinds(params))
+
+    return cast(OptState, vmap(init_one)(theta, params))
+
+
+def _with_learned_start(rule: UpdateRule, theta: Theta, state: InnerState) -> InnerState:
+    """The same values; but what a rule learns of its first state (that of an LSTM, say) depends on ``theta`` in the graph.
+
+    `start` makes states outside of what is differentiated, in the estimators even in an earlier truncation.
+    """
+
+    def at_start(fresh: Tensor, old: Tensor) -> Tensor:
+        return torch.where(_along(state.step == 0, old), fresh, old) if fresh.requires_grad else old
+
+    return state._replace(opt=tree_map(at_start, _init_opt(rule, theta, state.params), state.opt))
 
 
 def inner_step(
@@ -122,6 +137,8 @@ def unroll(
     second_order: bool = True,
 ) -> tuple[InnerState, Tensor]:
     """``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``."""
+    if torch.is_grad_enabled():
+        state = _with_learned_start(rule, theta, state)
     losses = []
     for _ in range(steps):
         batch = family.batch(state.data, "train", generator)
