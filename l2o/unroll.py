@@ -56,9 +56,9 @@ def _init_opt(rule: UpdateRule, theta: Theta, params: Params) -> OptState:
 
 
 def _with_learned_start(rule: UpdateRule, theta: Theta, state: InnerState) -> InnerState:
-    """The same values; but what a rule learns of its first state (that of an LSTM, say) depends on ``theta`` in the graph.
+    """The same values, but where a rule learns its first state (of an LSTM, say), ``theta`` gets its meta-gradient.
 
-    `start` makes states outside of what is differentiated, in the estimators even in an earlier truncation.
+    `start` makes states outside of what is differentiated.
     """
 
     def at_start(fresh: Tensor, old: Tensor) -> Tensor:

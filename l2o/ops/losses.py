@@ -1,4 +1,4 @@
-"""What rules keep of the training loss: averages of ten half-lives (Metz et al. 2022, VeLO, arXiv 2211.09760, app. B)."""
+"""What rules keep of the training loss: averages of ten half-lives (VeLO, Metz et al. 2022, arXiv 2211.09760, B)."""
 
 from __future__ import annotations
 
