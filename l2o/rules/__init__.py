@@ -14,6 +14,7 @@ from l2o.rules.rnn_mlp import RNNMLP
 from l2o.rules.rnnprop import RNNprop
 from l2o.rules.sgd import SGD
 from l2o.rules.star import STAR
+from l2o.rules.velo import VeLO
 
 __all__ = [
     "LSTM",
@@ -28,4 +29,5 @@ __all__ = [
     "NNAdam",
     "RMSProp",
     "RNNprop",
+    "VeLO",
 ]
