@@ -5,6 +5,7 @@
 from l2o.rules.adafac_mlp import AdafacMLP
 from l2o.rules.adagrad import AdaGrad
 from l2o.rules.adam import Adam
+from l2o.rules.celo import Celo
 from l2o.rules.lstm import LSTM
 from l2o.rules.mlp import MLP
 from l2o.rules.momentum import Momentum
@@ -25,6 +26,7 @@ __all__ = [
     "AdaGrad",
     "AdafacMLP",
     "Adam",
+    "Celo",
     "Momentum",
     "NNAdam",
     "RMSProp",
