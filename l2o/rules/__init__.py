@@ -6,6 +6,7 @@ from l2o.rules.adafac_mlp import AdafacMLP
 from l2o.rules.adagrad import AdaGrad
 from l2o.rules.adam import Adam
 from l2o.rules.celo import Celo
+from l2o.rules.celo_adam import CeloAdam
 from l2o.rules.lstm import LSTM
 from l2o.rules.mlp import MLP
 from l2o.rules.momentum import Momentum
@@ -27,6 +28,7 @@ __all__ = [
     "AdafacMLP",
     "Adam",
     "Celo",
+    "CeloAdam",
     "Momentum",
     "NNAdam",
     "RMSProp",
