@@ -6,6 +6,7 @@ from l2o.rules.adafac_mlp import AdafacMLP
 from l2o.rules.adagrad import AdaGrad
 from l2o.rules.adam import Adam
 from l2o.rules.celo import Celo
+from l2o.rules.celo2 import Celo2
 from l2o.rules.celo_adam import CeloAdam
 from l2o.rules.lstm import LSTM
 from l2o.rules.mlp import MLP
@@ -28,6 +29,7 @@ __all__ = [
     "AdafacMLP",
     "Adam",
     "Celo",
+    "Celo2",
     "CeloAdam",
     "Momentum",
     "NNAdam",
