@@ -21,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m meta_train.replay",
         description="Replay recorded runs of public learned optimizers.",
-        epilog=f"Errors: of parameters after each update over the tensor's largest value (at most {PARAMS_TOLERANCE:g}), "
-        f"of updates over the largest (at most {STEP_TOLERANCE:g}). Exit status 1 where one is over.",
+        epilog=f"Errors: of the parameters after each update, in the tensor's largest value then (tolerance "
+        f"{PARAMS_TOLERANCE:g}); of the updates, in the largest of them ({STEP_TOLERANCE:g}). Exit status 0 if all are "
+        "within tolerance, 1 if not, 2 if a file cannot be replayed.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE.npz")
     return max(_replay_file(path) for path in parser.parse_args(arguments).files)

@@ -19,7 +19,7 @@ from l2o.types import TaskFamily, UpdateRule
 SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
-UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "integrations"}
+UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "interop", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "meta": {"types", "_checks", "_files", "ops", "estimators"},
     "_shelf": SUPPORT,
     "hub": SUPPORT | {"_shelf", "rules"},
+    "interop": {"types", "_checks", "_files", "_names", "_shelf", "ops", "rules", "hub"},
     "optim": {"types", "_checks", "ops", "hub"},
     "evaluation": UNITS,
     "integrations": UNITS,
@@ -48,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package that an extra installs -> the only place that may import it.
 HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
-ENTRY_POINTS = {"meta_train.train", "meta_train.evaluate"}
+ENTRY_POINTS = {"meta_train.train", "meta_train.evaluate", "meta_train.replay"}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = ["hydra", "omegaconf", "wandb", "higher", "rich", "matplotlib", "sklearn", "scipy", "pandas", "tensorboard"]
 HEAVY = ["torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.tensorboard", "torch.testing", "sympy"]

@@ -6,7 +6,7 @@ Paths of θ are those of the JAX originals, components joined by ``/``, as flax 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
@@ -61,10 +61,9 @@ class Reference:
         try:
             ours = self.theta(rest)
         except KeyError as error:
-            raise CheckpointError(
-                f"θ has no {error}, which {self.rule.__name__} needs; it has {_some(theta)}"
-            ) from None
-        surplus = [path for path in rest if not path.startswith(self.unused)] if self.unused else list(rest)
+            missing = f"θ has no {error}, which {self.rule.__name__} needs; it has {_some(theta)}"
+            raise CheckpointError(missing) from None
+        surplus = [path for path in rest if not path.startswith(self.unused)]
         if surplus:
             raise CheckpointError(f"θ has {_some(surplus)}, which {self.rule.__name__} has no place for")
         rule = self.rule(**{**self.fixed, **self.sizes(ours), **self._fields(settings or {})})
@@ -91,9 +90,9 @@ class Reference:
         return value[0] if isinstance(default, float) and len(value) == 1 else tuple(value)
 
 
-def _some(names: Sequence[str] | Mapping[str, Any], most: int = 6) -> str:
-    listed = [repr(name) for name in names][:most]
-    return ", ".join(listed) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: Collection[str], most: int = 6) -> str:
+    listed = ", ".join(repr(name) for name in list(names)[:most])
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed or "nothing"
 
 
 def take(rest: Theta, names: Mapping[str, str]) -> Theta:

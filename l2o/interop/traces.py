@@ -50,7 +50,7 @@ class Trace:
 
 
 class TensorError(NamedTuple):
-    """The largest errors of one tensor; ``params`` and ``step`` in the units of the tolerances, NaN where not finite."""
+    """The largest errors of one tensor, ``params`` and ``step`` as the tolerances have them; NaN if there was one."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -142,7 +142,7 @@ def _check_shapes(group: str, tensors: Params, init: Params, steps: int) -> None
 
 
 def replay(trace: Trace) -> list[TensorError]:
-    """Run the rule from ``init`` on the recorded gradients and losses, in float32, and compare with what was recorded."""
+    """Run the rule from ``init`` on the recorded gradients and losses, in float32, and compare with the record."""
     params, total = trace.init, torch.tensor(trace.total_steps)
     state = trace.rule.init(trace.theta, params, trace.kinds)
     worst = dict.fromkeys(params, 0.0)
