@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         help="a hyperparameter that the tensors do not tell, as in step_mult=0.01, or a meta-parameter that PyLO does "
         "not keep in its files, as in 'momentum_decays=[0,0,0]'; may be repeated",
     )
+    made.add_argument("--as", dest="name", metavar="NAME", help="which, where several have the same tensors")
     return made
 
 
@@ -50,11 +51,13 @@ def setting(text: str) -> tuple[str, Any]:
 def run(arguments: Sequence[str] | None = None) -> None:
     """Convert, and say what came out."""
     given = parser().parse_args(arguments)
-    folder = convert(given.files, given.to, given.licence, dict(map(setting, given.set)))
+    folder = convert(given.files, given.to, given.licence, dict(map(setting, given.set)), given.name)
     rule, theta = l2o.load(folder)
     origin = l2o.read_card(folder)["origin"]
     size = sum(tensor.numel() for tensor in theta.values())
     print(f"{origin['name']}: {rule!r}, size of θ: {size:,}, licence: {given.licence}")
+    for name in origin["fits_also"]:
+        print(f"  has the same tensors: --as {name}")
     for name, value in origin["settings"].items():
         print(f"  not in the files: {name} = {value}")
     print(f"use it: l2o.LearnedOptimizer(model.parameters(), {str(folder)!r}, total_steps=...)")

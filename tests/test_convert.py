@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,9 @@ import l2o
 from l2o.interop.convert import convert
 from l2o.interop.files import read_foreign
 from l2o.interop.pylo import DECAYS, GROUPS
-from l2o.rules import STAR, AdafacMLP, Celo, Celo2, CeloAdam, VeLO
+from l2o.interop.references import REFERENCES
+from l2o.interop.traces import read_trace, replay
+from l2o.rules import AdafacMLP, Celo, Celo2, CeloAdam, VeLO
 from l2o.types import CheckpointError, L2OError
 from meta_train.convert import main, run
 
@@ -56,12 +59,11 @@ def adafac(*sizes: int) -> Shapes:
 CASES = {
     "AdafacMLPLOpt": (adafac(39, 4, 4, 2), AdafacMLP(hidden=(4, 4))),
     "AdafacMLPLOpt, three hidden layers": (adafac(39, 7, 7, 7, 2), AdafacMLP(hidden=(7, 7, 7))),
-    "MLPNomLOpt": (adafac(39, 4, 4, 4), STAR(hidden=(4, 4))),
-    "HyperV2": ({**stack(4, 3), **scheduler(30, 8, 3)}, VeLO(lstm=8, inits=3)),
-    "Celo": ({**stack(4, 1), **scheduler(18, 8, 1)}, Celo(lstm=8)),
-    "Celo, a mixture": ({**stack(4, 5), **scheduler(18, 8, 5)}, Celo(lstm=8, inits=5)),
-    "Celo-Adam": (scheduler(18, 8), CeloAdam(lstm=8)),
-    "Celo2": (stack(8), Celo2(hidden=(8, 8))),
+    "HyperV2": ({**stack(4, 3), **scheduler(30, 8, 3)}, VeLO(lstm_hidden=8, inits=3)),
+    "celo.optimizers.celo.Celo": ({**stack(4, 1), **scheduler(18, 8, 1)}, Celo(lstm_hidden=8)),
+    "celo.optimizers.celo.Celo, a mixture": ({**stack(4, 5), **scheduler(18, 8, 5)}, Celo(lstm_hidden=8, inits=5)),
+    "celo.optimizers.celo_adam.Celo": (scheduler(18, 8), CeloAdam(lstm_hidden=8)),
+    "celo2_optax.scale_by_celo2": (stack(8), Celo2(hidden=(8, 8))),
 }
 
 
@@ -98,8 +100,23 @@ def test_an_original_is_told_by_its_tensors(here: Path, case: str) -> None:
     assert card["origin"]["files"][0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def test_of_two_with_the_same_tensors_one_is_taken_and_the_other_can_be(here: Path) -> None:
+    file = write(here / "theta.state", stack(8))
+    with_adam = convert([file], here / "new", "MIT", name="celo2.Celo2")
+    assert l2o.load(with_adam)[0] == Celo2(adam=("vector", "embedding"))
+    assert l2o.read_card(with_adam)["origin"]["fits_also"] == ["celo2_optax.scale_by_celo2"]
+    with pytest.raises(CheckpointError, match=r"name='HyperV2': the tensors are of celo2_optax\.\w+ or celo2\.Celo2"):
+        convert([file], here / "other", "MIT", name="HyperV2")
+
+
+def test_a_known_defect_of_an_original_is_a_setting_on_the_card(here: Path) -> None:
+    file = write(here / "theta.state", {**stack(4, 3), **scheduler(30, 8, 3)})
+    rule, _ = l2o.load(convert([file], here / "new", "MIT", {"use_bugged_loss_features": True}))
+    assert rule == VeLO(lstm_hidden=8, inits=3, loss_horizon=10)
+
+
 def test_matrices_come_as_they_are_and_what_is_unused_stays_behind(here: Path) -> None:
-    shapes, _ = CASES["Celo, a mixture"]
+    shapes, _ = CASES["celo.optimizers.celo.Celo, a mixture"]
     file = write(here / "theta.state", shapes)
     theirs = read_foreign(file).tensors
     theta = l2o.load(convert([file], here / "new", "MIT"))[1]
@@ -149,10 +166,10 @@ def test_velo_of_pylo_is_in_two_files(here: Path) -> None:
     safetensors.torch.save_file(rest, here / "rnn.safetensors")
     folder = convert([here / "rnn.safetensors", here / "mlp.safetensors"], here / "new", "Apache-2.0")
     rule, theta = l2o.load(folder)
-    assert rule == VeLO(lstm=6, inits=2)
+    assert rule == VeLO(lstm_hidden=6, inits=2)
     assert identical(theta["w0"], state["input_weights_"].mT)
     assert [file["file"] for file in l2o.read_card(folder)["origin"]["files"]] == ["rnn.safetensors", "mlp.safetensors"]
-    with pytest.raises(CheckpointError, match=r"known are AdafacMLPLOpt, .*both of VeLO's together"):
+    with pytest.raises(CheckpointError, match=r"known are LearnableSGD, .*both of VeLO's together"):
         convert([here / "mlp.safetensors"], here / "other", "Apache-2.0")
     with pytest.raises(CheckpointError, match="is in another of the files"):
         convert([here / "mlp.safetensors"] * 2, here / "other", "Apache-2.0")
@@ -165,7 +182,7 @@ def test_velo_of_pylo_is_in_two_files(here: Path) -> None:
         ({"nn/~/w1": None}, "no learned optimizer"),
         ({"nn/~/b2": None}, r"no learned optimizer.*nn/~/w0 \(39, 4\)"),
         ({"nn/~/b2": (3,)}, "no learned optimizer"),
-        ({"extra": (1,)}, r"no learned optimizer.*extra \(1,\); known are AdafacMLPLOpt"),
+        ({"extra": (1,)}, r"no learned optimizer.*extra \(1,\), .*; known are LearnableSGD"),
         ({"nn/~/w0": (38, 4)}, r"no learned optimizer.*nn/~/w0 \(38, 4\)"),
     ],
 )
@@ -183,7 +200,7 @@ def test_what_does_not_fit_is_named_and_nothing_written(here: Path, change: dict
         (" ", {}, "licence=' '"),
         ("MIT", {"stepmult": 1}, "stepmult=1: AdafacMLP has no such setting"),
         ("MIT", {"step_mult": "big"}, "step_mult='big'"),
-        ("MIT", {"rms_decays": [0.5]}, "the file has this meta-parameter itself"),
+        ("MIT", {"rms_decays": [0.5]}, "the file has this meta-parameter"),
     ],
 )
 def test_settings_that_are_none(here: Path, licence: str, settings: dict[str, Any], message: str) -> None:
@@ -214,3 +231,38 @@ def test_a_licence_has_to_be_stated(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(["theta.state", "--to", "new"])
     assert "--licence" in capsys.readouterr().err
+
+
+FILES = {
+    "adafac_mlp_lopt_random.state": ("checkpoints/adafac_mlp_lopt_random", None),
+    "adafac_mlp_lopt_random_parameter_checkpoint.state": ("checkpoints/adafac_mlp_lopt_random", None),
+    "celo/theta.state": ("celo", "celo"),
+    "celo2_random.state": ("checkpoints/celo2_random", None),
+    "celo_adam/theta.state": ("celo_adam", "celo_adam"),
+    "velo_hyperv2_random.state": ("velo_hyperv2", "velo_hyperv2"),
+    "velo_hyperv2_small_random.state": ("checkpoints/velo_hyperv2_small_random", None),
+}
+"""Files that flax wrote, each with the trace that has its values, and the one that was recorded with them."""
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_of_flax_are_converted_loaded_and_replayed(golden: Path, tmp_path: Path, file: str) -> None:
+    """Every tensor is the recorded one, bit for bit; the loaded checkpoint repeats the run recorded with it."""
+    values, trace = FILES[file]
+    with np.load(golden / f"{values}.npz") as arrays:
+        theirs = {name[6:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("theta/")}
+    assert identical(read_foreign(golden / "checkpoints" / file).tensors, theirs)
+    folder = convert([golden / "checkpoints" / file], tmp_path / "new", "MIT")
+    rule, theta = l2o.load(folder)
+    again, expected = REFERENCES[l2o.read_card(folder)["origin"]["name"]].rebuild(theirs)
+    assert rule == again
+    assert identical(theta, expected)
+    if trace:
+        recorded = read_trace(golden / f"{trace}.npz")
+        assert rule == recorded.rule
+        assert all(error.within for error in replay(dataclasses.replace(recorded, rule=rule, theta=theta)))
+
+
+def test_no_file_of_flax_is_left_out(golden: Path) -> None:
+    folder = golden / "checkpoints"
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.state")} == set(FILES)

@@ -71,7 +71,7 @@ def _format(data: bytes) -> tuple[str, Any]:
     """The name of a format, and what reads it."""
     if data.startswith((b"PK\x03\x04", b"\x80\x02")):  # a zip, or what torch wrote before 1.6
         return "PyTorch", lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if data[8:9] == b"{":
+    if data[4:9] == b"\0\0\0\0{":  # the length of its header, in eight bytes, and the header
         return "safetensors", safetensors.torch.load
     return "flax MessagePack", unpack
 
