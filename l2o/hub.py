@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import l2o.rules
-from l2o._files import atomic_write, to_bytes, try_folder
+from l2o._files import atomic_write, atomic_writes, to_bytes, try_folder
 from l2o._remote import fetch_checkpoint, is_address
 from l2o._shelf import CARD, THETA, Source, read, read_json, resolve
 from l2o._shelf import list_pretrained as list_pretrained
@@ -44,15 +44,15 @@ def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] |
     card: more entries for ``card.json``, whatever JSON can hold: recipe, data, seeds, hardware, compute, results,
         licence. Numbers that are not finite are written as Python's ``json`` does: ``NaN``, ``Infinity``.
 
-    Each file is written atomically, θ first: if the machine stops between the two, `load` says so by the checksum.
+    Both are on disk before the first is replaced, atomically, θ first: a disk that is full leaves the old checkpoint,
+    and if the machine stops between the two, `load` says so by the checksum.
     Raises `CheckpointError` (θ is not of this rule, or not finite) or `ConfigurationError` (what the card cannot hold),
     before anything is written, and OSError where the disk does not take the files.
     """
     data = to_bytes({name: tensor.to(torch.float32) for name, tensor in check_theta(rule, theta).items()})
     text = _card_text(rule, data, card or {})
     folder = Path(path).expanduser()
-    atomic_write(folder / THETA, data)
-    atomic_write(folder / CARD, text.encode())
+    atomic_writes({folder / THETA: data, folder / CARD: text.encode()})
     return folder
 
 

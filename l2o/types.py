@@ -234,6 +234,10 @@ class ConfigurationError(L2OError, ValueError):
     """A setting has a value that makes no sense, such as ``total_steps=0``."""
 
 
+class WriteError(L2OError, OSError):
+    """A run cannot be written: the disk is full, or the folder takes no files."""
+
+
 class ParameterError(L2OError, TypeError):
     """A parameter cannot be optimized: it is not a floating-point tensor, or lies on another device than the rest."""
 

@@ -103,5 +103,15 @@ def _summary(session: Session) -> str:
     return (
         f"{session.step} outer steps, {session.inner_steps:,} inner steps, {duration(session.seconds)}\n"
         f"checkpoint: {source}\n"
+        f"{_best(session)}"
         f"use it: l2o.LearnedOptimizer(model.parameters(), {source!r}, total_steps={session.horizon}{own})"
     )
+
+
+def _best(session: Session) -> str:
+    if not session.config["evaluate_every"]:
+        return ""
+    best = session.best
+    if not best.kept:
+        return f"best: none, since no evaluation had a finite {best.key} without a diverged run\n"
+    return f"best: {best.folder} ({best.key} {best.kept['loss']:.4g} at outer step {best.step})\n"

@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package that an extra installs -> the only place that may import it.
 HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
-ENTRY_POINTS = {"meta_train.train", "meta_train.evaluate", "meta_train.replay"}
+ENTRY_POINTS = {f"meta_train.{name}" for name in ("bench", "convert", "evaluate", "replay", "train")}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
     "hydra",

@@ -7,6 +7,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from l2o.rules import MLP
+from l2o.tasks import ImageMLP
 from l2o.types import Clock, OptState
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (33, 70), "conv": (2, 3, 3, 5), "empty": (0, 3)}  # one of two pieces
@@ -93,3 +94,23 @@ def gradients(update, rule, args):
 def test_the_mlp_kernel_has_the_derivative_of_the_mlp_rule(rule, lanes, threads):
     args = arguments(rule, lanes)
     assert_close(gradients(fused, rule, args), gradients(reference, rule, as_double(args)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("sizes", [(32, 1, 128), (7, 3, 5), (1, 0, 1), (50, 2, 9)], ids=str)
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_perceptron_kernel_is_the_gradient_of_the_loss(activation, sizes, lanes, threads):
+    width, depth, batch_size = sizes
+    family, g = ImageMLP(width=width, depth=depth, activation=activation, batch_size=batch_size), generator()
+    data = family.sample(g, lanes)
+    params = {k: 3 * p for k, p in family.init(data, g)[0].items()}
+    batch = family.batch(data, "train", g)
+    losses, buffers, grads = family.fused_gradient(params, {}, data, batch)
+    leaves = {k: p.double().requires_grad_() for k, p in params.items()}
+    want, _ = vmap(family.loss)(leaves, {}, data, batch)
+    assert buffers == {}
+    assert list(grads) == list(params)
+    assert_close(losses.unsqueeze(1), want.detach().unsqueeze(1), rtol=2e-6)
+    assert_close(
+        grads, dict(zip(leaves, torch.autograd.grad(want.sum(), list(leaves.values())), strict=True)), rtol=1e-5
+    )

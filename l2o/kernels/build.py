@@ -54,10 +54,12 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def run(function: str, *structures: ctypes.Structure) -> None:
-    """Call a kernel by its name, the GIL released. Raises MemoryError where it has no scratch memory."""
-    if getattr(library(), function)(*map(ctypes.byref, structures)):
+def run(function: str, *structures: ctypes.Structure) -> int:
+    """Call a kernel by its name, the GIL released. Returns its code; raises MemoryError where it has no memory."""
+    code: int = getattr(library(), function)(*map(ctypes.byref, structures))
+    if code == 1:
         raise MemoryError(f"{function}: no memory to work in")
+    return code
 
 
 @functools.cache

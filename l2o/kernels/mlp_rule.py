@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from l2o.kernels.arrays import dense_lanes, floats, plain, pointers, whole_numbers
+from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, plain, pointers, whole_numbers
 from l2o.kernels.build import library, run
 from l2o.types import Grads, OptState, Params, Theta, Updates
 
@@ -25,19 +25,16 @@ class Constants(NamedTuple):
     eps: float
 
 
-_Int64s, _Floats, _Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
-
-
 class _Step(ctypes.Structure):
     """``Step`` of mlp_rule.cpp. Keeps the arrays it points to, but not the tensors."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("lanes", "tensors", "layers", "decays", "times", "threads")),
-        *((name, _Int64s) for name in ("entries", "widths", "strides")),
-        ("decay", _Floats),
+        *((name, Int64s) for name in ("entries", "widths", "strides")),
+        ("decay", Floats),
         ("time", ctypes.c_void_p),
         *((name, ctypes.c_float) for name in ("step_mult", "exp_mult", "eps")),
-        *((name, _Pointers) for name in ("theta", "grads", "params", "m_old", "m_new", "updates")),
+        *((name, Pointers) for name in ("theta", "grads", "params", "m_old", "m_new", "updates")),
         ("scales", ctypes.c_void_p),
     )
 
@@ -45,9 +42,7 @@ class _Step(ctypes.Structure):
 class _Derivative(ctypes.Structure):
     """``Derivative`` of mlp_rule.cpp. Keeps the arrays it points to, but not the tensors."""
 
-    _fields_ = tuple(
-        (name, _Pointers) for name in ("d_updates", "d_m_new", "d_theta", "d_grads", "d_params", "d_m_old")
-    )
+    _fields_ = tuple((name, Pointers) for name in ("d_updates", "d_m_new", "d_theta", "d_grads", "d_params", "d_m_old"))
 
 
 def update(
@@ -123,7 +118,7 @@ def _step(constants: Constants, inputs: _Tensors, time: Tensor, results: _Result
         decays=len(constants.decays),
         times=time.shape[1],
         threads=torch.get_num_threads(),
-        entries=whole_numbers([p[0].numel() for p in inputs.params]),
+        entries=whole_numbers([p.numel() // len(time) for p in inputs.params]),
         widths=whole_numbers([own, *(b.shape[-1] for b in inputs.theta[1::2])]),
         strides=whole_numbers([t.stride(0) for t in inputs.theta]),
         decay=floats(constants.decays),
