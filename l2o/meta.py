@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from l2o._checks import real, whole
 from l2o.ops import schedules
+from l2o.ranks import gather, own
 from l2o.types import MetaGradient, Metrics, ResumeError, Theta
 
 Schedule = Callable[[int], float]
@@ -73,28 +74,31 @@ class MetaTraining:
         return {**metrics, "meta_grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of all that the next outer steps depend on: nested dicts and lists of tensors and scalars."""
+        """A snapshot of all that the next outer steps depend on: nested dicts and lists of tensors and scalars.
+
+        Processes that share the run must all call it; each gets the whole, from which any number of them may go on.
+        """
         optimizer = self.optimizer.state_dict()
         state = {
             "step": self.step,
             "theta": self.theta,
             "optimizer": {str(k): slots for k, slots in optimizer["state"].items()},
-            "inner": tree_flatten(self.inner)[0],
+            "inner": tree_flatten(gather(self.inner))[0],
             "generator": self.generator.get_state(),
         }
         return _copied(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a copy of ``state``. Raises ResumeError, and changes nothing, if it is of another run."""
-        leaves, structure = tree_flatten(self.inner)
-        state = self._checked(_copied(state), leaves)
+        structure = tree_flatten(self.inner)[1]
+        state = self._checked(_copied(state), tree_flatten(gather(self.inner))[0])
         device = self.generator.device
         groups = self.optimizer.state_dict()["param_groups"]
         slots = {int(k): slots for k, slots in state["optimizer"].items()}
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         for name, tensor in self.theta.items():
             tensor.copy_(state["theta"][name])
-        self.inner = tree_unflatten([leaf.to(device) for leaf in state["inner"]], structure)
+        self.inner = tree_unflatten([leaf.to(device) for leaf in own(state["inner"])], structure)
         self.generator.set_state(state["generator"])
         self.step = state["step"]
 

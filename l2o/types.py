@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -166,10 +167,30 @@ class TaskFamily(abc.ABC):
         return None
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Several families to meta-train on at once, and the way to vary what a family holds fixed: widths, depths, losses.
+
+    families: by name.     weights: by name, positive; what is not named has 1.
+    """
+
+    families: Mapping[str, TaskFamily]
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        wrong = {name: w for name, w in (self.weights or {}).items() if name not in self.families or not w > 0}
+        if wrong or not self.families:
+            raise ConfigurationError(
+                f"weights={dict(self.weights or {})!r}: expected positive numbers for some of the families "
+                f"{sorted(self.families)}, of which there must be at least one"
+            )
+
+
 class MetaGradient(abc.ABC):
     """An estimator of the gradient of the meta-loss with respect to θ.
 
-    Subclasses are frozen dataclasses that hold the rule, the family and the settings of the estimator.
+    Subclasses are frozen dataclasses that hold the rule, the family and the settings of the estimator. Where several
+    processes share a run, each calls the methods with the same ``theta`` and a generator in the same state.
     """
 
     rule: UpdateRule
@@ -177,12 +198,16 @@ class MetaGradient(abc.ABC):
 
     @abc.abstractmethod
     def init(self, theta: Theta, generator: torch.Generator) -> Any:
-        """Fresh inner problems: the estimator's state, a nested structure (tuples, dicts) of tensors."""
+        """Fresh inner problems: the estimator's state, a nested structure (tuples, dicts) of tensors.
+
+        Where processes share a run, 0-d tensors are the same in all of them; the others have this process' rows.
+        """
 
     @abc.abstractmethod
     def estimate(self, theta: Theta, state: Any, generator: torch.Generator) -> tuple[Theta, Any, Metrics]:
         """One truncation: the gradient of the meta-loss by the names of θ, the next state, and as metrics at least
-        ``meta_loss``, ``lanes_masked`` and ``inner_steps``."""
+        ``meta_loss``, ``lanes_masked``, ``lanes_broken`` (no finite loss at step 0) and ``inner_steps``; gradient and
+        metrics are those of all processes together."""
 
 
 class L2OError(Exception):

@@ -43,28 +43,25 @@ def start(
     """
     data = family.sample(generator, len(horizon))
     params, buffers = family.init(data, generator)
-    opt = _init_opt(rule, theta, params)
+    opt = _init(rule, theta, params)
     first_loss = torch.full(horizon.shape, torch.nan, dtype=next(iter(params.values())).dtype, device=horizon.device)
     return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
 
 
-def _init_opt(rule: UpdateRule, theta: Theta, params: Params) -> OptState:
+def initialise(rule: UpdateRule, theta: Theta, state: InnerState) -> InnerState:
+    """Lanes at step 0 get the optimizer state that ``theta`` (``[lanes, ...]``) begins with, as a function of it."""
+    at_start = state.step == 0
+    opt = tree_map(
+        lambda new, old: torch.where(_along(at_start, new), new, old), _init(rule, theta, state.params), state.opt
+    )
+    return state._replace(opt=opt)
+
+
+def _init(rule: UpdateRule, theta: Theta, params: Params) -> OptState:
     def init_one(theta: Theta, params: Params) -> Any:
         return rule.init(theta, params, default_kinds(params))
 
     return cast(OptState, vmap(init_one)(theta, params))
-
-
-def _with_learned_start(rule: UpdateRule, theta: Theta, state: InnerState) -> InnerState:
-    """The same values, but where a rule learns its first state (of an LSTM, say), ``theta`` gets its meta-gradient.
-
-    `start` makes states outside of what is differentiated.
-    """
-
-    def at_start(fresh: Tensor, old: Tensor) -> Tensor:
-        return torch.where(_along(state.step == 0, old), fresh, old) if fresh.requires_grad else old
-
-    return state._replace(opt=tree_map(at_start, _init_opt(rule, theta, state.params), state.opt))
 
 
 def inner_step(
@@ -135,16 +132,24 @@ def unroll(
     steps: int,
     generator: torch.Generator,
     second_order: bool = True,
+    valid_weight: float = 0.0,
 ) -> tuple[InnerState, Tensor]:
-    """``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``."""
-    if torch.is_grad_enabled():
-        state = _with_learned_start(rule, theta, state)
+    """``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``.
+
+    valid_weight: of the loss on a fresh validation batch in each step's loss, beside the training loss.
+    """
     losses = []
     for _ in range(steps):
         batch = family.batch(state.data, "train", generator)
+        valid = _validation_loss(family, state, generator) if valid_weight else None
         state, loss = inner_step(rule, theta, family, state, batch, second_order)
-        losses.append(loss)
+        losses.append(loss if valid is None else torch.lerp(loss, valid, valid_weight))
     return state, torch.stack(losses)
+
+
+def _validation_loss(family: TaskFamily, state: InnerState, generator: torch.Generator) -> Tensor:
+    batch = family.batch(state.data, "valid", generator)
+    return vmap(family.loss)(state.params, state.buffers, state.data, batch)[0]
 
 
 def running(state: InnerState, steps: int) -> Tensor:
@@ -158,9 +163,9 @@ def detach(tree: Any) -> Any:
     return tree_map(lambda x: x.detach().contiguous(), tree)
 
 
-def reset(state: InnerState, lanes: Tensor, fresh: Callable[[int], InnerState]) -> InnerState:
-    """Replace the lanes set in the bool mask ``lanes`` by those of ``fresh(how many)``; waits for the device once."""
+def reset(state: InnerState, lanes: Tensor, fresh: Callable[[Tensor], InnerState]) -> InnerState:
+    """Replace the lanes set in the bool mask ``lanes`` by ``fresh(their indices)``; waits for the device once."""
     index = lanes.nonzero().squeeze(1)
     if len(index) == 0:
         return state
-    return cast(InnerState, tree_map(lambda old, new: old.index_copy(0, index, new), state, fresh(len(index))))
+    return cast(InnerState, tree_map(lambda old, new: old.index_copy(0, index, new), state, fresh(index)))

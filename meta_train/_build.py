@@ -16,8 +16,8 @@ from l2o.types import ConfigurationError, L2OError, Split, TaskFamily, UnknownNa
 from meta_train._config import one_line
 
 
-def make(node: Mapping[str, Any], what: str, base: type) -> Any:
-    """The object of class ``base`` that a node describes: its ``_target_``, called with the rest of the node.
+def make(node: Mapping[str, Any], what: str, *bases: type) -> Any:
+    """The object of one of the classes that a node describes: its ``_target_``, called with the rest of the node.
 
     what: name of the node, for messages. Lists become tuples, since rules and tasks are frozen dataclasses.
     Raises `UnknownNameError` for a target that cannot be imported, `ConfigurationError` for settings it does not take.
@@ -27,8 +27,9 @@ def make(node: Mapping[str, Any], what: str, base: type) -> Any:
             f"{what} has settings but is not chosen; choose it in its group, or give {what}._target_"
         )
     made = partial(node, what)()
-    if not isinstance(made, base):
-        raise ConfigurationError(f"{what}._target_={node['_target_']!r}: expected a {base.__name__}")
+    if not isinstance(made, bases):
+        expected = " or a ".join(base.__name__ for base in bases)
+        raise ConfigurationError(f"{what}._target_={node['_target_']!r}: expected a {expected}")
     return made
 
 

@@ -46,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigurationError(
             "device='cuda': this machine has no usable CUDA device; take device=auto or device=cpu"
         )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")  # the current one
 
 
 def main_guard(command: Callable[[], None]) -> Callable[[], None]:

@@ -7,35 +7,40 @@ from typing import Any
 import torch
 
 from l2o._checks import whole
+from l2o.estimators import Mixed
 from l2o.evaluation.trials import Setting
 from l2o.hub import load
 from l2o.meta import MetaTraining, Schedule
-from l2o.types import ConfigurationError, MetaGradient, TaskFamily, Theta, UpdateRule
+from l2o.ranks import ranks
+from l2o.types import ConfigurationError, MetaGradient, Mixture, TaskFamily, Theta, UpdateRule
 from meta_train._build import make, partial, probe, refused
 from meta_train._config import resolve_device
 from meta_train.held_out import HeldOut
+from meta_train.processes import Follower
 from meta_train.run import RunFolder
-from meta_train.session import Session
+from meta_train.session import Session, restore
 
 LEAST = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "evaluate_every": 0, "seed": 0}
 """The smallest value of each whole number."""
 
 
-def make_session(folder: RunFolder) -> Session:
+def make_session(folder: RunFolder) -> Session | Follower:
     """Build all that the configuration names, and put it where the folder's state left off.
+
+    Of several processes rank 0 has the session.
 
     Raises the errors of `l2o.types`, for whatever does not exist, does not fit, or makes no sense.
     """
     config = folder.config
     _check_numbers(config)
     device = resolve_device(config["device"])
-    rule, family = make(config["rule"], "rule", UpdateRule), make(config["task"], "task", TaskFamily)
-    estimator: MetaGradient = partial(config["estimator"], "estimator", "rule", "family")(rule=rule, family=family)
-    loggers = [make(node, f"logger.{name}", object) for name, node in (config["logger"] or {}).items()]
-    held_out = HeldOut(rule, _held_out_setting(config, estimator), device)
-    probe(family, ["train"], device)
-    if config["evaluate_every"]:
-        probe(held_out.setting.family, ["train", "valid"], device)
+    rule, problems = make(config["rule"], "rule", UpdateRule), make(config["task"], "task", TaskFamily, Mixture)
+    estimator = _make_estimator(config["estimator"], rule, problems)
+    held_out = HeldOut(rule, _held_out_settings(config, estimator), device)
+    for family in families(problems).values():
+        probe(family, ["train"], device)
+    for setting in held_out.settings if config["evaluate_every"] else ():
+        probe(setting.family, ["train", "valid"], device)
     generator = torch.Generator(device).manual_seed(config["seed"])
     with refused("rule"):
         theta = rule.init_theta(generator)
@@ -43,17 +48,50 @@ def make_session(folder: RunFolder) -> Session:
         theta = _warm_start(config["init_from"], rule)
     optimizer, schedule = partial(config["outer"], "outer", "params"), partial(config["schedule"], "schedule", "step")
     _check_schedule(config, schedule)
-    return Session(folder, MetaTraining(estimator, theta, optimizer, generator, schedule), held_out, loggers)
+    training = MetaTraining(estimator, theta, optimizer, generator, schedule)
+    if folder.state is not None:
+        restore(training, folder.state, config["seed"], folder.path)
+    if ranks().rank:
+        return Follower(training, config)
+    loggers = [make(node, f"logger.{name}", object) for name, node in (config["logger"] or {}).items()]
+    return Session(folder, training, held_out, loggers)
 
 
-def _held_out_setting(config: dict[str, Any], estimator: MetaGradient) -> Setting:
-    """The tasks of ``evaluation``: those of the run, but for the settings that it overrides."""
-    own = config["evaluation"]
-    family = make({**config["task"], **own["task"]}, "evaluation.task", TaskFamily)
-    steps = own["steps"] or getattr(estimator, "horizon", None)
-    if steps is None:
+def _make_estimator(node: dict[str, Any], rule: UpdateRule, problems: TaskFamily | Mixture) -> MetaGradient:
+    """The estimator, or one for each family of a mixture."""
+    call = partial(node, "estimator", "rule", "family")
+
+    def estimator_of(family: TaskFamily) -> MetaGradient:
+        made: MetaGradient = call(rule=rule, family=family)
+        return made
+
+    return Mixed.over(problems, estimator_of) if isinstance(problems, Mixture) else estimator_of(problems)
+
+
+def families(problems: TaskFamily | Mixture) -> dict[str, TaskFamily]:
+    """Those of a mixture by name; a family alone is called ``held out``."""
+    return dict(problems.families) if isinstance(problems, Mixture) else {"held out": problems}
+
+
+def _held_out_settings(config: dict[str, Any], estimator: MetaGradient) -> list[Setting]:
+    """The tasks of ``evaluation``: those of the run, but for the settings that it overrides, by family in a mixture."""
+    own, task = config["evaluation"], config["task"]
+    members = estimator.members.values() if isinstance(estimator, Mixed) else [estimator]
+    steps = own["steps"] or max((getattr(each, "longest", 0) for each in members), default=0)
+    if not steps:
         raise ConfigurationError(f"evaluation.steps: {type(estimator).__name__} has no horizon of its own; give one")
-    return Setting("held out", family, steps, own["seeds"], own["seed"])
+    if not isinstance(estimator, Mixed):
+        named = {"held out": make({**task, **own["task"]}, "evaluation.task", TaskFamily)}
+    else:
+        if own["task"].keys() - task["families"].keys():
+            raise ConfigurationError(
+                f"evaluation.task={own['task']!r}: expected settings by family, of {sorted(task['families'])}"
+            )
+        named = {
+            name: make({**node, **own["task"].get(name, {})}, f"evaluation.task.{name}", TaskFamily)
+            for name, node in task["families"].items()
+        }
+    return [Setting(name, family, steps, own["seeds"], own["seed"]) for name, family in named.items()]
 
 
 def _warm_start(source: str, rule: UpdateRule) -> Theta:

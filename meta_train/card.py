@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from l2o.meta import MetaTraining
 def make_card(config: dict[str, Any], command: str, training: MetaTraining) -> dict[str, Any]:
     """Entries for `l2o.hub.save`: how θ was made, of what and where.  command: the one that began the run."""
     return {
-        "recipe": {"command": command, "config": config, "estimator": _settings(training.estimator)},
+        "recipe": {
+            "command": command,
+            "config": config,
+            "estimator": _settings(training.estimator, ("rule", "family")),
+        },
         "data": _settings(training.estimator.family),
         "seeds": {"meta_training": config["seed"], "held_out": config["evaluation"]["seed"]},
         "commit": commit(),
@@ -26,11 +31,19 @@ def make_card(config: dict[str, Any], command: str, training: MetaTraining) -> d
     }
 
 
-def _settings(made: Any) -> dict[str, Any]:
-    """Class and fields, defaults included, since they may change; what JSON has no word for is left out."""
-    fields = dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else {}
-    plain = {name: value for name, value in fields.items() if isinstance(value, bool | int | float | str | None)}
-    return {"class": type(made).__name__, **plain}
+def _settings(made: Any, apart: tuple[str, ...] = ()) -> Any:
+    """Class and fields, defaults included, since they may change; what JSON has no word for is left out.
+
+    apart: fields that the card has elsewhere.
+    """
+    if isinstance(made, Mapping):
+        return {str(key): _settings(value, apart) for key, value in made.items()}
+    if isinstance(made, tuple | list):
+        return [_settings(value, apart) for value in made]
+    if not dataclasses.is_dataclass(made):
+        return made if isinstance(made, bool | int | float | str | None) else type(made).__name__
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name not in apart}
+    return {"class": type(made).__name__, **{name: _settings(value, apart) for name, value in fields.items()}}
 
 
 def commit() -> str | None:

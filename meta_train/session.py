@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Session:
     @property
     def horizon(self) -> int:
         """Length of the inner runs that θ was measured on."""
-        return self.held_out.setting.steps
+        return self.held_out.settings[0].steps
 
     @property
     def checkpoint(self) -> Path:
@@ -158,24 +158,35 @@ class Session:
         return lap
 
     def _restore(self, state: dict[str, Any]) -> None:
-        path = self.folder.path / "state.safetensors"
-        try:
-            if state["device"] != self.training.generator.device.type:
-                # Generators of different devices have states of different kinds; the stream starts anew.
-                self.training.generator.manual_seed(self.config["seed"] + state["training"]["step"])
-                state["training"]["generator"] = self.training.generator.get_state()
-            self.training.load_state_dict(state["training"])
+        with _of_this_run(self.folder.path):
             self.inner_steps, self.seconds = state["inner_steps"], state["seconds"]
             self.held_out.adam, self._sizes = state["adam"], {name: state["sizes"][name] for name in RECORDS}
-        except L2OError:
-            raise
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ResumeError(f"{path} is not the state of this run ({error!r}); restore it, or start over") from error
         for name, size in self._sizes.items():
             record = self.folder.path / name
             found = record.stat().st_size if record.exists() else 0
             if found < size:
                 raise ResumeError(f"{record} has {found} bytes, {size} when last saved; restore it, or start over")
+
+
+def restore(training: MetaTraining, state: dict[str, Any], seed: int, folder: Path) -> None:
+    """Put ``training`` where the saved state of a session left off. Raises ResumeError where it does not fit."""
+    with _of_this_run(folder):
+        if state["device"] != training.generator.device.type:
+            # Generators of different devices have states of different kinds; the stream starts anew.
+            training.generator.manual_seed(seed + state["training"]["step"])
+            state["training"]["generator"] = training.generator.get_state()
+        training.load_state_dict(state["training"])
+
+
+@contextlib.contextmanager
+def _of_this_run(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except L2OError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        path = folder / "state.safetensors"
+        raise ResumeError(f"{path} is not the state of this run ({error!r}); restore it, or start over") from error
 
 
 def _mean(values: Sequence[float]) -> float:

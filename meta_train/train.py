@@ -15,6 +15,7 @@ from l2o.types import ConfigurationError
 from meta_train._config import config_path, main_guard, open_settings
 from meta_train.assemble import make_session
 from meta_train.loggers import duration
+from meta_train.processes import Follower, agreed, joined, wait_for_all
 from meta_train.run import Request, RunFolder
 from meta_train.session import Session
 from meta_train.signals import StopRequest
@@ -32,7 +33,8 @@ def main() -> None:
     compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="train")
     compose(lambda config: composed.append((config, HydraConfig.get())))()
     for config, context in composed:
-        status = train(read_request(config, context))
+        with joined():
+            status = train(read_request(config, context))
         if status:
             sys.exit(status)
 
@@ -55,37 +57,43 @@ def read_request(config: DictConfig, context: Any) -> Request:
 def train(request: Request) -> int:
     """Meta-train, or go on, until ``steps`` or a signal to stop; the exit status, 128 + number for a signal."""
     session = make_session(RunFolder(request))
+    wait_for_all()  # until then nobody writes, so that all have read the same
     with StopRequest() as stop:
         try:
             session.begin()
-            _loop(session, stop)
-            if not stop.number:
+            stopped = _loop(session, stop)
+            if not stopped:
                 _finish(session)
         finally:
             session.close()
-    if stop.number:
-        print(f"stopped at outer step {session.step} and saved; to continue:\n  {session.folder.command}")
-        return 128 + stop.number
-    print(_summary(session))
-    return 0
+    if isinstance(session, Session):
+        print(_farewell(session) if stopped else _summary(session))
+    return 128 + stopped if stopped else 0
 
 
-def _loop(session: Session, stop: StopRequest) -> None:
-    config = session.config
-    while session.step < config["steps"] and not stop.number:
+def _loop(session: Session | Follower, stop: StopRequest) -> int:
+    """Outer steps until all are done; or until a signal to stop, whose number it returns."""
+    config, stopped = session.config, agreed(stop.number)
+    while session.step < config["steps"] and not stopped:
         if config["evaluate_every"] and session.step and session.step % config["evaluate_every"] == 0:
             session.evaluate()
         session.outer_step()
         if session.step % config["checkpoint_every"] == 0 and session.step < config["steps"]:
             session.save()
+        stopped = agreed(stop.number)
     session.save()
+    return stopped
 
 
-def _finish(session: Session) -> None:
+def _finish(session: Session | Follower) -> None:
     if session.config["evaluate_every"]:
         session.evaluate()
     else:
         session.save_checkpoint()
+
+
+def _farewell(session: Session) -> str:
+    return f"stopped at outer step {session.step} and saved; to continue:\n  {session.folder.command}"
 
 
 def _summary(session: Session) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from l2o import rules
-from l2o.rules import LSTM, MLP, Adam, Momentum
+from l2o.rules import LSTM, MLP, STAR, AdafacMLP, Adam, Momentum, NNAdam, RNNprop
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily, Theta
 
 VARIANTS = {
@@ -15,7 +15,16 @@ VARIANTS = {
     "LSTM-raw": LSTM(hidden=(7,), preprocess=False),
     "LSTM-0.01": LSTM(scale=0.01),
     "MLP-steps": MLP(time="steps", step_mult=0.001, exp_mult=0.001),
+    "MLP-mup": MLP(hidden=(4,), mup=True),
+    "AdafacMLP-deep": AdafacMLP(hidden=(5, 3, 4), step_mult=0.01, exp_mult=0.1, mup=True),
+    "STAR-stable": STAR(
+        nominal_lr=0.01, nominal_controller=True, weight_decay=0.02, decay_controller=True, normalise=True
+    ),
+    "NNAdam-decay": NNAdam(hidden=5, output_scale=0.1, decay_strength=0.05),
+    "RNNprop-small": RNNprop(hidden=(4,), projected=3),
 }
+SEE_SHAPES = ("AdafacMLP", "STAR", "NNAdam", "RNNMLP", "MLP-mup")
+"""Rules to which the shape of a tensor is more than its number of entries, by the beginnings of their names."""
 RULES = {name: getattr(rules, name)() for name in rules.__all__} | VARIANTS
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 

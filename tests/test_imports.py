@@ -16,10 +16,10 @@ import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 
-SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws"}
+SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws", "ranks"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
-UNITS = ENGINE | PLUGIN | {"tasks", "evaluation", "interop", "integrations"}
+UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "interop", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
@@ -31,12 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_resources": {"types"},
     "download": {"types", "_files"},
     "draws": set(),
+    "ranks": {"types"},
     "ops": {"types", "_checks"},
-    "rules": {"types", "_checks", "ops"},
-    "tasks": SUPPORT,
-    "unroll": {"types", "_checks", "draws", "ops"},
-    "estimators": {"types", "_checks", "draws", "ops", "unroll"},
-    "meta": {"types", "_checks", "_files", "ops", "estimators"},
+    "kernels": {"types", "_checks", "_files", "ops", "draws"},
+    "rules": {"types", "_checks", "ops", "kernels"},
+    "tasks": SUPPORT | {"kernels"},
+    "unroll": {"types", "_checks", "ops"},
+    "estimators": SUPPORT | {"ops", "tasks", "unroll"},
+    "meta": SUPPORT | {"ops", "estimators"},
     "_shelf": SUPPORT,
     "hub": SUPPORT | {"_shelf", "rules"},
     "interop": {"types", "_checks", "_files", "_names", "_shelf", "ops", "rules", "hub"},
@@ -51,7 +53,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
 ENTRY_POINTS = {"meta_train.train", "meta_train.evaluate", "meta_train.replay"}
 CORE = {"torch", "numpy", "safetensors"}
-ABSENT = ["hydra", "omegaconf", "wandb", "higher", "rich", "matplotlib", "sklearn", "scipy", "pandas", "tensorboard"]
+ABSENT = [
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "higher",
+    "rich",
+    "matplotlib",
+    "skimage",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "tensorboard",
+]
 HEAVY = ["torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.tensorboard", "torch.testing", "sympy"]
 
 FILES = {

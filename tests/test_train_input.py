@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("here")
     ("arguments", "expected"),
     [
         (["rule=momentun"], "unknown rule 'momentun', did you mean 'momentum'"),
-        (["task=quadratics"], "did you mean 'quadratic'?; valid: digits_mlp"),
+        (["task=quadratics"], "did you mean 'quadratic'?; valid: char_rnn"),
         (["estimator=es"], "unknown estimator 'es'; valid: bptt, tbptt"),
         (["logger=[wandb,tensorbord]"], "unknown logger 'tensorbord'"),
         (["experiment=nothing"], "unknown experiment 'nothing'"),

@@ -10,14 +10,15 @@ from l2o.estimators import Backprop
 from l2o.rules import MLP, SGD, Adam
 from l2o.tasks import ImageMLP, ModuleTask, Quadratic
 from l2o.types import InnerState
-from l2o.unroll import expand_theta, inner_step, reset, running, start, unroll
+from l2o.unroll import expand_theta, initialise, inner_step, reset, running, start, unroll
 
 
-def meta_loss(rule, theta, family, steps=3, lanes=TOTAL, seed=5, second_order=True):
+def meta_loss(rule, theta, family, steps=3, lanes=TOTAL, batches=None, second_order=True):
     """The summed losses of an unroll from step 0, as a function of one θ shared by the lanes."""
-    g = generator(seed)
+    g = batches or generator(5)
     state = start(rule, expand_theta(theta, lanes), family, torch.full((lanes,), steps), g)
     lane_theta = {k: t.expand(lanes, *t.shape) for k, t in theta.items()}
+    state = initialise(rule, lane_theta, state)  # some rules learn the state that they begin with
     _, losses = unroll(rule, lane_theta, family, state, steps, g, second_order)
     return losses.sum()
 
@@ -175,7 +176,7 @@ def test_nothing_is_read_on_the_host_inside_an_unroll(rule):
         for t in theta.values():
             t.requires_grad_()
         with HostReads() as reads:
-            _, losses = unroll(rule, theta, family, state, 4, g)
+            _, losses = unroll(rule, theta, family, initialise(rule, theta, state), 4, g)
             torch.autograd.grad(losses.sum(), list(theta.values()))
         assert reads.count == 0
     with HostReads() as reads:  # the counter does count
@@ -189,11 +190,12 @@ def test_reset_replaces_the_lanes_it_is_told_to():
     rule, g = Adam(), generator()
     theta = rule.init_theta(g)
 
-    def fresh(n):
+    def fresh(index):
+        n = len(index)
         return start(rule, expand_theta(theta, n), Quadratic(), torch.full((n,), 5), g)
 
     with torch.no_grad():
-        state, _ = unroll(rule, expand_theta(theta, 3), Quadratic(), fresh(3), 2, g)
+        state, _ = unroll(rule, expand_theta(theta, 3), Quadratic(), fresh(torch.arange(3)), 2, g)
     after = reset(state, torch.tensor([False, True, False]), fresh)
     assert isinstance(after, InnerState)
     assert after.step.tolist() == [2, 0, 2]
@@ -222,9 +224,11 @@ def test_bptt_is_the_mean_loss_differentiated():
     """The estimator's own gradient, not only the unroll's: equal to the gradient of the mean of the losses."""
     rule, family = MLP(hidden=(4,)), Recorded(Shapes())
     theta = {k: t.requires_grad_() for k, t in random_theta(rule).items()}
-    want = torch.autograd.grad(meta_loss(rule, theta, family, steps=3) / 9, list(theta.values()))
     estimator = Backprop(rule, family, lanes=TOTAL, horizon=3, truncation=None, clip=1e9)
+    estimator.init(theta, same := generator(5))
+    loss = meta_loss(rule, theta, family, steps=3, batches=estimator.streams(same).batches) / 9
+    want = torch.autograd.grad(loss, list(theta.values()))
     g = generator(5)
     got, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
     torch.testing.assert_close(dict(got), dict(zip(theta, want, strict=True)))
-    torch.testing.assert_close(metrics["meta_loss"], (meta_loss(rule, theta, family, steps=3) / 9).detach())
+    torch.testing.assert_close(metrics["meta_loss"], loss.detach())

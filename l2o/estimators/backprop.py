@@ -2,109 +2,133 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from l2o._checks import real, whole
-from l2o.types import ConfigurationError, InnerState, MetaGradient, Metrics, TaskFamily, Theta, UpdateRule
-from l2o.unroll import detach, expand_theta, reset, running, start, unroll
+from l2o._checks import real
+from l2o.draws import LaneGenerator
+from l2o.estimators.episodes import Episodes, along, lane_metrics, lane_sums, reduce_rows
+from l2o.types import InnerState, Metrics, Theta
+from l2o.unroll import detach, expand_theta, initialise, reset, unroll
+
+
+class BackpropState(NamedTuple):
+    """inner: the runs in flight.     estimates: so far, int64, 0-d."""
+
+    inner: InnerState
+    estimates: Tensor
 
 
 @dataclass(frozen=True)
-class Backprop(MetaGradient):
-    """The gradient of the mean loss over a truncation, averaged over lanes.
+class Backprop(Episodes):
+    """The gradient of the mean loss over a truncation, averaged over lanes. What `Episodes` has, and:
 
-    The losses are those before each update, so the last update of a truncation is credited to nobody; the first loss
-    of the next truncation, which it decides, is there a constant.
-
-    rule, family: what is meta-trained, and on what.
-    lanes: inner problems at once.              horizon: steps of an inner run.
-    truncation: steps differentiated through; None for the whole horizon.
-    stagger: spread the ages of lanes evenly, so that each estimate sees all phases of a run.
     second_order: differentiate the inner gradients too; else they are taken as constants.
-    meta_loss: ``mean`` of the losses, or the mean of their logarithms (``log``), which weighs late progress as much as
-        early and is blind to the scale of a task (cf. Lv et al. 2017, arXiv 1703.03633, on scale).
-        It is for losses that are positive.
-    log_floor: fraction of a lane's first loss that ``log`` adds, so that what is solved already earns little more;
-        without it, a rule pays for the last digits of easy lanes with accidents on hard ones.
+    checkpoint: keep every ⌈√steps⌉-th state of the unroll and compute what lies between a second time, so that memory
+        grows with √steps (Chen et al. 2016, arXiv 1604.06174), for a third more work.
     clip: largest norm of one lane's meta-gradient; lanes are clipped before they are averaged.
-    explosion: a lane whose loss passes this multiple of its first, or is not finite, is masked, counted and reset.
+
+    The first loss after a truncation, which its last update decides, is a constant in the next one: the bias of
+    truncation. Lanes that exploded, or whose gradient is not finite, are masked, counted and reset.
     """
 
-    rule: UpdateRule
-    family: TaskFamily
-    lanes: int = 8
-    horizon: int = 100
-    truncation: int | None = 20
-    stagger: bool = True
     second_order: bool = True
-    meta_loss: Literal["mean", "log"] = "mean"
-    log_floor: float = 1e-2
+    checkpoint: bool = False
     clip: float = 1.0
-    explosion: float = 1e3
+
+    # With one step nothing that depends on θ would enter the objective: each loss is the one before its update.
+    shortest = 2
 
     def __post_init__(self) -> None:
-        whole("lanes", self.lanes)
-        # With one step nothing that depends on θ would enter the objective: each loss is the one before its update.
-        whole("horizon", self.horizon, least=2)
-        if self.truncation is not None:
-            whole("truncation", self.truncation, least=2)
-        if self.meta_loss not in ("mean", "log"):
-            raise ConfigurationError(f"meta_loss={self.meta_loss!r}: expected 'mean' or 'log'")
-        real("log_floor", self.log_floor, above=0.0, below=1.0)
+        super().__post_init__()
         real("clip", self.clip, above=0.0)
-        real("explosion", self.explosion, above=0.0)
 
-    def init(self, theta: Theta, generator: torch.Generator) -> InnerState:
-        state = self._fresh(theta, generator, self.lanes)
-        if not self.stagger or self.truncation is None:
-            return state
-        # First runs are cut short to different lengths; from their ends on, whole runs are at different ages.
-        phase = torch.arange(self.lanes, device=generator.device) * self.horizon // self.lanes
-        return state._replace(total_steps=state.total_steps - phase // self.truncation * self.truncation)
+    def init(self, theta: Theta, generator: torch.Generator) -> BackpropState:
+        return BackpropState(self.begin(theta, generator), torch.zeros((), dtype=torch.long, device=generator.device))
 
     def estimate(
-        self, theta: Theta, state: InnerState, generator: torch.Generator
-    ) -> tuple[Theta, InnerState, Metrics]:
-        steps = self.horizon if self.truncation is None else min(self.truncation, self.horizon)
-        lane_theta = {name: t.requires_grad_() for name, t in expand_theta(theta, self.lanes).items()}
-        weights = running(state, steps)
-        with torch.enable_grad():
-            after, losses = unroll(self.rule, lane_theta, self.family, state, steps, generator, self.second_order)
-            objective = _masked_mean(self._scaled(losses, after.first_loss), weights)
-            lane_grads = torch.autograd.grad(objective.sum(), list(lane_theta.values()), materialize_grads=True)
-        after, losses = detach(after), losses.detach()
-        grads, norms = _clip_lanes(dict(zip(theta, lane_grads, strict=True)), self.clip)
-        exploded = ~(losses.isfinite() & (losses <= self.explosion * after.first_loss.abs())).all(0)
-        healthy = ~exploded & norms.isfinite()
-        metrics = {
-            "meta_loss": _masked_mean(_masked_mean(losses, weights), healthy),
-            "lanes_masked": (~healthy).sum(),
-            "lane_grad_norm": _masked_mean(norms, healthy),
-            "inner_steps": weights.sum(),
-        }
+        self, theta: Theta, state: BackpropState, generator: torch.Generator
+    ) -> tuple[Theta, BackpropState, Metrics]:
+        streams = self.streams(generator)
+        lane_theta = {name: t.requires_grad_() for name, t in expand_theta(theta, self.own_lanes).items()}
+        grads, after, losses = self._differentiate(lane_theta, state.inner, streams.batches)
+        grads, norms = _clip_lanes(grads, self.clip)
+        healthy = ~self.exploded(losses, after.first_loss).any(0) & norms.isfinite()
+        sums = lane_sums(losses, state.inner, healthy, after.first_loss)
+        sums["lane_grad_norm"] = along(healthy, norms, 0.0).sum()
+        grads, sums = reduce_rows(grads, healthy, sums)
+        sums["lane_grad_norm"] = sums["lane_grad_norm"] / sums["healthy"].clamp(min=1)
         ended = after.step >= after.total_steps
-        after = reset(after, ended | ~healthy, lambda n: self._fresh(theta, generator, n))
-        return {name: _masked_mean(g, healthy) for name, g in grads.items()}, after, metrics
+        inner = reset(after, ended | ~healthy, lambda index: self.fresh(theta, index, streams.fresh, state.estimates))
+        return grads, BackpropState(inner, state.estimates + 1), lane_metrics(sums)
 
-    def _scaled(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        return (losses + self.log_floor * first_loss).log() if self.meta_loss == "log" else losses
+    def _differentiate(
+        self, theta: Theta, before: InnerState, generator: LaneGenerator
+    ) -> tuple[Theta, InnerState, Tensor]:
+        """Gradients of the lanes' objectives, the state after the unroll, and its losses, nothing with a graph."""
+        lengths = self._stretches()
+        states, random = [before], [generator.get_state()]
+        with torch.no_grad():
+            for i, steps in enumerate(lengths[:-1]):
+                states.append(detach(self._stretch(theta, states[i], steps, generator, first=i == 0)[0]))
+                random.append(generator.get_state())
+        grads: list[Tensor] = [torch.zeros_like(t) for t in theta.values()]
+        after, pull = before, None
+        losses: list[Tensor] = []
+        for i in reversed(range(len(lengths))):
+            generator.set_state(random[i])
+            start = _leaves_of_a_graph(states[i]) if i else before
+            with torch.enable_grad():
+                end, lost = self._stretch(theta, start, lengths[i], generator, first=i == 0)
+                objective = self.objective(lost, states[i], end.first_loss).sum()
+                inputs = [*theta.values(), *(_moving(start) if i else [])]
+                found = _pull_back(objective, _moving(end), pull, inputs)
+            grads = [g + new for g, new in zip(grads, found, strict=False)]
+            pull = found[len(grads) :]
+            after, losses = (after if losses else detach(end)), [lost.detach(), *losses]
+        return dict(zip(theta, grads, strict=True)), after, torch.cat(losses)
 
-    def _fresh(self, theta: Theta, generator: torch.Generator, lanes: int) -> InnerState:
-        horizon = torch.full((lanes,), self.horizon, device=generator.device)
-        return start(self.rule, expand_theta(theta, lanes), self.family, horizon, generator)
+    def _stretches(self) -> list[int]:
+        """Steps between the states that are kept."""
+        each = math.isqrt(self.steps - 1) + 1 if self.checkpoint else self.steps
+        return [min(each, self.steps - done) for done in range(0, self.steps, each)]
+
+    def _stretch(
+        self, theta: Theta, state: InnerState, steps: int, generator: LaneGenerator, first: bool
+    ) -> tuple[InnerState, Tensor]:
+        if first:
+            state = initialise(self.rule, theta, state)
+        return unroll(self.rule, theta, self.family, state, steps, generator, self.second_order, self.valid_weight)
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the first axis of the entries where ``mask`` (of that axis, or of the same shape) is set; 0 if none is.
+def _moving(state: InnerState) -> list[Tensor]:
+    """What one step hands on to the next that derivatives may pass."""
+    leaves = tree_leaves((state.params, state.buffers, state.opt))
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
 
-    `torch.where` and not a product: a masked NaN must not come back as ``NaN * 0``.
-    """
-    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
-    return torch.where(mask, values, 0.0).sum(0) / mask.sum(0).clamp(min=1)
+
+def _leaves_of_a_graph(state: InnerState) -> InnerState:
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_() if t.is_floating_point() else t
+
+    return state._replace(
+        params=tree_map(leaf, state.params), buffers=tree_map(leaf, state.buffers), opt=tree_map(leaf, state.opt)
+    )
+
+
+def _pull_back(objective: Tensor, ends: list[Tensor], pull: list[Tensor] | None, inputs: list[Tensor]) -> list[Tensor]:
+    """The derivative of ``objective + Σ pull · ends``; without ``pull`` of the objective alone."""
+    outputs = [(objective, torch.ones_like(objective)), *zip(ends, pull or [], strict=False)]
+    known = [(output, weight) for output, weight in outputs if output.requires_grad]
+    grads = torch.autograd.grad(
+        [output for output, _ in known], inputs, [weight for _, weight in known], materialize_grads=True
+    )
+    return list(grads)
 
 
 def _clip_lanes(grads: Theta, limit: float) -> tuple[Theta, Tensor]:

@@ -16,6 +16,9 @@ TIMESCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 """Centres of the training-fraction embedding; Metz et al. 2022 (VeLO, arXiv 2211.09760, app. B)."""
 
+EPS = 1e-5
+"""Of `second_moment_scale`, inside the root: a channel of zeros stays zero."""
+
 
 def step_embedding(clock: Clock, like: Tensor) -> Tensor:
     """``tanh(t / tau - 1)`` over `TIMESCALES`, ``[11]``: the age of the run in steps, whatever its length."""
@@ -49,7 +52,7 @@ def log_and_sign(grad: Tensor, k: float = 5.0) -> Tensor:
     return torch.stack([magnitude, (grad * math.exp(k)).clamp(-1.0, 1.0)])
 
 
-def second_moment_scale(sum_of_squares: Tensor, count: Tensor | int, eps: float = 1e-5) -> Tensor:
+def second_moment_scale(sum_of_squares: Tensor, count: Tensor | int, eps: float = EPS) -> Tensor:
     """``rsqrt(eps + mean(x^2))``, a channel at a time: times it, a channel has mean square one over its tensor."""
     return torch.rsqrt(eps + sum_of_squares / count)
 
@@ -61,7 +64,7 @@ def square_sums(channels: Tensor) -> Slots:
     return {"sum_of_squares": squares, "count": squares.new_full((), max(entries, 1))}
 
 
-def normalised(channels: Tensor, sums: Slots, eps: float = 1e-5) -> Tensor:
+def normalised(channels: Tensor, sums: Slots, eps: float = EPS) -> Tensor:
     """``[channels, *shape] -> [channels, entries]``, each channel over its root mean square (`second_moment_scale`)."""
     scale = second_moment_scale(sums["sum_of_squares"], sums["count"], eps)
     return channels.reshape(channels.shape[0], math.prod(channels.shape[1:])) * scale.unsqueeze(-1)

@@ -101,14 +101,13 @@ class AdafacMLP(UpdateRule):
 
         seen = {name: statistics(g, params[name], state.per_param[name]) for name, g in grads.items()}
         inputs = {name: (normalised(channels(x, SMALL_FC_GROUPS), stats[name]),) for name, x in seen.items()}
-        outputs = over_entries(network, inputs)
-        return {
-            name: self._step(outputs[name][0].reshape(-1, *x.grad.shape), x, state.per_param[name].get("width"))
-            for name, x in seen.items()
-        }
+        updates = {}
+        for name, (output,) in over_entries(network, inputs).items():
+            width = state.per_param[name]["width"] if self.mup else 1.0
+            updates[name] = self._step(output.reshape(self.outputs, *grads[name].shape), seen[name], width)
+        return updates
 
-    def _step(self, output: Tensor, x: Statistics, width: Tensor | None) -> Tensor:
-        """The update of one tensor.  output: ``[outputs, *shape]``.  width: factor on the step, None for 1."""
+    def _step(self, output: Tensor, x: Statistics, width: Tensor | float) -> Tensor:
+        """The update of one tensor.  output: ``[outputs, *shape]``.  width: factor on its step."""
         direction, magnitude = output
-        step = direction * (magnitude * self.exp_mult).exp() * -self.step_mult
-        return step if width is None else step * width
+        return direction * (magnitude * self.exp_mult).exp() * (-self.step_mult * width)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from l2o._checks import each, real, whole
-from l2o.ops.features import FRACTIONS, TIMESCALES, fraction_embedding, normalised, square_sums, step_embedding
+from l2o.kernels import mlp_rule
+from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, fraction_embedding, normalised, square_sums, step_embedding
 from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import init_momenta, momenta
 from l2o.ops.networks import init_mlp, mlp, over_entries
@@ -83,6 +84,15 @@ class MLP(UpdateRule):
         outputs = over_entries(network, inputs)
         steps = {name: outputs[name][0].reshape(g.shape) for name, g in grads.items()}
         return {name: x * state.per_param[name]["width"] for name, x in steps.items()} if self.mup else steps
+
+    def fused_update(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[Updates, OptState] | None:
+        if self.mup:
+            return None
+        lanes = Clock(*(t.unsqueeze(-1) for t in clock))
+        constants = mlp_rule.Constants(self.decays, self.step_mult, self.exp_mult, EPS)
+        return mlp_rule.update(constants, theta, grads, state, params, _TIME[self.time][1](lanes, theta["b0"]))
 
 
 def _channels(grad: Tensor, param: Tensor, m: Tensor) -> Tensor:

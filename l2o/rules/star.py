@@ -38,7 +38,7 @@ class STAR(AdafacMLP):
         decay   = weight_decay * exp(decay_exp_mult * r) * p
 
     The defaults are the reference's, whose nominal term and weight decay are off: what makes the rule stable has to be
-    set. Inputs, decays, θ and slots are those of `AdafacMLP`; ``mup`` is a factor on the first two terms.
+    set. Inputs, decays, θ and slots are those of `AdafacMLP`; ``mup`` is about the first two terms.
 
     nominal: the direction, ``sgd, sgdm, aggmo, adam`` or ``adam_aggmo``.
     nominal_lr, weight_decay: a step's.
@@ -68,7 +68,7 @@ class STAR(AdafacMLP):
         for name in ("nominal_lr", "weight_decay", "nominal_exp_mult", "decay_exp_mult"):
             real(name, getattr(self, name), least=0.0)
 
-    def _step(self, output: Tensor, x: Statistics, width: Tensor | None) -> Tensor:
+    def _step(self, output: Tensor, x: Statistics, width: Tensor | float) -> Tensor:
         d, s, n, r = output
         n = n if self.nominal_controller else torch.ones_like(n)
         r = r if self.decay_controller else torch.zeros_like(r)
@@ -78,7 +78,7 @@ class STAR(AdafacMLP):
         nominal = (_mean_if(self.mean_nominal, n) * self.nominal_exp_mult).exp() * self.nominal_lr
         step = learned + nominal * _NOMINAL[self.nominal](x)
         decay = (_mean_if(self.mean_decay, r) * self.decay_exp_mult).exp() * self.weight_decay
-        return -(step if width is None else step * width) - decay * x.param
+        return -width * step - decay * x.param
 
 
 def _mean_if(wanted: bool, x: Tensor) -> Tensor:

@@ -1,8 +1,24 @@
 """Inner problems, one family a file. A line in ``__all__`` lists one, a file in ``configs/task`` names a preset."""
 
+from l2o.tasks.autoencoder import ImageAutoencoder
+from l2o.tasks.characters import CharRNN, CharTransformer
+from l2o.tasks.conv import ImageConv
+from l2o.tasks.coordinates import CoordinateMLP
 from l2o.tasks.image import ImageMLP
+from l2o.tasks.lora import ImageLoRA
 from l2o.tasks.module import ModuleTask
 from l2o.tasks.quadratic import Quadratic
 from l2o.tasks.repeated import Repeated
 
-__all__ = ["ImageMLP", "ModuleTask", "Quadratic", "Repeated"]
+__all__ = [
+    "CharRNN",
+    "CharTransformer",
+    "CoordinateMLP",
+    "ImageAutoencoder",
+    "ImageConv",
+    "ImageLoRA",
+    "ImageMLP",
+    "ModuleTask",
+    "Quadratic",
+    "Repeated",
+]

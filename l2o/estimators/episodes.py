@@ -1,0 +1,226 @@
+"""What all estimators share: inner runs in flight, one a lane, cut into truncations; and what their losses count."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2o import draws
+from l2o._checks import real, whole
+from l2o._names import unknown
+from l2o.draws import LaneGenerator
+from l2o.ranks import all_sum, ranks
+from l2o.types import ConfigurationError, InnerState, MetaGradient, Metrics, TaskFamily, Theta, UpdateRule
+from l2o.unroll import expand_theta, running, start
+
+Horizon = int | tuple[int, int]
+
+META_LOSSES = ("mean", "log", "relative")
+WINDOWS = ("mean", "linear", "last")
+
+
+class Streams(NamedTuple):
+    """The random numbers of one truncation, apart from one another: what one of them gives shifts none of the others.
+
+    batches: of the unroll, by family.     fresh: seed of the runs that begin after it.     noise: of perturbations.
+    """
+
+    batches: LaneGenerator
+    fresh: int
+    noise: LaneGenerator
+
+
+@dataclass(frozen=True)
+class Episodes(MetaGradient):
+    """Inner runs in flight, and the meta-loss over a truncation of them; the base of the estimators.
+
+    rule, family: what is meta-trained, and on what.
+    lanes: inner problems at once, over all processes.
+    horizon: steps of an inner run; ``(low, high)`` draws each run's, log-uniformly.
+    truncation: steps of one estimate; None for a whole run, which then has one length.
+    curriculum: estimates over which the longest run grows, log-linearly, from ``low`` to ``high``; 0: at once.
+    stagger: spread the ages of lanes evenly, so that each estimate sees all phases of a run.
+    meta_loss: ``mean`` of the losses; of their logarithms (``log``), which weighs late progress as much as early and is
+        blind to the scale of a task (cf. Lv et al. 2017, arXiv 1703.03633, on scale); or of the losses divided by the
+        run's first (``relative``), which is blind to the scale alone. The latter two are for losses that are positive.
+    window: what a step counts within its run: all the same (``mean``), in proportion to its number (``linear``), or the
+        last one alone (``last``). The weights of a run have the mean 1.
+    valid_weight: of a loss on validation data (the batch of a fresh draw) in each step's loss; the training loss has
+        the rest. With 0 no validation data are drawn.
+    log_floor: fraction of a lane's first loss that ``log`` adds, so that what is solved already earns little more;
+        without it, a rule pays for the last digits of easy lanes with accidents on hard ones.
+    explosion: a lane whose loss passes this multiple of its first, or is not finite, is counted and reset.
+
+    A step's loss is the one before its update, so that the last update of a run is credited to nobody. A run that ends
+    within a truncation stands still for the rest of it, which counts nothing; every step of a run counts the same
+    however truncations cut it.
+    """
+
+    rule: UpdateRule
+    family: TaskFamily
+    lanes: int = 8
+    horizon: Horizon = 100
+    truncation: int | None = 20
+    curriculum: int = 0
+    stagger: bool = True
+    meta_loss: Literal["mean", "log", "relative"] = "mean"
+    window: Literal["mean", "linear", "last"] = "mean"
+    valid_weight: float = 0.0
+    log_floor: float = 1e-2
+    explosion: float = 1e3
+
+    copies = 1
+    """Adjacent lanes that share their problem."""
+    shortest = 1
+    """Fewest steps of a truncation."""
+
+    def __post_init__(self) -> None:
+        whole("lanes", self.lanes)
+        self._check_lengths()
+        for name, value, valid in (("meta_loss", self.meta_loss, META_LOSSES), ("window", self.window, WINDOWS)):
+            if value not in valid:
+                raise ConfigurationError(unknown(name, value, valid))
+        real("valid_weight", self.valid_weight, least=0.0)
+        if self.valid_weight > 1.0:
+            raise ConfigurationError(f"valid_weight={self.valid_weight}: expected at most 1")
+        real("log_floor", self.log_floor, above=0.0, below=1.0)
+        real("explosion", self.explosion, above=0.0)
+
+    def _check_lengths(self) -> None:
+        if isinstance(self.horizon, tuple | list):
+            if len(self.horizon) != 2 or self.truncation is None:
+                raise ConfigurationError(
+                    f"horizon={self.horizon!r}: expected a number, or (low, high) where there is a truncation"
+                )
+            whole("horizon[1]", self.horizon[1], least=whole("horizon[0]", self.horizon[0], self.shortest))
+        else:
+            whole("horizon", self.horizon, self.shortest)
+        if self.truncation is not None:
+            whole("truncation", self.truncation, self.shortest)
+        whole("curriculum", self.curriculum, least=0)
+
+    @property
+    def longest(self) -> int:
+        """Steps of the longest run."""
+        return self.horizon if isinstance(self.horizon, int) else self.horizon[1]
+
+    @property
+    def steps(self) -> int:
+        """Steps of one estimate."""
+        return self.longest if self.truncation is None else min(self.truncation, self.longest)
+
+    @property
+    def own_lanes(self) -> int:
+        """Lanes of this process."""
+        return ranks().share(self.lanes // self.copies, "lanes" if self.copies == 1 else "lanes / 2") * self.copies
+
+    def ids(self, index: Tensor) -> Tensor:
+        """Numbers of problems in the whole run, int64, from the indices of this process' lanes, all copies of each."""
+        return (index[:: self.copies] + ranks().rank * self.own_lanes) // self.copies
+
+    def streams(self, generator: torch.Generator) -> Streams:
+        """Advances ``generator`` by as much in every process; waits for the device once."""
+        device = generator.device
+        batches, fresh, noise = draws.draw_seeds(generator, 3).tolist()
+        ids = self.ids(torch.arange(self.own_lanes, device=device))
+        return Streams(self._stream(device, batches, ids), fresh, LaneGenerator(device, noise, ids))
+
+    def _stream(self, device: torch.device, seed: int, ids: Tensor) -> LaneGenerator:
+        # A family that is not keyed would draw the same in every process.
+        return LaneGenerator(device, seed if self.family.keyed else (seed + ranks().rank) % 2**63, ids)
+
+    def begin(self, theta: Theta, generator: torch.Generator) -> InnerState:
+        """All lanes at the start of a run, their ages to be spread."""
+        seed = self.streams(generator).fresh
+        index = torch.arange(self.own_lanes, device=generator.device)
+        state = self.fresh(theta, index, seed, torch.zeros((), device=generator.device))
+        if not self.stagger or self.truncation is None:
+            return state
+        # First runs are cut short to different lengths; from their ends on, whole runs are at different ages.
+        ids = self.ids(index).repeat_interleave(self.copies)
+        phase = ids * state.total_steps // (self.lanes // self.copies)
+        return state._replace(total_steps=state.total_steps - phase // self.truncation * self.truncation)
+
+    def fresh(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
+        """New runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
+        generator = self._stream(index.device, seed, self.ids(index))
+        horizon = self._draw_horizon(generator, len(index) // self.copies, count).repeat_interleave(self.copies)
+        return start(self.rule, expand_theta(theta, len(index)), self.problems, horizon, generator)
+
+    @property
+    def problems(self) -> TaskFamily:
+        """The family as the lanes have it."""
+        return self.family
+
+    def _draw_horizon(self, generator: LaneGenerator, count: int, estimates: Tensor) -> Tensor:
+        if isinstance(self.horizon, int):
+            return torch.full((count,), self.horizon, device=generator.device)
+        low, high = self.horizon
+        grown = (estimates / max(self.curriculum, 1)).clamp(max=1.0) if self.curriculum else 1.0
+        top = math.log(low) + math.log((high + 1) / low) * grown
+        uniform = draws.uniform(generator, count)
+        return (math.log(low) + uniform * (top - math.log(low))).exp().long().clamp(low, high)
+
+    def objective(self, losses: Tensor, before: InnerState, first_loss: Tensor) -> Tensor:
+        """What the steps from ``before`` on count, ``[lanes]``.  losses: ``[steps, lanes]``.  first_loss: ``[lanes]``.
+
+        The sum over a run's truncations, divided by their number, is the meta-loss of the run.
+        """
+        if self.meta_loss == "log":
+            losses = (losses + self.log_floor * first_loss).log()
+        elif self.meta_loss == "relative":
+            losses = losses / first_loss
+        # where, and not a product alone: a masked NaN must not come back as NaN * 0
+        weights = self._weights(before, len(losses)).to(losses.dtype)
+        return torch.where(weights > 0, losses * weights, 0.0).sum(0) / self.steps
+
+    def _weights(self, before: InnerState, steps: int) -> Tensor:
+        """What each step counts, ``[steps, lanes]``; 0 past the end of a run."""
+        number = before.step + 1 + torch.arange(steps, device=before.step.device).unsqueeze(1)
+        total = before.total_steps
+        if self.window == "last":
+            return torch.where(number == total, total, 0)
+        return torch.where(number <= total, 2.0 * number / (total + 1) if self.window == "linear" else 1.0, 0.0)
+
+    def exploded(self, losses: Tensor, first_loss: Tensor) -> Tensor:
+        """Bool ``[steps, lanes]``: losses that are not finite, or too far above the first."""
+        return ~(losses.isfinite() & (losses <= self.explosion * first_loss.abs()))
+
+
+def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[Theta, dict[str, Tensor]]:
+    """Means of ``rows [n, ...]`` over the set entries of ``mask [n]``, 0 if none is, and sums, over all processes."""
+    own = {f"rows/{name}": along(mask, values, 0.0).sum(0) for name, values in rows.items()}
+    total = all_sum({**own, "rows": mask.sum(), **sums})
+    count = total["rows"].clamp(min=1)
+    return {name: total[f"rows/{name}"] / count for name in rows}, {name: total[name] for name in sums}
+
+
+def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: Tensor) -> dict[str, Tensor]:
+    """Sums over lanes behind the metrics that every estimator has, see `lane_metrics`."""
+    counted = running(before, len(losses))
+    lane_losses = torch.where(counted, losses, 0.0).sum(0) / counted.sum(0).clamp(min=1)
+    return {
+        "meta_loss": along(healthy, lane_losses, 0.0).sum(),
+        "healthy": healthy.sum(),
+        "lanes_masked": (~healthy).sum(),
+        "lanes_broken": (~first_loss.isfinite()).sum(),
+        "inner_steps": counted.sum(),
+    }
+
+
+def lane_metrics(sums: dict[str, Tensor]) -> Metrics:
+    """The mean loss of healthy lanes, how many are not or had no finite loss to begin with, and inner steps taken."""
+    metrics = {name: value for name, value in sums.items() if name != "healthy"}
+    return {**metrics, "meta_loss": sums["meta_loss"] / sums["healthy"].clamp(min=1)}
+
+
+def along(mask: Tensor, values: Tensor, other: float) -> Tensor:
+    """``values [n, ...]`` where ``mask [n]`` is set, else ``other``.
+
+    `torch.where` and not a product: a masked NaN must not come back as ``NaN * 0``.
+    """
+    return torch.where(mask.view(-1, *[1] * (values.ndim - 1)), values, other)

@@ -1,0 +1,38 @@
+"""Torch tensors as the plain C arrays that kernels take."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are float32 tensors of the CPU that have memory, and no transform of torch is watching."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    ordinary = (Tensor, torch.nn.Parameter)
+    return all(type(t) in ordinary and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def dense_lanes(t: Tensor) -> Tensor:
+    """``[lanes, *shape]``, each lane contiguous; lanes may share memory, as those of `Tensor.expand` do."""
+    return t if t[0].is_contiguous() else t.contiguous()
+
+
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[Any]:
+    """Of each tensor's first element; the tensors have to outlive them."""
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def whole_numbers(values: Sequence[int]) -> ctypes.Array[Any]:
+    """int64."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def floats(values: Sequence[float]) -> ctypes.Array[Any]:
+    """float32."""
+    return (ctypes.c_float * len(values))(*values)

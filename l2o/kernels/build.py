@@ -1,0 +1,141 @@
+"""The CPU kernels: compiled by the machine's own compiler when first needed, then kept on disk and loaded by ctypes.
+
+``L2O_KERNELS=0`` turns them off, ``L2O_KERNELS=1`` makes it an error when they cannot be built. Otherwise one
+`RuntimeWarning` says what is missing, and torch's own operations do the work. The compiler is ``$CXX``, else ``c++``;
+what it builds is kept in ``$L2O_CACHE_DIR``, ``$XDG_CACHE_HOME/l2o`` or ``~/.cache/l2o``, under ``kernels``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+from l2o._files import atomic_write
+from l2o.types import ConfigurationError, L2OError
+
+SOURCES = Path(__file__).parent
+# No -ffast-math: a diverged lane has to show its NaN. libgomp is the thread pool that torch has already loaded.
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+LINK = ["-fopenmp", "-shared", "-fPIC"]
+
+_lock = threading.Lock()
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where torch has to do. Built at the first call of a process, which takes seconds.
+
+    Raises `L2OError` with the compiler's message under ``L2O_KERNELS=1``, `ConfigurationError` for another value than
+    0 and 1.
+    """
+    setting = os.environ.get("L2O_KERNELS", "")
+    if setting not in ("", "0", "1"):
+        raise ConfigurationError(f"L2O_KERNELS={setting!r}: expected 0 (off), 1 (required), or nothing")
+    if setting == "0":
+        return None
+    with _lock:
+        loaded = _loaded()
+    if isinstance(loaded, ctypes.CDLL):
+        return loaded
+    if setting == "1":
+        raise L2OError(f"L2O_KERNELS=1, but the CPU kernels cannot be used: {loaded}")
+    _warn_once(loaded)
+    return None
+
+
+def run(function: str, *structures: ctypes.Structure) -> None:
+    """Call a kernel by its name, the GIL released. Raises MemoryError where it has no scratch memory."""
+    if getattr(library(), function)(*map(ctypes.byref, structures)):
+        raise MemoryError(f"{function}: no memory to work in")
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"l2o's CPU kernels cannot be used: {reason}. Torch's own operations stand in, several times slower in "
+        "meta-training. L2O_KERNELS=0 silences this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        path = build()
+        return ctypes.CDLL(str(path))
+    except (L2OError, OSError) as error:
+        return str(error)
+
+
+def build() -> Path:
+    """Path of the compiled kernels, which are compiled where no earlier process has done so.
+
+    Raises `L2OError` where there is no compiler, where it fails, or where the folder belongs to somebody else; OSError
+    where the folder cannot be written.
+    """
+    if sys.platform != "linux":
+        raise L2OError(f"they are for Linux, this is {sys.platform}")
+    compiler = _compiler()
+    path = cache_folder() / f"{_key(compiler)}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            built = Path(scratch) / "kernels.so"
+            sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
+            _run([*compiler, *FLAGS, *LINK, *sources, "-o", str(built)])
+            atomic_write(path, built.read_bytes())
+    return path
+
+
+def cache_folder() -> Path:
+    """The folder of compiled kernels, ours alone: whoever can write to it decides what runs here."""
+    home = os.environ.get("L2O_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2o"
+    folder = Path(home) / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise L2OError(f"{folder} belongs to or can be written by others; name a folder of your own in L2O_CACHE_DIR")
+    return folder
+
+
+def _compiler() -> list[str]:
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(command[0]) is None:
+        raise L2OError(f"there is no C++ compiler {command[0]!r}; install g++, or name a compiler in CXX")
+    return command
+
+
+def _key(compiler: list[str]) -> str:
+    """A hash of all that decides what the compiler makes."""
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for words in ([*compiler, *FLAGS, *LINK], [_run([*compiler, "--version"])], _processor()):
+        digest.update("\0".join(words).encode() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> list[str]:
+    """What -march=native looks at: a home folder may be shared by machines of several kinds."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n")[0].splitlines()
+    named = ("model name", "flags", "Features", "CPU implementer", "CPU part", "cpu family", "model\t")
+    return [platform.machine(), *(line for line in lines if line.startswith(named))]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise L2OError(f"{shlex.join(command)} failed:\n{done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout

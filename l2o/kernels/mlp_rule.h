@@ -1,0 +1,162 @@
+// l2o.rules.MLP on a block of entries. The formulas restated here are those of l2o/rules/mlp.py and, in it, of `momenta`,
+// `second_moment_scale` and `mlp` in l2o/ops.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
+
+extern "C" {
+// Mirrored field by field in mlp_rule.py. Arrays of pointers have one for each tensor: [lanes, entries], momenta
+// [lanes, decays, entries]; `theta` and `d_theta` hold w0, b0, w1, ..., weights [lanes, in, out].
+struct Step {
+    int64_t lanes, tensors, layers, decays, times, threads;
+    const int64_t* entries;  // [tensors]
+    const int64_t* widths;   // [layers + 1]: channels of an entry, hidden units, 2
+    const int64_t* strides;  // [2 layers]: from lane to lane of theta; 0 where lanes share it
+    const float* decay;
+    const float* time;  // [lanes, times]
+    float step_mult, exp_mult, eps;
+    const float* const* theta;
+    const float* const* grads;
+    const float* const* params;
+    const float* const* m_old;  // not read by the derivative
+    float* const* m_new;        // read by the derivative
+    float* const* updates;
+    float* scales;  // [lanes, tensors, channels]
+};
+}
+
+namespace {
+
+constexpr int64_t BLOCK = 12 * WIDTH;  // entries whose activations are in the cache at once
+
+// Entries of one tensor.
+struct Piece {
+    int64_t tensor, begin, end;
+};
+
+// One channel of one tensor in one lane: gradient, parameter, momenta.
+const float* channel(const Step& s, int64_t lane, int64_t tensor, int64_t c) {
+    const int64_t n = s.entries[tensor];
+    if (c == 0) return s.grads[tensor] + lane * n;
+    if (c == 1) return s.params[tensor] + lane * n;
+    return s.m_new[tensor] + (lane * s.decays + c - 2) * n;
+}
+
+float* scales(const Step& s, int64_t lane, int64_t tensor) {
+    return s.scales + (lane * s.tensors + tensor) * s.widths[0];
+}
+
+// `momenta`, as torch.lerp has them.
+void advance(const Step& s, int64_t lane, const Piece& piece) {
+    const int64_t n = s.entries[piece.tensor];
+    const float* g = s.grads[piece.tensor] + lane * n;
+    for (int64_t i = 0; i < s.decays; i++) {
+        const float d = s.decay[i], rest = 1.0f - d;
+        const float* old = s.m_old[piece.tensor] + (lane * s.decays + i) * n;
+        float* m = s.m_new[piece.tensor] + (lane * s.decays + i) * n;
+        sweep(piece.end - piece.begin, [&](auto zero, int64_t offset) {
+            using V = decltype(zero);
+            const int64_t e = piece.begin + offset;
+            const V x = load<V>(g + e), y = load<V>(old + e);
+            store(m + e, d < 0.5f ? x + d * (y - x) : y - rest * (y - x));
+        });
+    }
+}
+
+float dot(const float* x, const float* y, int64_t n) {
+    vec total = {};
+    float remainder = 0;
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) total += load<vec>(x + i) * load<vec>(y + i);
+    for (; i < n; i++) remainder += x[i] * y[i];
+    return sum(total) + remainder;
+}
+
+// The network of one lane: its weights, the bias of its first layer with the inputs that all entries share.
+struct Network {
+    const Step& s;
+    std::vector<const float*> weights, biases;
+    std::vector<float> first;
+
+    Network(const Step& s, int64_t lane) : s(s), weights(s.layers), biases(s.layers), first(s.widths[1]) {
+        for (int64_t l = 0; l < s.layers; l++) {
+            weights[l] = s.theta[2 * l] + lane * s.strides[2 * l];
+            biases[l] = s.theta[2 * l + 1] + lane * s.strides[2 * l + 1];
+        }
+        std::copy_n(biases[0], first.size(), first.begin());
+        for (int64_t k = 0; k < s.times; k++)
+            for (size_t o = 0; o < first.size(); o++)
+                first[o] += s.time[lane * s.times + k] * weights[0][(s.widths[0] + k) * first.size() + o];
+        biases[0] = first.data();
+    }
+};
+
+// What a thread works in: activations of a block by layer, [width, BLOCK], each with a row of ones below it (the input
+// that a bias is the weight of). For the derivative also the gradients of one layer and of the one below, and `sums`
+// sums for theta: by layer the weights' and the bias's.
+struct Scratch {
+    std::vector<vec> memory;
+    std::vector<float*> h;
+    float *d, *d_below;
+    vec* d_theta;
+    int64_t sums = 0;
+
+    Scratch(const Step& s, bool derivative) {
+        const int64_t row = BLOCK / WIDTH, widest = *std::max_element(s.widths, s.widths + s.layers + 1);
+        int64_t rows = derivative ? 2 * widest : 0;
+        for (int64_t l = 0; l <= s.layers; l++) rows += s.widths[l] + 1;
+        for (int64_t l = 0; l < s.layers; l++) sums += (s.widths[l] + 1) * s.widths[l + 1];
+        memory.resize(rows * row + (derivative ? sums : 0));
+        vec* next = memory.data();
+        const auto take = [&](int64_t count) {
+            float* taken = reinterpret_cast<float*>(next);
+            next += count * row;
+            return taken;
+        };
+        for (int64_t l = 0; l <= s.layers; l++) {
+            h.push_back(take(s.widths[l] + 1));
+            std::fill_n(h[l] + s.widths[l] * BLOCK, BLOCK, 1.0f);
+        }
+        if (derivative) d = take(widest), d_below = take(widest);
+        d_theta = next;
+    }
+};
+
+void copy_padded(const float* from, int64_t n, float factor, float* to) {
+    sweep(n, [&](auto zero, int64_t i) { store(to + i, load<decltype(zero)>(from + i) * factor); });
+    std::fill(to + n, to + padded(n), 0.0f);
+}
+
+// Activations of the entries from `begin` on, n <= BLOCK of them; the last layer's are direction and magnitude.
+void network(const Network& net, int64_t lane, int64_t tensor, int64_t begin, int64_t n, Scratch& work) {
+    const Step& s = net.s;
+    for (int64_t c = 0; c < s.widths[0]; c++)
+        copy_padded(channel(s, lane, tensor, c) + begin, n, scales(s, lane, tensor)[c], work.h[0] + c * BLOCK);
+    for (int64_t l = 0; l < s.layers; l++) {
+        const float* bias = net.biases[l];
+        const float floor = l + 1 < s.layers ? 0.0f : -std::numeric_limits<float>::infinity();  // ReLU, or none
+        multiply<4, 3>(
+            s.widths[l + 1], padded(n), s.widths[l], net.weights[l], 1, s.widths[l + 1], work.h[l], BLOCK,
+            work.h[l + 1], BLOCK, [=](auto zero, int64_t o, int64_t) { return zero + bias[o]; },
+            [=](auto y, int64_t, int64_t) { return y < floor ? decltype(y){} + floor : y; });
+    }
+}
+
+// `update = -step_mult * o0 * exp(exp_mult * o1)`; the factor of o0 is left in o1's place.
+void outputs(const Step& s, int64_t n, Scratch& work) {
+    float *direction = work.h[s.layers], *magnitude = direction + BLOCK;
+    for (int64_t e = 0; e < n; e += WIDTH) {
+        const vec factor = exp(load<vec>(magnitude + e) * s.exp_mult) * -s.step_mult;
+        store(magnitude + e, factor);
+        store(direction + e, load<vec>(direction + e) * factor);
+    }
+}
+
+template <class F> void blocks(const Piece& piece, F f) {
+    for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK)
+        f(begin, std::min(BLOCK, piece.end - begin));
+}
+}  // namespace

@@ -1,0 +1,181 @@
+"""`l2o.rules.MLP` in one kernel a step, for all lanes and all tensors, and its derivative."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from l2o.kernels.arrays import dense_lanes, floats, plain, pointers, whole_numbers
+from l2o.kernels.build import library, run
+from l2o.types import Grads, OptState, Params, Theta, Updates
+
+
+class Constants(NamedTuple):
+    """What the update has besides tensors; ``eps`` is that of `l2o.ops.features.second_moment_scale`."""
+
+    decays: tuple[float, ...]
+    step_mult: float
+    exp_mult: float
+    eps: float
+
+
+_Int64s, _Floats, _Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
+
+
+class _Step(ctypes.Structure):
+    """``Step`` of mlp_rule.cpp. Keeps the arrays it points to, but not the tensors."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("lanes", "tensors", "layers", "decays", "times", "threads")),
+        *((name, _Int64s) for name in ("entries", "widths", "strides")),
+        ("decay", _Floats),
+        ("time", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("step_mult", "exp_mult", "eps")),
+        *((name, _Pointers) for name in ("theta", "grads", "params", "m_old", "m_new", "updates")),
+        ("scales", ctypes.c_void_p),
+    )
+
+
+class _Derivative(ctypes.Structure):
+    """``Derivative`` of mlp_rule.cpp. Keeps the arrays it points to, but not the tensors."""
+
+    _fields_ = tuple(
+        (name, _Pointers) for name in ("d_updates", "d_m_new", "d_theta", "d_grads", "d_params", "d_m_old")
+    )
+
+
+def update(
+    constants: Constants, theta: Theta, grads: Grads, state: OptState, params: Params, time: Tensor
+) -> tuple[Updates, OptState] | None:
+    """All lanes' update, every tensor ``[lanes, ...]``; None where the kernel does not fit or cannot be had.
+
+    theta: as `l2o.rules.MLP` has it.    time: ``[lanes, k]``, the last inputs of each entry, taken as constants.
+    Differentiable once. The same bits whatever the number of threads.
+    """
+    names = list(params)
+    tensors = _Tensors(
+        [t for i in range(len(theta) // 2) for t in (theta[f"w{i}"], theta[f"b{i}"])],
+        [grads[name] for name in names],
+        [params[name] for name in names],
+        [state.per_param[name]["m"] for name in names],
+    )
+    if not (_fits(constants, tensors, time) and library()):
+        return None
+    everything = [t for group in tensors for t in group]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
+        results = _Update.apply(constants, time, len(names), *everything)
+    else:
+        updates, momenta, _ = _forward(constants, _dense(tensors), time.contiguous())
+        results = (*updates, *momenta)
+    slots = {name: {"m": m} for name, m in zip(names, results[len(names) :], strict=True)}
+    return dict(zip(names, results, strict=False)), OptState(slots, {})
+
+
+class _Tensors(NamedTuple):
+    """theta: ``w0, b0, w1, ...``; the others one for each parameter."""
+
+    theta: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    params: Sequence[Tensor]
+    momenta: Sequence[Tensor]
+
+    @classmethod
+    def split(cls, tensors: Sequence[Tensor], count: int) -> _Tensors:
+        return cls(tensors[: -3 * count], *(tensors[len(tensors) - i * count :][:count] for i in (3, 2, 1)))
+
+
+def _fits(constants: Constants, tensors: _Tensors, time: Tensor) -> bool:
+    """Whether dtypes, devices and all shapes are such that the kernel stays inside its arrays."""
+    lanes, times = time.shape
+    if not (lanes and tensors.params and plain([time, *(t for group in tensors for t in group)])):
+        return False
+    widths = [2 + len(constants.decays) + times, *(b.shape[-1] for b in tensors.theta[1::2])]
+    layers = [shape for fan_in, fan_out in pairwise(widths) for shape in ((lanes, fan_in, fan_out), (lanes, fan_out))]
+    moments = [(lanes, len(constants.decays), *p.shape[1:]) for p in tensors.params]
+    return (
+        [t.shape for t in tensors.theta] == layers
+        and widths[-1] == 2
+        and all(len(p) == lanes and p.shape == g.shape for p, g in zip(tensors.params, tensors.grads, strict=True))
+        and [m.shape for m in tensors.momenta] == moments
+    )
+
+
+class _Results(NamedTuple):
+    """updates, momenta: one for each parameter.    scales: ``[lanes, parameters, channels]``."""
+
+    updates: Sequence[Tensor]
+    momenta: Sequence[Tensor]
+    scales: Tensor
+
+
+def _step(constants: Constants, inputs: _Tensors, time: Tensor, results: _Results) -> _Step:
+    own = 2 + len(constants.decays)
+    return _Step(
+        lanes=len(time),
+        tensors=len(inputs.params),
+        layers=len(inputs.theta) // 2,
+        decays=len(constants.decays),
+        times=time.shape[1],
+        threads=torch.get_num_threads(),
+        entries=whole_numbers([p[0].numel() for p in inputs.params]),
+        widths=whole_numbers([own, *(b.shape[-1] for b in inputs.theta[1::2])]),
+        strides=whole_numbers([t.stride(0) for t in inputs.theta]),
+        decay=floats(constants.decays),
+        time=time.data_ptr(),
+        step_mult=constants.step_mult,
+        exp_mult=constants.exp_mult,
+        eps=constants.eps,
+        theta=pointers(inputs.theta),
+        grads=pointers(inputs.grads),
+        params=pointers(inputs.params),
+        m_old=pointers(inputs.momenta),
+        m_new=pointers(results.momenta),
+        updates=pointers(results.updates),
+        scales=results.scales.data_ptr(),
+    )
+
+
+def _dense(tensors: _Tensors) -> _Tensors:
+    return _Tensors([dense_lanes(t) for t in tensors.theta], *([t.contiguous() for t in g] for g in tensors[1:]))
+
+
+def _forward(constants: Constants, inputs: _Tensors, time: Tensor) -> _Results:
+    """``inputs`` and ``time`` contiguous, see `_dense`."""
+    updates = [torch.empty_like(p) for p in inputs.params]
+    momenta = [torch.empty_like(m) for m in inputs.momenta]
+    scales = time.new_empty(len(time), len(updates), 2 + len(constants.decays))
+    results = _Results(updates, momenta, scales)
+    run("l2o_mlp_update", _step(constants, inputs, time, results))
+    return results
+
+
+class _Update(torch.autograd.Function):
+    """`_forward` with its derivative; the tensors of ``_Tensors`` one after the other, updates then momenta out."""
+
+    @staticmethod
+    def forward(ctx: Any, constants: Constants, time: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, time = _dense(_Tensors.split(tensors, count)), time.contiguous()
+        results = _forward(constants, inputs, time)
+        ctx.constants, ctx.count = constants, count
+        kept = [t for group in inputs[:3] for t in group]  # the old momenta are not needed, the new ones are
+        ctx.save_for_backward(time, results.scales, *kept, *results.momenta)
+        return (*results.updates, *results.momenta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        time, scales, *tensors = ctx.saved_tensors
+        inputs = _Tensors.split(tensors, ctx.count)
+        d_updates, d_momenta = ([g.contiguous() for g in gs] for gs in (gradients[: ctx.count], gradients[ctx.count :]))
+        # Of theta densely, also where lanes share it: each lane has a gradient of its own.
+        d = _Tensors(*([torch.empty_like(t, memory_format=torch.contiguous_format) for t in g] for g in inputs))
+        arrays = (d_updates, d_momenta, d.theta, d.grads, d.params, d.momenta)
+        step = _step(ctx.constants, inputs, time, _Results(d_updates, inputs.momenta, scales))
+        run("l2o_mlp_derivative", step, _Derivative(*map(pointers, arrays)))
+        return (None, None, None, *(t for group in d for t in group))

@@ -1,0 +1,391 @@
+"""Evolution strategies: the truths about bias and variance, pairs, ends of runs, clipping, options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from tables import Recorded, Shapes, every_rule, generator, identical, random_theta
+
+from l2o.estimators import Backprop, Evolution
+from l2o.estimators.episodes import reduce_rows
+from l2o.meta import MetaTraining
+from l2o.rules import MLP, SGD, Adam
+from l2o.tasks import Quadratic
+from l2o.types import (
+    Batch,
+    Buffers,
+    ConfigurationError,
+    OptState,
+    Params,
+    Split,
+    TaskData,
+    TaskFamily,
+    Theta,
+    UpdateRule,
+)
+
+SIZE, POSITIVE = 23, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(TaskFamily):
+    """Influence balancing (Tallec and Ollivier 2017, arXiv 1702.05043; Vicol et al. 2021, arXiv 2112.13835).
+
+    The state of `ChainStep` is the parameter ``x``; only its first entry is judged. The loss has a constant, so that
+    the first one is not 0.
+    """
+
+    keyed = True
+
+    def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
+        return {"lane": torch.arange(lanes)}
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        return {"x": torch.ones(len(data["lane"]), SIZE, dtype=torch.float64)}, {}
+
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        return {}
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[torch.Tensor, Buffers]:
+        return 1.0 + 0.5 * (params["x"][0] - 1.0).square(), buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainStep(UpdateRule):
+    """``x <- A x + θ (1, ..., 1, -1, ..., -1)``; A has 0.5 on and above its diagonal.
+
+    The nearer entries push the first one up with θ and the farther, more of them, down: what is seen within a few
+    steps has the wrong sign.
+    """
+
+    def init_theta(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"drive": torch.tensor(0.5)}
+
+    def init(self, theta: Any, params: Params, kinds: Mapping[str, Any]) -> OptState:
+        return OptState({"x": {}}, {})
+
+    def accumulate(self, theta, grads, state, params, clock, loss):
+        return state, {}
+
+    def apply(self, theta, state, stats, grads, params, clock):
+        x = params["x"]
+        sign = torch.where(torch.arange(SIZE) < POSITIVE, 1.0, -1.0).to(x.dtype)
+        above = torch.cat([x[1:], x.new_zeros(1)])
+        return {"x": 0.5 * x + 0.5 * above + theta["drive"] * sign - x}
+
+
+THETA = {"drive": torch.tensor(0.5, dtype=torch.float64)}
+HORIZON = 60
+
+
+def run_gradient(estimator, theta, horizon=HORIZON):
+    """The estimate of the gradient of a whole run's meta-loss; ``estimator`` has no staggering."""
+    g = generator()
+    state = estimator.init(theta, g)
+    grads = []
+    for _ in range(-(-horizon // estimator.steps)):
+        grad, state, _ = estimator.estimate(theta, state, g)
+        grads.append(grad)
+    return {name: sum(grad[name] for grad in grads) * estimator.steps / horizon for name in theta}
+
+
+def pair_estimates(estimator, theta, horizon=HORIZON):
+    """The estimate of each pair alone, ``[pairs, ...]``, in each truncation of a run."""
+    rows: list[Theta] = []
+
+    def keep(values, mask, sums):
+        rows.append({name: v * estimator.steps / horizon for name, v in values.items()})
+        return reduce_rows(values, mask, sums)
+
+    with mock.patch("l2o.estimators.evolution.reduce_rows", keep):
+        run_gradient(estimator, theta, horizon)
+    return rows
+
+
+def mean_and_error(estimator, horizon=HORIZON):
+    each = sum(row["drive"] for row in pair_estimates(estimator, THETA, horizon))
+    return each.mean().item(), each.std().item() / len(each) ** 0.5
+
+
+def backprop(horizon=HORIZON, truncation=None, **settings):
+    """The chain has no random numbers: one lane says it all."""
+    settings = {"lanes": 1, "clip": 1e9, "explosion": 1e9, "stagger": False} | settings
+    estimator = Backprop(ChainStep(), Chain(), horizon=horizon, truncation=truncation, **settings)
+    return run_gradient(estimator, THETA, horizon)["drive"].item()
+
+
+def evolution(**settings):
+    settings = {"lanes": 20_000, "horizon": HORIZON, "truncation": 5, "sigma": 0.1, "stagger": False} | settings
+    return Evolution(ChainStep(), Chain(), explosion=1e9, **settings)
+
+
+def test_truncated_backprop_has_the_wrong_sign():
+    assert backprop(horizon=200) > 10.0
+    assert backprop(horizon=200, truncation=5) < -1.0
+
+
+def test_truncated_es_has_the_wrong_sign_where_pes_has_the_right_one():
+    for accumulate, sign in ((False, -1.0), (True, 1.0)):
+        mean, error = mean_and_error(evolution(accumulate=accumulate, lanes=6000, horizon=200), 200)
+        assert sign * mean > 4 * error
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"truncation": 7},  # runs end within a truncation
+        {"noise_steps": 15},
+        {"noise_steps": "episode"},
+        {"truncation": None},
+        {"sigma_final": 0.05, "sigma_steps": 10},  # perturbations of several sizes within one run
+        {"window": "linear"},
+    ],
+    ids=["PES", "PES-ends-within", "GPES", "NRES", "ES", "PES-decay", "PES-linear"],
+)
+def test_without_truncation_bias(settings):
+    """The meta-loss is quadratic in θ, so that smoothing leaves its gradient as it is."""
+    want = backprop(**{key: value for key, value in settings.items() if key == "window"})
+    mean, error = mean_and_error(evolution(**settings))
+    assert abs(mean - want) < 4 * error
+    assert error < 0.1 * abs(want)
+
+
+def test_held_noise_varies_less_than_fresh_noise():
+    """Li et al. 2023, section 4: the variance of one truncation's estimate, in the mean over a run's truncations."""
+    variance = {}
+    for noise_steps in ("truncation", 20, "episode"):
+        estimates = pair_estimates(evolution(noise_steps=noise_steps, lanes=4000, sigma=0.01), THETA)
+        variance[noise_steps] = torch.stack([row["drive"].var() for row in estimates]).mean()
+    assert variance["episode"] < 0.8 * variance[20]
+    assert variance[20] < 0.9 * variance["truncation"]
+
+
+def test_pes_of_one_truncation_is_es():
+    rule, family = MLP(hidden=(4,)), Recorded(Shapes(), lanes=(0, 1))
+    theta = random_theta(rule)
+    results = []
+    for settings in ({}, {"accumulate": False}, {"noise_steps": "episode"}, {"truncation": None}):
+        estimator = Evolution(rule, family, lanes=4, **({"horizon": 6, "truncation": 6, "stagger": False} | settings))
+        g = generator(1)
+        results.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
+    assert all(identical(results[0], other) for other in results[1:])
+    assert all(grad.abs().max() > 0 for grad in results[0].values())
+
+
+def test_the_difference_of_a_pair_is_the_directional_derivative():
+    """Half the difference of a pair's losses is ``gradient · noise``, and the estimate that times the score."""
+    rule, family = Adam(lr=0.05), Recorded(Shapes(), lanes=(0,))
+    theta = random_theta(rule, noise=0.0)
+    settings = {"horizon": 5, "truncation": 5, "stagger": False}
+    es = Evolution(rule, family, lanes=2, sigma=1e-6, **settings)
+    g = generator(2)
+    grads, state, _ = es.estimate(theta, es.init(theta, g), g)
+    bptt = Backprop(rule, family, lanes=1, clip=1e9, **settings)
+    g = generator(2)
+    exact = bptt.estimate(theta, bptt.init(theta, g), g)[0]
+    along = sum((exact[k] * state.noise[k][0]).sum() for k in theta)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, along * state.score[name][0], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(state.score[name] * 1e-12, state.noise[name])
+
+
+@every_rule
+def test_every_rule_gets_a_gradient_through_two_outer_steps_of_pes(rule):
+    g = generator()
+    estimator = Evolution(rule, Quadratic(dim=4), lanes=4, horizon=6, truncation=3)
+    run = MetaTraining(estimator, rule.init_theta(g), lambda p: torch.optim.SGD(p, lr=1e-6), g)
+    for _ in range(2):
+        metrics = run.outer_step()
+        assert metrics["lanes_masked"] == 0
+        assert all(t.grad.isfinite().all() for t in run.theta.values())
+        assert metrics["meta_grad_norm"] > 0
+
+
+def test_runs_of_a_pair_share_their_problem_and_pairs_differ():
+    rule, g = Adam(), generator()
+    theta = rule.init_theta(g)
+    estimator = Evolution(rule, Quadratic(noise=0.5), lanes=6, horizon=4, truncation=2, sigma=1e-3)
+    state = estimator.init(theta, g)
+    for _ in range(5):
+        _, state, _ = estimator.estimate(theta, state, g)
+        first, second = (torch.utils._pytree.tree_map(lambda t, i=i: t[i::2], state.inner) for i in (0, 1))
+        assert identical(first.data, second.data)
+        assert identical((first.step, first.total_steps), (second.step, second.total_steps))
+        assert len({w.sum().item() for w in first.data["w"]}) == 3
+        assert identical(first.first_loss, second.first_loss)
+    # Noise in the gradients is shared too: without a perturbation the two runs are the same.
+    calm = dataclasses.replace(estimator, sigma=1e-30)
+    g = generator(7)
+    _, state, _ = calm.estimate(theta, calm.init(theta, g), g)
+    assert state.inner.params["x"][::2].equal(state.inner.params["x"][1::2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sick(Quadratic):
+    """The first of the pairs ``sick`` has the loss ``value`` from step ``since`` on, in its first run alone or both."""
+
+    sick: int = 0
+    value: float = float("nan")
+    since: int = 1
+    both: bool = False
+
+    def init(self, data, generator):
+        params, _ = super().init(data, generator)
+        return params, {"step": torch.zeros(len(data["y"]))}
+
+    def sample(self, generator, lanes):
+        data = super().sample(generator, lanes)
+        ids = torch.arange(lanes) if generator.ids is None else generator.ids
+        return data | {"sick": ids == self.sick}
+
+    def loss(self, params, buffers, data, batch):
+        loss, _ = super().loss(params, {}, data, batch)
+        perturbed_up = (params["x"] - params["x"].detach()).sum() + (params["x"].detach().sum() > 1e9)
+        sick = data["sick"] & (buffers["step"] >= self.since)
+        return torch.where(sick, self.value, loss) + 0 * perturbed_up, {"step": buffers["step"] + 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_losses_of_an_exploded_run_are_cut_off_and_its_pair_is_reset(value):
+    rule, g = SGD(lr=0.001), generator()
+    theta = rule.init_theta(g)
+    estimator = Evolution(rule, Sick(value=value), lanes=6, horizon=8, truncation=4, stagger=False)
+    grads, state, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    assert metrics["lanes_masked"] == 2
+    assert metrics["lanes_broken"] == 0
+    assert state.inner.step.tolist() == [0, 0, 4, 4, 4, 4]
+    assert metrics["meta_loss"].isfinite()
+    assert grads["log_lr"].isfinite()
+
+
+def test_a_run_that_is_lost_counts_as_much_as_the_limit():
+    """Both runs explode at different speeds: what they count lies between their first loss and five times that."""
+    g = generator()
+    theta = {"log_lr": torch.tensor(3.0)}  # far too much for any quadratic here
+    estimator = Evolution(SGD(), Quadratic(), lanes=2, horizon=4, truncation=4, sigma=9.0, explosion=5.0)
+    grads, after, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    half = (grads["log_lr"] / after.score["log_lr"][0]).abs()
+    assert metrics["lanes_masked"] >= 1
+    g = generator()
+    estimator.init(theta, g)
+    estimator.streams(g)
+    state = estimator.init(theta, generator())
+    first = Quadratic().loss(
+        *({k: v[0] for k, v in d.items()} for d in (state.inner.params, {}, state.inner.data)), {"noise": 0}
+    )[0]
+    assert 0 < half <= (5 - 1) / 2 * first
+
+
+def test_pairs_without_a_finite_first_loss_count_nothing():
+    rule = SGD(lr=0.001)
+    theta = rule.init_theta(generator())
+    results = {}
+    for since in (0, 99):
+        estimator = Evolution(rule, Sick(since=since), lanes=6, horizon=8, truncation=4, stagger=False)
+        g = generator()
+        state = estimator.init(theta, g)
+        results[since] = estimator.estimate(theta, state, g)
+    broken, whole = results[0], results[99]
+    assert broken[2]["lanes_broken"] == 2
+    assert whole[2]["lanes_broken"] == 0
+    assert broken[0]["log_lr"].isfinite()
+    assert not broken[0]["log_lr"].isclose(whole[0]["log_lr"])
+
+
+def test_deviations_by_tensor_and_their_decay():
+    rule, g = Adam(), generator()
+    theta = rule.init_theta(g)
+    estimator = Evolution(
+        rule,
+        Quadratic(),
+        lanes=8000,
+        horizon=4,
+        truncation=2,
+        sigma=0.01,
+        sigma_of={"log_eps": 0.5},
+        sigma_final=0.001,
+        sigma_steps=2,
+        stagger=False,
+    )
+    state = estimator.init(theta, g)
+    found = []
+    for _ in range(4):
+        _, state, _ = estimator.estimate(theta, state, g)
+        found.append([state.noise[name].std().item() for name in ("log_lr", "log_eps")])
+    want = torch.tensor([[1.0, 50.0], [0.3162, 15.81], [0.1, 5.0], [0.1, 5.0]]) * 0.01
+    torch.testing.assert_close(torch.tensor(found), want, rtol=0.05, atol=0.0)
+
+
+def test_fitness_shapes():
+    half = torch.tensor([0.3, -4.0, 0.1, 0.0])
+    losses = torch.stack([1.0 + half, 1.0 - half], 1).flatten()
+    shape = {
+        kind: Evolution(SGD(), Quadratic(), lanes=8, sigma=0.5, fitness=kind)._fitness(losses)
+        for kind in ("difference", "sign", "rank")
+    }
+    torch.testing.assert_close(shape["difference"], half)
+    torch.testing.assert_close(shape["sign"], 0.5 * torch.tensor([1.0, -1.0, 1.0, 0.0]))
+    torch.testing.assert_close(shape["rank"], 0.5 * torch.tensor([2 / 3, -1.0, 1 / 3, 0.0]))
+
+
+@pytest.mark.parametrize("fitness", ["difference", "rank", "sign"])
+def test_meta_training_by_pes_learns_a_learning_rate(fitness):
+    rule, g = SGD(lr=1e-3), generator()
+    estimator = Evolution(
+        rule, Quadratic(dim=5), lanes=32, horizon=20, truncation=5, meta_loss="log", sigma=0.1, fitness=fitness
+    )
+    run = MetaTraining(estimator, rule.init_theta(g), lambda p: torch.optim.Adam(p, lr=0.1), g)
+    losses = [run.outer_step()["meta_loss"].item() for _ in range(80)]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise_steps": "episode", "fitness": "rank", "horizon": (3, 9)}])
+def test_resuming_equals_never_having_stopped(settings):
+    def training(seed):
+        rule, g = MLP(hidden=(4,)), generator(seed)
+        settings_ = {"lanes": 4, "horizon": 9, "truncation": 3, "curriculum": 4} | settings
+        estimator = Evolution(rule, Quadratic(noise=0.1), **settings_)
+        return MetaTraining(estimator, rule.init_theta(g), lambda p: torch.optim.Adam(p, lr=1e-2), g)
+
+    whole, first, second = training(0), training(0), training(9)
+    for _ in range(3):
+        whole.outer_step()
+        first.outer_step()
+    second.load_state_dict(first.state_dict())
+    for _ in range(4):
+        whole.outer_step()
+        second.outer_step()
+    assert identical(whole.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lanes": 3},
+        {"sigma": 0.0},
+        {"sigma_of": {"w": -1.0}},
+        {"sigma_final": 0.0},
+        {"sigma_final": 0.1},  # no sigma_steps
+        {"fitness": "ranks"},
+        {"noise_steps": 30},
+        {"noise_steps": "run"},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(
+        ConfigurationError, match="sigma_steps" if settings == {"sigma_final": 0.1} else next(iter(settings))
+    ):
+        Evolution(SGD(), Quadratic(), **settings)
+
+
+def test_a_deviation_of_a_tensor_that_does_not_exist_is_refused():
+    rule = SGD()
+    with pytest.raises(ConfigurationError, match=r"log_rate.*did you mean 'log_lr'"):
+        Evolution(rule, Quadratic(), sigma_of={"log_rate": 0.1}).init(rule.init_theta(generator()), generator())
