@@ -10,8 +10,8 @@ from l2o.rules import LSTM, MLP, STAR, AdafacMLP, Adam, Celo, Celo2, CeloAdam, M
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily, Theta
 
 SMALL = {
-    "VeLO": VeLO(lstm_hidden=8, inits=4, step_mult=0.01),
-    "Celo": Celo(lstm_hidden=6, step_mult=0.01),
+    "VeLO": VeLO(lstm_hidden=6, inits=3, hidden=(8,), step_mult=0.003),
+    "Celo": Celo(lstm_hidden=6, step_mult=0.1),
     "CeloAdam": CeloAdam(lstm_hidden=6),
 }
 """In place of presets that would make the tests slow, or whose steps parameters in float32 would hardly show."""
@@ -28,8 +28,8 @@ VARIANTS = {
     ),
     "NNAdam-decay": NNAdam(hidden=5, output_scale=0.1, decay_strength=0.05),
     "RNNprop-small": RNNprop(hidden=(4,), projected=3),
-    "VeLO-horizon": VeLO(lstm_hidden=5, inits=2, hidden=(8,), step_mult=0.01, loss_horizon=10),
-    "Celo-mixed": Celo(lstm_hidden=6, inits=3, hidden=(8, 8), step_mult=0.01),
+    "VeLO-horizon": VeLO(lstm_hidden=5, inits=2, hidden=(6,), step_mult=0.01, loss_horizon=10),
+    "Celo-mixed": Celo(lstm_hidden=6, inits=3, hidden=(8, 8), step_mult=0.1),
     "Celo2-base": Celo2(orthogonalize=False),
     "Celo2-options": Celo2(
         activation="tanh", exp_mult=0.1, bias_correction=True, param_scale=True, weight_decay=0.1, adam=("embedding",)
