@@ -9,7 +9,20 @@ from tables import RULES, SEE_SHAPES, double, every_rule, generator, random_thet
 
 from l2o import rules
 from l2o.ops.kinds import default_kinds
-from l2o.rules import LSTM, MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
+from l2o.rules import (
+    LSTM,
+    MLP,
+    RNNMLP,
+    SGD,
+    STAR,
+    AdafacMLP,
+    AdaGrad,
+    Adam,
+    Momentum,
+    NNAdam,
+    RMSProp,
+    RNNprop,
+)
 from l2o.types import Clock, ConfigurationError, OptState
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4), "conv": (2, 3, 2, 2), "empty": (0, 3), "one": (1,)}
@@ -197,6 +210,21 @@ def test_mlp_is_mlplopt_of_the_field(seed):
         (Adam, "beta1", [1.0, None]),
         (Adam, "beta2", [NAN, 2]),
         (Adam, "eps_root", [-1, NAN, "0"]),
+        (AdafacMLP, "hidden", [4, (0,)]),
+        (AdafacMLP, "momentum_decays", [0.9, (1.0,)]),
+        (AdafacMLP, "adafactor_decays", [(0.9, -0.1, 0.5), (0.9,)]),
+        (AdafacMLP, "rms_decay", [(0.9,), 1.0]),
+        (STAR, "nominal", ["adamw", None]),
+        (STAR, "weight_decay", [-1e-9, NAN]),
+        (STAR, "step_mult", [0.0]),
+        (NNAdam, "beta1", [1.0, -0.1]),
+        (NNAdam, "decay_strength", [1.0, -1]),
+        (NNAdam, "eps", [0.0]),
+        (RNNprop, "hidden", [(), 20]),
+        (RNNprop, "projected", [0]),
+        (RNNprop, "beta2", [1.0]),
+        (RNNMLP, "from_mlp", [0, 1.5]),
+        (RNNMLP, "decays", [(1.0,)]),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(rule, name, values):

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2o._checks import whole
 from l2o._names import unknown
 from l2o.interop.references import REFERENCES
-from l2o.types import CheckpointError, Clock, Kind, Params, Theta, UpdateRule, Updates
+from l2o.types import CheckpointError, Clock, Kind, L2OError, Params, Theta, UpdateRule, Updates
 
 PARAMS_TOLERANCE = 1e-5
 """Of a tensor's parameters after each update, in its largest value then."""
@@ -69,13 +70,13 @@ def read_trace(path: str | Path) -> Trace:
         arrays = _arrays(Path(path))
         meta = _meta(arrays)
         return _trace(_groups(arrays), arrays.get("losses"), meta)
-    except (CheckpointError, ValueError, TypeError) as error:
+    except L2OError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, EOFError, zipfile.BadZipFile, ValueError, AttributeError) as error:
         raise CheckpointError(f"cannot be read as an .npz file ({error})") from error
@@ -84,12 +85,16 @@ def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 def _meta(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     if "meta" not in arrays:
         raise CheckpointError("has no 'meta': it is no recorded run of an optimizer")
-    meta = json.loads(str(arrays["meta"]))
+    try:
+        meta = json.loads(str(arrays["meta"]))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"meta is no JSON ({error})") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("hyperparameters"), dict):
         raise CheckpointError("meta has no 'hyperparameters'")
     kind = meta["hyperparameters"].get("cls")
     if kind not in REFERENCES:
         raise CheckpointError(unknown("optimizer", kind, REFERENCES) + " (meta['hyperparameters']['cls'])")
+    whole("num_steps", meta.get("num_steps", 1))
     return meta
 
 
@@ -122,7 +127,7 @@ def _trace(groups: dict[str, Params], losses: Any, meta: dict[str, Any]) -> Trac
         params=params,
         steps=steps,
         losses=torch.from_numpy(losses.astype(np.float32)),
-        total_steps=int(meta.get("num_steps", len(losses))),
+        total_steps=meta.get("num_steps", len(losses)),
     )
 
 
