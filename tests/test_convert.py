@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,29 @@ def test_a_licence_has_to_be_stated(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(["theta.state", "--to", "new"])
     assert "--licence" in capsys.readouterr().err
+
+
+RECORDED = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
+def test_a_recorded_run_is_repeated_by_the_checkpoint_made_of_its_theta(here: Path, recorded: Path) -> None:
+    """θ written as flax writes it, converted with the original's settings, loaded: the run comes out the same."""
+    with np.load(recorded) as arrays:
+        meta = json.loads(str(arrays["meta"]))
+        nested: dict[str, Any] = {}
+        for path, (*folders, leaf) in meta["theta_paths"].items():
+            node = nested
+            for folder in folders:
+                node = node.setdefault(folder, {})
+            node[leaf] = arrays[f"theta/{path}"]
+    (here / "theta.state").write_bytes(pack(nested))
+    settings = dict(meta["hyperparameters"])
+    folder = convert([here / "theta.state"], here / "new", "Apache-2.0", settings, name=settings.pop("cls"))
+    trace = read_trace(recorded)
+    rule, theta = l2o.load(folder)
+    assert rule == trace.rule
+    assert all(error.within for error in replay(dataclasses.replace(trace, rule=rule, theta=theta)))
 
 
 FILES = {
