@@ -258,3 +258,7 @@ class GradientError(L2OError, RuntimeError):
 
 class DataError(L2OError, OSError):
     """A data set is missing, damaged, or cannot be downloaded."""
+
+
+class DownloadError(L2OError, OSError):
+    """An address cannot be reached, or serves something else than was expected."""
