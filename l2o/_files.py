@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,32 @@ def _write_through(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a file that is whole and on disk its name, in the same folder, instead of the file that has it."""
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """One process, and one thread, at a time in here; the others wait. It ends with the process, however that ends.
+
+    A file system without locks has none: what is written there has to bear two writers.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def try_folder(folder: str | os.PathLike[str]) -> None:

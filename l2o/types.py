@@ -166,6 +166,16 @@ class TaskFamily(abc.ABC):
         """
         return None
 
+    def transform_gradients(
+        self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Grads, Buffers]:
+        """What the optimizer sees of the gradients, and new buffers; all lanes at once, ``[lanes, ...]``.
+
+        Pure, and differentiable where grad mode is on. Losses and their derivatives with respect to θ stay honest,
+        which they would not if noise, say, were put into the gradient of ``loss`` itself.
+        """
+        return grads, buffers
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -248,3 +258,7 @@ class GradientError(L2OError, RuntimeError):
 
 class DataError(L2OError, OSError):
     """A data set is missing, damaged, or cannot be downloaded."""
+
+
+class DownloadError(L2OError, OSError):
+    """An address cannot be reached, or serves something else than was expected."""

@@ -73,6 +73,7 @@ def inner_step(
     A lane at its horizon stands still.
     """
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
+    grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
     moves, opt = updates(rule, theta, grads, state._replace(params=params), loss)
     ahead = state.step < state.total_steps
     moved = {k: p + torch.where(_along(ahead, p), moves[k], 0.0) for k, p in params.items()}

@@ -1,4 +1,4 @@
-"""``python -m meta_train.inspect NAME``: what a rule does, as a picture and in words: momentum, schedule, clipping, decay.
+"""``python -m meta_train.inspect NAME``: what a rule does: momentum, schedule, clipping, decay.
 
 NAME is a checkpoint, as ``l2o.load`` takes it, or a rule of `l2o.rules` such as ``Adam``, with θ as it is initialised.
 """
@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m meta_train.inspect",
-        description="What a rule does, as a picture and in words: momentum, schedule, effective learning rate, clipping, "
-        "decay, and which of its inputs it heeds. Measured on a short run of its own.",
+        description="What a rule does, as a picture and in words: momentum, schedule, effective learning rate, "
+        "clipping, decay, and which of its inputs it heeds. Measured on a short run of its own.",
     )
     made.add_argument("source", metavar="NAME", help="a pretrained name, a path, or a rule of l2o.rules such as Adam")
     made.add_argument(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from l2o.estimators import Mixed
 from l2o.hub import save
 from l2o.meta import MetaTraining
 from l2o.types import ConfigurationError, L2OError, Metrics, ResumeError
@@ -139,8 +140,7 @@ class Session:
 
     def _record(self, step: int, row: dict[str, Any]) -> None:
         self.inner_steps += row.pop("inner_steps")
-        if row.get("lanes_broken"):
-            self._report_broken(step, row["lanes_broken"])
+        self._check_broken(step, row)
         if row["lanes_masked"] == self._lanes:
             row["meta_loss"] = math.nan  # the mean over no lanes at all
             self._warn(
@@ -163,15 +163,21 @@ class Session:
     def _lanes(self) -> int | None:
         return getattr(self.training.estimator, "lanes", None)
 
-    def _report_broken(self, step: int, broken: int) -> None:
+    def _check_broken(self, step: int, row: Mapping[str, Any]) -> None:
         """A task that is broken from the start ends the run; one that is at times, or in some lanes, is said."""
-        text = (
-            f"task={self.training.estimator.family!r}: its loss at inner step 0, where no rule has acted yet, was not "
-            f"finite in {broken} of {self._lanes or 'its'} lanes at outer step {step}"
-        )
-        if step == 1 and broken == self._lanes:
-            raise ConfigurationError(f"{text}; check its data and its initial parameters")
-        self._warn("broken", f"{text}; such lanes are masked and drawn anew")
+        estimator = self.training.estimator
+        members = estimator.members if isinstance(estimator, Mixed) else {"": estimator}
+        for name, member in members.items():
+            broken, lanes = row.get(f"lanes_broken/{name}" if name else "lanes_broken"), getattr(member, "lanes", None)
+            if not broken:
+                continue
+            text = (
+                f"task{'.' * bool(name)}{name}={member.family!r}: its loss at inner step 0, where no rule has acted "
+                f"yet, was not finite in {broken} of {lanes or 'its'} lanes at outer step {step}"
+            )
+            if step == 1 and broken == lanes:
+                raise ConfigurationError(f"{text}; check its data and its initial parameters")
+            self._warn(f"broken {name}", f"{text}; such lanes are masked and drawn anew")
 
     def _warn(self, kind: str, text: str) -> None:
         """Say it the first time; the metrics count the others."""

@@ -18,8 +18,8 @@ from l2o.types import TaskFamily, UpdateRule
 
 SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws", "ranks"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
-PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
-UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "integrations"}
+PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "_remote", "hub", "optim"}
+UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "interop", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
@@ -40,7 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "estimators": SUPPORT | {"ops", "tasks", "unroll"},
     "meta": SUPPORT | {"ops", "estimators"},
     "_shelf": SUPPORT,
-    "hub": SUPPORT | {"_shelf", "rules"},
+    "_remote": SUPPORT | {"_shelf"},
+    "hub": SUPPORT | {"_shelf", "_remote", "rules"},
+    "interop": {"types", "_checks", "_files", "_names", "_shelf", "ops", "rules", "hub"},
     "optim": {"types", "_checks", "ops", "hub"},
     "evaluation": UNITS,
     "integrations": UNITS,
@@ -50,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package that an extra installs -> the only place that may import it.
 HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
-ENTRY_POINTS = {"meta_train.train", "meta_train.evaluate", "meta_train.bench", "meta_train.inspect"}
+ENTRY_POINTS = {f"meta_train.{name}" for name in ("bench", "convert", "evaluate", "inspect", "replay", "train")}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
     "hydra",
@@ -179,7 +181,8 @@ print(*sorted((set(sys.modules) - before) & set({HEAVY})))
 
 def test_every_rule_has_its_line_of_configuration() -> None:
     lines = {path.stem: path.read_text("utf-8").splitlines() for path in (ROOT / "configs" / "rule").glob("*.yaml")}
-    expected = {name.lower(): [f"_target_: l2o.rules.{name}"] for name in l2o.rules.__all__}
+    modules = {name: getattr(l2o.rules, name).__module__.split(".")[-1] for name in l2o.rules.__all__}
+    expected = {module: [f"_target_: l2o.rules.{name}"] for name, module in modules.items()}
     assert lines == expected
 
 

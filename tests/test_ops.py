@@ -6,7 +6,7 @@ import pytest
 import torch
 from tables import generator
 
-from l2o.ops import features, moments, networks, numeric
+from l2o.ops import factored, features, kinds, moments, networks, numeric, recurrent
 from l2o.types import Clock, ConfigurationError
 
 
@@ -110,6 +110,65 @@ def test_safe_sqrt_has_a_finite_derivative_at_zero():
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert y.tolist() == [0.0, 2.0]
     assert grad.tolist() == [0.0, 0.25]
+
+
+def test_safe_rsqrt_is_the_inverse_root_and_its_derivative_never_overflows():
+    x = torch.tensor([1e-33, 4.0], requires_grad=True)
+    y = numeric.safe_rsqrt(x)
+    (grad,) = torch.autograd.grad((y * torch.tensor([0.0, 1.0])).sum(), x)
+    torch.testing.assert_close(y, x.detach().rsqrt(), rtol=0, atol=0)
+    assert grad.tolist() == [0.0, -0.0625]
+
+
+def test_learned_decays_start_at_the_initial_ones_and_stay_under_one():
+    initial = (0.9, 0.999)
+    start = moments.learned_decays(initial, torch.zeros(2, dtype=torch.float64))
+    assert start.tolist() == pytest.approx(initial)
+    assert (moments.learned_decays(initial, torch.tensor([3.0, -3.0])) <= 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((), None), ((7,), None), ((4, 6), (0, 1)), ((9, 3), (1, 0)), ((5, 5), (0, 1)), ((3, 3, 2, 5), (1, 3))],
+)
+def test_factored_axes_are_the_two_largest(shape, axes):
+    assert factored.factored_axes(torch.Size(shape)) == axes
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (9, 3), (2, 4, 5)])
+def test_factors_of_a_square_of_rank_one_are_its_root(shape):
+    """The second moment of ``g = a b^T`` is the product of its rows' and columns' means over the mean of them all."""
+    along = [n if i == factored.factored_axes(torch.Size(shape))[1] else 1 for i, n in enumerate(shape)]
+    across = [n // m for n, m in zip(shape, along, strict=True)]
+    g = (0.5 + torch.rand(along, dtype=torch.float64)) * (0.5 + torch.rand(across, dtype=torch.float64))
+    slots = factored.factored(factored.init_factored(g, 1), g, torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(factored.preconditioner(slots, g.shape)[0], 1 / g, rtol=1e-6, atol=0)
+
+
+def test_rows_and_columns_have_the_tensors_shape():
+    g = torch.randn(3, 4, dtype=torch.float64)
+    slots = factored.factored(factored.init_factored(g, 2), g, torch.tensor([0.0, 0.9], dtype=torch.float64))
+    row, col = factored.rows_and_columns(slots, g.shape)
+    torch.testing.assert_close(row[0], g.square().mean(1, keepdim=True).expand(3, 4))
+    torch.testing.assert_close(col[1], 0.1 * g.square().mean(0, keepdim=True).expand(3, 4))
+
+
+def test_a_row_of_the_tensor_lstm_is_a_tensor():
+    theta = recurrent.init_tensor_lstm(generator(), 3, 2)
+    theta |= {"lstm_h": torch.randn(2), "lstm_c": torch.randn(2)}
+    slots = {"a": recurrent.lstm_slots(theta), "b": {"h": torch.randn(2), "c": torch.randn(2)}}
+    x = torch.randn(3, 2)
+    h, new = recurrent.tensor_lstm(theta, x, slots)
+    for i, (name, old) in enumerate(slots.items()):
+        want = networks.lstm_cell(x[:, [i]], old["h"][:, None], old["c"][:, None], theta["lstm_w"], theta["lstm_b"])
+        torch.testing.assert_close(new[name]["h"], want[0][:, 0])
+        torch.testing.assert_close(new[name]["c"], want[1][:, 0])
+        torch.testing.assert_close(h[:, i], want[0][:, 0])
+
+
+def test_width_multiplier_of_an_empty_tensor_is_a_number():
+    assert kinds.width_multiplier(torch.zeros(3, 0), "matrix") == 1.0
+    assert kinds.width_multiplier(torch.zeros(2, 3, 5), "matrix") == pytest.approx(1 / 15)
 
 
 def test_constants_made_in_inference_mode_can_be_differentiated_with():

@@ -25,7 +25,7 @@ def by_hand(rule, theta, params, steps: range) -> list[torch.Tensor]:
     for step in steps:
         set_gradients(params, step)
         clock = Clock(torch.tensor(step), torch.tensor(TOTAL))
-        loss = torch.tensor(1.0 / (1 + step), dtype=params[0].dtype) if rule.needs_loss else None
+        loss = torch.tensor(1.0 / (1 + step)).to(params[0].dtype) if rule.needs_loss else None
         updates, state = rule.update(theta, {n: p.grad for n, p in names.items()}, state, values, clock, loss)
         values = {n: values[n] + updates[n] for n in values}
     return list(values.values())
@@ -110,8 +110,8 @@ def test_low_precision_parameters_are_rounded_on_writing_alone(rule, dtype):
         set_gradients(params, step)
         for p, w in zip(params, wide, strict=True):
             w.grad = p.grad.float()
-        optimizer.step()
-        reference.step()
+        optimizer.step(loss=1.0)
+        reference.step(loss=1.0)
         assert identical([p.data for p in params], [w.detach().to(dtype) for w in wide])
     slots = [t for p in params for t in optimizer.state[p].values()]
     assert all(t.dtype == torch.float32 for t in slots)
@@ -301,8 +301,9 @@ def test_a_step_does_not_wait_for_the_device(rule):
     params = parameters()
     optimizer = make(params, rule, weight_decay=0.1)
     set_gradients(params, 0)
+    loss = torch.tensor(1.0)
     with HostReads() as reads:
-        optimizer.step()
+        optimizer.step(loss=loss)
         assert reads.count == 0
         params[0].item()
     assert reads.count == 1

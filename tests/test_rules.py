@@ -5,11 +5,24 @@ import math
 
 import pytest
 import torch
-from tables import RULES, double, every_rule, generator, random_theta
+from tables import RULES, SEE_SHAPES, double, every_rule, generator, random_theta
 
 from l2o import rules
 from l2o.ops.kinds import default_kinds
-from l2o.rules import LSTM, MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
+from l2o.rules import (
+    LSTM,
+    MLP,
+    RNNMLP,
+    SGD,
+    STAR,
+    AdafacMLP,
+    AdaGrad,
+    Adam,
+    Momentum,
+    NNAdam,
+    RMSProp,
+    RNNprop,
+)
 from l2o.types import Clock, ConfigurationError, OptState
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4), "conv": (2, 3, 2, 2), "empty": (0, 3), "one": (1,)}
@@ -66,13 +79,25 @@ def test_update_is_pure(rule):
     assert rng.equal(torch.get_rng_state())
 
 
+def update_of_a_view(rule, view):
+    theta, flat, grads = random_theta(rule), torch.randn(12).double(), torch.randn(12).double()
+    (params,), _ = steps(rule, theta, {"p": view(flat)}, [{"p": view(grads)}])
+    return params["p"]
+
+
 @every_rule
-def test_a_tensors_update_does_not_depend_on_its_shape_or_strides(rule):
-    theta, flat, grads = random_theta(rule), {"p": torch.randn(12).double()}, {"p": torch.randn(12).double()}
-    (want,), _ = steps(rule, theta, flat, [grads])
-    for view in (lambda t: t.view(3, 4), lambda t: t.view(4, 3).T.contiguous().T, lambda t: t.view(1, 12, 1, 1)):
-        (got,), _ = steps(rule, theta, {"p": view(flat["p"])}, [{"p": view(grads["p"])}])
-        torch.testing.assert_close(got["p"], view(want["p"]))
+def test_a_tensors_update_does_not_depend_on_its_strides(rule):
+    views = [lambda t: t.view(4, 3), lambda t: t.view(4, 3).T.contiguous().T]
+    want, got = (torch.manual_seed(1) and update_of_a_view(rule, view) for view in views)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if not name.startswith(SEE_SHAPES)])
+def test_a_tensors_update_does_not_depend_on_its_shape(name):
+    views = [lambda t: t.view(12), lambda t: t.view(3, 4), lambda t: t.view(1, 12, 1, 1)]
+    want, *others = (torch.manual_seed(1) and update_of_a_view(RULES[name], view) for view in views)
+    for got in others:
+        torch.testing.assert_close(got.flatten(), want)
 
 
 @every_rule
@@ -185,6 +210,21 @@ def test_mlp_is_mlplopt_of_the_field(seed):
         (Adam, "beta1", [1.0, None]),
         (Adam, "beta2", [NAN, 2]),
         (Adam, "eps_root", [-1, NAN, "0"]),
+        (AdafacMLP, "hidden", [4, (0,)]),
+        (AdafacMLP, "momentum_decays", [0.9, (1.0,)]),
+        (AdafacMLP, "adafactor_decays", [(0.9, -0.1, 0.5), (0.9,)]),
+        (AdafacMLP, "rms_decay", [(0.9,), 1.0]),
+        (STAR, "nominal", ["adamw", None]),
+        (STAR, "weight_decay", [-1e-9, NAN]),
+        (STAR, "step_mult", [0.0]),
+        (NNAdam, "beta1", [1.0, -0.1]),
+        (NNAdam, "decay_strength", [1.0, -1]),
+        (NNAdam, "eps", [0.0]),
+        (RNNprop, "hidden", [(), 20]),
+        (RNNprop, "projected", [0]),
+        (RNNprop, "beta2", [1.0]),
+        (RNNMLP, "from_mlp", [0, 1.5]),
+        (RNNMLP, "decays", [(1.0,)]),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(rule, name, values):

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("here")
     ("arguments", "expected"),
     [
         (["rule=momentun"], "unknown rule 'momentun', did you mean 'momentum'"),
-        (["task=quadratics"], "did you mean 'quadratic'?; valid: char_rnn"),
-        (["estimator=es"], "unknown estimator 'es'; valid: bptt, tbptt"),
+        (["task=quadratics"], "did you mean 'quadratic'"),
+        (["estimator=tbpt"], "unknown estimator 'tbpt', did you mean 'tbptt' or 'bptt'?; valid: bptt, es,"),
         (["logger=[wandb,tensorbord]"], "unknown logger 'tensorbord'"),
         (["experiment=nothing"], "unknown experiment 'nothing'"),
         (["init_from=nothing"], "'nothing'"),

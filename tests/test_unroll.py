@@ -10,7 +10,7 @@ from l2o.estimators import Backprop
 from l2o.rules import MLP, SGD, Adam
 from l2o.tasks import ImageMLP, ModuleTask, Quadratic
 from l2o.types import InnerState
-from l2o.unroll import expand_theta, inner_step, reset, running, start, unroll
+from l2o.unroll import expand_theta, initialise, inner_step, reset, running, start, unroll
 
 
 def meta_loss(rule, theta, family, steps=3, lanes=TOTAL, batches=None, second_order=True):
@@ -18,6 +18,7 @@ def meta_loss(rule, theta, family, steps=3, lanes=TOTAL, batches=None, second_or
     g = batches or generator(5)
     state = start(rule, expand_theta(theta, lanes), family, torch.full((lanes,), steps), g)
     lane_theta = {k: t.expand(lanes, *t.shape) for k, t in theta.items()}
+    state = initialise(rule, lane_theta, state)  # some rules learn the state that they begin with
     _, losses = unroll(rule, lane_theta, family, state, steps, g, second_order)
     return losses.sum()
 
@@ -175,7 +176,7 @@ def test_nothing_is_read_on_the_host_inside_an_unroll(rule):
         for t in theta.values():
             t.requires_grad_()
         with HostReads() as reads:
-            _, losses = unroll(rule, theta, family, state, 4, g)
+            _, losses = unroll(rule, theta, family, initialise(rule, theta, state), 4, g)
             torch.autograd.grad(losses.sum(), list(theta.values()))
         assert reads.count == 0
     with HostReads() as reads:  # the counter does count

@@ -92,9 +92,8 @@ def _rest(panel: Any, inspection: Inspection) -> None:
     panel.plot(params[::every], update[::every], ".", color=LEARNED_COLOUR, markersize=3, alpha=0.6)
     rate, correlation = decay_rate(inspection)
     ends = np.array([params.min(), params.max()])
-    panel.plot(
-        ends, -rate * ends, color="#333333", linewidth=1.2, label=f"{-rate:.2g} p; correlation {correlation:.2f}"
-    )
+    fit = f"{-rate:.2g} p; correlation of −u with p: {correlation:.2f}"
+    panel.plot(ends, -rate * ends, color="#333333", linewidth=1.2, label=fit)
     panel.legend(frameon=False, fontsize=9)
     where = f"after {MEMORY} gradients of zero; the part that changes sign with p"
     _headed(panel, "At rest (decay)", where, xlabel="parameter p", ylabel="update")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l2o.ops.numeric import constant
-from l2o.types import Clock
+from l2o.types import Clock, Slots
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 """Steps; Metz et al. 2020 (arXiv 2009.11243, app. A) and google/learned_optimization."""
@@ -31,6 +31,16 @@ def fraction_embedding(clock: Clock, like: Tensor) -> Tensor:
     return torch.tanh((fraction - constant(FRACTIONS, like)) * 10.0)
 
 
+def sine_embedding(clock: Clock, like: Tensor) -> Tensor:
+    """``sin(t / (pi tau))`` over `TIMESCALES`, ``[11]`` (RNNMLPLOpt of google/learned_optimization)."""
+    return torch.sin(clock.step.to(like.dtype) / (constant(TIMESCALES, like) * math.pi))
+
+
+def clip_log(x: Tensor) -> Tensor:
+    """``clip(log(1e-8 + |x|), -5, 5)``: the magnitude of a statistic, whatever its scale (Metz et al. 2020, app. A)."""
+    return torch.log(1e-8 + x.abs()).clamp(-5.0, 5.0)
+
+
 def log_and_sign(grad: Tensor, k: float = 5.0) -> Tensor:
     """``[2, *grad.shape]``: magnitude and sign of a gradient (Andrychowicz et al. 2016, arXiv 1606.04474, app. A).
 
@@ -45,3 +55,16 @@ def log_and_sign(grad: Tensor, k: float = 5.0) -> Tensor:
 def second_moment_scale(sum_of_squares: Tensor, count: Tensor | int, eps: float = EPS) -> Tensor:
     """``rsqrt(eps + mean(x^2))``, a channel at a time: times it, a channel has mean square one over its tensor."""
     return torch.rsqrt(eps + sum_of_squares / count)
+
+
+def square_sums(channels: Tensor) -> Slots:
+    """``sum_of_squares [channels]`` and ``count`` (0-d, at least 1) of ``[channels, *shape]``, for `normalised`."""
+    entries = math.prod(channels.shape[1:])
+    squares = channels.reshape(channels.shape[0], entries).square().sum(-1)
+    return {"sum_of_squares": squares, "count": squares.new_full((), max(entries, 1))}
+
+
+def normalised(channels: Tensor, sums: Slots, eps: float = EPS) -> Tensor:
+    """``[channels, *shape] -> [channels, entries]``, each channel over its root mean square (`second_moment_scale`)."""
+    scale = second_moment_scale(sums["sum_of_squares"], sums["count"], eps)
+    return channels.reshape(channels.shape[0], math.prod(channels.shape[1:])) * scale.unsqueeze(-1)

@@ -26,10 +26,26 @@ def init_momenta(param: Tensor, decays: Sequence[float]) -> Tensor:
     return torch.zeros_like(param).expand(len(decays), *param.shape).clone()
 
 
-def momenta(previous: Tensor, grad: Tensor, decays: Sequence[float]) -> Tensor:
-    """One momentum a decay, ``m <- d m + (1 - d) g``, without bias correction (Metz et al. 2020, arXiv 2009.11243).
+def momenta(previous: Tensor, value: Tensor, decays: Sequence[float] | Tensor) -> Tensor:
+    """One average a decay, ``m <- d m + (1 - d) g``, without bias correction (Metz et al. 2020, arXiv 2009.11243).
 
-    previous: ``[len(decays), *grad.shape]``. ``1 - d`` is formed in the tensor's dtype, as the reference does.
+    previous: ``[len(decays), *value.shape]``.  value: a gradient for momenta, its square for second moments.
+    decays: fixed, or ``[decays]`` as they were learned. ``1 - d`` is formed in the tensor's dtype, as the reference
+    does.
     """
-    d = constant(decays, grad).view(-1, *[1] * grad.ndim)
-    return torch.lerp(grad.unsqueeze(0), previous, d)
+    d = decays if isinstance(decays, Tensor) else constant(decays, value)
+    return torch.lerp(value.unsqueeze(0), previous, d.view(-1, *[1] * value.ndim))
+
+
+def debias(moments: Tensor, decays: Sequence[float], count: Tensor) -> Tensor:
+    """``m / (1 - d**count)``: `momenta` as if they had not started from 0.  moments: ``[len(decays), ...]``."""
+    d = constant(decays, moments)
+    return moments / (1.0 - d**count).view(-1, *[1] * (moments.ndim - 1))
+
+
+def learned_decays(initial: Sequence[float], shift: Tensor) -> Tensor:
+    """``1 - exp(10 (log(1 - initial) / 10 + shift))``, ``[len(initial)]``: at most 1, without a lower bound.
+
+    shift: ``[len(initial)]``, the meta-parameters, 0 at first (AdafacMLPLOpt of google/learned_optimization).
+    """
+    return 1.0 - torch.exp(10.0 * (torch.log(1.0 - constant(initial, shift)) / 10.0 + shift))

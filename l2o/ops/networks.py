@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import count, pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -41,15 +41,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias.unsqueeze(-1), weight.T, x)
 
 
-def mlp(theta: Theta, x: Tensor, shared: Tensor) -> Tensor:
-    """ReLU MLP. ``x``: ``[channels, n]``; ``shared``: ``[k]``, the last inputs of each entry, the same for all of them.
+def mlp(
+    theta: Theta, x: Tensor, shared: Tensor | None = None, activation: Callable[[Tensor], Tensor] = torch.relu
+) -> Tensor:
+    """MLP of the layers ``w0, b0, w1, ...`` in θ, which may hold more.
+
+    x: ``[channels, n]``.  shared: ``[k]``, the last inputs of each entry, the same for all of them.
 
     Being the same, they enter as a bias of the first layer, computed once.
     """
-    own, common = theta["w0"].split([x.shape[0], shared.shape[0]])
-    x = linear(x, own, theta["b0"] + shared @ common)
-    for i in range(1, len(theta) // 2):
-        x = linear(torch.relu(x), theta[f"w{i}"], theta[f"b{i}"])
+    own, bias = theta["w0"], theta["b0"]
+    if shared is not None:
+        own, common = own.split([x.shape[0], shared.shape[0]])
+        bias = bias + shared @ common
+    x = linear(x, own, bias)
+    for i in takewhile(lambda i: f"w{i}" in theta, count(1)):
+        x = linear(activation(x), theta[f"w{i}"], theta[f"b{i}"])
     return x
 
 

@@ -47,3 +47,18 @@ def safe_sqrt(x: Tensor) -> Tensor:
     """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def safe_rsqrt(x: Tensor) -> Tensor:
+    """``1 / sqrt(x)``, ``x > 0``, whose derivative is 0 where the true one would overflow float32.
+
+    The second moment of a gradient that is exactly 0 is 1e-33 or so where the reference adds its epsilon to the square
+    only; that of the root is then infinite, and times the momentum's 0 it would be NaN.
+    """
+    return torch.where(x > 1e-24, x, x.detach()).rsqrt()
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """``[channels, *shape] -> [channels]``, means over the entries of a tensor; 0 where it has none."""
+    entries = math.prod(x.shape[1:])
+    return x.reshape(x.shape[0], entries).sum(-1) / max(entries, 1)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from l2o._checks import each, real, whole
 from l2o.kernels import mlp_rule
-from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, fraction_embedding, second_moment_scale, step_embedding
+from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, fraction_embedding, normalised, square_sums, step_embedding
+from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import init_momenta, momenta
-from l2o.ops.networks import columns, init_mlp, mlp, over_entries
-from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
+from l2o.ops.networks import init_mlp, mlp, over_entries
+from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
 
 _TIME = {"steps": (len(TIMESCALES), step_embedding), "fraction": (len(FRACTIONS), fraction_embedding)}
 
@@ -31,7 +32,9 @@ class MLP(UpdateRule):
     step_mult, exp_mult: of the two outputs (MLPLOpt: both 0.001, which needs far longer meta-training).
     time: ``fraction`` embeds how much of ``total_steps`` is done, so that a schedule stretches with the run;
         ``steps`` the number of updates (MLPLOpt).
-    θ: ``w0, b0, ...``, inputs in the order gradient, parameter, momenta, time. Slot: ``m``, ``[len(decays), *shape]``.
+    mup: multiply the step of hidden matrices by 1 / fan_in (µLO, arXiv 2406.00153): `l2o.ops.kinds.width_multiplier`.
+    θ: ``w0, b0, ...``, inputs in the order gradient, parameter, momenta, time.
+    Slots: ``m``, ``[len(decays), *shape]``, and with ``mup`` ``width``, 0-d.
     """
 
     hidden: tuple[int, ...] = (32, 32)
@@ -39,6 +42,7 @@ class MLP(UpdateRule):
     step_mult: float = 0.01
     exp_mult: float = 0.01
     time: Literal["fraction", "steps"] = "fraction"
+    mup: bool = False
 
     def __post_init__(self) -> None:
         if self.time not in _TIME:
@@ -52,16 +56,18 @@ class MLP(UpdateRule):
         return init_mlp(generator, [2 + len(self.decays) + _TIME[self.time][0], *self.hidden, 2])
 
     def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        return OptState({name: {"m": init_momenta(p, self.decays)} for name, p in params.items()}, {})
+        return OptState({name: self._slots(p, kinds[name]) for name, p in params.items()}, {})
+
+    def _slots(self, param: Tensor, kind: Kind) -> Slots:
+        width = {"width": width_multiplier(param, kind)} if self.mup else {}
+        return {"m": init_momenta(param, self.decays)} | width
 
     def accumulate(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
     ) -> tuple[OptState, Stats]:
-        slots = {name: {"m": momenta(state.per_param[name]["m"], g, self.decays)} for name, g in grads.items()}
-        stats: Stats = {}
-        for name, g in grads.items():
-            squares = _channels(g, params[name], slots[name]["m"]).square().sum(-1)
-            stats[name] = {"sum_of_squares": squares, "count": squares.new_full((), max(g.numel(), 1))}
+        old = state.per_param
+        slots = {name: {**old[name], "m": momenta(old[name]["m"], g, self.decays)} for name, g in grads.items()}
+        stats = {name: square_sums(_channels(g, params[name], slots[name]["m"])) for name, g in grads.items()}
         return OptState(slots, {}), stats
 
     def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
@@ -71,21 +77,24 @@ class MLP(UpdateRule):
             direction, magnitude = mlp(theta, x, embed(clock, x))
             return (direction * (magnitude * self.exp_mult).exp() * -self.step_mult,)
 
-        features = {}
-        for name, g in grads.items():
-            scale = second_moment_scale(stats[name]["sum_of_squares"], stats[name]["count"])
-            features[name] = (_channels(g, params[name], state.per_param[name]["m"]) * scale.unsqueeze(-1),)
-        outputs = over_entries(network, features)
-        return {name: outputs[name][0].reshape(g.shape) for name, g in grads.items()}
+        inputs = {
+            name: (normalised(_channels(g, params[name], state.per_param[name]["m"]), stats[name]),)
+            for name, g in grads.items()
+        }
+        outputs = over_entries(network, inputs)
+        steps = {name: outputs[name][0].reshape(g.shape) for name, g in grads.items()}
+        return {name: x * state.per_param[name]["width"] for name, x in steps.items()} if self.mup else steps
 
     def fused_update(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
     ) -> tuple[Updates, OptState] | None:
+        if self.mup:
+            return None
         lanes = Clock(*(t.unsqueeze(-1) for t in clock))
         constants = mlp_rule.Constants(self.decays, self.step_mult, self.exp_mult, EPS)
         return mlp_rule.update(constants, theta, grads, state, params, _TIME[self.time][1](lanes, theta["b0"]))
 
 
 def _channels(grad: Tensor, param: Tensor, m: Tensor) -> Tensor:
-    """``[2 + len(decays), entries]``."""
-    return columns(torch.cat([grad.unsqueeze(0), param.unsqueeze(0), m]))
+    """``[2 + len(decays), *shape]``."""
+    return torch.cat([grad.unsqueeze(0), param.unsqueeze(0), m])

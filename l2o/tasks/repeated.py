@@ -49,6 +49,11 @@ class Repeated(TaskFamily):
     ) -> tuple[Tensor, Buffers, Grads] | None:
         return self.family.fused_gradient(params, buffers, data, batch)
 
+    def transform_gradients(
+        self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Grads, Buffers]:
+        return self.family.transform_gradients(grads, buffers, data, batch)
+
     def _repeat(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.repeat_interleave(self.copies, dim=0) for name, t in tensors.items()}
 

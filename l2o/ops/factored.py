@@ -1,0 +1,78 @@
+"""Second moments of a matrix by its rows and columns (Adafactor, Shazeer and Stern 2018, arXiv 1804.04235, section 3).
+
+As in google/learned_optimization (learned_optimizers/common.py), from which the epsilons are. Slots: ``row`` and
+``col`` of a tensor of two and more axes, ``diag`` of the others, which are not factored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l2o.ops.moments import momenta
+from l2o.types import Slots
+
+_EPS_SQUARE = 1e-30
+"""Added to squared gradients."""
+_EPS = 1e-9
+"""Under roots and in quotients."""
+
+
+def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
+    """The second largest axis and the largest, of equal ones the later as the larger; None for less than two axes."""
+    if len(shape) < 2:
+        return None
+    by_size = sorted(range(len(shape)), key=lambda axis: shape[axis])  # a stable sort, as the reference's
+    return by_size[-2], by_size[-1]
+
+
+def init_factored(param: Tensor, decays: int) -> Slots:
+    """Zeros: ``row [decays, *shape]`` without the largest axis and ``col`` without the second largest, or ``diag``."""
+
+    def zeros(like: Tensor) -> Tensor:
+        return torch.zeros_like(like).expand(decays, *like.shape).clone()
+
+    axes = factored_axes(param.shape)
+    if axes is None:
+        return {"diag": zeros(param)}
+    second, largest = axes
+    return {"row": zeros(_mean(param, largest)), "col": zeros(_mean(param, second))}
+
+
+def factored(previous: Slots, grad: Tensor, decays: Tensor) -> Slots:
+    """The slots with ``grad`` averaged in.  decays: ``[decays]``, brought into 0 to 1."""
+    squares, decays = grad.square() + _EPS_SQUARE, decays.clamp(0.0, 1.0)
+    axes = factored_axes(grad.shape)
+    if axes is None:
+        return {"diag": momenta(previous["diag"], squares, decays)}
+    second, largest = axes
+    return {
+        "row": momenta(previous["row"], _mean(squares, largest), decays),
+        "col": momenta(previous["col"], _mean(squares, second), decays),
+    }
+
+
+def rows_and_columns(slots: Slots, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """``row`` and ``col`` as views ``[decays, *shape]``; without factors, ``diag`` twice."""
+    axes = factored_axes(shape)
+    if axes is None:
+        return slots["diag"], slots["diag"]
+    second, largest = axes
+    whole = (-1, *shape)
+    return slots["row"].unsqueeze(largest + 1).expand(whole), slots["col"].unsqueeze(second + 1).expand(whole)
+
+
+def preconditioner(slots: Slots, shape: torch.Size) -> Tensor:
+    """``[decays, *shape]``, the inverse root of the second moment that the slots stand for; a gradient's factor."""
+    axes = factored_axes(shape)
+    if axes is None:
+        return torch.rsqrt((slots["diag"] + _EPS).clamp(min=_EPS))
+    second, largest = axes
+    row, col = slots["row"].unsqueeze(largest + 1), slots["col"].unsqueeze(second + 1)
+    row = row / (_mean(row, second + 1, keepdim=True) + _EPS)
+    return torch.rsqrt(row.clamp(min=_EPS)) * torch.rsqrt(col.clamp(min=_EPS))
+
+
+def _mean(x: Tensor, axis: int, keepdim: bool = False) -> Tensor:
+    """0, not NaN, over an axis of no entries: such a tensor must not disturb those it shares sums with."""
+    return x.sum(axis, keepdim=keepdim) / max(x.shape[axis], 1)

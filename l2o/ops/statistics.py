@@ -1,0 +1,105 @@
+"""What per-parameter networks see of a tensor's gradients: the groups of channels of small_fc, VeLO, Celo and Celo2.
+
+Metz et al. 2022 (VeLO, arXiv 2211.09760, app. B) and google/learned_optimization (adafac_mlp_lopt.py, hyper_v2.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2o.ops.factored import factored, init_factored, preconditioner, rows_and_columns
+from l2o.ops.moments import init_momenta, momenta
+from l2o.ops.numeric import constant, safe_rsqrt
+from l2o.types import Slots
+
+
+class Statistics(NamedTuple):
+    """Of one tensor of shape ``*shape``; D decays of momenta and as many of factored moments.
+
+    grad, param: ``[*shape]``.        m: ``[D, *shape]``, momenta.
+    v, inv_rms: ``[1, *shape]``, second moment and its inverse root.
+    row, col: ``[D, *shape]``, factored second moments, spread over the tensor.
+    grad_factor, m_factor: ``[D, *shape]``, the inverse roots that gradient and momenta are multiplied with.
+    """
+
+    grad: Tensor
+    param: Tensor
+    m: Tensor
+    v: Tensor
+    inv_rms: Tensor
+    row: Tensor
+    col: Tensor
+    grad_factor: Tensor
+    m_factor: Tensor
+
+
+def statistics(
+    grad: Tensor, param: Tensor, slots: Slots, rms_eps: float = 1e-6, diag_eps: float | None = None
+) -> Statistics:
+    """Of the slots ``m``, ``v`` and those of `l2o.ops.factored`, which have seen ``grad``.
+
+    rms_eps: added to ``v`` under the root.
+    diag_eps: the same for the factor of the momenta of tensors without rows and columns; by default ``rms_eps``.
+    """
+    row, col = rows_and_columns(slots, grad.shape)
+    factor = preconditioner(slots, grad.shape)
+    m_factor = factor if grad.ndim >= 2 else safe_rsqrt(slots["diag"] + (rms_eps if diag_eps is None else diag_eps))
+    inv_rms = torch.rsqrt(slots["v"] + rms_eps)
+    return Statistics(grad, param, slots["m"], slots["v"], inv_rms, row, col, factor, m_factor)
+
+
+_EPS = 1e-8
+"""Of the inverse roots of rows and columns."""
+
+_GROUPS: dict[str, Callable[[Statistics], Tensor]] = {
+    "grad": lambda x: x.grad.unsqueeze(0),
+    "clipped_grad": lambda x: x.grad.clamp(-0.1, 0.1).unsqueeze(0),
+    "param": lambda x: x.param.unsqueeze(0),
+    "m": lambda x: x.m,
+    "v": lambda x: x.v,
+    "m_over_rms": lambda x: x.m * x.inv_rms,
+    "inv_rms": lambda x: x.inv_rms,
+    "factored_grad": lambda x: x.grad * x.grad_factor,
+    "grad_over_rms": lambda x: x.grad * x.inv_rms,
+    "row": lambda x: x.row,
+    "col": lambda x: x.col,
+    "inv_root_row": lambda x: torch.rsqrt(x.row + _EPS),
+    "inv_root_col": lambda x: torch.rsqrt(x.col + _EPS),
+    "factored_m": lambda x: x.m * x.m_factor,
+}
+
+VELO_GROUPS = tuple(_GROUPS)
+"""In the order of ``w0__0`` to ``w0__13`` of VeLO, Celo and Celo2: 30 channels with three decays."""
+SMALL_FC_GROUPS = tuple(name for name in _GROUPS if name not in ("clipped_grad", "grad_over_rms"))
+"""In the order of the inputs of small_fc (AdafacMLPLOpt): 28 channels with three decays."""
+UNFACTORED_GROUPS = VELO_GROUPS[:9]
+"""What Celo2 shows of tensors without rows and columns: 15 channels."""
+
+
+def channels(x: Statistics, groups: Sequence[str]) -> Tensor:
+    """``[channels, *shape]``, the groups one after the other, not normalised."""
+    return torch.cat([_GROUPS[name](x) for name in groups])
+
+
+def init_statistics(param: Tensor, decays: Sequence[float], rms_decay: float) -> Slots:
+    """Zeros: ``m [decays, *shape]``, ``v [1, *shape]``, and the slots of `l2o.ops.factored`."""
+    factors = init_factored(param, len(decays))
+    return {"m": init_momenta(param, decays), "v": init_momenta(param, [rms_decay]), **factors}
+
+
+def advance_statistics(slots: Slots, grad: Tensor, decays: Sequence[float], rms_decay: float) -> Slots:
+    """The slots of `init_statistics` with ``grad`` averaged in; momenta and factored moments have the same decays."""
+    return {
+        "m": momenta(slots["m"], grad, decays),
+        "v": momenta(slots["v"], grad.square(), [rms_decay]),
+        **factored(slots, grad, constant(decays, grad)),
+    }
+
+
+def clip_gradient(grad: Tensor) -> Tensor:
+    """To ± 1000, an entry at a time: what VeLO, Celo and Celo2 do before anything else."""
+    return grad.clamp(-1000.0, 1000.0)

@@ -1,0 +1,147 @@
+"""NNAdam: an LSTM over the tensors moves each tensor's hyperparameters of Adam.
+
+google/learned_optimization, learned_optimizers/nn_adam.py; cf. Metz et al. 2020 (arXiv 2009.11243), whose LSTM sees the
+same kind of statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2o._checks import real, whole
+from l2o.ops.features import clip_log
+from l2o.ops.networks import linear
+from l2o.ops.numeric import channel_means, scalar_like
+from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
+from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+
+_CLIP = 1000.0
+"""Of the gradient, on both sides."""
+_INPUTS = 19
+
+
+def _positive(low: float, high: float) -> Callable[[Tensor], Tensor]:
+    return lambda raw: torch.exp(10.0 * raw).clamp(low, high)
+
+
+def _decay(raw: Tensor) -> Tensor:
+    return 1.0 - torch.exp((10.0 * raw).clamp(-10.0, 0.0))
+
+
+_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "raw_lr": _positive(1e-8, 1e3),
+    "raw_beta1": _decay,
+    "raw_beta2": _decay,
+    "raw_eps": _positive(1e-11, 1e4),
+}
+"""Each hyperparameter as a function of its raw number, in the order of the network's outputs."""
+
+
+@dataclass(frozen=True)
+class NNAdam(UpdateRule):
+    """``update = -lr (1 + eps) m / (eps + sqrt(v + 1e-10))``: Adam for small eps, momentum for large, at the same lr.
+
+    Each tensor has raw numbers that lr, beta1, beta2 and eps are functions of. After each update an LSTM, which sees
+    them and the means and variances of gradient, momentum, second moment and parameter, adds to them.
+
+    hidden: units of the LSTM.            output_scale: factor on what is added.
+    decay_strength: the share of the way back to θ's own raw numbers that follows.
+    lr, beta1, beta2, eps: where θ's raw numbers start.
+    θ: ``raw_lr, raw_beta1, raw_beta2, raw_eps``, 0-d; ``lstm_w, lstm_b, lstm_h, lstm_c`` (`l2o.ops.recurrent`);
+    ``w_out, b_out``, at first 0.
+    Slots: ``m, v``; ``h, c``; the raw numbers of the next update; and ``lr, eps``, 0-d, those of this one.
+    """
+
+    hidden: int = 32
+    output_scale: float = 0.01
+    decay_strength: float = 0.0
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        whole("hidden", self.hidden)
+        real("output_scale", self.output_scale, above=0.0)
+        real("decay_strength", self.decay_strength, least=0.0, below=1.0)
+        real("lr", self.lr, above=0.0)
+        real("eps", self.eps, above=0.0)
+        real("beta1", self.beta1, least=0.0, below=1.0)
+        real("beta2", self.beta2, least=0.0, below=1.0)
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        starts = {"lr": self.lr, "beta1": 1.0 - self.beta1, "beta2": 1.0 - self.beta2, "eps": self.eps}
+        theta = {f"raw_{name}": scalar_like(0.1 * math.log(value), generator) for name, value in starts.items()}
+        theta |= init_tensor_lstm(generator, _INPUTS, self.hidden)
+        device = generator.device
+        w_out, b_out = torch.zeros(self.hidden, len(_VALUES), device=device), torch.zeros(len(_VALUES), device=device)
+        return theta | {"w_out": w_out, "b_out": b_out}
+
+    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+        raw = {name: theta[name].clone() for name in _VALUES}
+        hyper = {name: _VALUES[f"raw_{name}"](raw[f"raw_{name}"]) for name in ("lr", "eps")}
+        return OptState(
+            {
+                name: {"m": torch.zeros_like(p), "v": torch.zeros_like(p), **raw, **hyper, **lstm_slots(theta)}
+                for name, p in params.items()
+            },
+            {},
+        )
+
+    def accumulate(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[OptState, Stats]:
+        slots = {name: _moments(state.per_param[name], g) for name, g in grads.items()}
+        seen = [_features(g, params[name], slots[name]) for name, g in grads.items()]
+        h, cells = tensor_lstm(theta, torch.stack(seen, -1), slots)
+        deltas = (self.output_scale * linear(h, theta["w_out"], theta["b_out"])).unbind(-1)
+        raws = {name: self._moved(theta, slots[name], delta) for name, delta in zip(slots, deltas, strict=True)}
+        return OptState({name: {**slots[name], **raws[name], **cells[name]} for name in slots}, {}), {}
+
+    def _moved(self, theta: Theta, slots: Slots, delta: Tensor) -> Slots:
+        """The raw numbers plus ``delta [4]``, within the ranges of the values."""
+        new = {}
+        for name, add in zip(_VALUES, delta, strict=True):
+            raw = slots[name] + add
+            raw = raw - self.decay_strength * (raw - theta[name])
+            value = _VALUES[name](raw)
+            new[name] = 0.1 * torch.log(1.0 - value if "beta" in name else value)
+        return new
+
+    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
+        return {name: _step(state.per_param[name]) for name in grads}
+
+
+def _moments(slots: Slots, grad: Tensor) -> Slots:
+    """Momentum and second moment with the current decays, and the ``lr`` and ``eps`` that go with them."""
+    hyper = {name.removeprefix("raw_"): value(slots[name]) for name, value in _VALUES.items()}
+    grad = grad.clamp(-_CLIP, _CLIP)
+    m = torch.lerp(grad, slots["m"], hyper["beta1"])
+    v = torch.lerp(grad.square(), slots["v"], hyper["beta2"])
+    return {**slots, "m": m, "v": v, "lr": hyper["lr"], "eps": hyper["eps"]}
+
+
+def _step(slots: Slots) -> Tensor:
+    lr, eps = slots["lr"], slots["eps"]
+    return -lr * (1.0 + eps) / (eps + torch.sqrt(slots["v"] + 1e-10)) * slots["m"]
+
+
+def _features(grad: Tensor, param: Tensor, slots: Slots) -> Tensor:
+    """``[19]``, of one tensor."""
+    grad = grad.clamp(-_CLIP, _CLIP)
+    channels = torch.stack([grad, slots["m"], param, slots["v"]])
+    means = channel_means(channels)
+    spread = channels - means.view(-1, *[1] * grad.ndim)
+    variances = 0.5 * clip_log(channel_means(spread.square()))
+    magnitude, sign = 0.5 * clip_log(means), torch.sign(means)
+    mean_abs = 0.5 * clip_log(channel_means(grad.abs().unsqueeze(0)))
+    raw = {name: 0.2 * slots[name].clamp(-5.0, 5.0) for name in _VALUES}
+    is_bias, is_scalar = (grad.new_full((), 1.0 if grad.ndim == ndim else -1.0) for ndim in (1, 0))
+    head = [raw["raw_beta1"], raw["raw_beta2"], raw["raw_eps"], is_bias, is_scalar, raw["raw_lr"]]
+    pairs = torch.stack([magnitude, sign], -1)  # of g, m, p, v
+    return torch.cat([torch.stack(head), pairs[0], mean_abs, pairs[1:].flatten(), variances])
