@@ -14,6 +14,8 @@ _NOTICED = 0.1
 """Shares and slopes nearer than this to those of a rule without the property count as that."""
 _CLOCK_NOTICED = 0.01
 _CORRELATED = 0.3
+_DECAYED = 0.01
+"""Share of the parameters that decay makes up over a run, from where on it counts."""
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -103,12 +105,11 @@ def decay_rate(inspection: Inspection) -> tuple[float, float]:
 
 def _decay(inspection: Inspection) -> Finding:
     rate, correlation = decay_rate(inspection)
-    if abs(correlation) < _CORRELATED:
-        sentence = f"without gradients the parameters do not go to 0 (correlation {correlation:.2f})"
-        return Finding("decay", "no", rate, sentence)
-    verb = "shrink" if rate > 0 else "grow"
+    noticed = abs(correlation) > _CORRELATED and abs(rate) * len(inspection.run.losses) > _DECAYED
+    answer = "no" if not noticed else "yes" if rate > 0 else "reversed"
+    verb = "grow" if rate < 0 else "shrink"
     sentence = f"without gradients parameters {verb} by {abs(rate):.2g} of themselves a step"
-    return Finding("decay", "yes" if rate > 0 else "reversed", rate, f"{sentence} (correlation {correlation:.2f})")
+    return Finding("decay", answer, rate, f"{sentence} (correlation of -u with p: {correlation:.2f})")
 
 
 def _inputs(inspection: Inspection) -> Finding:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from l2o._checks import whole
 from l2o.evaluation.recording import Moment, Recording, dot, double, entries, record, rerun
 from l2o.rules import Adam
-from l2o.types import Clock, Slots, TaskFamily, Theta, UpdateRule, Updates
+from l2o.types import Clock, OptState, Params, Slots, TaskFamily, Theta, UpdateRule, Updates
 
 MEMORY = 10
 """Updates that a past is made of in the experiments on momentum and decay."""
@@ -30,13 +30,13 @@ REACH = 3.0
 SPIKES = tuple(10.0 ** (i / 2) for i in range(-2, 9))
 """Factors on the whole gradient of one step."""
 ADAM_LR = 1e-3
-_POINTS = 21
 _CHUNK = 32
 """Repetitions that are vectorised at once."""
-_MOST_CHANNELS = 8
+CHANNELS = 8
 """Channels of a slot that are looked at one by one: momenta of several decays, but not the units of an LSTM."""
-_EPSILON = 1e-5
-"""Relative change of an input, for differences in float64: the truncation error is about its square."""
+EPSILON = 0.01
+"""Relative change of an input. No smaller, because some rules see signs of means that are 0 but for rounding, and a
+derivative would say nothing of how far such a step goes, or everything."""
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -80,11 +80,17 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    rule: UpdateRule, theta: Theta, family: TaskFamily, steps: int, generator: torch.Generator, lanes: int = 4
+    rule: UpdateRule,
+    theta: Theta,
+    family: TaskFamily,
+    steps: int,
+    generator: torch.Generator,
+    lanes: int = 4,
+    points: int = 21,
 ) -> Inspection:
     """Record ``steps`` steps of the rule on ``lanes`` tasks of ``family``, and experiment with it.
 
-    theta: ``[...]``, float32, without lanes, on the generator's device.
+    theta: ``[...]``, float32, without lanes, on the generator's device.     points: of each curve of the response.
     Raises `ConfigurationError` for fewer than ``2 * MEMORY`` steps, and where a run diverges.
     """
     whole("steps", steps, 2 * MEMORY)
@@ -107,7 +113,7 @@ def inspect(
             run,
             adam,
             middle,
-            response(rule, theta, window),
+            response(rule, theta, window, points),
             schedule,
             change,
             spike_response(rule, theta, window[-1]),
@@ -116,14 +122,14 @@ def inspect(
         )
 
 
-def response(rule: UpdateRule, theta: Theta, window: Sequence[Moment]) -> Response:
+def response(rule: UpdateRule, theta: Theta, window: Sequence[Moment], points: int = 21) -> Response:
     """Sweep the gradient of an ordinary entry of the largest tensor; see `Response`."""
     grads = window[-1].grads
     tensor = max(grads, key=lambda name: grads[name].numel())
     size = _rms({tensor: grads[tensor]}).clamp(min=_TINY)
     entry = (grads[tensor].abs() - size).abs().argmin()  # the one whose gradient is nearest to the root mean square
     chosen = torch.zeros_like(grads[tensor]).flatten().index_fill(0, entry, 1.0).reshape(grads[tensor].shape).bool()
-    sweep = torch.linspace(-REACH, REACH, _POINTS, dtype=torch.float64, device=size.device)
+    sweep = torch.linspace(-REACH, REACH, points, dtype=torch.float64, device=size.device)
 
     def update(past: Tensor, fraction: Tensor, value: Tensor) -> Tensor:
         def change(moment: Moment, back: int) -> Moment:
@@ -135,8 +141,8 @@ def response(rule: UpdateRule, theta: Theta, window: Sequence[Moment]) -> Respon
 
     conditions = [*((past, 0.5) for past in PASTS), *((0.0, fraction) for fraction in FRACTIONS)]
     rows = list(dict.fromkeys(conditions))  # one of them is a past and an age
-    given = torch.tensor(rows, dtype=torch.float64, device=size.device).repeat_interleave(_POINTS, 0)
-    curves = vmap(update, chunk_size=_CHUNK)(given[:, 0], given[:, 1], sweep.repeat(len(rows))).reshape(-1, _POINTS)
+    given = torch.tensor(rows, dtype=torch.float64, device=size.device).repeat_interleave(points, 0)
+    curves = vmap(update, chunk_size=_CHUNK)(given[:, 0], given[:, 1], sweep.repeat(len(rows))).reshape(-1, points)
     found = curves[[rows.index(condition) for condition in conditions]]
     return Response(tensor, sweep, found[: len(PASTS)], found[len(PASTS) :])
 
@@ -205,7 +211,7 @@ def sensitivity(rule: UpdateRule, theta: Theta, moment: Moment, generator: torch
             moved = _shift(moment, direction, side)
             ends.append((rerun(rule, theta, [moved], _same), moved.clock.step))
         (ahead, late), (behind, early) = ends
-        distance = (late - early) / moment.clock.total_steps if name == "clock" else 2.0 * _EPSILON
+        distance = (late - early) / moment.clock.total_steps if name == "clock" else 2.0 * EPSILON
         found[name] = float(_rms({k: ahead[k] - behind[k] for k in ahead}) / distance / unit)
     return found
 
@@ -220,21 +226,32 @@ def directions(rule: UpdateRule, moment: Moment, generator: torch.Generator) -> 
         yield "loss", none._replace(loss=signed.loss)
     yield "clock", none._replace(clock=none.clock._replace(step=(moment.clock.total_steps // 20).clamp(min=1)))
     blank, noise = none.state, signed.state
-    channels = {name: _channels(slots, moment.params[name]) for name, slots in noise.per_param.items()}
-    for label in dict.fromkeys(label for found in channels.values() for label in found):
-        slots = {k: blank.per_param[k] | dict([own[label]] if label in own else []) for k, own in channels.items()}
+    counts = channel_counts(moment.state, moment.params)
+    parts = {name: _parts(slots, counts) for name, slots in noise.per_param.items()}
+    for label in dict.fromkeys(label for found in parts.values() for label in found):
+        slots = {k: blank.per_param[k] | dict([own[label]] if label in own else []) for k, own in parts.items()}
         yield label, none._replace(state=blank._replace(per_param=slots))
     for slot, t in noise.shared.items():
         if t.is_floating_point():
             yield f"{slot} (shared)", none._replace(state=blank._replace(shared=blank.shared | {slot: t}))
 
 
-def _channels(slots: Slots, param: Tensor) -> dict[str, tuple[str, Tensor]]:
-    """Slots in floating point by label, ``m[0], m[1], ...`` where they have few channels: all else in the slot is 0."""
+def channel_counts(state: OptState, params: Params) -> dict[str, int]:
+    """Slots with a few channels along a first axis that parameters lack, and how many: the same in every tensor."""
+    lengths: dict[str, set[int]] = {}
+    lacking = set()
+    for name, slots in state.per_param.items():
+        for slot, t in slots.items():
+            lengths.setdefault(slot, set()).add(len(t) if t.ndim else 0)
+            lacking |= {slot} if t.shape != params[name].shape else set()
+    return {slot: min(n) for slot, n in lengths.items() if slot in lacking and len(n) == 1 and 1 < min(n) <= CHANNELS}
+
+
+def _parts(slots: Slots, counts: dict[str, int]) -> dict[str, tuple[str, Tensor]]:
+    """Slots in floating point by label, ``m[0], m[1], ...`` for their channels: all else in the slot is 0 then."""
     found: dict[str, tuple[str, Tensor]] = {}
     for slot, t in slots.items():
-        several = t.ndim > 0 and t.shape != param.shape and 1 < len(t) <= _MOST_CHANNELS
-        if t.is_floating_point() and several:
+        if t.is_floating_point() and slot in counts:
             keep = torch.eye(len(t), dtype=t.dtype, device=t.device)
             found |= {f"{slot}[{i}]": (slot, t * keep[i].view(-1, *[1] * (t.ndim - 1))) for i in range(len(t))}
         elif t.is_floating_point():
@@ -250,7 +267,7 @@ def _shift(moment: Moment, direction: Moment, side: float) -> Moment:
     """``moment`` moved along ``direction``; the clock by whole steps, and not to before the start."""
 
     def shift(x: Tensor, d: Tensor) -> Tensor:
-        return x + side * _EPSILON * d if x.is_floating_point() else (x + int(side) * d).clamp(min=0)
+        return x + side * EPSILON * d if x.is_floating_point() else (x + int(side) * d).clamp(min=0)
 
     return cast(Moment, tree_map(shift, moment, direction))
 

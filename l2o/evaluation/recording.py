@@ -63,6 +63,7 @@ def record(
         for step in range(steps):
             batch = family.batch(state.data, "train", generator)
             loss, buffers, grads, _ = gradients(family, state, batch)
+            grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
             if step in keep:
                 moments[step] = _moment(state, grads, loss)
             moves, opt = updates(rule, many, grads, state, loss)
