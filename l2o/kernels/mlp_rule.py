@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, plain, pointers, whole_numbers
 from l2o.kernels.build import library, run
-from l2o.types import Grads, OptState, Params, Theta, Updates
+from l2o.types import Grads, L2OError, OptState, Params, Theta, Updates
 
 
 class Constants(NamedTuple):
@@ -163,8 +162,12 @@ class _Update(torch.autograd.Function):
         return (*results.updates, *results.momenta)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Not torch's once_differentiable, which would drop second derivatives silently where `gradients` are constants.
+        if torch.is_grad_enabled():
+            raise L2OError(
+                "create_graph=True: the CPU kernel of the MLP rule has first derivatives only; L2O_KERNELS=0 has all"
+            )
         time, scales, *tensors = ctx.saved_tensors
         inputs = _Tensors.split(tensors, ctx.count)
         d_updates, d_momenta = ([g.contiguous() for g in gs] for gs in (gradients[: ctx.count], gradients[ctx.count :]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from l2o._checks import each, real, whole
 from l2o.kernels import mlp_rule
+from l2o.kernels.arrays import plain
 from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, fraction_embedding, normalised, square_sums, step_embedding
 from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import init_momenta, momenta
@@ -88,7 +89,7 @@ class MLP(UpdateRule):
     def fused_update(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
     ) -> tuple[Updates, OptState] | None:
-        if self.mup:
+        if self.mup or not plain(theta.values()):
             return None
         lanes = Clock(*(t.unsqueeze(-1) for t in clock))
         constants = mlp_rule.Constants(self.decays, self.step_mult, self.exp_mult, EPS)
