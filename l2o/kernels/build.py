@@ -27,7 +27,7 @@ from l2o.types import ConfigurationError, L2OError
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: a diverged lane has to show its NaN. libgomp is the thread pool that torch has already loaded.
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 LINK = ["-fopenmp", "-shared", "-fPIC"]
 
 _lock = threading.Lock()

@@ -94,22 +94,27 @@ struct Network {
     }
 };
 
+// How many sums over entries the gradient of theta needs: by layer the weights' and the bias's.
+int64_t sums_for_theta(const Step& s) {
+    int64_t sums = 0;
+    for (int64_t l = 0; l < s.layers; l++) sums += (s.widths[l] + 1) * s.widths[l + 1];
+    return sums;
+}
+
 // What a thread works in: activations of a block by layer, [width, BLOCK], each with a row of ones below it (the input
-// that a bias is the weight of). For the derivative also the gradients of one layer and of the one below, and `sums`
-// sums for theta: by layer the weights' and the bias's.
+// that a bias is the weight of). For the derivative also the gradients of one layer and of the one below, and the
+// sums for theta.
 struct Scratch {
     std::vector<vec> memory;
     std::vector<float*> h;
     float *d, *d_below;
     vec* d_theta;
-    int64_t sums = 0;
 
     Scratch(const Step& s, bool derivative) {
         const int64_t row = BLOCK / WIDTH, widest = *std::max_element(s.widths, s.widths + s.layers + 1);
         int64_t rows = derivative ? 2 * widest : 0;
         for (int64_t l = 0; l <= s.layers; l++) rows += s.widths[l] + 1;
-        for (int64_t l = 0; l < s.layers; l++) sums += (s.widths[l] + 1) * s.widths[l + 1];
-        memory.resize(rows * row + (derivative ? sums : 0));
+        memory.resize(rows * row + (derivative ? sums_for_theta(s) : 0));
         vec* next = memory.data();
         const auto take = [&](int64_t count) {
             float* taken = reinterpret_cast<float*>(next);
