@@ -146,7 +146,9 @@ class UpdateRule(abc.ABC):
         """
         return None
 
-    def fused_unroll(self, theta: Theta, state: InnerState, batches: PerceptronBatches) -> tuple[InnerState, Tensor] | None:
+    def fused_unroll(
+        self, theta: Theta, state: InnerState, batches: PerceptronBatches
+    ) -> tuple[InnerState, Tensor] | None:
         """As many inner steps as there are batches, by one kernel; the new state and losses ``[steps, lanes]``.
 
         Equal to the engine's own but for rounding, and not differentiable. None where there is no kernel.

@@ -22,62 +22,6 @@ struct Derivative {
 
 namespace {
 
-constexpr int64_t PIECE = 16 * BLOCK;  // most entries of a piece
-
-// The pieces of a lane, and groups of them, [groups[i], groups[i + 1]), of about as many entries as one piece may have.
-struct Plan {
-    std::vector<Piece> pieces;
-    std::vector<int64_t> groups{0};
-
-    explicit Plan(const Step& s) {
-        int64_t filled = 0;
-        for (int64_t t = 0; t < s.tensors; t++)
-            for (int64_t begin = 0; begin < s.entries[t]; begin += PIECE) {
-                const int64_t end = std::min(begin + PIECE, s.entries[t]);
-                if (filled + end - begin > PIECE) groups.push_back(pieces.size()), filled = 0;
-                filled += end - begin;
-                pieces.push_back({t, begin, end});
-            }
-        groups.push_back(pieces.size());
-    }
-    int64_t count() const { return pieces.size(); }
-    int64_t group_count() const { return groups.size() - 1; }
-};
-
-// f(lane, tensor, c, total): for each channel of each tensor, the total of what its pieces have in [lanes, pieces, channels].
-template <class F> void totals(const Step& s, const Plan& plan, int64_t lane, const float* parts, F f) {
-    const int64_t channels = s.widths[0];
-    std::vector<double> sums(s.tensors * channels);
-    for (int64_t i = 0; i < plan.count(); i++)
-        for (int64_t c = 0; c < channels; c++)
-            sums[plan.pieces[i].tensor * channels + c] += parts[(lane * plan.count() + i) * channels + c];
-    for (int64_t t = 0; t < s.tensors; t++)
-        for (int64_t c = 0; c < channels; c++) f(t, c, float(sums[t * channels + c]));
-}
-
-void square_sums(const Step& s, int64_t lane, const Piece& piece, float* sums) {
-    for (int64_t c = 0; c < s.widths[0]; c++) {
-        const float* x = channel(s, lane, piece.tensor, c) + piece.begin;
-        sums[c] = dot(x, x, piece.end - piece.begin);
-    }
-}
-
-// `second_moment_scale` of every channel of a lane.
-void set_scales(const Step& s, const Plan& plan, int64_t lane, const float* sums) {
-    totals(s, plan, lane, sums, [&](int64_t t, int64_t c, float total) {
-        scales(s, lane, t)[c] = 1.0f / std::sqrt(s.eps + total / float(std::max<int64_t>(s.entries[t], 1)));
-    });
-}
-
-void apply(const Step& s, int64_t lane, const Piece& piece, Scratch& work) {
-    const Network net(s, lane);
-    blocks(piece, [&](int64_t begin, int64_t n) {
-        network(net, lane, piece.tensor, begin, n, work);
-        outputs(s, n, work);
-        std::copy_n(work.h[s.layers], n, s.updates[piece.tensor] + lane * s.entries[piece.tensor] + begin);
-    });
-}
-
 // first(i, work) for the lane's items i < firsts, then middle(lane), then last(i, work) for i < lasts; items of lane l
 // are counted from l * firsts and l * lasts. A thread takes whole lanes, whose data then stays in its cache and which
 // need no waiting for each other, unless there are too few lanes to share them out evenly.
@@ -113,10 +57,7 @@ void update(const Step& s) {
     std::vector<float> sums(s.lanes * count * s.widths[0]);
     phases(
         s, false, count, count,
-        [&](int64_t i, Scratch&) {
-            advance(s, i / count, plan.pieces[i % count]);
-            square_sums(s, i / count, plan.pieces[i % count], &sums[i * s.widths[0]]);
-        },
+        [&](int64_t i, Scratch&) { look(s, i / count, plan.pieces[i % count], &sums[i * s.widths[0]]); },
         [&](int64_t lane) { set_scales(s, plan, lane, sums.data()); },
         [&](int64_t i, Scratch& work) { apply(s, i / count, plan.pieces[i % count], work); });
 }

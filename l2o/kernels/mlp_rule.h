@@ -164,4 +164,63 @@ template <class F> void blocks(const Piece& piece, F f) {
     for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK)
         f(begin, std::min(BLOCK, piece.end - begin));
 }
+
+constexpr int64_t PIECE = 16 * BLOCK;  // most entries of a piece
+
+// The pieces of a lane, and groups of them, [groups[i], groups[i + 1]), of about as many entries as one piece may have.
+struct Plan {
+    std::vector<Piece> pieces;
+    std::vector<int64_t> groups{0};
+
+    explicit Plan(const Step& s) {
+        int64_t filled = 0;
+        for (int64_t t = 0; t < s.tensors; t++)
+            for (int64_t begin = 0; begin < s.entries[t]; begin += PIECE) {
+                const int64_t end = std::min(begin + PIECE, s.entries[t]);
+                if (filled + end - begin > PIECE) groups.push_back(pieces.size()), filled = 0;
+                filled += end - begin;
+                pieces.push_back({t, begin, end});
+            }
+        groups.push_back(pieces.size());
+    }
+    int64_t count() const { return pieces.size(); }
+    int64_t group_count() const { return groups.size() - 1; }
+};
+
+// f(lane, tensor, c, total): for each channel of each tensor, the total of what its pieces have in [lanes, pieces, channels].
+template <class F> void totals(const Step& s, const Plan& plan, int64_t lane, const float* parts, F f) {
+    const int64_t channels = s.widths[0];
+    std::vector<double> sums(s.tensors * channels);
+    for (int64_t i = 0; i < plan.count(); i++)
+        for (int64_t c = 0; c < channels; c++)
+            sums[plan.pieces[i].tensor * channels + c] += parts[(lane * plan.count() + i) * channels + c];
+    for (int64_t t = 0; t < s.tensors; t++)
+        for (int64_t c = 0; c < channels; c++) f(t, c, float(sums[t * channels + c]));
+}
+
+// First pass over a piece: momenta, and the sums of squares of its channels.
+void look(const Step& s, int64_t lane, const Piece& piece, float* sums) {
+    advance(s, lane, piece);
+    for (int64_t c = 0; c < s.widths[0]; c++) {
+        const float* x = channel(s, lane, piece.tensor, c) + piece.begin;
+        sums[c] = dot(x, x, piece.end - piece.begin);
+    }
+}
+
+// `second_moment_scale` of every channel of a lane.
+void set_scales(const Step& s, const Plan& plan, int64_t lane, const float* sums) {
+    totals(s, plan, lane, sums, [&](int64_t t, int64_t c, float total) {
+        scales(s, lane, t)[c] = 1.0f / std::sqrt(s.eps + total / float(std::max<int64_t>(s.entries[t], 1)));
+    });
+}
+
+// Second pass.
+void apply(const Step& s, int64_t lane, const Piece& piece, Scratch& work) {
+    const Network net(s, lane);
+    blocks(piece, [&](int64_t begin, int64_t n) {
+        network(net, lane, piece.tensor, begin, n, work);
+        outputs(s, n, work);
+        std::copy_n(work.h[s.layers], n, s.updates[piece.tensor] + lane * s.entries[piece.tensor] + begin);
+    });
+}
 }  // namespace

@@ -74,7 +74,6 @@ class ImageMLP(ImageClassifier):
         by_name = {f"{i}.{kind}": g for i, (w, b) in enumerate(grads) for kind, g in (("weight", w), ("bias", b))}
         return losses, buffers, {name: by_name[name] for name in params}
 
-
     def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
         sampled = data.keys() - {"lane", "init_scale"}  # these act at the start of a run alone
         if self.norm != "none" or self.criterion != "cross_entropy" or sampled or generator.device.type != "cpu":
