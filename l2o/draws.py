@@ -45,10 +45,15 @@ def draw_seeds(generator: torch.Generator, count: int) -> Tensor:
 
 def keys(generator: torch.Generator, lanes: int) -> Tensor:
     """One number for each lane, int64 ``[lanes]``, from which more may be hashed (`stream`)."""
+    return several_keys(generator, lanes, 1)[0]
+
+
+def several_keys(generator: torch.Generator, lanes: int, calls: int) -> Tensor:
+    """What ``calls`` calls of `keys` draw, int64 ``[calls, lanes]``; on the CPU the very same numbers."""
     ids = getattr(generator, "ids", None)
     if ids is None:
         ids = torch.arange(lanes, device=generator.device)
-    return mix(draw_seeds(generator, 1) + (ids + 1) * signed(_GAMMA))
+    return mix(draw_seeds(generator, calls).unsqueeze(1) + (ids + 1) * signed(_GAMMA))
 
 
 def stream(key: Tensor, call: int) -> Tensor:
@@ -65,7 +70,12 @@ def hashes(key: Tensor, *shape: int) -> Tensor:
 def integers(generator: torch.Generator, high: Tensor | int, lanes: int, *shape: int) -> Tensor:
     """int64 ``[lanes, *shape]``, each from 0 to ``high - 1``.  high: at most 2^31; ``[lanes]`` where lanes differ."""
     high = high.reshape(-1, *[1] * len(shape)) if isinstance(high, Tensor) else high
-    return shift(shift(hashes(keys(generator, lanes), *shape), 33) * high, 31)  # 31 bits, scaled to the range
+    return hashed_integers(keys(generator, lanes), high, *shape)
+
+
+def hashed_integers(key: Tensor, high: Tensor | int, *shape: int) -> Tensor:
+    """int64 ``[*key.shape, *shape]``, each from 0 to ``high - 1``, hashed from each key; ``high`` broadcasts."""
+    return shift(shift(hashes(key, *shape), 33) * high, 31)  # 31 bits, scaled to the range
 
 
 def uniform(generator: torch.Generator, lanes: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:

@@ -80,6 +80,22 @@ class InnerState(NamedTuple):
     first_loss: Tensor
 
 
+class PerceptronBatches(NamedTuple):
+    """The training batches of several steps, of perceptrons with cross-entropy, as rows of a table.
+
+    activation: ``relu``, ``tanh`` or ``gelu``.     layers: names of each layer's weight and bias among the parameters.
+    x: float32 ``[n, in]``.     y: int64 classes ``[n]``.
+    rows: int64 ``[steps, problems, batch]``.     copies: how many adjacent lanes share a problem.
+    """
+
+    activation: str
+    layers: tuple[tuple[str, str], ...]
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    copies: int
+
+
 class UpdateRule(abc.ABC):
     """A learned update rule: pure functions of tensors. Subclasses are frozen dataclasses of hyperparameters.
 
@@ -130,6 +146,15 @@ class UpdateRule(abc.ABC):
         """
         return None
 
+    def fused_unroll(
+        self, theta: Theta, state: InnerState, batches: PerceptronBatches
+    ) -> tuple[InnerState, Tensor] | None:
+        """As many inner steps as there are batches, by one kernel; the new state and losses ``[steps, lanes]``.
+
+        Equal to the engine's own but for rounding, and not differentiable. None where there is no kernel.
+        """
+        return None
+
 
 class TaskFamily(abc.ABC):
     """A distribution of inner problems that share shapes. Subclasses are frozen dataclasses of static settings.
@@ -163,6 +188,13 @@ class TaskFamily(abc.ABC):
         """Losses ``[lanes]``, new buffers and gradients of all lanes at once in closed form, as constants.
 
         None where there is none for these settings, this device or dtype; the engine then differentiates ``loss``.
+        """
+        return None
+
+    def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
+        """What ``steps`` calls of ``batch`` would draw for training, all at once.
+
+        None, with nothing drawn, where the loss is not that of a plain perceptron on rows of a table.
         """
         return None
 

@@ -139,6 +139,10 @@ def unroll(
 
     valid_weight: of the loss on a fresh validation batch in each step's loss, beside the training loss.
     """
+    if not torch.is_grad_enabled() and not valid_weight:
+        result = _fused_unroll(rule, theta, family, state, steps, generator)
+        if result is not None:
+            return result
     losses = []
     for _ in range(steps):
         batch = family.batch(state.data, "train", generator)
@@ -146,6 +150,18 @@ def unroll(
         state, loss = inner_step(rule, theta, family, state, batch, second_order)
         losses.append(loss if valid is None else torch.lerp(loss, valid, valid_weight))
     return state, torch.stack(losses)
+
+
+def _fused_unroll(
+    rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, steps: int, generator: torch.Generator
+) -> tuple[InnerState, Tensor] | None:
+    """All steps by one kernel, where rule and family meet in one; else None, and the generator is as it was."""
+    before = generator.get_state()
+    batches = family.fused_batches(state.data, steps, generator)
+    result = None if batches is None else rule.fused_unroll(theta, state, batches)
+    if result is None:
+        generator.set_state(before)
+    return result
 
 
 def _validation_loss(family: TaskFamily, state: InnerState, generator: torch.Generator) -> Tensor:

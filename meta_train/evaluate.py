@@ -110,7 +110,7 @@ def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) 
     overrides = own.pop("task", {})
     if not isinstance(overrides, dict):
         raise ConfigurationError(f"settings.{key}.task={overrides!r}: expected settings such as {{width: 128}}")
-    task = {**task, **overrides}
+    task = overrides if "_target_" in overrides else {**task, **overrides}
     family = make(task, f"settings.{key}.task" if key else "task", TaskFamily)
     if "half" not in task and hasattr(family, "half"):
         family = dataclasses.replace(family, half=half)  # every family is a dataclass

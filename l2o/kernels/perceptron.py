@@ -37,32 +37,46 @@ def gradient(
     """
     params = [t.detach().contiguous() for layer in layers for t in layer]
     x, y = x.contiguous(), y.contiguous()
-    widths = [x.shape[-1], *(bias.shape[-1] for bias in params[1::2])]
-    if activation not in ACTIVATIONS or not _fits(params, widths, x, y) or library() is None:
-        return None
     grads = [torch.empty_like(t) for t in params]
+    problem = describe(activation, params, grads, x.shape[1:])
+    if problem is None or not _fits(x, y, len(params[0])) or library() is None:
+        return None
     losses = x.new_empty(len(x))
-    problem = _Perceptron(
-        lanes=len(x),
-        batch=x.shape[1],
-        layers=len(layers),
-        activation=ACTIVATIONS.index(activation),
-        threads=torch.get_num_threads(),
-        widths=whole_numbers(widths),
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        params=pointers(params),
-        grads=pointers(grads),
-        losses=losses.data_ptr(),
-    )
+    problem.x, problem.y, problem.losses = x.data_ptr(), y.data_ptr(), losses.data_ptr()
     if run("l2o_perceptron_gradient", problem) != 0:  # a label that is no class: torch's own error says more
         return None
     return losses, list(zip(grads[::2], grads[1::2], strict=True))
 
 
-def _fits(params: Sequence[Tensor], widths: Sequence[int], x: Tensor, y: Tensor) -> bool:
-    """Whether dtypes, devices and all shapes are such that the kernel stays inside its arrays."""
-    if not plain([x, *params]) or y.dtype != torch.int64 or not y.is_cpu or x.numel() == 0:
-        return False
-    shapes = [s for i, o in pairwise(widths) for s in ((len(x), o, i), (len(x), o))]
-    return [t.shape for t in params] == shapes and y.shape == x.shape[:2] and x.ndim == 3
+def describe(activation: str, params: list[Tensor], grads: list[Tensor], shape: Sequence[int]) -> _Perceptron | None:
+    """The problem for the kernel, but for its images, labels and losses; None where it does not fit.
+
+    params, grads: weights and biases by layer, contiguous.     shape: of a batch, ``[batch, in]``.
+    """
+    batch, fan_in = shape
+    lanes, widths = len(params[0]), [fan_in, *(bias.shape[-1] for bias in params[1::2])]
+    shapes = [s for i, o in pairwise(widths) for s in ((lanes, o, i), (lanes, o))]
+    fits = plain(params) and [t.shape for t in params] == shapes and lanes > 0 < min(batch, *widths)
+    if activation not in ACTIVATIONS or not fits:
+        return None
+    return _Perceptron(
+        lanes=lanes,
+        batch=batch,
+        layers=len(params) // 2,
+        activation=ACTIVATIONS.index(activation),
+        threads=torch.get_num_threads(),
+        widths=whole_numbers(widths),
+        params=pointers(params),
+        grads=pointers(grads),
+    )
+
+
+def _fits(x: Tensor, y: Tensor, lanes: int) -> bool:
+    """Whether images and labels are such that the kernel stays inside its arrays."""
+    return (
+        plain([x])
+        and y.dtype == torch.int64
+        and y.is_cpu
+        and x.ndim == 3
+        and y.shape == x.shape[:2] == (lanes, x.shape[1])
+    )

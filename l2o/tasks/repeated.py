@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l2o._checks import whole
-from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, PerceptronBatches, Split, TaskData, TaskFamily
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Repeated(TaskFamily):
         self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Tensor, Buffers, Grads] | None:
         return self.family.fused_gradient(params, buffers, data, batch)
+
+    def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
+        batches = self.family.fused_batches(self._once(data), steps, generator)
+        return None if batches is None else batches._replace(copies=batches.copies * self.copies)
 
     def transform_gradients(
         self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
