@@ -99,7 +99,7 @@ def print_rates(inspection: Inspection) -> None:
 
 def print_sensitivity(inspection: Inspection) -> None:
     """Inputs, the strongest first."""
-    print("\ninput               relative change of the update a relative change of the input")
+    print("\ninput               relative change of the update over that of the input")
     for name, value in sorted(inspection.sensitivity.items(), key=lambda item: -item[1]):
         print(f"{name:<19} {value:.3g}")
     print()

@@ -52,7 +52,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package that an extra installs -> the only place that may import it.
 HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
-ENTRY_POINTS = {f"meta_train.{name}" for name in ("bench", "convert", "evaluate", "inspect", "replay", "train")}
+ENTRY_POINTS = {
+    f"meta_train.{name}" for name in ("bench", "convert", "evaluate", "inspect", "replay", "rules_table", "train")
+}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
     "hydra",

@@ -105,7 +105,7 @@ def _sensitivity(panel: Any, inspection: Inspection) -> None:
     panel.barh(names, values, color=COLOURS[0])
     panel.set_axisbelow(True)
     panel.tick_params(axis="y", labelsize=8.5)
-    label = "relative change of the update a relative change of the input"
+    label = "relative change of the update over that of the input"
     left_out = len(inspection.sensitivity) - len(ranked)
     where = "slots as they were before the update" + (f"; {left_out} weaker ones left out" if left_out else "")
     _headed(panel, "Sensitivity to each input", where, xlabel=label)

@@ -104,6 +104,14 @@ _NETWORKS: dict[str, tuple[str, Callable[[Theta], Theta]]] = {
     "Celo2MLP": ("first_layer.weight", _early_celo2),
 }
 """Each network by a tensor that no other has. What converts it takes the tensors out of the dict that it is given."""
+ORIGINALS = {
+    "MetaMLP": "AdafacMLPLOpt",
+    "VeLORNN": "HyperV2",
+    "VeLOMLP": "HyperV2",
+    "CELO2MLP": "celo2_optax.scale_by_celo2",
+    "Celo2MLP": "celo2_optax.scale_by_celo2",
+}
+"""The name, in `l2o.interop.references`, of what each network is of."""
 
 
 def _numbered(tensors: Theta, name: str, end: str = "") -> list[str]:
