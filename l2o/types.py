@@ -185,9 +185,10 @@ class TaskFamily(abc.ABC):
     def fused_gradient(
         self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Tensor, Buffers, Grads] | None:
-        """Losses ``[lanes]``, new buffers and gradients of all lanes at once in closed form, as constants.
+        """Losses ``[lanes]``, new buffers and gradients of all lanes at once in closed form.
 
-        None where there is none for these settings, this device or dtype; the engine then differentiates ``loss``.
+        Differentiable where grad mode is on, else constants. None where there is no such form for these settings, this
+        device or dtype; the engine then differentiates ``loss``.
         """
         return None
 

@@ -10,7 +10,7 @@ from l2o import unroll as engine
 from l2o.draws import LaneGenerator
 from l2o.estimators import Evolution
 from l2o.rules import MLP, Adam
-from l2o.tasks import DelayedGradients, ImageMLP, Repeated, Reparametrized
+from l2o.tasks import DelayedGradients, ImageMLP, Reparametrized, Repeated
 from l2o.types import InnerState
 from l2o.unroll import expand_theta, start, unroll
 
