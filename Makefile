@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Two workers on two cores: threads inside each would only fight over them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
-.PHONY: help setup demo test lint wheel clean
+.PHONY: help setup demo test soak lint wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,9 @@ demo: $(READY)  ## meta-train an optimizer on real images, then measure it again
 
 test: lint  ## lint, then all tests
 	$(PYTEST)
+
+soak: $(READY)  ## kill a run 50 times, which CI does 5 times
+	L2O_KILLS=50 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_kill.py
 
 lint: $(READY)  ## style and types
 	$(PY) -m ruff check .

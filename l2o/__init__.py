@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from l2o import estimators, rules, tasks
 from l2o.hub import list_pretrained, load, read_card, save
-from l2o.meta import MetaTraining, constant_schedule, warmup_cosine
+from l2o.meta import MetaTraining, constant_schedule, warmup_cosine, warmup_exponential, warmup_linear
 from l2o.optim import LearnedOptimizer
 from l2o.rules.elementwise import ElementwiseRule
 from l2o.types import (
@@ -17,6 +17,7 @@ from l2o.types import (
     Clock,
     ConfigurationError,
     DataError,
+    DownloadError,
     GradientError,
     L2OError,
     MetaGradient,
@@ -28,6 +29,7 @@ from l2o.types import (
     TaskFamily,
     UnknownNameError,
     UpdateRule,
+    WriteError,
 )
 
 try:
@@ -40,6 +42,7 @@ __all__ = [
     "Clock",
     "ConfigurationError",
     "DataError",
+    "DownloadError",
     "ElementwiseRule",
     "GradientError",
     "L2OError",
@@ -54,6 +57,7 @@ __all__ = [
     "TaskFamily",
     "UnknownNameError",
     "UpdateRule",
+    "WriteError",
     "constant_schedule",
     "estimators",
     "list_pretrained",
@@ -63,4 +67,6 @@ __all__ = [
     "save",
     "tasks",
     "warmup_cosine",
+    "warmup_exponential",
+    "warmup_linear",
 ]

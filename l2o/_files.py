@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ FORMAT = "l2o.tree"
 VERSION = 1
 """Of what `save_tree` writes; to be raised when a file of today could no longer be read."""
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _WAY_OUT = "continue from an undamaged copy, or start anew"
 
 
@@ -31,21 +33,68 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises OSError, with ``path`` as it was and no temporary file left, where the disk does not take it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    atomic_writes({Path(path): data})
+
+
+def atomic_writes(files: Mapping[Path, bytes]) -> None:
+    """`atomic_write` of several files, in order; where the disk does not take them all, none of them is replaced."""
+    temporaries: list[Path] = []
     try:
-        # Not tempfile: its files are readable by their owner alone, and a checkpoint is there to be shared.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporaries.append(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"))
+            _write_through(temporaries[-1], data)
+        for temporary, path in zip(temporaries, files, strict=True):
+            os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        for temporary in temporaries:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
         raise
+    for folder in {path.parent for path in files}:
+        _sync_folder(folder)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete the temporary files of a process that was killed while it wrote; no other may be writing there now."""
+    for path in Path(folder).glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink()
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """A new file, on disk."""
+    # Not tempfile: its files are readable by their owner alone, and a checkpoint is there to be shared.
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a file that is whole and on disk its name, in the same folder, instead of the file that has it."""
+    os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """One process, and one thread, at a time in here; the others wait. It ends with the process, however that ends.
+
+    A file system without locks has none: what is written there has to bear two writers.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def try_folder(folder: str | os.PathLike[str]) -> None:

@@ -15,7 +15,6 @@ Source = str | os.PathLike[str]
 
 THETA = "theta.safetensors"
 CARD = "card.json"
-_ADDRESSES = ("http:", "https:", "hf:")
 
 
 def list_pretrained() -> list[str]:
@@ -34,11 +33,6 @@ def resolve(source: Source) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise ConfigurationError(f"source={source!r}: expected a name or a path, got {type(source).__name__}")
     text = os.fspath(source)
-    if text.startswith(_ADDRESSES):
-        raise UnknownNameError(
-            f"source={text!r}: addresses are not supported yet; download the folder ({THETA} and {CARD}) "
-            "and give its path"
-        )
     path = Path(text).expanduser()
     folder = path.parent if path.name == THETA else path
     # A user's own checkpoint comes before one of ours of that name, an unrelated folder does not.

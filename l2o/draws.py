@@ -45,10 +45,15 @@ def draw_seeds(generator: torch.Generator, count: int) -> Tensor:
 
 def keys(generator: torch.Generator, lanes: int) -> Tensor:
     """One number for each lane, int64 ``[lanes]``, from which more may be hashed (`stream`)."""
+    return several_keys(generator, lanes, 1)[0]
+
+
+def several_keys(generator: torch.Generator, lanes: int, calls: int) -> Tensor:
+    """What ``calls`` calls of `keys` draw, int64 ``[calls, lanes]``; on the CPU the very same numbers."""
     ids = getattr(generator, "ids", None)
     if ids is None:
         ids = torch.arange(lanes, device=generator.device)
-    return mix(draw_seeds(generator, 1) + (ids + 1) * signed(_GAMMA))
+    return mix(draw_seeds(generator, calls).unsqueeze(1) + (ids + 1) * signed(_GAMMA))
 
 
 def stream(key: Tensor, call: int) -> Tensor:
@@ -63,24 +68,35 @@ def hashes(key: Tensor, *shape: int) -> Tensor:
 
 
 def integers(generator: torch.Generator, high: Tensor | int, lanes: int, *shape: int) -> Tensor:
-    """int64 ``[lanes, *shape]``, each from 0 to ``high - 1``.  high: at most 2^32; ``[lanes]`` where lanes differ."""
+    """int64 ``[lanes, *shape]``, each from 0 to ``high - 1``.  high: at most 2^31; ``[lanes]`` where lanes differ."""
     high = high.reshape(-1, *[1] * len(shape)) if isinstance(high, Tensor) else high
-    return shift(shift(hashes(keys(generator, lanes), *shape), 33) * high, 31)  # 31 bits, scaled to the range
+    return hashed_integers(keys(generator, lanes), high, *shape)
+
+
+def hashed_integers(key: Tensor, high: Tensor | int, *shape: int) -> Tensor:
+    """int64 ``[*key.shape, *shape]``, each from 0 to ``high - 1``, hashed from each key; ``high`` broadcasts."""
+    return shift(shift(hashes(key, *shape), 33) * high, 31)  # 31 bits, scaled to the range
 
 
 def uniform(generator: torch.Generator, lanes: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """float32 ``[lanes, *shape]``, uniform in [low, high)."""
+    """float32 ``[lanes, *shape]``, uniform in [low, high), but that rounding may reach ``high`` where it is not 1."""
     return shift(hashes(keys(generator, lanes), *shape), 64 - _FINE).float() * ((high - low) * 2.0**-_FINE) + low
 
 
 def log_uniform(generator: torch.Generator, lanes: int, *shape: int, low: float, high: float) -> Tensor:
     """float32 ``[lanes, *shape]``, positive; the logarithm is uniform from that of ``low`` to that of ``high``."""
-    return uniform(generator, lanes, *shape, low=math.log(low), high=math.log(high)).exp()
+    drawn = uniform(generator, lanes, *shape, low=math.log(low), high=math.log(high)).exp()
+    return drawn.clamp(low, high)  # which rounding may leave
 
 
 def normal(generator: torch.Generator, lanes: int, *shape: int) -> Tensor:
-    """float32 ``[lanes, *shape]``, N(0, 1), by the transform of Box and Muller (1958)."""
-    bits = hashes(keys(generator, lanes), *shape)
+    """float32 ``[lanes, *shape]``, N(0, 1)."""
+    return hashed_normal(keys(generator, lanes), *shape)
+
+
+def hashed_normal(key: Tensor, *shape: int) -> Tensor:
+    """float32 ``[*key.shape, *shape]``, N(0, 1), hashed from each key, by the transform of Box and Muller (1958)."""
+    bits = hashes(key, *shape)
     # 32 bits for the radius, never 0, and 24 for the angle.
     radius = (shift(bits, 32).double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0)).sqrt_().float()
     return radius * (shift(bits, 8) & (2**_FINE - 1)).float().mul_(2.0**-_FINE * 2.0 * math.pi).cos_()

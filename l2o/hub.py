@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import l2o.rules
-from l2o._files import atomic_write, to_bytes, try_folder
+from l2o._files import atomic_write, atomic_writes, to_bytes, try_folder
+from l2o._remote import fetch_checkpoint, is_address
 from l2o._shelf import CARD, THETA, Source, read, read_json, resolve
 from l2o._shelf import list_pretrained as list_pretrained
 from l2o.types import CheckpointError, ConfigurationError, Theta, UpdateRule
@@ -43,25 +44,25 @@ def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] |
     card: more entries for ``card.json``, whatever JSON can hold: recipe, data, seeds, hardware, compute, results,
         licence. Numbers that are not finite are written as Python's ``json`` does: ``NaN``, ``Infinity``.
 
-    Each file is written atomically, θ first: if the machine stops between the two, `load` says so by the checksum.
+    Both are on disk before the first is replaced, atomically, θ first: a disk that is full leaves the old checkpoint,
+    and if the machine stops between the two, `load` says so by the checksum.
     Raises `CheckpointError` (θ is not of this rule, or not finite) or `ConfigurationError` (what the card cannot hold),
     before anything is written, and OSError where the disk does not take the files.
     """
     data = to_bytes({name: tensor.to(torch.float32) for name, tensor in check_theta(rule, theta).items()})
     text = _card_text(rule, data, card or {})
     folder = Path(path).expanduser()
-    atomic_write(folder / THETA, data)
-    atomic_write(folder / CARD, text.encode())
+    atomic_writes({folder / THETA: data, folder / CARD: text.encode()})
     return folder
 
 
 def annotate(source: Source, entries: Mapping[str, Any]) -> None:
     """Add entries to a checkpoint's card, or replace those that are there: measured results, a licence. θ stays.
 
-    Errors as for `load`, `ConfigurationError` for entries that are `save`'s own or that JSON cannot hold, and OSError
-    where the disk does not take the card.
+    Errors as for `load`, `ConfigurationError` for entries that are `save`'s own or that JSON cannot hold and for a
+    checkpoint at an address, and OSError where the disk does not take the card.
     """
-    folder = resolve(source)
+    folder = _own_folder(source)
     card = _read_card(folder)
     own = {key: card.pop(key) for key in _OWN if key in card}
     atomic_write(folder / CARD, _to_json(own, {**card, **entries}).encode())
@@ -70,9 +71,9 @@ def annotate(source: Source, entries: Mapping[str, Any]) -> None:
 def check_writable(source: Source) -> None:
     """See whether `annotate` could write a card, before there is anything to write.
 
-    Errors as for `load`, and `ConfigurationError` where the folder takes no files.
+    Errors as for `load`, and `ConfigurationError` where the folder takes no files or is a copy of what is elsewhere.
     """
-    folder = resolve(source)
+    folder = _own_folder(source)
     try:
         try_folder(folder)
     except OSError as error:
@@ -87,14 +88,19 @@ def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[Update
 
     source: the name of a pretrained checkpoint (`list_pretrained`, or ``"default"``), or the path of a checkpoint's
         folder or of the ``theta.safetensors`` in it. A string that is both is the folder, if that has a ``card.json``;
-        a `pathlib.Path` is always a path.
+        a `pathlib.Path` is always a path. Or an address, whose files are fetched once and compared with its pin:
+        ``"https://host/folder#sha256=…"``, the SHA-256 of its ``card.json``, which holds that of θ; or
+        ``"hf:owner/name@commit"``, a repository of huggingface.co (or of ``$HF_ENDPOINT``) at a full commit. One that
+        has no pin is refused unless it ends in ``#unpinned``, which keeps what is there the first time. The files lie
+        in ``checkpoints`` in ``$L2O_CACHE_DIR``, else in ``l2o`` of ``$XDG_CACHE_HOME`` or of ``~/.cache``.
     rules: classes that the card may name besides those of `l2o.rules`; of two with one name, the one given here counts.
         Hyperparameters that the card does not mention, because the rule got them later, have their defaults.
 
-    Raises `UnknownNameError` (no such name or path) and `CheckpointError` (missing, damaged or truncated files, another
-    format version, a rule that is not known here, θ of another rule).
+    Raises `UnknownNameError` (no such name or path), `ConfigurationError` (an address that has no pin, or is none),
+    `DownloadError` (nothing there, or something else) and `CheckpointError` (missing, damaged or truncated files,
+    another format version, a rule that is not known here, θ of another rule).
     """
-    folder = resolve(source)
+    folder = _folder(source)
     card = _read_card(folder)
     rule = _make_rule(folder, card, _known_rules(rules))
     return rule, check_theta(rule, _read_theta(folder, card["theta"]), f"{folder}: ")
@@ -102,7 +108,7 @@ def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[Update
 
 def read_card(source: Source) -> Card:
     """The content of a checkpoint's ``card.json``; ``source`` and errors as for `load`. θ is not looked at."""
-    return _read_card(resolve(source))
+    return _read_card(_folder(source))
 
 
 def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> Theta:
@@ -117,6 +123,20 @@ def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> Theta:
         if problem:
             raise CheckpointError(f"{where}θ is not one of {rule!r}: tensor {name!r} {problem}")
     return {name: theta[name] for name in expected}
+
+
+def _folder(source: Source) -> Path:
+    return fetch_checkpoint(os.fspath(source)) if is_address(source) else resolve(source)
+
+
+def _own_folder(source: Source) -> Path:
+    """The folder of a checkpoint whose card is the user's to write."""
+    folder = _folder(source)
+    if is_address(source):
+        raise ConfigurationError(
+            f"source={source!r}: its card stays as it was published; copy the folder {folder}, and name the copy"
+        )
+    return folder
 
 
 def _misfit(found: Any, expected: Tensor | None) -> str:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from l2o._checks import real, whole
 from l2o.ops import schedules
 from l2o.ranks import gather, own
-from l2o.types import MetaGradient, Metrics, ResumeError, Theta
+from l2o.types import ConfigurationError, MetaGradient, Metrics, ResumeError, Theta
 
 Schedule = Callable[[int], float]
 """Outer step (from 0) to a factor on the outer learning rate."""
@@ -32,16 +32,44 @@ def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) ->
     return schedules.warmup_cosine(now, end, warm, floor).item()
 
 
+def warmup_linear(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
+    """Linear from 0 over ``warmup`` steps, then linear down to ``floor`` at ``total``; errors as `warmup_cosine`."""
+    done, warm = _progress(step, total, warmup)
+    real("floor", floor, least=0.0)
+    return warm * (1.0 - (1.0 - floor) * done)
+
+
+def warmup_exponential(step: int, total: int, warmup: int = 0, floor: float = 1e-2) -> float:
+    """Linear from 0 over ``warmup`` steps, then the same ratio each step, down to ``floor > 0`` at ``total``."""
+    done, warm = _progress(step, total, warmup)
+    real("floor", floor, above=0.0)
+    return warm * floor**done
+
+
+def _progress(step: int, total: int, warmup: int) -> tuple[float, float]:
+    """Share of the decay that is done, and the factor of the warm-up, both from 0 to 1."""
+    whole("warmup", warmup, least=0)
+    whole("total", total, least=warmup + 1)
+    done = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
+    return done, min((step + 1) / warmup, 1.0) if warmup else 1.0
+
+
 class MetaTraining:
     """A meta-training run: θ, the optimizer that moves it, and the inner problems in flight.
 
     estimator: of the meta-gradient (`l2o.estimators`).
     theta: initial meta-parameters; copied to the generator's device.
-    optimizer: makes the outer optimizer from the tensors of θ, e.g. ``lambda p: torch.optim.Adam(p, lr=1e-3)``.
+    optimizer: makes the outer optimizer from the tensors of θ, e.g. ``lambda p: torch.optim.Adam(p, lr=1e-3)``; any
+        that steps without a closure on dense gradients. It is made twice, the first time of copies, to try it out.
     generator: source of all random numbers of the run; its device is the device of the run.
     schedule: factor on the outer learning rate by outer step.
+    clip: largest norm of the meta-gradient that the optimizer gets; None for no limit.
+    average: decay d of the exponential average of θ, 0 < d < 1; None for none. It is over θ after each step, not over
+        the initial one, and corrected for its start: weights d^age, divided by their sum (as for the moments of Adam,
+        Kingma & Ba 2015, section 3).
 
     The run goes on bit for bit from ``load_state_dict(state_dict())`` on one device and build.
+    Raises ConfigurationError for settings that make no sense, and for an optimizer that cannot do this.
     """
 
     def __init__(
@@ -51,27 +79,51 @@ class MetaTraining:
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
         generator: torch.Generator,
         schedule: Schedule = constant_schedule,
+        clip: float | None = None,
+        average: float | None = None,
     ) -> None:
+        self.clip = None if clip is None else real("clip", clip, above=0.0)
+        self.average = None if average is None else real("average", average, above=0.0, below=1.0)
         self.estimator = estimator
         self.theta: Theta = {k: t.detach().to(generator.device, copy=True) for k, t in theta.items()}
+        _try_optimizer(optimizer, self.theta)
         self.optimizer = optimizer(list(self.theta.values()))
         self.generator = generator
         self.schedule = schedule
         self.inner = estimator.init(self.theta, generator)
         self.step = 0
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._average: Theta = {} if average is None else {k: t.clone() for k, t in self.theta.items()}
+
+    @property
+    def theta_average(self) -> Theta:
+        """The θ to evaluate and to save: the average of θ where there is one, else θ itself."""
+        return self._average or self.theta
 
     def outer_step(self) -> Metrics:
-        """Estimate the meta-gradient over one truncation and move θ; metrics of the truncation, on the device."""
+        """Estimate the meta-gradient over one truncation and move θ; metrics of the truncation, on the device.
+
+        To the estimator's metrics come ``meta_grad_norm``, before clipping, and ``update_skipped``: 1 where that norm
+        is not finite, which leaves θ and the optimizer as they are, else 0. Waits for the device, to know which.
+        """
         grads, self.inner, metrics = self.estimator.estimate(self.theta, self.inner, self.generator)
+        norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+        skipped = ~norm.isfinite()
+        if not skipped:
+            self._move(grads if self.clip is None else _scaled(grads, (self.clip / norm).clamp(max=1.0)))
+        self.step += 1
+        if self.average is not None:
+            weight = (1.0 - self.average) / (1.0 - self.average**self.step)
+            for name, mean in self._average.items():
+                mean.lerp_(self.theta[name], weight)
+        return {**metrics, "meta_grad_norm": norm, "update_skipped": skipped.long()}
+
+    def _move(self, grads: Theta) -> None:
         for name, tensor in self.theta.items():
             tensor.grad = grads[name]
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.schedule(self.step)
         self.optimizer.step()
-        self.step += 1
-        norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-        return {**metrics, "meta_grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of all that the next outer steps depend on: nested dicts and lists of tensors and scalars.
@@ -82,7 +134,9 @@ class MetaTraining:
         state = {
             "step": self.step,
             "theta": self.theta,
+            "average": self._average,
             "optimizer": {str(k): slots for k, slots in optimizer["state"].items()},
+            "groups": [_kept(group) for group in optimizer["param_groups"]],
             "inner": tree_flatten(gather(self.inner))[0],
             "generator": self.generator.get_state(),
         }
@@ -93,23 +147,65 @@ class MetaTraining:
         structure = tree_flatten(self.inner)[1]
         state = self._checked(_copied(state), tree_flatten(gather(self.inner))[0])
         device = self.generator.device
-        groups = self.optimizer.state_dict()["param_groups"]
-        slots = {int(k): slots for k, slots in state["optimizer"].items()}
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        for name, tensor in self.theta.items():
-            tensor.copy_(state["theta"][name])
+        self._load_optimizer({int(k): slots for k, slots in state["optimizer"].items()}, state["groups"])
+        for ours, saved in ((self.theta, state["theta"]), (self._average, state["average"])):
+            for name, tensor in ours.items():
+                tensor.copy_(saved[name])
         self.inner = tree_unflatten([leaf.to(device) for leaf in own(state["inner"])], structure)
         self.generator.set_state(state["generator"])
         self.step = state["step"]
 
+    def _load_optimizer(self, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        own = self.optimizer.state_dict()["param_groups"]
+        merged = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": merged})
+        tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        for index, saved in slots.items():
+            loaded = self.optimizer.state[tensors[index]]
+            for name, value in saved.items():
+                if isinstance(value, Tensor):  # torch has cast it to the dtype of its parameter
+                    loaded[name] = value.to(loaded[name].device)
+
     def _checked(self, state: dict[str, Any], leaves: list[Tensor]) -> dict[str, Any]:
-        missing = {"step", "theta", "optimizer", "inner", "generator"} - state.keys()
+        missing = {"step", "theta", "average", "optimizer", "groups", "inner", "generator"} - state.keys()
         if missing:
-            raise ResumeError(f"the saved state has no {sorted(missing)}: it is not the state of a meta-training run")
+            raise ResumeError(
+                f"the saved state has no {sorted(missing)}: it is not of a meta-training run, or of an older l2o"
+            )
+        if len(state["groups"]) != len(self.optimizer.param_groups):
+            raise ResumeError(
+                f"optimizer: the saved state has {len(state['groups'])} groups of parameters, this run has "
+                f"{len(self.optimizer.param_groups)}; continue it with the configuration it was started with"
+            )
         _same_shapes("theta", self.theta, state["theta"])
+        _same_shapes("average of theta", self._average, state["average"])
         _same_shapes("inner problems", dict(enumerate(leaves)), dict(enumerate(state["inner"])))
         _same_shapes("generator", {"state": self.generator.get_state()}, {"state": state["generator"]})
         return state
+
+
+def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], theta: Theta) -> None:
+    """One step on a copy of θ, since what an optimizer cannot do shows there only."""
+    copies = [tensor.clone() for tensor in theta.values()]
+    for tensor in copies:
+        tensor.grad = torch.zeros_like(tensor)
+    trial = make(copies)
+    try:
+        trial.step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"optimizer: {type(trial).__name__} cannot move θ ({error}); expected one that steps without a closure on "
+            "dense gradients, such as Adam"
+        ) from error
+
+
+def _kept(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer may count in a group of parameters; the schedule sets ``lr``."""
+    return {k: v for k, v in group.items() if k != "lr" and isinstance(v, bool | int | float | str | Tensor)}
+
+
+def _scaled(grads: Theta, factor: Tensor) -> Theta:
+    return {name: g * factor for name, g in grads.items()}
 
 
 def _copied(tree: Any) -> Any:

@@ -80,6 +80,22 @@ class InnerState(NamedTuple):
     first_loss: Tensor
 
 
+class PerceptronBatches(NamedTuple):
+    """The training batches of several steps, of perceptrons with cross-entropy, as rows of a table.
+
+    activation: ``relu``, ``tanh`` or ``gelu``.     layers: names of each layer's weight and bias among the parameters.
+    x: float32 ``[n, in]``.     y: int64 classes ``[n]``.
+    rows: int64 ``[steps, problems, batch]``.     copies: how many adjacent lanes share a problem.
+    """
+
+    activation: str
+    layers: tuple[tuple[str, str], ...]
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    copies: int
+
+
 class UpdateRule(abc.ABC):
     """A learned update rule: pure functions of tensors. Subclasses are frozen dataclasses of hyperparameters.
 
@@ -130,6 +146,15 @@ class UpdateRule(abc.ABC):
         """
         return None
 
+    def fused_unroll(
+        self, theta: Theta, state: InnerState, batches: PerceptronBatches
+    ) -> tuple[InnerState, Tensor] | None:
+        """As many inner steps as there are batches, by one kernel; the new state and losses ``[steps, lanes]``.
+
+        Equal to the engine's own but for rounding, and not differentiable. None where there is no kernel.
+        """
+        return None
+
 
 class TaskFamily(abc.ABC):
     """A distribution of inner problems that share shapes. Subclasses are frozen dataclasses of static settings.
@@ -165,6 +190,23 @@ class TaskFamily(abc.ABC):
         None where there is none for these settings, this device or dtype; the engine then differentiates ``loss``.
         """
         return None
+
+    def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
+        """What ``steps`` calls of ``batch`` would draw for training, all at once.
+
+        None, with nothing drawn, where the loss is not that of a plain perceptron on rows of a table.
+        """
+        return None
+
+    def transform_gradients(
+        self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Grads, Buffers]:
+        """What the optimizer sees of the gradients, and new buffers; all lanes at once, ``[lanes, ...]``.
+
+        Pure, and differentiable where grad mode is on. Losses and their derivatives with respect to θ stay honest,
+        which they would not if noise, say, were put into the gradient of ``loss`` itself.
+        """
+        return grads, buffers
 
 
 @dataclass(frozen=True)
@@ -234,6 +276,10 @@ class ConfigurationError(L2OError, ValueError):
     """A setting has a value that makes no sense, such as ``total_steps=0``."""
 
 
+class WriteError(L2OError, OSError):
+    """A run cannot be written: the disk is full, or the folder takes no files."""
+
+
 class ParameterError(L2OError, TypeError):
     """A parameter cannot be optimized: it is not a floating-point tensor, or lies on another device than the rest."""
 
@@ -244,3 +290,7 @@ class GradientError(L2OError, RuntimeError):
 
 class DataError(L2OError, OSError):
     """A data set is missing, damaged, or cannot be downloaded."""
+
+
+class DownloadError(L2OError, OSError):
+    """An address cannot be reached, or serves something else than was expected."""

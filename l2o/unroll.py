@@ -72,22 +72,19 @@ def inner_step(
     Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
     A lane at its horizon stands still.
     """
-    loss, buffers, grads, params = _gradients(family, state, batch, second_order)
-    clock = Clock(state.step, state.total_steps)
-    result = rule.fused_update(theta, grads, state.opt, params, clock, loss)
-    if result is None:
-        result = vmap(_update(rule))(theta, grads, state.opt, params, clock, loss)
-    updates, opt = result
+    loss, buffers, grads, params = gradients(family, state, batch, second_order)
+    grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
+    moves, opt = updates(rule, theta, grads, state._replace(params=params), loss)
     ahead = state.step < state.total_steps
-    moved = {k: p + torch.where(_along(ahead, p), updates[k], 0.0) for k, p in params.items()}
+    moved = {k: p + torch.where(_along(ahead, p), moves[k], 0.0) for k, p in params.items()}
     first_loss = torch.where(state.step == 0, loss.detach(), state.first_loss)
     return InnerState(state.data, moved, buffers, opt, state.step + ahead, state.total_steps, first_loss), loss
 
 
-def _gradients(
-    family: TaskFamily, state: InnerState, batch: Batch, second_order: bool
+def gradients(
+    family: TaskFamily, state: InnerState, batch: Batch, second_order: bool = True
 ) -> tuple[Tensor, Buffers, Grads, Params]:
-    """Loss ``[lanes]``, new buffers, gradients, and the parameters that they belong to."""
+    """Of all lanes: loss ``[lanes]``, new buffers, gradients, and the parameters as the leaves that these belong to."""
     differentiable = torch.is_grad_enabled()
     if not differentiable:
         result = family.fused_gradient(state.params, state.buffers, state.data, batch)
@@ -110,13 +107,17 @@ def _gradients(
     return loss.detach(), detach(buffers), by_name, state.params
 
 
-def _update(rule: UpdateRule) -> Callable[..., tuple[Updates, OptState]]:
-    """``rule.update``, which sees the loss only where it asks for it."""
+def updates(rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor) -> tuple[Updates, OptState]:
+    """Of all lanes: by the rule's kernel where it has one, else by its ``update``."""
+    clock = Clock(state.step, state.total_steps)
+    fused = rule.fused_update(theta, grads, state.opt, state.params, clock, loss)
+    if fused is not None:
+        return fused
 
     def update(theta: Theta, g: Grads, opt: OptState, p: Params, clock: Clock, loss: Tensor) -> Any:
         return rule.update(theta, g, opt, p, clock, loss if rule.needs_loss else None)
 
-    return update
+    return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, clock, loss))
 
 
 def _along(mask: Tensor, like: Tensor) -> Tensor:
@@ -138,6 +139,10 @@ def unroll(
 
     valid_weight: of the loss on a fresh validation batch in each step's loss, beside the training loss.
     """
+    if not torch.is_grad_enabled() and not valid_weight:
+        result = _fused_unroll(rule, theta, family, state, steps, generator)
+        if result is not None:
+            return result
     losses = []
     for _ in range(steps):
         batch = family.batch(state.data, "train", generator)
@@ -145,6 +150,18 @@ def unroll(
         state, loss = inner_step(rule, theta, family, state, batch, second_order)
         losses.append(loss if valid is None else torch.lerp(loss, valid, valid_weight))
     return state, torch.stack(losses)
+
+
+def _fused_unroll(
+    rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, steps: int, generator: torch.Generator
+) -> tuple[InnerState, Tensor] | None:
+    """All steps by one kernel, where rule and family meet in one; else None, and the generator is as it was."""
+    before = generator.get_state()
+    batches = family.fused_batches(state.data, steps, generator)
+    result = None if batches is None else rule.fused_unroll(theta, state, batches)
+    if result is None:
+        generator.set_state(before)
+    return result
 
 
 def _validation_loss(family: TaskFamily, state: InnerState, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,8 @@ from meta_train._config import one_line
 def make(node: Mapping[str, Any], what: str, *bases: type) -> Any:
     """The object of one of the classes that a node describes: its ``_target_``, called with the rest of the node.
 
-    what: name of the node, for messages. Lists become tuples, since rules and tasks are frozen dataclasses.
+    what: name of the node, for messages. Nodes inside it are made first. Lists become tuples, since rules and tasks are
+    frozen dataclasses.
     Raises `UnknownNameError` for a target that cannot be imported, `ConfigurationError` for settings it does not take.
     """
     if "_target_" not in node:
@@ -40,10 +41,10 @@ def partial(node: Mapping[str, Any], what: str, *later: str) -> Callable[..., An
     from omegaconf import OmegaConf
 
     try:
-        call = instantiate(OmegaConf.create(dict(node)), _convert_="all", _partial_=True)
+        call = instantiate(OmegaConf.create({"_target_": node["_target_"]}), _partial_=True)
     except HydraException as error:
         raise UnknownNameError(_not_importable(node["_target_"], f"{what}._target_", error)) from error
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in call.keywords.items()}
+    settings = {key: _setting(value, f"{what}.{key}") for key, value in node.items() if key != "_target_"}
     signature = inspect.signature(call.func)
     try:
         signature.bind(**settings, **dict.fromkeys(later))
@@ -57,6 +58,17 @@ def partial(node: Mapping[str, Any], what: str, *later: str) -> Callable[..., An
             return call.func(*arguments, **named, **settings)
 
     return called
+
+
+def _setting(value: Any, what: str) -> Any:
+    """The value of a setting, with the nodes in it made: the family of an augmentation, those of a mixture."""
+    if isinstance(value, list):
+        return tuple(_setting(each, what) for each in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "_target_" in value:
+        return make(value, what, object)
+    return {key: _setting(each, f"{what}.{key}") for key, each in value.items()}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 
 from l2o._names import unknown
 from l2o._resources import resource
-from l2o.types import ConfigurationError, L2OError
+from l2o.types import ConfigurationError, L2OError, WriteError
 
 if TYPE_CHECKING:
     from hydra.errors import HydraException
@@ -68,6 +69,21 @@ def main_guard(command: Callable[[], None]) -> Callable[[], None]:
             sys.exit(2)
 
     return guarded
+
+
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[None]:
+    """While a file is written: what the disk says against it becomes a `WriteError` with the way out."""
+    try:
+        yield
+    except L2OError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way_out = "make room, and the same command goes on from there" if full else "make it writable, or name another"
+        raise WriteError(
+            f"{what} cannot be written ({error.strerror or error}); all that was saved before is whole: {way_out}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def make_session(folder: RunFolder) -> Session | Follower:
         theta = _warm_start(config["init_from"], rule)
     optimizer, schedule = partial(config["outer"], "outer", "params"), partial(config["schedule"], "schedule", "step")
     _check_schedule(config, schedule)
-    training = MetaTraining(estimator, theta, optimizer, generator, schedule)
+    with refused("meta"):
+        training = MetaTraining(estimator, theta, optimizer, generator, schedule, **config["meta"])
     if folder.state is not None:
         restore(training, folder.state, config["seed"], folder.path)
     if ranks().rank:
@@ -76,6 +78,11 @@ def families(problems: TaskFamily | Mixture) -> dict[str, TaskFamily]:
 def _held_out_settings(config: dict[str, Any], estimator: MetaGradient) -> list[Setting]:
     """The tasks of ``evaluation``: those of the run, but for the settings that it overrides, by family in a mixture."""
     own, task = config["evaluation"], config["task"]
+    if not re.fullmatch(r"held_out(_valid)?_loss(/.+)?", str(own["best_by"])):
+        raise ConfigurationError(
+            f"evaluation.best_by={own['best_by']!r}: expected held_out_loss or held_out_valid_loss, of one family with "
+            "/FAMILY behind it"
+        )
     members = estimator.members.values() if isinstance(estimator, Mixed) else [estimator]
     steps = own["steps"] or max((getattr(each, "longest", 0) for each in members), default=0)
     if not steps:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from l2o.types import ConfigurationError
+from meta_train._config import writing
 
 Values = Mapping[str, float | None]
 """Numbers by name; None stands for one that is not finite, which JSON cannot say."""
@@ -38,18 +39,24 @@ class JsonLines:
     """A file of one JSON object a line. size: bytes to keep of what is there, the rest is cut off."""
 
     def __init__(self, path: Path, size: int) -> None:
-        self._file = path.open("ab")
-        self._file.truncate(size)
+        self._path = path
+        with writing(path):
+            # Unbuffered, so that nothing is left for `close` to write, which a full disk would make it fail at.
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(size)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line; it is on disk after ``sync``."""
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with writing(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def sync(self) -> int:
         """Have all lines on disk; the size of the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file."""

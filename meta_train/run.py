@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
-from l2o._files import atomic_write, load_tree, save_tree
+from l2o._files import atomic_write, load_tree, remove_leftovers, save_tree
 from l2o.types import ConfigurationError, ResumeError, RunConflictError
+from meta_train._config import writing
 
-VERSION = 1
+VERSION = 2
 FREE = ("run", "steps", "device", "logger", "log_every", "checkpoint_every")
 """The keys that may change when a run is continued: neither θ after step k nor the metrics up to k depend on them."""
 
@@ -67,18 +68,26 @@ class RunFolder:
 
     def begin(self) -> None:
         """Make the folder, keep other processes out of it, and write ``config.yaml``."""
-        try:
+        with writing(f"run={self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")  # locked until it is closed, at the latest by the process' end
-        except OSError as error:
-            raise ConfigurationError(f"run={self.path} cannot be written ({error.strerror}); name another") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise RunConflictError(f"run={self.path}: another process is writing to it; name another") from error
+        try:
+            self._write_config()
+        except BaseException:
+            self.end()
+            raise
+
+    def _write_config(self) -> None:
         text = yaml.safe_dump({**self.header, "config": self.config}, sort_keys=False, allow_unicode=True)
-        atomic_write(self.path / "config.yaml", text.encode())
+        with writing(self.path / "config.yaml"):
+            for folder in (self.path, self.path / "checkpoint", self.path / "best"):
+                remove_leftovers(folder)
+            atomic_write(self.path / "config.yaml", text.encode())
 
     def end(self) -> None:
         """Let other processes in."""
@@ -86,7 +95,9 @@ class RunFolder:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace ``state.safetensors``, atomically."""
-        save_tree(self.path / "state.safetensors", state, {"fingerprint": fingerprint(self.config)})
+        path = self.path / "state.safetensors"
+        with writing(path):
+            save_tree(path, state, {"fingerprint": fingerprint(self.config)})
 
     def _read_state(self) -> dict[str, Any] | None:
         path = self.path / "state.safetensors"
@@ -160,13 +171,16 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ResumeError(f"{path} is damaged: {error}; restore it, or name another run=") from error
     expected = {"id": str, "command": str, "choices": dict, "config": dict}
     if not isinstance(saved, dict) or any(not isinstance(saved.get(k), t) for k, t in expected.items()):
         raise ResumeError(f"{path} is not the configuration of a run; restore it, or name another run=")
     if saved.get("version") != VERSION:
-        raise ResumeError(f"{path} has format version {saved.get('version')!r}; this l2o reads {VERSION}")
+        raise ResumeError(
+            f"{path} has format version {saved.get('version')!r}, this l2o continues runs of version {VERSION}; "
+            "continue it with the l2o that began it, or start over with another run="
+        )
     return saved
 
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from l2o.estimators import Mixed
 from l2o.hub import save
 from l2o.meta import MetaTraining
-from l2o.types import L2OError, Metrics, ResumeError
+from l2o.types import ConfigurationError, L2OError, Metrics, ResumeError
+from meta_train._config import writing
+from meta_train.best import Best
 from meta_train.card import make_card
 from meta_train.held_out import HeldOut, describe, finite
 from meta_train.loggers import JsonLines, Logger, Terminal, Values
@@ -35,11 +38,12 @@ class Session:
     def __init__(self, folder: RunFolder, training: MetaTraining, held_out: HeldOut, loggers: Sequence[Logger]) -> None:
         self.folder, self.training, self.held_out, self.loggers = folder, training, held_out, loggers
         self.config = folder.config
+        self.best = Best(folder.path / "best", held_out.rule, self.config["evaluation"]["best_by"])
         self.inner_steps = 0
         self.seconds = 0.0
         self._sizes = dict.fromkeys(RECORDS, 0)
         self._pending: list[Metrics] = []
-        self._warned = False
+        self._warned: set[str] = set()
         self._open = contextlib.ExitStack()
         if folder.state is not None:
             self._restore(folder.state)
@@ -60,12 +64,11 @@ class Session:
         return self.folder.path / "checkpoint"
 
     def begin(self) -> None:
-        """Make the folder, cut the records back to the saved step, start the loggers."""
+        """Make the folder, put the best θ and the records back to the saved step, start the loggers."""
         self.folder.begin()
         self._open.callback(self.folder.end)
-        self._metrics, self._timing = (JsonLines(self.folder.path / name, self._sizes[name]) for name in RECORDS)
-        self._open.callback(self._metrics.close)
-        self._open.callback(self._timing.close)
+        self.best.restore()
+        self._metrics, self._timing = map(self._open_record, RECORDS)
         for logger in self.loggers:
             logger.start(self.folder.path, self.config, self.folder.id, self.step)
             self._open.callback(logger.close)
@@ -95,21 +98,26 @@ class Session:
         self.terminal.advance(self.step, _mean([row["meta_loss"] for row in rows]), rate)
 
     def evaluate(self) -> None:
-        """Measure θ on held-out tasks beside Adam, record it, and leave θ as the run's checkpoint."""
+        """Measure θ on held-out tasks beside Adam, record it, and leave θ as the run's checkpoint, and as its best.
+
+        It is the average of θ, where the run keeps one, that is measured and left.
+        """
         self.flush()
-        results = self.held_out.measure(self.training.theta)
+        results = self.held_out.measure(self.training.theta_average)
         self._metrics.write({"step": self.step, **results})
         self._log(self.step, results)
         self.terminal.say(f"step {self.step}: {describe(results)}")
         self._lap()
-        self.save_checkpoint(results)
+        self.best.offer(self.training.theta_average, results, self.save_checkpoint(results))
 
-    def save_checkpoint(self, results: Mapping[str, Any] | None = None) -> None:
-        """Write θ and its card for the plug-in."""
+    def save_checkpoint(self, results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write θ and its card for the plug-in; returns the card."""
         compute = {"outer_steps": self.step, "inner_steps": self.inner_steps, "seconds": round(self.seconds, 1)}
         card = make_card(self.config, self.folder.header["command"], self.training)
         card |= {"compute": compute, "results": dict(results or {})}
-        save(self.checkpoint, self.held_out.rule, self.training.theta, card)
+        with writing(self.checkpoint):
+            save(self.checkpoint, self.held_out.rule, self.training.theta_average, card)
+        return card
 
     def save(self) -> None:
         """Save the whole outer state, once the records that belong to it are on disk."""
@@ -121,6 +129,7 @@ class Session:
                 "inner_steps": self.inner_steps,
                 "seconds": self.seconds,
                 "adam": self.held_out.adam,
+                "best": self.best.kept,
                 "sizes": {"metrics.jsonl": self._metrics.sync(), "timing.jsonl": self._timing.sync()},
             }
         )
@@ -131,20 +140,50 @@ class Session:
 
     def _record(self, step: int, row: dict[str, Any]) -> None:
         self.inner_steps += row.pop("inner_steps")
-        if row["lanes_masked"] == getattr(self.training.estimator, "lanes", None):
+        self._check_broken(step, row)
+        if row["lanes_masked"] == self._lanes:
             row["meta_loss"] = math.nan  # the mean over no lanes at all
-            self._warn(step)
+            self._warn(
+                "exploded",
+                f"at step {step} all lanes of {self.config['task']['_target_']} exploded and were masked: that step "
+                "learned nothing; if it recurs, lower the rule's step size or outer.lr",
+            )
+        if row["update_skipped"]:
+            self._warn("skipped", f"at step {step} the meta-gradient was not finite, and θ stayed as it was")
         values = {name: finite(value) for name, value in row.items()}
         self._metrics.write({"step": step, **values, "inner_steps": self.inner_steps})
         self._log(step, {**values, "inner_steps": self.inner_steps})
 
-    def _warn(self, step: int) -> None:
-        if not self._warned:
-            self.terminal.say(
-                f"warning: at step {step} all lanes of {self.config['task']['_target_']} exploded and were masked: "
-                "that step learned nothing; if it recurs, lower the rule's step size or outer.lr"
+    def _open_record(self, name: str) -> JsonLines:
+        record = JsonLines(self.folder.path / name, self._sizes[name])
+        self._open.callback(record.close)
+        return record
+
+    @property
+    def _lanes(self) -> int | None:
+        return getattr(self.training.estimator, "lanes", None)
+
+    def _check_broken(self, step: int, row: Mapping[str, Any]) -> None:
+        """A task that is broken from the start ends the run; one that is at times, or in some lanes, is said."""
+        estimator = self.training.estimator
+        members = estimator.members if isinstance(estimator, Mixed) else {"": estimator}
+        for name, member in members.items():
+            broken, lanes = row.get(f"lanes_broken/{name}" if name else "lanes_broken"), getattr(member, "lanes", None)
+            if not broken:
+                continue
+            text = (
+                f"task{'.' * bool(name)}{name}={member.family!r}: its loss at inner step 0, where no rule has acted "
+                f"yet, was not finite in {broken} of {lanes or 'its'} lanes at outer step {step}"
             )
-        self._warned = True
+            if step == 1 and broken == lanes:
+                raise ConfigurationError(f"{text}; check its data and its initial parameters")
+            self._warn(f"broken {name}", f"{text}; such lanes are masked and drawn anew")
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Say it the first time; the metrics count the others."""
+        if kind not in self._warned:
+            self.terminal.say(f"warning: {text}")
+        self._warned.add(kind)
 
     def _log(self, step: int, values: Values) -> None:
         for logger in self.loggers:
@@ -161,6 +200,7 @@ class Session:
         with _of_this_run(self.folder.path):
             self.inner_steps, self.seconds = state["inner_steps"], state["seconds"]
             self.held_out.adam, self._sizes = state["adam"], {name: state["sizes"][name] for name in RECORDS}
+            self.best.kept = state["best"]
         for name, size in self._sizes.items():
             record = self.folder.path / name
             found = record.stat().st_size if record.exists() else 0

@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from l2o.types import ConfigurationError
@@ -29,14 +30,26 @@ def main() -> None:
     """The command."""
     sys.argv[1:] = open_settings(sys.argv[1:], OPEN)
     composed: list[tuple[DictConfig, Any]] = []
+
+    def take(config: DictConfig) -> None:
+        context = HydraConfig.get()
+        if context.mode == RunMode.MULTIRUN and "BasicLauncher" not in context.launcher._target_:
+            run_job(config, context)  # on a machine that the launcher has chosen: nothing comes back from there
+        else:
+            composed.append((config, context))
+
     # Hydra only composes: where what it runs fails, it adds a message of its own.
-    compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="train")
-    compose(lambda config: composed.append((config, HydraConfig.get())))()
+    hydra.main(version_base="1.3", config_path=config_path(), config_name="train")(take)()
     for config, context in composed:
-        with joined():
-            status = train(read_request(config, context))
-        if status:
-            sys.exit(status)
+        run_job(config, context)
+
+
+def run_job(config: DictConfig, context: Any) -> None:
+    """Meta-train one configuration of a sweep, or the only one; exits where a signal has stopped it."""
+    with joined():
+        status = train(read_request(config, context))
+    if status:
+        sys.exit(status)
 
 
 def read_request(config: DictConfig, context: Any) -> Request:
@@ -103,5 +116,15 @@ def _summary(session: Session) -> str:
     return (
         f"{session.step} outer steps, {session.inner_steps:,} inner steps, {duration(session.seconds)}\n"
         f"checkpoint: {source}\n"
+        f"{_best(session)}"
         f"use it: l2o.LearnedOptimizer(model.parameters(), {source!r}, total_steps={session.horizon}{own})"
     )
+
+
+def _best(session: Session) -> str:
+    if not session.config["evaluate_every"]:
+        return ""
+    best = session.best
+    if not best.kept:
+        return f"best: none, since no evaluation had a finite {best.key} without a diverged run\n"
+    return f"best: {best.folder} ({best.key} {best.kept['loss']:.4g} at outer step {best.step})\n"

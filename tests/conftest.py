@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from server import Server, running
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("L2O_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
@@ -42,3 +44,12 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip(f"no golden traces in {GOLDEN}; name their folder in L2O_GOLDEN_DIR")
     return GOLDEN
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An HTTP server on this machine with no pages yet, and an empty cache for what is downloaded from it."""
+    monkeypatch.setenv("L2O_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with running() as server:
+        yield server

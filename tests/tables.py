@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from l2o import rules
-from l2o.rules import LSTM, MLP, STAR, AdafacMLP, Adam, Momentum, NNAdam, RNNprop
+from l2o.rules import LSTM, MLP, STAR, AdafacMLP, Adam, Celo, Celo2, CeloAdam, Momentum, NNAdam, RNNprop, VeLO
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily, Theta
 
+SMALL = {
+    "VeLO": VeLO(lstm_hidden=6, inits=3, hidden=(8,), step_mult=0.003),
+    "Celo": Celo(lstm_hidden=6, step_mult=0.1),
+    "CeloAdam": CeloAdam(lstm_hidden=6),
+}
+"""In place of presets that would make the tests slow, or whose steps parameters in float32 would hardly show."""
 VARIANTS = {
     "Momentum-nesterov": Momentum(nesterov=True),
     "Adam-eps_root": Adam(eps_root=1e-8),
@@ -22,10 +28,16 @@ VARIANTS = {
     ),
     "NNAdam-decay": NNAdam(hidden=5, output_scale=0.1, decay_strength=0.05),
     "RNNprop-small": RNNprop(hidden=(4,), projected=3),
+    "VeLO-horizon": VeLO(lstm_hidden=5, inits=2, hidden=(6,), step_mult=0.01, loss_horizon=10),
+    "Celo-mixed": Celo(lstm_hidden=6, inits=3, hidden=(8, 8), step_mult=0.1),
+    "Celo2-base": Celo2(orthogonalize=False),
+    "Celo2-options": Celo2(
+        activation="tanh", exp_mult=0.1, bias_correction=True, param_scale=True, weight_decay=0.1, adam=("embedding",)
+    ),
 }
-SEE_SHAPES = ("AdafacMLP", "STAR", "NNAdam", "RNNMLP", "MLP-mup")
+SEE_SHAPES = ("AdafacMLP", "STAR", "NNAdam", "RNNMLP", "MLP-mup", "VeLO", "Celo", "Celo2")
 """Rules to which the shape of a tensor is more than its number of entries, by the beginnings of their names."""
-RULES = {name: getattr(rules, name)() for name in rules.__all__} | VARIANTS
+RULES = {name: SMALL[name] if name in SMALL else getattr(rules, name)() for name in rules.__all__} | VARIANTS
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
@@ -111,6 +123,9 @@ class Recorded(TaskFamily):
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[torch.Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)
+
+    def transform_gradients(self, *arguments: dict[str, torch.Tensor]) -> tuple[Params, Buffers]:
+        return self.family.transform_gradients(*arguments)
 
     def _cut(self, tree: dict[str, torch.Tensor], lanes: int) -> dict[str, torch.Tensor]:
         return {k: t[list(self.lanes[:lanes])] for k, t in tree.items()}

@@ -6,15 +6,14 @@ import gzip
 import hashlib
 import struct
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from server import Page, Server
 
+from l2o.download import cache_folder
 from l2o.tasks import data, mnist
 from l2o.tasks.data import HALVES, SPLITS, image_split, split_indices
 from l2o.tasks.mnist import find, load_mnist, read_idx
@@ -130,50 +129,24 @@ def test_files_that_are_not_mnist(folder: Path, name: str, array: np.ndarray, te
         load_mnist("t10k")
 
 
-class Mirror(BaseHTTPRequestHandler):
-    """Serves CONTENT from /good/, and what its other folders are named after."""
-
-    def do_GET(self) -> None:
-        answers = {
-            "good": CONTENT,
-            "altered": CONTENT[:-1] + b"x",
-            "truncated": CONTENT[:-5],
-            "oversized": CONTENT + bytes(1000),
-        }
-        body = answers.get(self.path.split("/")[1])
-        self.send_response(404 if body is None else 200)
-        # A server that breaks off has announced the whole file.
-        self.send_header("Content-Length", str(max(len(body or b""), len(CONTENT))))
-        self.end_headers()
-        self.wfile.write(body or b"")
-
-    def log_message(self, *args: object) -> None:
-        """Not into the test's output."""
-
-
 @pytest.fixture
-def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The address of a server, with an empty cache to download to."""
+def mirror(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server of good and bad copies, in folders named after what they are, with an empty cache to download to."""
     monkeypatch.delenv("L2O_DATA_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setitem(mnist.SHA256, NAME, hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setattr(mnist, "MAX_BYTES", len(CONTENT) + 100)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    server.pages[f"/good/{NAME}"] = Page(CONTENT)
+    server.pages[f"/altered/{NAME}"] = Page(CONTENT[:-1] + b"x")
+    server.pages[f"/truncated/{NAME}"] = Page(CONTENT, breaks_at=len(CONTENT) - 5)
+    server.pages[f"/oversized/{NAME}"] = Page(CONTENT + bytes(1000))
+    return server
 
 
 @pytest.mark.parametrize("first", ["good", "altered", "truncated", "oversized", "missing"])
-def test_the_next_mirror_serves_where_one_fails(
-    mirror: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first: str
-) -> None:
-    monkeypatch.setattr(mnist, "MIRRORS", (f"{mirror}/{first}/", f"{mirror}/good/"))
+def test_the_next_mirror_serves_where_one_fails(mirror: Server, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    monkeypatch.setattr(mnist, "MIRRORS", (f"{mirror.url}/{first}/", f"{mirror.url}/good/"))
     path = find(NAME)
-    assert path == tmp_path / "l2o" / "data" / "mnist" / NAME
+    assert path == cache_folder() / "data" / "mnist" / NAME
     assert path.read_bytes() == CONTENT
     assert read_idx(path).tolist() == LABELS.tolist()
     monkeypatch.setattr(mnist, "MIRRORS", ())
@@ -182,18 +155,26 @@ def test_the_next_mirror_serves_where_one_fails(
 
 @pytest.mark.parametrize(
     ("bad", "text"),
-    [("altered", "expected"), ("truncated", "expected"), ("oversized", "longer than"), ("missing", "404")],
+    [("altered", "expected"), ("truncated", "broke off"), ("oversized", "longer than"), ("missing", "404")],
 )
-def test_a_failed_download_leaves_nothing_and_says_what_to_do(
-    mirror: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bad: str, text: str
+def test_a_failed_download_is_no_file_and_says_what_to_do(
+    mirror: Server, monkeypatch: pytest.MonkeyPatch, bad: str, text: str
 ) -> None:
-    monkeypatch.setattr(mnist, "MIRRORS", (f"{mirror}/{bad}/",))
+    monkeypatch.setattr(mnist, "MIRRORS", (f"{mirror.url}/{bad}/",))
     with pytest.raises(DataError, match=f"{bad}.*{text}[^$]*set L2O_DATA_DIR"):
         find(NAME)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    left = [path.name for path in cache_folder().rglob("*") if path.is_file()]
+    assert all(name.endswith(".part") for name in left)
+    assert len(left) == (bad == "truncated")  # to go on from there
 
 
-def test_an_unreachable_mirror_is_a_data_error(mirror: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_in_the_cache_is_downloaded_again(mirror: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mnist, "MIRRORS", (f"{mirror.url}/good/",))
+    find(NAME).write_bytes(CONTENT[:-1])
+    assert find(NAME).read_bytes() == CONTENT
+
+
+def test_an_unreachable_mirror_is_a_data_error(mirror: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mnist, "MIRRORS", ("http://127.0.0.1:1/",))
     with pytest.raises(DataError, match="set L2O_DATA_DIR"):
         find(NAME)

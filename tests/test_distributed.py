@@ -72,7 +72,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_a_killed_process_is_started_again_and_the_run_goes_on(here: Path) -> None:
-    arguments = [*TBPTT, "steps=120", "checkpoint_every=4"]
+    arguments = [*TBPTT, "steps=60", "checkpoint_every=3"]
     finish(start(2, *arguments, "run=calm"))
     process = start(2, *arguments, "run=killed", restarts=2)
     for saved in (1, 2):  # once the second rank, once the first
@@ -98,3 +98,11 @@ def wait_for_saves(process: subprocess.Popen[str], count: int) -> None:
         if state.exists() and len(children(process.pid)) >= 2:
             seen.add(state.stat().st_mtime_ns)
         time.sleep(0.005)
+
+
+def test_a_sweep_through_submitit(here: Path) -> None:
+    """On this machine; ``hydra/launcher=submitit_slurm`` sends the same jobs to a cluster."""
+    sweep = ["-m", "hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1", "seed=0,1", "run=sweep/${seed}"]
+    finish(start(1, *TBPTT, *sweep, "steps=2"))
+    weights = [theta(f"sweep/{seed}")["w0"] for seed in (0, 1)]
+    assert not weights[0].equal(weights[1])

@@ -186,7 +186,7 @@ def test_every_experiment_of_training_has_its_evaluation():
     ("arguments", "says"),
     [
         (["source=nowhere"], ["nowhere"]),
-        (["task=digit_mlp"], ["unknown task 'digit_mlp'", "'digits_mlp'", "mnist_mlp, quadratic"]),
+        (["task=digit_mlp"], ["unknown task 'digit_mlp'", "'digits_mlp'", "mnist_mlp", "quadratic"]),
         (["experiment=digit_demo"], ["'digit_demo'", "'digits_demo'", "l2l_quadratic"]),
         (["baselines=[sgdd]"], ["unknown baseline 'sgdd'", "'sgd'", "adam_cosine"]),
         (["stepz=3"], ["unknown setting 'stepz'", "'steps'"]),

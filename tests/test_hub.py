@@ -104,14 +104,14 @@ def test_a_checkpoint_is_replaced(saved):
 
 
 def test_a_save_that_stops_between_its_files_is_noticed(saved, monkeypatch):
-    write = hub.atomic_write
+    replace = os.replace
 
-    def stop(path: Path, data: bytes) -> None:
-        if path.name == "card.json":
+    def stop(source: Path, target: Path) -> None:
+        if target.name == "card.json":
             raise KeyboardInterrupt
-        write(path, data)
+        replace(source, target)
 
-    monkeypatch.setattr(hub, "atomic_write", stop)
+    monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         hub.save(saved, MLP(hidden=(4,)), MLP(hidden=(4,)).init_theta(generator(9)))
     with pytest.raises(CheckpointError, match="sha256"):

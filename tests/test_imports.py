@@ -18,7 +18,7 @@ from l2o.types import TaskFamily, UpdateRule
 
 SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws", "ranks"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
-PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "hub", "optim"}
+PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "_remote", "hub", "optim"}
 UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "interop", "integrations"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "estimators": SUPPORT | {"ops", "tasks", "unroll"},
     "meta": SUPPORT | {"ops", "estimators"},
     "_shelf": SUPPORT,
-    "hub": SUPPORT | {"_shelf", "rules"},
+    "_remote": SUPPORT | {"_shelf"},
+    "hub": SUPPORT | {"_shelf", "_remote", "rules"},
     "interop": {"types", "_checks", "_files", "_names", "_shelf", "ops", "rules", "hub"},
     "optim": {"types", "_checks", "ops", "hub"},
     "evaluation": UNITS,
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package that an extra installs -> the only place that may import it.
 HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
-ENTRY_POINTS = {"meta_train.train", "meta_train.evaluate", "meta_train.replay"}
+ENTRY_POINTS = {f"meta_train.{name}" for name in ("bench", "convert", "evaluate", "replay", "train")}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
     "hydra",

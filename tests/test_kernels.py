@@ -1,13 +1,20 @@
 """Kernels agree with the formulas they restate, in values and in gradients, and give the same bits on any threads."""
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from tables import generator
+from tables import generator, identical
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from l2o.estimators import Backprop
+from l2o.kernels import build
 from l2o.rules import MLP
-from l2o.types import Clock, OptState
+from l2o.tasks import ImageMLP
+from l2o.types import Clock, ConfigurationError, L2OError, OptState
+from l2o.unroll import expand_theta, start, unroll
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (33, 70), "conv": (2, 3, 3, 5), "empty": (0, 3)}  # one of two pieces
 RULES = {
@@ -93,3 +100,176 @@ def gradients(update, rule, args):
 def test_the_mlp_kernel_has_the_derivative_of_the_mlp_rule(rule, lanes, threads):
     args = arguments(rule, lanes)
     assert_close(gradients(fused, rule, args), gradients(reference, rule, as_double(args)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("sizes", [(32, 1, 128), (7, 3, 5), (1, 0, 1), (50, 2, 9)], ids=str)
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_perceptron_kernel_is_the_gradient_of_the_loss(activation, sizes, lanes, threads):
+    width, depth, batch_size = sizes
+    family, g = ImageMLP(width=width, depth=depth, activation=activation, batch_size=batch_size), generator()
+    data = family.sample(g, lanes)
+    params = {k: 3 * p for k, p in family.init(data, g)[0].items()}
+    batch = family.batch(data, "train", g)
+    losses, buffers, grads = family.fused_gradient(params, {}, data, batch)
+    leaves = {k: p.double().requires_grad_() for k, p in params.items()}
+    want, _ = vmap(family.loss)(leaves, {}, data, batch)
+    assert buffers == {}
+    assert list(grads) == list(params)
+    assert_close(losses.unsqueeze(1), want.detach().unsqueeze(1), rtol=2e-6)
+    assert_close(
+        grads, dict(zip(leaves, torch.autograd.grad(want.sum(), list(leaves.values())), strict=True)), rtol=1e-5
+    )
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    rule, family, results = MLP(), ImageMLP(width=9), []
+    args, g = arguments(rule, 3), generator()
+    data = family.sample(g, 3)
+    problem = family.init(data, g)[0], {}, data, family.batch(data, "train", g)
+    before = torch.get_num_threads()
+    for count in (1, 2, 3, 8, 2):
+        torch.set_num_threads(count)
+        with torch.no_grad():
+            values = fused(rule, *args)
+        results.append(
+            (*tree_leaves(values), *gradients(fused, rule, args), *tree_leaves(family.fused_gradient(*problem)))
+        )
+    torch.set_num_threads(before)
+    assert all(identical(results[0], other) for other in results[1:])
+
+
+def test_strided_tensors_and_a_shared_theta_give_the_same():
+    rule = MLP(hidden=(6,))
+    args = arguments(rule, 4)
+    shared = {k: t[:1].expand(4, *t.shape[1:]) for k, t in args[0].items()}
+    strided = tree_map(lambda t: torch.stack([t, t + 1], -1)[..., 0], args[1:4])
+    with torch.no_grad():
+        want = fused(rule, {k: t.contiguous() for k, t in shared.items()}, *args[1:])
+        assert identical(fused(rule, shared, *strided, args[4]), want)
+
+
+def test_a_diverged_lane_is_nan_alone():
+    rule = MLP()
+    args = arguments(rule, 3)
+    with torch.no_grad():
+        want = fused(rule, *args)
+        args[1]["matrix"][1, 0, 0] = torch.nan
+        updates, _ = fused(rule, *args)
+    assert updates["matrix"][1].isnan().all()
+    assert all(updates[k][lane].equal(u[lane]) for k, u in want[0].items() for lane in (0, 2))
+
+
+def test_what_a_kernel_does_not_fit_is_left_to_torch():
+    rule, family = MLP(), ImageMLP(width=4, batch_size=2)
+    args, data = arguments(rule, 2), family.sample(generator(), 2)
+    params, batch = family.init(data, generator())[0], family.batch(data, "train", generator())
+    theta = {**args[0], "w0": args[0]["w0"][:, 1:]}
+    assert rule.fused_update(*as_double(args), None) is None
+    assert rule.fused_update(theta, *args[1:], None) is None
+    assert vmap(lambda t: rule.fused_update(*args, None) is None and t)(torch.ones(2)).all()
+    assert family.fused_gradient(as_double(params), {}, data, batch) is None
+    assert family.fused_gradient(params, {}, data, {**batch, "y": batch["y"] + 10}) is None
+
+
+def test_a_second_differentiation_is_refused():
+    args = arguments(MLP(), 1)
+    args[0]["b0"].requires_grad_()
+    updates, _ = fused(MLP(), *args)
+    with pytest.raises(L2OError, match=r"first derivatives only; L2O_KERNELS=0"):
+        torch.autograd.grad(updates["vector"].sum(), args[0]["b0"], create_graph=True)
+
+
+def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
+    family, rule, results = ImageMLP(width=8, batch_size=16), MLP(hidden=(8,), step_mult=0.1), []
+    theta = rule.init_theta(generator())
+    for setting in ("1", "0"):
+        monkeypatch.setenv("L2O_KERNELS", setting)
+        estimator, g = Backprop(rule, family, lanes=3, horizon=4, truncation=None, clip=1e9), generator(1)
+        with torch.no_grad():
+            lanes = expand_theta(theta, 3)
+            state = start(rule, lanes, family, torch.full((3,), 4), generator(2))
+            state, losses = unroll(rule, lanes, family, state, 4, generator(3))
+        grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        results.append((state.params, losses, grads, metrics))
+    for got, want in zip(*map(tree_leaves, results), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A folder with a small kernel in place of those of l2o, an empty cache, and a process that has built nothing."""
+    (tmp_path / "kernel.cpp").write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "_said", set())
+    monkeypatch.setenv("L2O_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("L2O_KERNELS", raising=False)
+    build._loaded.cache_clear()
+    yield tmp_path
+    build._loaded.cache_clear()
+
+
+def test_kernels_are_built_once_and_kept(sources):
+    assert build.library().answer() == 42
+    (built,) = (sources / "cache" / "kernels").iterdir()
+    before = built.stat().st_mtime_ns
+    assert build.build() == built
+    assert built.stat().st_mtime_ns == before
+    assert built.parent.stat().st_mode & 0o777 == 0o700
+    (sources / "kernel.cpp").write_text('extern "C" int answer() { return 43; }')
+    assert ctypes.CDLL(str(build.build())).answer() == 43
+
+
+def test_builds_at_the_same_time_do_no_harm(sources):
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: build.build(), range(4)))
+    assert paths == set((sources / "cache" / "kernels").iterdir())
+
+
+def _no_compiler(sources, monkeypatch):
+    monkeypatch.setenv("CXX", str(sources / "absent"))
+
+
+def _broken_source(sources, monkeypatch):
+    (sources / "kernel.cpp").write_text("#error this cannot be compiled")
+
+
+def _open_folder(sources, monkeypatch):
+    build.cache_folder().chmod(0o777)
+
+
+def _another_owner(sources, monkeypatch):
+    monkeypatch.setattr(build.os, "geteuid", lambda: 12345)
+
+
+def _another_system(sources, monkeypatch):
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        (_no_compiler, r"no C\+\+ compiler '.*absent'; install"),
+        (_broken_source, "this cannot be compiled"),
+        (_open_folder, "can be written by others; .*L2O_CACHE_DIR"),
+        (_another_owner, "belongs to .*L2O_CACHE_DIR"),
+        (_another_system, "for Linux, this is darwin"),
+    ],
+)
+def test_where_there_are_no_kernels_torch_stands_in_and_says_so_once(sources, monkeypatch, obstacle, reason):
+    obstacle(sources, monkeypatch)
+    monkeypatch.setenv("L2O_KERNELS", "0")
+    assert build.library() is None
+    monkeypatch.delenv("L2O_KERNELS")
+    with pytest.warns(RuntimeWarning, match=f"(?s){reason}.*slower"):
+        assert MLP().fused_update(*arguments(MLP(), 1), None) is None
+    assert build.library() is None
+    monkeypatch.setenv("L2O_KERNELS", "1")
+    with pytest.raises(L2OError, match=f"(?s)L2O_KERNELS=1.*{reason}"):
+        build.library()
+
+
+def test_another_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("L2O_KERNELS", "yes")
+    with pytest.raises(ConfigurationError, match=r"L2O_KERNELS='yes'.*expected 0"):
+        build.library()

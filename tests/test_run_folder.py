@@ -93,6 +93,11 @@ def _another_theta(path: Path) -> None:
     save_tree(path, state, metadata)
 
 
+def _as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def _without_sizes(path: Path) -> None:
     state, metadata = load_tree(path)
     save_tree(path, {name: value for name, value in state.items() if name != "sizes"}, metadata)
@@ -114,11 +119,17 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no metrics": ("metrics.jsonl", Path.unlink, "metrics.jsonl has 0 bytes"),
     "no configuration": ("config.yaml", Path.unlink, "but no config.yaml"),
     "broken configuration": ("config.yaml", lambda path: path.write_text("a: [1"), "is damaged"),
+    "folder for a configuration": ("config.yaml", _as_folder, "is damaged"),
     "foreign configuration": ("config.yaml", lambda path: path.write_text("a: 1"), "not the configuration of a run"),
     "tag in the configuration": ("config.yaml", lambda path: path.write_text("!!python/name:os.system"), "is damaged"),
+    "version of the past": (
+        "config.yaml",
+        lambda path: path.write_text(path.read_text().replace("version: 2", "version: 1")),
+        "format version 1, this l2o continues runs of version 2",
+    ),
     "version of the future": (
         "config.yaml",
-        lambda path: path.write_text(path.read_text().replace("version: 1", "version: 9")),
+        lambda path: path.write_text(path.read_text().replace("version: 2", "version: 9")),
         "format version 9",
     ),
     "edited configuration": (

@@ -53,8 +53,6 @@ def test_a_folder_comes_before_a_name_only_if_it_is_a_checkpoint(shelf):
         ("", "valid: "),
         ("../pretrained/none", "'../pretrained/none'.* no folder of that name"),
         (Path("lstm-small"), "'lstm-small'.* no folder of that name"),
-        ("https://example.org/mlp", "not supported yet; download the folder"),
-        ("hf://someone/mlp", "not supported yet"),
     ],
 )
 def test_unknown_names(shelf, name, message):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from analytic import ANALYTIC, AUGMENTED
 from networks import NETWORKS
 from torch import Tensor, nn
 from torch.func import vmap
@@ -39,7 +40,7 @@ FAMILIES: dict[str, TaskFamily] = {
     "factory": module_task(net, TensorDataset(*EXAMPLES)),
     "loader": module_task(net, DataLoader(TensorDataset(*EXAMPLES))),
     "repeated": Repeated(module_task(net, EXAMPLES), copies=2),
-} | NETWORKS
+} | {**NETWORKS, **ANALYTIC, **AUGMENTED}
 SPLITS = ("train", "valid")
 
 

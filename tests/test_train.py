@@ -20,6 +20,7 @@ from training import OWN_RULE, SMALL, command, outcome, records
 import l2o
 from l2o import MetaTraining
 from l2o._files import load_tree, save_tree
+from l2o.estimators import Backprop
 from l2o.evaluation.baselines import baselines
 from l2o.evaluation.scores import score
 from l2o.evaluation.trials import Setting, run_baseline, run_learned
@@ -31,12 +32,13 @@ pytestmark = pytest.mark.usefixtures("here")
 def test_a_run_leaves_its_folder_and_nothing_else() -> None:
     assert command("steps=5", "evaluate_every=2", "log_every=2") == 0
     assert {path.name for path in Path().iterdir()} == {"run"}
-    files = {".lock", "config.yaml", "state.safetensors", "metrics.jsonl", "timing.jsonl", "checkpoint"}
+    files = {".lock", "config.yaml", "state.safetensors", "metrics.jsonl", "timing.jsonl", "checkpoint", "best"}
     assert {path.name for path in Path("run").iterdir()} == files
     assert [row["step"] for row in records()] == [1, 2, 2, 3, 4, 4, 5, 5]
     steps = [row for row in records() if "meta_loss" in row]
     assert [row["inner_steps"] for row in steps] == [9 * step for step in range(1, 6)]
-    assert set(steps[0]) == {"step", "meta_loss", "meta_grad_norm", "lanes_masked", "lane_grad_norm", "inner_steps"}
+    lanes = {"lanes_masked", "lanes_broken", "lane_grad_norm"}
+    assert set(steps[0]) == {"step", "meta_loss", "meta_grad_norm", "update_skipped", "inner_steps"} | lanes
     assert [row["step"] for row in records(name="timing.jsonl")] == [2, 4, 5]
 
 
@@ -73,7 +75,7 @@ def test_held_out_losses_are_those_of_a_stream_of_their_own() -> None:
     [
         ["evaluate_every=2"],
         ["evaluate_every=3", "rule=mlp", "rule.hidden=[4]", "outer=sgd"],
-        ["outer=adamw", "schedule=warmup_cosine", "schedule.total=7", "schedule.warmup=2"],
+        ["outer=adamw", "schedule=warmup_cosine", "schedule.total=7", "meta.clip=0.1", "meta.average=0.9"],
         ["estimator=bptt", "task.noise=0.1", "rule=lstm", "rule.hidden=[3]"],
     ],
     ids=["momentum", "mlp", "schedule", "lstm"],
@@ -173,7 +175,9 @@ def test_metrics_are_read_from_the_device_once_in_log_every_steps(monkeypatch: p
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
     assert command("steps=8", "log_every=4", "evaluate_every=0") == 0
-    assert [tuple(tensor.shape) for tensor in reads] == [(4,)] * 2 * 5  # five metrics, twice
+    shapes = [tuple(tensor.shape) for tensor in reads]
+    assert shapes.count((3,)) == 9  # the seeds of a truncation's streams, and those of the first runs
+    assert [shape for shape in shapes if shape != (3,)] == [(4,)] * 2 * 8  # eight metrics, twice
 
 
 def test_adams_grid_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +219,63 @@ def test_steps_that_lose_all_lanes_are_said_once(capsys: pytest.CaptureFixture[s
     assert all(row["meta_loss"] is None and row["lanes_masked"] == 3 for row in steps)
     assert records()[-1]["held_out_loss"] is None
     assert records()[-1]["held_out_diverged"] == 2
+
+
+BROKEN_TASK = """
+from dataclasses import dataclass
+
+import torch
+from l2o.tasks import Quadratic
+
+
+@dataclass(frozen=True)
+class Broken(Quadratic):
+    lanes: int = 0
+
+    def sample(self, generator, lanes):
+        task = super().sample(generator, lanes)
+        broken = torch.arange(lanes).view(-1, *[1] * (task["y"].ndim - 1)) < self.lanes
+        return {**task, "y": torch.where(broken, float("nan"), task["y"])}
+"""
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_task_whose_loss_is_nan_from_the_start_ends_the_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], log_every: int
+) -> None:
+    (here / "broken.py").write_text(BROKEN_TASK)
+    monkeypatch.syspath_prepend(here)
+    for _ in range(2):
+        assert command("steps=5", "task._target_=broken.Broken", "task.lanes=3", f"log_every={log_every}") == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: task=Broken(dim=3, ")
+        assert "lanes=3): its loss at inner step 0" in said
+        assert "not finite in 3 of 3 lanes at outer step 1" in said
+        assert said.count("\n") == 1
+
+
+def test_a_task_whose_loss_is_nan_in_some_lanes_is_said_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "broken.py").write_text(BROKEN_TASK)
+    monkeypatch.syspath_prepend(here)
+    assert command("steps=5", "task._target_=broken.Broken", "task.lanes=1") == 0
+    said = capsys.readouterr().out
+    assert said.count("not finite in 1 of 3 lanes at outer step 1; such lanes are masked") == 1
+    assert records()[0]["lanes_broken"] == records()[0]["lanes_masked"] == 1
+
+
+def test_updates_that_are_skipped_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def poisoned(estimator: Backprop, *arguments: Any, own: Callable[..., Any] = Backprop.estimate) -> Any:
+        grads, state, metrics = own(estimator, *arguments)
+        return {name: tensor * float("nan") for name, tensor in grads.items()}, state, metrics
+
+    monkeypatch.setattr(Backprop, "estimate", poisoned)
+    assert command("steps=4", "evaluate_every=0") == 0
+    assert capsys.readouterr().out.count("the meta-gradient was not finite, and θ stayed as it was") == 1
+    assert [(row["update_skipped"], row["meta_grad_norm"]) for row in records()] == [(1, None)] * 4
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import l2o
 from meta_train.train import main
 
 SMALL = [
@@ -49,7 +50,19 @@ def command(*arguments: str, base: list[str] = SMALL) -> int:
 
 def outcome(run: str = "run") -> dict[str, bytes]:
     """What has to be equal bit for bit."""
-    return {name: Path(run, name).read_bytes() for name in ("metrics.jsonl", "checkpoint/theta.safetensors")}
+    files = {name: Path(run, name).read_bytes() for name in ("metrics.jsonl", "checkpoint/theta.safetensors")}
+    best = Path(run, "best")
+    if best.exists():
+        l2o.load(best)  # θ and card belong together
+        files["best/theta.safetensors"] = (best / "theta.safetensors").read_bytes()
+        files["best/card.json"] = json.dumps(origin(best)).encode()
+    return files
+
+
+def origin(checkpoint: str | Path) -> dict[str, Any]:
+    """What a card says of its outer step, and of the results there."""
+    card = l2o.read_card(checkpoint)
+    return {"step": card["compute"]["outer_steps"], **card["results"]}
 
 
 def snapshot(folder: str = ".") -> dict[str, bytes]:

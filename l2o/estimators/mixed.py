@@ -36,7 +36,7 @@ class Mixed(MetaGradient):
     normalise: else the gradients are averaged as they are.     decay: of the running mean.
 
     Metrics: the sums over families of ``lanes_masked``, ``lanes_broken`` and ``inner_steps``, the weighted mean of
-    ``meta_loss``, and ``meta_loss/<name>`` and ``lanes_masked/<name>`` of each.
+    ``meta_loss``, and ``meta_loss/<name>``, ``lanes_masked/<name>`` and ``lanes_broken/<name>`` of each.
     """
 
     members: Mapping[str, MetaGradient]
@@ -105,5 +105,5 @@ class Mixed(MetaGradient):
         summed = ("lanes_masked", "lanes_broken", "inner_steps")
         total = {key: torch.stack([m[key] for m in metrics.values()]).sum() for key in summed}
         meta_loss = torch.stack([self._share(name) * m["meta_loss"] for name, m in metrics.items()]).sum()
-        each = {f"{key}/{name}": m[key] for name, m in metrics.items() for key in ("meta_loss", "lanes_masked")}
+        each = {f"{key}/{name}": m[key] for name, m in metrics.items() for key in ("meta_loss", *summed[:2])}
         return {"meta_loss": meta_loss, **total, **each}

@@ -30,6 +30,7 @@ class Reference:
     rule: the class of ours.
     theta: takes the tensors that the rule reads out of a dict by the reference's paths; returns them by our names.
     fields: names of its hyperparameters, and our fields for them.
+    translated: further names, and our fields with values, given the reference's value.
     sizes: fields that follow from the shapes of our θ.
     fixed: fields that the reference has no hyperparameter for.
     implied: names of hyperparameters that the above say already.
@@ -41,6 +42,7 @@ class Reference:
     rule: type[UpdateRule]
     theta: Callable[[Theta], Theta]
     fields: Mapping[str, str] = field(default_factory=dict)
+    translated: Mapping[str, Callable[[Any], dict[str, Any]]] = field(default_factory=dict)
     sizes: Callable[[Theta], dict[str, Any]] = lambda theta: {}
     fixed: Settings = field(default_factory=dict)
     implied: Sequence[str] = ()
@@ -68,10 +70,12 @@ class Reference:
         return rule, check_theta(rule, ours)
 
     def _fields(self, settings: Settings) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in settings.items():
             if name in self.fields:
                 found[self.fields[name]] = self._value(self.fields[name], value)
+            elif name in self.translated:
+                found |= self.translated[name](value)
             elif name in self.only and self.only[name] != value:
                 raise CheckpointError(f"{name}={value!r}: {self.rule.__name__} knows {self.only[name]!r} only")
             elif name not in {"cls", *self.only, *self.implied}:

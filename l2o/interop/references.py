@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from l2o.interop.reference import Reference, hidden_sizes, take, take_layers, take_lstm
+from l2o.interop.scheduled import SCHEDULED
 from l2o.rules import MLP, RNNMLP, SGD, AdafacMLP, Adam, Momentum, NNAdam
 from l2o.types import Theta
 
@@ -127,5 +128,6 @@ REFERENCES: dict[str, Reference] = {
         sizes=_rnn_mlp_sizes,
         implied=("hidden_size", "hidden_layer", "from_mlp_size", "from_lstm_size", "lstm_to_ff", "lstm_hidden_size"),
     ),
+    **SCHEDULED,
 }
-"""By the name of the reference's class. All are of google/learned_optimization (Apache-2.0)."""
+"""By the name of the reference's class. All but `SCHEDULED` are of google/learned_optimization (Apache-2.0)."""

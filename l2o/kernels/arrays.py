@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Int64s, Floats, Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
+"""Fields of a structure that keep the array they are given."""
+
 
 def plain(tensors: Iterable[Tensor]) -> bool:
     """Whether all are float32 tensors of the CPU that have memory, and no transform of torch is watching."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     ordinary = (Tensor, torch.nn.Parameter)
-    return all(type(t) in ordinary and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return all(type(t) in ordinary and t.dtype == torch.float32 and t.is_cpu for t in tensors)
 
 
 def dense_lanes(t: Tensor) -> Tensor:
     """``[lanes, *shape]``, each lane contiguous; lanes may share memory, as those of `Tensor.expand` do."""
-    return t if t[0].is_contiguous() else t.contiguous()
+    shared = t.stride(0) == 0 and t[0].is_contiguous()
+    return t if shared else t.contiguous()
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[Any]:

@@ -27,10 +27,11 @@ from l2o.types import ConfigurationError, L2OError
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: a diverged lane has to show its NaN. libgomp is the thread pool that torch has already loaded.
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 LINK = ["-fopenmp", "-shared", "-fPIC"]
 
 _lock = threading.Lock()
+_said: set[str] = set()
 
 
 def library() -> ctypes.CDLL | None:
@@ -50,33 +51,31 @@ def library() -> ctypes.CDLL | None:
         return loaded
     if setting == "1":
         raise L2OError(f"L2O_KERNELS=1, but the CPU kernels cannot be used: {loaded}")
-    _warn_once(loaded)
+    if loaded not in _said:
+        _said.add(loaded)  # before the warning, which may be raised as an error
+        warnings.warn(
+            f"l2o's CPU kernels cannot be used: {loaded}. Torch's own operations stand in, several times slower in "
+            "meta-training. L2O_KERNELS=0 silences this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return None
 
 
-def run(function: str, *structures: ctypes.Structure) -> None:
-    """Call a kernel by its name, the GIL released. Raises MemoryError where it has no scratch memory."""
-    if getattr(library(), function)(*map(ctypes.byref, structures)):
+def run(function: str, *structures: ctypes.Structure) -> int:
+    """Call a kernel by its name, the GIL released. Returns its code; raises MemoryError where it has no memory."""
+    code: int = getattr(library(), function)(*map(ctypes.byref, structures))
+    if code == 1:
         raise MemoryError(f"{function}: no memory to work in")
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"l2o's CPU kernels cannot be used: {reason}. Torch's own operations stand in, several times slower in "
-        "meta-training. L2O_KERNELS=0 silences this.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    return code
 
 
 @functools.cache
 def _loaded() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     try:
-        path = build()
-        return ctypes.CDLL(str(path))
-    except (L2OError, OSError) as error:
+        return ctypes.CDLL(str(build()))
+    except (L2OError, OSError, RuntimeError) as error:  # the last where there is no home folder
         return str(error)
 
 

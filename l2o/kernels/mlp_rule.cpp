@@ -22,81 +22,44 @@ struct Derivative {
 
 namespace {
 
-constexpr int64_t PIECE = 16 * BLOCK;  // most entries of a piece
-
-// The pieces of a lane, and groups of them, [groups[i], groups[i + 1]), of about as many entries as one piece may have.
-struct Plan {
-    std::vector<Piece> pieces;
-    std::vector<int64_t> groups{0};
-
-    explicit Plan(const Step& s) {
-        int64_t filled = 0;
-        for (int64_t t = 0; t < s.tensors; t++)
-            for (int64_t begin = 0; begin < s.entries[t]; begin += PIECE) {
-                const int64_t end = std::min(begin + PIECE, s.entries[t]);
-                if (filled + end - begin > PIECE) groups.push_back(pieces.size()), filled = 0;
-                filled += end - begin;
-                pieces.push_back({t, begin, end});
+// first(i, work) for the lane's items i < firsts, then middle(lane), then last(i, work) for i < lasts; items of lane l
+// are counted from l * firsts and l * lasts. A thread takes whole lanes, whose data then stays in its cache and which
+// need no waiting for each other, unless there are too few lanes to share them out evenly.
+template <class First, class Middle, class Last>
+void phases(const Step& s, bool derivative, int64_t firsts, int64_t lasts, First first, Middle middle, Last last) {
+    std::vector<Scratch> scratch;
+    for (int64_t i = 0; i < s.threads; i++) scratch.emplace_back(s, derivative);
+    const bool whole_lanes = s.lanes % s.threads == 0 || s.lanes >= 4 * s.threads;
+#pragma omp parallel num_threads(s.threads)
+    {
+        Scratch& work = scratch[omp_get_thread_num()];
+        if (whole_lanes) {
+#pragma omp for schedule(dynamic)
+            for (int64_t lane = 0; lane < s.lanes; lane++) {
+                for (int64_t i = lane * firsts; i < (lane + 1) * firsts; i++) first(i, work);
+                middle(lane);
+                for (int64_t i = lane * lasts; i < (lane + 1) * lasts; i++) last(i, work);
             }
-        groups.push_back(pieces.size());
+        } else {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < s.lanes * firsts; i++) first(i, work);
+#pragma omp for
+            for (int64_t lane = 0; lane < s.lanes; lane++) middle(lane);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < s.lanes * lasts; i++) last(i, work);
+        }
     }
-    int64_t count() const { return pieces.size(); }
-    int64_t group_count() const { return groups.size() - 1; }
-};
-
-// f(lane, tensor, c, total): for each channel of each tensor, the total of what its pieces have in [lanes, pieces, channels].
-template <class F> void totals(const Step& s, const Plan& plan, int64_t lane, const float* parts, F f) {
-    const int64_t channels = s.widths[0];
-    std::vector<double> sums(s.tensors * channels);
-    for (int64_t i = 0; i < plan.count(); i++)
-        for (int64_t c = 0; c < channels; c++)
-            sums[plan.pieces[i].tensor * channels + c] += parts[(lane * plan.count() + i) * channels + c];
-    for (int64_t t = 0; t < s.tensors; t++)
-        for (int64_t c = 0; c < channels; c++) f(t, c, float(sums[t * channels + c]));
-}
-
-void square_sums(const Step& s, int64_t lane, const Piece& piece, float* sums) {
-    for (int64_t c = 0; c < s.widths[0]; c++) {
-        const float* x = channel(s, lane, piece.tensor, c) + piece.begin;
-        sums[c] = dot(x, x, piece.end - piece.begin);
-    }
-}
-
-// `second_moment_scale` of every channel of a lane.
-void set_scales(const Step& s, const Plan& plan, int64_t lane, const float* sums) {
-    totals(s, plan, lane, sums, [&](int64_t t, int64_t c, float total) {
-        scales(s, lane, t)[c] = 1.0f / std::sqrt(s.eps + total / float(std::max<int64_t>(s.entries[t], 1)));
-    });
-}
-
-void apply(const Step& s, int64_t lane, const Piece& piece, Scratch& work) {
-    const Network net(s, lane);
-    blocks(piece, [&](int64_t begin, int64_t n) {
-        network(net, lane, piece.tensor, begin, n, work);
-        outputs(s, n, work);
-        std::copy_n(work.h[s.layers], n, s.updates[piece.tensor] + lane * s.entries[piece.tensor] + begin);
-    });
 }
 
 void update(const Step& s) {
     const Plan plan(s);
-    const int64_t items = s.lanes * plan.count();
-    std::vector<float> sums(items * s.widths[0]);
-    std::vector<Scratch> scratch;
-    for (int64_t i = 0; i < s.threads; i++) scratch.emplace_back(s, false);
-#pragma omp parallel num_threads(s.threads)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items; i++) {
-            advance(s, i / plan.count(), plan.pieces[i % plan.count()]);
-            square_sums(s, i / plan.count(), plan.pieces[i % plan.count()], &sums[i * s.widths[0]]);
-        }
-#pragma omp for
-        for (int64_t lane = 0; lane < s.lanes; lane++) set_scales(s, plan, lane, sums.data());
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items; i++)
-            apply(s, i / plan.count(), plan.pieces[i % plan.count()], scratch[omp_get_thread_num()]);
-    }
+    const int64_t count = plan.count();
+    std::vector<float> sums(s.lanes * count * s.widths[0]);
+    phases(
+        s, false, count, count,
+        [&](int64_t i, Scratch&) { look(s, i / count, plan.pieces[i % count], &sums[i * s.widths[0]]); },
+        [&](int64_t lane) { set_scales(s, plan, lane, sums.data()); },
+        [&](int64_t i, Scratch& work) { apply(s, i / count, plan.pieces[i % count], work); });
 }
 
 // Where the gradient of a channel goes: by gradient, parameter and old momenta.
@@ -122,7 +85,7 @@ void d_outputs(const Step& s, const float* d_update, int64_t n, Scratch& work) {
 // Through `network`: adds to the sums for theta, and leaves the gradient of the scaled channels in work.d.
 void d_network(const Network& net, int64_t n, Scratch& work) {
     const Step& s = net.s;
-    vec* d_theta = work.d_theta + work.sums;
+    vec* d_theta = work.d_theta + sums_for_theta(s);
     for (int64_t l = s.layers - 1; l >= 0; l--) {
         const int64_t in = s.widths[l], out = s.widths[l + 1];
         d_theta -= (in + 1) * out;
@@ -199,36 +162,29 @@ void set_d_theta(const Step& s, const Derivative& d, const Plan& plan, int64_t l
 
 void derivative(const Step& s, const Derivative& d) {
     const Plan plan(s);
-    const int64_t channels = s.widths[0], items = s.lanes * plan.count(), groups = s.lanes * plan.group_count();
-    std::vector<Scratch> scratch;
-    for (int64_t i = 0; i < s.threads; i++) scratch.emplace_back(s, true);
-    const int64_t count = scratch[0].sums;
-    std::vector<float> dots(items * channels), parts(groups * count), factors(s.lanes * s.tensors * channels);
-#pragma omp parallel num_threads(s.threads)
-    {
-        Scratch& work = scratch[omp_get_thread_num()];
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < groups; i++) {
-            const int64_t lane = i / plan.group_count(), group = i % plan.group_count();
+    const int64_t channels = s.widths[0], count = plan.count(), groups = plan.group_count(), weights = sums_for_theta(s);
+    std::vector<float> dots(s.lanes * count * channels), parts(s.lanes * groups * weights);
+    std::vector<float> factors(s.lanes * s.tensors * channels);
+    phases(
+        s, true, groups, count,
+        [&](int64_t i, Scratch& work) {
+            const int64_t lane = i / groups, group = i % groups;
             const Network net(s, lane);
-            std::fill_n(work.d_theta, count, vec{});
+            std::fill_n(work.d_theta, weights, vec{});
             for (int64_t p = plan.groups[group]; p < plan.groups[group + 1]; p++)
-                derive(net, d, lane, plan.pieces[p], work, &dots[(lane * plan.count() + p) * channels]);
-            for (int64_t j = 0; j < count; j++) parts[i * count + j] = sum(work.d_theta[j]);
-        }
-#pragma omp for
-        for (int64_t lane = 0; lane < s.lanes; lane++) {
-            set_d_theta(s, d, plan, lane, parts.data(), count);
+                derive(net, d, lane, plan.pieces[p], work, &dots[(lane * count + p) * channels]);
+            for (int64_t j = 0; j < weights; j++) parts[i * weights + j] = sum(work.d_theta[j]);
+        },
+        [&](int64_t lane) {
+            set_d_theta(s, d, plan, lane, parts.data(), weights);
             totals(s, plan, lane, dots.data(), [&](int64_t t, int64_t c, float total) {
                 const float scale = scales(s, lane, t)[c];
                 factors[(lane * s.tensors + t) * channels + c] = scale * scale * scale * total / s.entries[t];
             });
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items; i++)
-            unscale(s, d, i / plan.count(), plan.pieces[i % plan.count()],
-                    &factors[i / plan.count() * s.tensors * channels]);
-    }
+        },
+        [&](int64_t i, Scratch&) {
+            unscale(s, d, i / count, plan.pieces[i % count], &factors[i / count * s.tensors * channels]);
+        });
 }
 
 template <class F> int guarded(F f) {

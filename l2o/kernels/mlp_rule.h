@@ -94,22 +94,27 @@ struct Network {
     }
 };
 
+// How many sums over entries the gradient of theta needs: by layer the weights' and the bias's.
+int64_t sums_for_theta(const Step& s) {
+    int64_t sums = 0;
+    for (int64_t l = 0; l < s.layers; l++) sums += (s.widths[l] + 1) * s.widths[l + 1];
+    return sums;
+}
+
 // What a thread works in: activations of a block by layer, [width, BLOCK], each with a row of ones below it (the input
-// that a bias is the weight of). For the derivative also the gradients of one layer and of the one below, and `sums`
-// sums for theta: by layer the weights' and the bias's.
+// that a bias is the weight of). For the derivative also the gradients of one layer and of the one below, and the
+// sums for theta.
 struct Scratch {
     std::vector<vec> memory;
     std::vector<float*> h;
     float *d, *d_below;
     vec* d_theta;
-    int64_t sums = 0;
 
     Scratch(const Step& s, bool derivative) {
         const int64_t row = BLOCK / WIDTH, widest = *std::max_element(s.widths, s.widths + s.layers + 1);
         int64_t rows = derivative ? 2 * widest : 0;
         for (int64_t l = 0; l <= s.layers; l++) rows += s.widths[l] + 1;
-        for (int64_t l = 0; l < s.layers; l++) sums += (s.widths[l] + 1) * s.widths[l + 1];
-        memory.resize(rows * row + (derivative ? sums : 0));
+        memory.resize(rows * row + (derivative ? sums_for_theta(s) : 0));
         vec* next = memory.data();
         const auto take = [&](int64_t count) {
             float* taken = reinterpret_cast<float*>(next);
@@ -158,5 +163,64 @@ void outputs(const Step& s, int64_t n, Scratch& work) {
 template <class F> void blocks(const Piece& piece, F f) {
     for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK)
         f(begin, std::min(BLOCK, piece.end - begin));
+}
+
+constexpr int64_t PIECE = 16 * BLOCK;  // most entries of a piece
+
+// The pieces of a lane, and groups of them, [groups[i], groups[i + 1]), of about as many entries as one piece may have.
+struct Plan {
+    std::vector<Piece> pieces;
+    std::vector<int64_t> groups{0};
+
+    explicit Plan(const Step& s) {
+        int64_t filled = 0;
+        for (int64_t t = 0; t < s.tensors; t++)
+            for (int64_t begin = 0; begin < s.entries[t]; begin += PIECE) {
+                const int64_t end = std::min(begin + PIECE, s.entries[t]);
+                if (filled + end - begin > PIECE) groups.push_back(pieces.size()), filled = 0;
+                filled += end - begin;
+                pieces.push_back({t, begin, end});
+            }
+        groups.push_back(pieces.size());
+    }
+    int64_t count() const { return pieces.size(); }
+    int64_t group_count() const { return groups.size() - 1; }
+};
+
+// f(lane, tensor, c, total): for each channel of each tensor, the total of what its pieces have in [lanes, pieces, channels].
+template <class F> void totals(const Step& s, const Plan& plan, int64_t lane, const float* parts, F f) {
+    const int64_t channels = s.widths[0];
+    std::vector<double> sums(s.tensors * channels);
+    for (int64_t i = 0; i < plan.count(); i++)
+        for (int64_t c = 0; c < channels; c++)
+            sums[plan.pieces[i].tensor * channels + c] += parts[(lane * plan.count() + i) * channels + c];
+    for (int64_t t = 0; t < s.tensors; t++)
+        for (int64_t c = 0; c < channels; c++) f(t, c, float(sums[t * channels + c]));
+}
+
+// First pass over a piece: momenta, and the sums of squares of its channels.
+void look(const Step& s, int64_t lane, const Piece& piece, float* sums) {
+    advance(s, lane, piece);
+    for (int64_t c = 0; c < s.widths[0]; c++) {
+        const float* x = channel(s, lane, piece.tensor, c) + piece.begin;
+        sums[c] = dot(x, x, piece.end - piece.begin);
+    }
+}
+
+// `second_moment_scale` of every channel of a lane.
+void set_scales(const Step& s, const Plan& plan, int64_t lane, const float* sums) {
+    totals(s, plan, lane, sums, [&](int64_t t, int64_t c, float total) {
+        scales(s, lane, t)[c] = 1.0f / std::sqrt(s.eps + total / float(std::max<int64_t>(s.entries[t], 1)));
+    });
+}
+
+// Second pass.
+void apply(const Step& s, int64_t lane, const Piece& piece, Scratch& work) {
+    const Network net(s, lane);
+    blocks(piece, [&](int64_t begin, int64_t n) {
+        network(net, lane, piece.tensor, begin, n, work);
+        outputs(s, n, work);
+        std::copy_n(work.h[s.layers], n, s.updates[piece.tensor] + lane * s.entries[piece.tensor] + begin);
+    });
 }
 }  // namespace

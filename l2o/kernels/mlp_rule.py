@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from l2o.kernels.arrays import dense_lanes, floats, plain, pointers, whole_numbers
+from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, plain, pointers, whole_numbers
 from l2o.kernels.build import library, run
-from l2o.types import Grads, OptState, Params, Theta, Updates
+from l2o.types import Grads, L2OError, OptState, Params, Theta, Updates
 
 
 class Constants(NamedTuple):
@@ -25,19 +24,16 @@ class Constants(NamedTuple):
     eps: float
 
 
-_Int64s, _Floats, _Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
-
-
 class _Step(ctypes.Structure):
     """``Step`` of mlp_rule.cpp. Keeps the arrays it points to, but not the tensors."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("lanes", "tensors", "layers", "decays", "times", "threads")),
-        *((name, _Int64s) for name in ("entries", "widths", "strides")),
-        ("decay", _Floats),
+        *((name, Int64s) for name in ("entries", "widths", "strides")),
+        ("decay", Floats),
         ("time", ctypes.c_void_p),
         *((name, ctypes.c_float) for name in ("step_mult", "exp_mult", "eps")),
-        *((name, _Pointers) for name in ("theta", "grads", "params", "m_old", "m_new", "updates")),
+        *((name, Pointers) for name in ("theta", "grads", "params", "m_old", "m_new", "updates")),
         ("scales", ctypes.c_void_p),
     )
 
@@ -45,9 +41,7 @@ class _Step(ctypes.Structure):
 class _Derivative(ctypes.Structure):
     """``Derivative`` of mlp_rule.cpp. Keeps the arrays it points to, but not the tensors."""
 
-    _fields_ = tuple(
-        (name, _Pointers) for name in ("d_updates", "d_m_new", "d_theta", "d_grads", "d_params", "d_m_old")
-    )
+    _fields_ = tuple((name, Pointers) for name in ("d_updates", "d_m_new", "d_theta", "d_grads", "d_params", "d_m_old"))
 
 
 def update(
@@ -59,25 +53,30 @@ def update(
     Differentiable once. The same bits whatever the number of threads.
     """
     names = list(params)
-    tensors = _Tensors(
-        [t for i in range(len(theta) // 2) for t in (theta[f"w{i}"], theta[f"b{i}"])],
+    tensors = Tensors(
+        ordered(theta),
         [grads[name] for name in names],
         [params[name] for name in names],
         [state.per_param[name]["m"] for name in names],
     )
-    if not (_fits(constants, tensors, time) and library()):
+    if not (fits(constants, tensors, time) and library()):
         return None
     everything = [t for group in tensors for t in group]
     if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
         results = _Update.apply(constants, time, len(names), *everything)
     else:
-        updates, momenta, _ = _forward(constants, _dense(tensors), time.contiguous())
+        updates, momenta, _ = _forward(constants, dense(tensors), time.contiguous())
         results = (*updates, *momenta)
     slots = {name: {"m": m} for name, m in zip(names, results[len(names) :], strict=True)}
     return dict(zip(names, results, strict=False)), OptState(slots, {})
 
 
-class _Tensors(NamedTuple):
+def ordered(theta: Theta) -> list[Tensor]:
+    """``w0, b0, w1, ...``"""
+    return [t for i in range(len(theta) // 2) for t in (theta[f"w{i}"], theta[f"b{i}"])]
+
+
+class Tensors(NamedTuple):
     """theta: ``w0, b0, w1, ...``; the others one for each parameter."""
 
     theta: Sequence[Tensor]
@@ -86,11 +85,11 @@ class _Tensors(NamedTuple):
     momenta: Sequence[Tensor]
 
     @classmethod
-    def split(cls, tensors: Sequence[Tensor], count: int) -> _Tensors:
+    def split(cls, tensors: Sequence[Tensor], count: int) -> Tensors:
         return cls(tensors[: -3 * count], *(tensors[len(tensors) - i * count :][:count] for i in (3, 2, 1)))
 
 
-def _fits(constants: Constants, tensors: _Tensors, time: Tensor) -> bool:
+def fits(constants: Constants, tensors: Tensors, time: Tensor) -> bool:
     """Whether dtypes, devices and all shapes are such that the kernel stays inside its arrays."""
     lanes, times = time.shape
     if not (lanes and tensors.params and plain([time, *(t for group in tensors for t in group)])):
@@ -106,7 +105,7 @@ def _fits(constants: Constants, tensors: _Tensors, time: Tensor) -> bool:
     )
 
 
-class _Results(NamedTuple):
+class Results(NamedTuple):
     """updates, momenta: one for each parameter.    scales: ``[lanes, parameters, channels]``."""
 
     updates: Sequence[Tensor]
@@ -114,7 +113,8 @@ class _Results(NamedTuple):
     scales: Tensor
 
 
-def _step(constants: Constants, inputs: _Tensors, time: Tensor, results: _Results) -> _Step:
+def describe(constants: Constants, inputs: Tensors, time: Tensor, results: Results) -> _Step:
+    """One step for the kernel.  inputs, time and results contiguous, see `dense`."""
     own = 2 + len(constants.decays)
     return _Step(
         lanes=len(time),
@@ -123,7 +123,7 @@ def _step(constants: Constants, inputs: _Tensors, time: Tensor, results: _Result
         decays=len(constants.decays),
         times=time.shape[1],
         threads=torch.get_num_threads(),
-        entries=whole_numbers([p[0].numel() for p in inputs.params]),
+        entries=whole_numbers([p.numel() // len(time) for p in inputs.params]),
         widths=whole_numbers([own, *(b.shape[-1] for b in inputs.theta[1::2])]),
         strides=whole_numbers([t.stride(0) for t in inputs.theta]),
         decay=floats(constants.decays),
@@ -141,26 +141,27 @@ def _step(constants: Constants, inputs: _Tensors, time: Tensor, results: _Result
     )
 
 
-def _dense(tensors: _Tensors) -> _Tensors:
-    return _Tensors([dense_lanes(t) for t in tensors.theta], *([t.contiguous() for t in g] for g in tensors[1:]))
+def dense(tensors: Tensors) -> Tensors:
+    """Each lane of each tensor contiguous; lanes of theta may share their memory."""
+    return Tensors([dense_lanes(t) for t in tensors.theta], *([t.contiguous() for t in g] for g in tensors[1:]))
 
 
-def _forward(constants: Constants, inputs: _Tensors, time: Tensor) -> _Results:
-    """``inputs`` and ``time`` contiguous, see `_dense`."""
+def _forward(constants: Constants, inputs: Tensors, time: Tensor) -> Results:
+    """``inputs`` and ``time`` contiguous, see `dense`."""
     updates = [torch.empty_like(p) for p in inputs.params]
     momenta = [torch.empty_like(m) for m in inputs.momenta]
     scales = time.new_empty(len(time), len(updates), 2 + len(constants.decays))
-    results = _Results(updates, momenta, scales)
-    run("l2o_mlp_update", _step(constants, inputs, time, results))
+    results = Results(updates, momenta, scales)
+    run("l2o_mlp_update", describe(constants, inputs, time, results))
     return results
 
 
 class _Update(torch.autograd.Function):
-    """`_forward` with its derivative; the tensors of ``_Tensors`` one after the other, updates then momenta out."""
+    """`_forward` with its derivative; the tensors of ``Tensors`` one after the other, updates then momenta out."""
 
     @staticmethod
     def forward(ctx: Any, constants: Constants, time: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, time = _dense(_Tensors.split(tensors, count)), time.contiguous()
+        inputs, time = dense(Tensors.split(tensors, count)), time.contiguous()
         results = _forward(constants, inputs, time)
         ctx.constants, ctx.count = constants, count
         kept = [t for group in inputs[:3] for t in group]  # the old momenta are not needed, the new ones are
@@ -168,14 +169,18 @@ class _Update(torch.autograd.Function):
         return (*results.updates, *results.momenta)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Not torch's once_differentiable, which would drop second derivatives silently where `gradients` are constants.
+        if torch.is_grad_enabled():
+            raise L2OError(
+                "create_graph=True: the CPU kernel of the MLP rule has first derivatives only; L2O_KERNELS=0 has all"
+            )
         time, scales, *tensors = ctx.saved_tensors
-        inputs = _Tensors.split(tensors, ctx.count)
+        inputs = Tensors.split(tensors, ctx.count)
         d_updates, d_momenta = ([g.contiguous() for g in gs] for gs in (gradients[: ctx.count], gradients[ctx.count :]))
         # Of theta densely, also where lanes share it: each lane has a gradient of its own.
-        d = _Tensors(*([torch.empty_like(t, memory_format=torch.contiguous_format) for t in g] for g in inputs))
+        d = Tensors(*([torch.empty_like(t, memory_format=torch.contiguous_format) for t in g] for g in inputs))
         arrays = (d_updates, d_momenta, d.theta, d.grads, d.params, d.momenta)
-        step = _step(ctx.constants, inputs, time, _Results(d_updates, inputs.momenta, scales))
+        step = describe(ctx.constants, inputs, time, Results(d_updates, inputs.momenta, scales))
         run("l2o_mlp_derivative", step, _Derivative(*map(pointers, arrays)))
         return (None, None, None, *(t for group in d for t in group))

@@ -37,8 +37,8 @@ def average_losses(slots: Slots, loss: Tensor, clock: Clock, horizon: Tensor) ->
     loss = torch.minimum(2.0 * ceiling.abs(), loss)
     means = decays * means + (1.0 - decays) * loss
     corrected = means / correction
+    above = torch.relu(corrected - minima)[:-1]  # over the new minima; as a difference, its derivative would be noise
     minima = torch.minimum(minima, corrected)
-    above = corrected[:-1] - minima[:-1]
     slower = (corrected[1:] - minima[:-1]).clamp(min=1e-8)
     features = torch.where(seen > 2.0, (above / slower - 1.0).clamp(-1.0, 1.0), 0.0)
     return {"loss_means": means, "loss_minima": minima}, features

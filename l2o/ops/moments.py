@@ -37,6 +37,12 @@ def momenta(previous: Tensor, value: Tensor, decays: Sequence[float] | Tensor) -
     return torch.lerp(value.unsqueeze(0), previous, d.view(-1, *[1] * value.ndim))
 
 
+def debias(moments: Tensor, decays: Sequence[float], count: Tensor) -> Tensor:
+    """``m / (1 - d**count)``: `momenta` as if they had not started from 0.  moments: ``[len(decays), ...]``."""
+    d = constant(decays, moments)
+    return moments / (1.0 - d**count).view(-1, *[1] * (moments.ndim - 1))
+
+
 def learned_decays(initial: Sequence[float], shift: Tensor) -> Tensor:
     """``1 - exp(10 (log(1 - initial) / 10 + shift))``, ``[len(initial)]``: at most 1, without a lower bound.
 

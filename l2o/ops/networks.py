@@ -41,8 +41,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias.unsqueeze(-1), weight.T, x)
 
 
-def mlp(theta: Theta, x: Tensor, shared: Tensor | None = None) -> Tensor:
-    """ReLU MLP of the layers ``w0, b0, w1, ...`` in θ, which may hold more.
+def mlp(
+    theta: Theta, x: Tensor, shared: Tensor | None = None, activation: Callable[[Tensor], Tensor] = torch.relu
+) -> Tensor:
+    """MLP of the layers ``w0, b0, w1, ...`` in θ, which may hold more.
 
     x: ``[channels, n]``.  shared: ``[k]``, the last inputs of each entry, the same for all of them.
 
@@ -54,7 +56,7 @@ def mlp(theta: Theta, x: Tensor, shared: Tensor | None = None) -> Tensor:
         bias = bias + shared @ common
     x = linear(x, own, bias)
     for i in takewhile(lambda i: f"w{i}" in theta, count(1)):
-        x = linear(torch.relu(x), theta[f"w{i}"], theta[f"b{i}"])
+        x = linear(activation(x), theta[f"w{i}"], theta[f"b{i}"])
     return x
 
 

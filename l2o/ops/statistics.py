@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.ops.factored import preconditioner, rows_and_columns
-from l2o.ops.numeric import safe_rsqrt
+from l2o.ops.factored import factored, init_factored, preconditioner, rows_and_columns
+from l2o.ops.moments import init_momenta, momenta
+from l2o.ops.numeric import constant, safe_rsqrt
 from l2o.types import Slots
 
 
@@ -82,3 +83,23 @@ UNFACTORED_GROUPS = VELO_GROUPS[:9]
 def channels(x: Statistics, groups: Sequence[str]) -> Tensor:
     """``[channels, *shape]``, the groups one after the other, not normalised."""
     return torch.cat([_GROUPS[name](x) for name in groups])
+
+
+def init_statistics(param: Tensor, decays: Sequence[float], rms_decay: float) -> Slots:
+    """Zeros: ``m [decays, *shape]``, ``v [1, *shape]``, and the slots of `l2o.ops.factored`."""
+    factors = init_factored(param, len(decays))
+    return {"m": init_momenta(param, decays), "v": init_momenta(param, [rms_decay]), **factors}
+
+
+def advance_statistics(slots: Slots, grad: Tensor, decays: Sequence[float], rms_decay: float) -> Slots:
+    """The slots of `init_statistics` with ``grad`` averaged in; momenta and factored moments have the same decays."""
+    return {
+        "m": momenta(slots["m"], grad, decays),
+        "v": momenta(slots["v"], grad.square(), [rms_decay]),
+        **factored(slots, grad, constant(decays, grad)),
+    }
+
+
+def clip_gradient(grad: Tensor) -> Tensor:
+    """To ± 1000, an entry at a time: what VeLO, Celo and Celo2 do before anything else."""
+    return grad.clamp(-1000.0, 1000.0)

@@ -41,7 +41,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     params: parameters, named parameters, or groups. A group may have its own ``lr``, ``weight_decay`` and ``kind``
         (matrix, vector, embedding, output); by default a tensor of two and more axes is a matrix, others are vectors.
-    source: name or path of a checkpoint (`l2o.load`), or a pair ``(rule, theta)``.
+    source: name, path or address of a checkpoint (`l2o.load`), or a pair ``(rule, theta)``.
     total_steps: how many steps the run will have. It may go on after them, with a warning.
     lr: factor on the rule's own step, without a unit: 1 is the step that was learned. Schedulers may change it.
     weight_decay: decoupled and measured over the run: λ shrinks a parameter by ``exp(-λ)`` in ``total_steps`` steps at
@@ -260,7 +260,7 @@ def _resolve(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[UpdateRule
             return rule, {k: t.detach().clone() for k, t in hub.check_theta(rule, dict(theta)).items()}
     # The types alone: θ printed would bury the message.
     came = f"({', '.join(type(x).__name__ for x in source)})" if isinstance(source, tuple) else type(source).__name__
-    raise ConfigurationError(f"source={came}: expected a checkpoint's name or path, or a pair (rule, theta)")
+    raise ConfigurationError(f"source={came}: expected a checkpoint's name, path or address, or a pair (rule, theta)")
 
 
 def _scalar(loss: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

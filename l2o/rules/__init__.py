@@ -5,6 +5,9 @@
 from l2o.rules.adafac_mlp import AdafacMLP
 from l2o.rules.adagrad import AdaGrad
 from l2o.rules.adam import Adam
+from l2o.rules.celo import Celo
+from l2o.rules.celo2 import Celo2
+from l2o.rules.celo_adam import CeloAdam
 from l2o.rules.lstm import LSTM
 from l2o.rules.mlp import MLP
 from l2o.rules.momentum import Momentum
@@ -14,6 +17,7 @@ from l2o.rules.rnn_mlp import RNNMLP
 from l2o.rules.rnnprop import RNNprop
 from l2o.rules.sgd import SGD
 from l2o.rules.star import STAR
+from l2o.rules.velo import VeLO
 
 __all__ = [
     "LSTM",
@@ -24,8 +28,12 @@ __all__ = [
     "AdaGrad",
     "AdafacMLP",
     "Adam",
+    "Celo",
+    "Celo2",
+    "CeloAdam",
     "Momentum",
     "NNAdam",
     "RMSProp",
     "RNNprop",
+    "VeLO",
 ]

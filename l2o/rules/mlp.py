@@ -11,12 +11,27 @@ import torch
 from torch import Tensor
 
 from l2o._checks import each, real, whole
-from l2o.kernels import mlp_rule
+from l2o.kernels import mlp_rule, perceptron_unroll
+from l2o.kernels.arrays import plain
 from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, fraction_embedding, normalised, square_sums, step_embedding
 from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import init_momenta, momenta
 from l2o.ops.networks import init_mlp, mlp, over_entries
-from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import (
+    Clock,
+    ConfigurationError,
+    Grads,
+    InnerState,
+    Kind,
+    OptState,
+    Params,
+    PerceptronBatches,
+    Slots,
+    Stats,
+    Theta,
+    UpdateRule,
+    Updates,
+)
 
 _TIME = {"steps": (len(TIMESCALES), step_embedding), "fraction": (len(FRACTIONS), fraction_embedding)}
 
@@ -88,11 +103,26 @@ class MLP(UpdateRule):
     def fused_update(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
     ) -> tuple[Updates, OptState] | None:
-        if self.mup:
+        if self.mup or not plain(theta.values()):
             return None
         lanes = Clock(*(t.unsqueeze(-1) for t in clock))
-        constants = mlp_rule.Constants(self.decays, self.step_mult, self.exp_mult, EPS)
-        return mlp_rule.update(constants, theta, grads, state, params, _TIME[self.time][1](lanes, theta["b0"]))
+        time = _TIME[self.time][1](lanes, theta["b0"])
+        return mlp_rule.update(self._constants, theta, grads, state, params, time)
+
+    def fused_unroll(
+        self, theta: Theta, state: InnerState, batches: PerceptronBatches
+    ) -> tuple[InnerState, Tensor] | None:
+        if self.mup or not plain(theta.values()):
+            return None
+        ahead = torch.arange(len(batches.rows), device=state.step.device).view(-1, 1, 1)
+        # As in the engine, a clock stands still at the horizon.
+        step = torch.minimum(state.step.unsqueeze(-1) + ahead, state.total_steps.unsqueeze(-1))
+        time = _TIME[self.time][1](Clock(step, state.total_steps.unsqueeze(-1)), theta["b0"])
+        return perceptron_unroll.unroll(self._constants, theta, state, batches, time)
+
+    @property
+    def _constants(self) -> mlp_rule.Constants:
+        return mlp_rule.Constants(self.decays, self.step_mult, self.exp_mult, EPS)
 
 
 def _channels(grad: Tensor, param: Tensor, m: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from l2o.download import fetch
-from l2o.types import DataError
+from l2o.download import cache_folder, fetch
+from l2o.types import DataError, DownloadError
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -48,12 +48,10 @@ def find(name: str) -> Path:
     root = os.environ.get("L2O_DATA_DIR")
     if root:
         return _find_in(Path(root) / "mnist", name)
-    path = _cache() / name
-    if path.exists():
-        return path
+    path = cache_folder() / "data" / "mnist" / name
     try:
         return fetch([mirror + name for mirror in MIRRORS], path, SHA256[name], MAX_BYTES)
-    except DataError as error:
+    except DownloadError as error:
         raise DataError(f"{error}\nOffline, set L2O_DATA_DIR to a folder that has mnist/{name}") from error
 
 
@@ -65,11 +63,6 @@ def _find_in(folder: Path, name: str) -> Path:
     raise DataError(
         f"{folder / name}: no such file, nor without .gz; put it there, or unset L2O_DATA_DIR to download it"
     )
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "l2o" / "data" / "mnist"
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l2o._checks import whole
-from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, PerceptronBatches, Split, TaskData, TaskFamily
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,20 @@ class Repeated(TaskFamily):
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)
+
+    def fused_gradient(
+        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Tensor, Buffers, Grads] | None:
+        return self.family.fused_gradient(params, buffers, data, batch)
+
+    def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
+        batches = self.family.fused_batches(self._once(data), steps, generator)
+        return None if batches is None else batches._replace(copies=batches.copies * self.copies)
+
+    def transform_gradients(
+        self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Grads, Buffers]:
+        return self.family.transform_gradients(grads, buffers, data, batch)
 
     def _repeat(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.repeat_interleave(self.copies, dim=0) for name, t in tensors.items()}

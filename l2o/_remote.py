@@ -1,0 +1,132 @@
+"""Checkpoints at an address: fetched once into the cache, compared with their pin at every use.
+
+``https://host/folder#sha256=…``  the folder has `CARD` and `THETA`, like any checkpoint; the pin is that of its card
+``hf:owner/name@commit``          a repository of huggingface.co (or of ``$HF_ENDPOINT``) with these two files
+
+The card holds size and SHA-256 of θ, so that the one number, or the commit, covers everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from l2o import _files
+from l2o._shelf import CARD, THETA, Source, read_json
+from l2o.download import cache_folder, fetch
+from l2o.types import CheckpointError, ConfigurationError, DownloadError
+
+MAX_CARD = 2**20
+MAX_THETA = 2**30
+"""Bytes. The largest θ of the field, VeLO's, has 9e6."""
+
+_RECORD = "card.sha256"
+"""Beside a card whose address does not state its checksum: that of the card that came first, for ``sha256sum -c``."""
+_HEX = r"[0-9a-f]{64}"
+_HUB = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+_UNPINNED = "#unpinned"
+
+
+class Address(NamedTuple):
+    """folder: URL of the checkpoint's folder.     sha256: of its card, where the address states it."""
+
+    folder: str
+    sha256: str | None
+
+    def file(self, name: str) -> str:
+        parts = urlsplit(self.folder)
+        return urlunsplit(parts._replace(path=f"{parts.path}/{name}"))
+
+
+def is_address(source: Source) -> bool:
+    """Whether ``source`` is an address rather than a name or a path; a `pathlib.Path` never is one."""
+    return isinstance(source, str) and source.startswith(("http:", "https:", "hf:"))
+
+
+def fetch_checkpoint(source: str) -> Path:
+    """The folder in the cache with the checkpoint at an address, downloaded where it is not there or is damaged.
+
+    Raises `ConfigurationError` (no address, or one without a pin), `DownloadError`, and `CheckpointError` (a card that
+    does not say which θ belongs to it).
+    """
+    address = parse(source)
+    key = hashlib.sha256(f"{address.folder}#{address.sha256}".encode()).hexdigest()
+    folder = cache_folder() / "checkpoints" / f"{urlsplit(address.folder).path.rpartition('/')[2]}-{key[:32]}"
+    try:
+        _fetch_card(address, folder)
+        entry = _theta_entry(folder / CARD)
+        fetch([address.file(THETA)], folder / THETA, entry["sha256"], entry["size"])
+    except DownloadError as error:
+        anew = f"; to take what is there now, remove {folder}" if source.endswith(_UNPINNED) and folder.exists() else ""
+        raise DownloadError(
+            f"source={source!r}: {error}\nCheck the address and its pin; without a network, copy the checkpoint's "
+            f"folder ({CARD} and {THETA}) from elsewhere and give its path{anew}"
+        ) from error
+    return folder
+
+
+def parse(source: str) -> Address:
+    """What an address means; raises `ConfigurationError` for one that says nothing, or does not say which content."""
+    location, mark, fragment = source.partition("#")
+    pin = re.fullmatch(f"sha256=({_HEX})", fragment.lower())
+    if mark and not pin and mark + fragment != _UNPINNED:
+        raise ConfigurationError(
+            f"source={source!r}: it ends in {mark + fragment!r}, expected #sha256= and 64 hexadecimal digits, the "
+            f"SHA-256 of its {CARD}, or {_UNPINNED}"
+        )
+    folder, fixed = _hub_folder(source, location) if location.startswith("hf:") else (_web_folder(source, location), "")
+    if not mark and not fixed:
+        wanted = "a full commit, @ and 40 hexadecimal digits" if location.startswith("hf:") else "#sha256=…"
+        raise ConfigurationError(
+            f"source={source!r}: it may serve something else tomorrow. Pin it with {wanted}, or by the SHA-256 of its "
+            f"{CARD}, {location}#sha256=…; or take what is there now, once and for all: {location}{_UNPINNED}"
+        )
+    return Address(folder, pin[1] if pin else None)
+
+
+def _hub_folder(source: str, location: str) -> tuple[str, bool]:
+    """The folder's URL, and whether the revision is a commit, which can never come to mean something else."""
+    match = _HUB.fullmatch(location)
+    if not match:
+        raise ConfigurationError(f"source={source!r}: expected hf:owner/name@revision")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    revision = match[2] or "main"
+    url = f"{endpoint.rstrip('/')}/{match[1]}/resolve/{quote(revision, safe='')}"
+    return url, re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def _web_folder(source: str, location: str) -> str:
+    parts = urlsplit(location)
+    path = parts.path.removesuffix(f"/{CARD}").rstrip("/")
+    if not parts.netloc or path.endswith(f"/{THETA}"):
+        raise ConfigurationError(f"source={source!r}: expected the address of a checkpoint's folder, or of its {CARD}")
+    return urlunsplit(parts._replace(path=path))
+
+
+def _fetch_card(address: Address, folder: Path) -> None:
+    url, path, record = address.file(CARD), folder / CARD, folder / _RECORD
+    pin = address.sha256 or _recorded(record)
+    if pin:
+        fetch([url], path, pin, MAX_CARD)
+        return
+    fetch([url], path, None, MAX_CARD)
+    _files.atomic_write(record, f"{_files.sha256(path)}  {CARD}\n".encode())
+
+
+def _recorded(record: Path) -> str | None:
+    match = re.match(_HEX, record.read_text("utf-8", "replace")) if record.is_file() else None
+    return match[0] if match else None
+
+
+def _theta_entry(card: Path) -> dict[str, Any]:
+    """What the card says of θ: its size, within limits, and its checksum."""
+    entry = read_json(card).get("theta")
+    if not isinstance(entry, dict) or not re.fullmatch(_HEX, str(entry.get("sha256"))):
+        raise CheckpointError(f"{card}: expected an entry 'theta' with size and sha256, got {entry!r}")
+    if type(entry.get("size")) is not int or not 0 < entry["size"] <= MAX_THETA:
+        raise CheckpointError(f"{card}: θ has {entry.get('size')!r} bytes, expected a number up to {MAX_THETA}")
+    return entry

@@ -1,0 +1,82 @@
+"""Losses and gradients of perceptrons with cross-entropy, one a lane, by one kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from l2o.kernels.arrays import Int64s, Pointers, plain, pointers, whole_numbers
+from l2o.kernels.build import library, run
+
+ACTIVATIONS = ("relu", "tanh", "gelu")
+
+
+class _Perceptron(ctypes.Structure):
+    """``Perceptron`` of perceptron.cpp. Keeps the arrays it points to, but not the tensors."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("lanes", "batch", "layers", "activation", "threads")),
+        ("widths", Int64s),
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, Pointers) for name in ("params", "grads")),
+        ("losses", ctypes.c_void_p),
+    )
+
+
+def gradient(
+    activation: str, layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """Mean losses ``[lanes]`` and gradients by layer, as constants; None where the kernel does not fit.
+
+    activation: of the hidden layers, one of ``ACTIVATIONS``.    x: ``[lanes, batch, in]``.
+    layers: weights ``[lanes, out, in]`` and biases ``[lanes, out]``.    y: int64 classes ``[lanes, batch]``.
+    """
+    params = [t.detach().contiguous() for layer in layers for t in layer]
+    x, y = x.contiguous(), y.contiguous()
+    grads = [torch.empty_like(t) for t in params]
+    problem = describe(activation, params, grads, x.shape[1:])
+    if problem is None or not _fits(x, y, len(params[0])) or library() is None:
+        return None
+    losses = x.new_empty(len(x))
+    problem.x, problem.y, problem.losses = x.data_ptr(), y.data_ptr(), losses.data_ptr()
+    if run("l2o_perceptron_gradient", problem) != 0:  # a label that is no class: torch's own error says more
+        return None
+    return losses, list(zip(grads[::2], grads[1::2], strict=True))
+
+
+def describe(activation: str, params: list[Tensor], grads: list[Tensor], shape: Sequence[int]) -> _Perceptron | None:
+    """The problem for the kernel, but for its images, labels and losses; None where it does not fit.
+
+    params, grads: weights and biases by layer, contiguous.     shape: of a batch, ``[batch, in]``.
+    """
+    batch, fan_in = shape
+    lanes, widths = len(params[0]), [fan_in, *(bias.shape[-1] for bias in params[1::2])]
+    shapes = [s for i, o in pairwise(widths) for s in ((lanes, o, i), (lanes, o))]
+    fits = plain(params) and [t.shape for t in params] == shapes and lanes > 0 < min(batch, *widths)
+    if activation not in ACTIVATIONS or not fits:
+        return None
+    return _Perceptron(
+        lanes=lanes,
+        batch=batch,
+        layers=len(params) // 2,
+        activation=ACTIVATIONS.index(activation),
+        threads=torch.get_num_threads(),
+        widths=whole_numbers(widths),
+        params=pointers(params),
+        grads=pointers(grads),
+    )
+
+
+def _fits(x: Tensor, y: Tensor, lanes: int) -> bool:
+    """Whether images and labels are such that the kernel stays inside its arrays."""
+    return (
+        plain([x])
+        and y.dtype == torch.int64
+        and y.is_cpu
+        and x.ndim == 3
+        and y.shape == x.shape[:2] == (lanes, x.shape[1])
+    )

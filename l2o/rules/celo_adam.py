@@ -1,0 +1,82 @@
+"""Celo-Adam: Adam under Celo's learned schedule; celo/optimizers/celo_adam.py of amoudgl/celo (arXiv 2501.12670)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from l2o._checks import real, whole
+from l2o.ops.moments import debias, init_momenta, momenta
+from l2o.ops.numeric import safe_sqrt
+from l2o.ops.scheduler import RUN_FEATURES, init_run_schedule, init_scheduler, learned_rate, run_schedule
+from l2o.ops.statistics import clip_gradient
+from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+
+
+@dataclass(frozen=True)
+class CeloAdam(UpdateRule):
+    """``update = -step_mult * rate * m^ / (sqrt(v^ + eps_root) + eps)``, ``rate = 0.1 exp(w_lr h + b_lr)``.
+
+    An LSTM sees how far the run is and how its loss goes; its state ``h`` gives the rate, one for all tensors. The
+    defaults are those of the released Celo-Adam.
+
+    lstm_hidden: units of the LSTM.
+    beta1, beta2, eps, eps_root: of Adam, whose moments ``m^, v^`` are bias-corrected.
+    θ: ``w_in, b_in, w_mix, b_mix, lstm_w, lstm_b, lstm_h, lstm_c`` (`l2o.ops.scheduler`), ``w_lr, b_lr``.
+    Slots: ``m, v, count``; shared: ``h, c, loss_means, loss_minima``.
+    """
+
+    needs_loss: ClassVar[bool] = True
+
+    lstm_hidden: int = 64
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    eps_root: float = 1e-10
+    step_mult: float = 0.001
+
+    def __post_init__(self) -> None:
+        whole("lstm_hidden", self.lstm_hidden)
+        real("beta1", self.beta1, least=0.0, below=1.0)
+        real("beta2", self.beta2, least=0.0, below=1.0)
+        real("eps", self.eps, above=0.0)
+        real("eps_root", self.eps_root, least=0.0)
+        real("step_mult", self.step_mult, above=0.0)
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return init_scheduler(generator, RUN_FEATURES, self.lstm_hidden, {"lr": 1})
+
+    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+        slots = {
+            # Updates are counted a tensor, as in `l2o.rules.Adam`.
+            name: {"m": init_momenta(p, [self.beta1]), "v": init_momenta(p, [self.beta2]), "count": p.new_zeros(())}
+            for name, p in params.items()
+        }
+        return OptState(slots, init_run_schedule(theta, next(iter(params.values()))))
+
+    def accumulate(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[OptState, Stats]:
+        assert loss is not None  # needs_loss
+        slots = {name: self._advance(state.per_param[name], clip_gradient(g)) for name, g in grads.items()}
+        return OptState(slots, run_schedule(theta, state.shared, clock, loss)), {}
+
+    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
+        rate = self.step_mult * learned_rate(theta, state.shared["h"])
+        return {name: -rate * self._direction(state.per_param[name]) for name in grads}
+
+    def _advance(self, slots: Slots, grad: Tensor) -> Slots:
+        return {
+            "m": momenta(slots["m"], grad, [self.beta1]),
+            "v": momenta(slots["v"], grad.square(), [self.beta2]),
+            "count": slots["count"] + 1.0,
+        }
+
+    def _direction(self, slots: Slots) -> Tensor:
+        (m,) = debias(slots["m"], [self.beta1], slots["count"])
+        (v,) = debias(slots["v"], [self.beta2], slots["count"])
+        return m / (safe_sqrt(v + self.eps_root) + self.eps)

@@ -1,0 +1,129 @@
+"""``python -m meta_train.bench``: how fast this machine meta-trains, and what bounds it; figures as JSON records."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from l2o._checks import each, real, whole
+from l2o._files import atomic_write
+from l2o._names import choose
+from l2o.evaluation.engine import Engine, measure, measure_checkpointing, measure_sharing
+from l2o.ranks import ranks
+from l2o.types import ConfigurationError
+from meta_train._build import refused
+from meta_train._config import config_path, main_guard, resolve_device
+from meta_train.card import commit, hardware
+from meta_train.processes import joined
+
+Record = dict[str, Any]
+
+
+@main_guard
+def main() -> None:
+    """The command."""
+    import hydra
+
+    composed: list[Any] = []
+    # Hydra only composes: where what it runs fails, it adds a message of its own.
+    compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="bench")
+    compose(lambda config: composed.append(config))()
+    for config in composed:
+        bench(config)
+
+
+def bench(config: Any) -> list[Record]:
+    """Measure what the configuration says, print a line for each record, and write them."""
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    real("seconds", plain["seconds"], above=0.0)
+    suite = choose("suite", plain["suite"], SUITES)
+    device = resolve_device(plain["device"])
+    about = {"hardware": hardware(device), "commit": commit(), "date": datetime.date.today().isoformat()}
+    records = []
+    for record in suite(plain, str(device)):
+        records.append({**record, **about})
+        print(_line(record), flush=True)
+        _write(plain["out"], records)  # after each, so that an interrupted suite has left what it found
+    return records
+
+
+def _engine(config: Mapping[str, Any], device: str) -> Iterator[Record]:
+    with refused("engines"):
+        engines = [Engine(**node) for node in config["engines"]]
+    for engine in engines:
+        yield _alone(measure, engine, config["seconds"], device, time.time())
+
+
+def _checkpointing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
+    each("lengths", config["lengths"], whole)
+    for steps in config["lengths"]:
+        for checkpoint in (False, True):
+            yield _alone(measure_checkpointing, steps, checkpoint, device)
+
+
+def _sharing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
+    with joined():
+        for lanes in (64, 64 * ranks().size):  # the same work shared, and as much for each
+            record = measure_sharing(lanes, config["seconds"], device)
+            if ranks().rank == 0:
+                yield record
+
+
+SUITES: dict[str, Callable[[Mapping[str, Any], str], Iterator[Record]]] = {
+    "engine": _engine,
+    "checkpointing": _checkpointing,
+    "sharing": _sharing,
+}
+
+
+def _alone(work: Callable[..., Record], *arguments: Any) -> Record:
+    """``work`` in a process of its own, whose memory is its alone and whose cache of compiled kernels is empty."""
+    with tempfile.TemporaryDirectory() as cache:
+        before = os.environ.get("L2O_CACHE_DIR")
+        os.environ["L2O_CACHE_DIR"] = cache
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                return pool.submit(work, *arguments).result()
+        finally:
+            del os.environ["L2O_CACHE_DIR"]
+            if before is not None:
+                os.environ["L2O_CACHE_DIR"] = before
+
+
+def _write(out: str | None, records: list[Record]) -> None:
+    if out is None or not records:
+        return
+    try:
+        atomic_write(Path(out), (json.dumps(records, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigurationError(f"out={out} cannot be written ({error.strerror}); name another file") from error
+
+
+def _line(record: Record) -> str:
+    return "  ".join(f"{key} {_show(value)}" for key, value in record.items() if not isinstance(value, list))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_show(each)}" for key, each in value.items()) + ")"
+    return (
+        f"{value:,.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else (f"{value:,.0f}" if isinstance(value, float) else str(value))
+    )
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit()

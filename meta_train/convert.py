@@ -1,0 +1,73 @@
+"""Turn weights of other projects into a checkpoint: ``python -m meta_train.convert FILE --to FOLDER --licence MIT``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import l2o
+from l2o.interop.convert import convert
+from l2o.types import ConfigurationError
+from meta_train._config import main_guard
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m meta_train.convert",
+        description="Turn the meta-parameters of a learned optimizer that other code has written into a checkpoint: a "
+        "flax theta.state, or state dicts of PyLO (.safetensors, .pt; both files of VeLO). Nothing is unpickled.",
+    )
+    made.add_argument("files", nargs="+", metavar="FILE", help="what to read; its tensors say what it is")
+    made.add_argument("--to", required=True, metavar="FOLDER", help="where the checkpoint goes")
+    made.add_argument(
+        "--licence", required=True, help="under which the weights are given: an SPDX name such as MIT, or a text"
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a hyperparameter that the tensors do not tell, as in step_mult=0.01, or a meta-parameter that PyLO does "
+        "not keep in its files, as in 'momentum_decays=[0,0,0]'; may be repeated",
+    )
+    made.add_argument("--as", dest="name", metavar="NAME", help="which, where several have the same tensors")
+    return made
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``, the value as in JSON where it is that, else a text; raises `ConfigurationError`."""
+    name, mark, value = text.partition("=")
+    if not name or not mark:
+        raise ConfigurationError(f"--set {text}: expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Convert, and say what came out."""
+    given = parser().parse_args(arguments)
+    folder = convert(given.files, given.to, given.licence, dict(map(setting, given.set)), given.name)
+    rule, theta = l2o.load(folder)
+    origin = l2o.read_card(folder)["origin"]
+    size = sum(tensor.numel() for tensor in theta.values())
+    print(f"{origin['name']}: {rule!r}, size of θ: {size:,}, licence: {given.licence}")
+    for name in origin["fits_also"]:
+        print(f"  has the same tensors: --as {name}")
+    for name, value in origin["settings"].items():
+        print(f"  not in the files: {name} = {value}")
+    print(f"use it: l2o.LearnedOptimizer(model.parameters(), {str(folder)!r}, total_steps=...)")
+
+
+@main_guard
+def main() -> None:
+    """The command."""
+    run()
+
+
+if __name__ == "__main__":
+    main()
