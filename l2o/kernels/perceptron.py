@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -87,7 +88,12 @@ def _tanh(z: Tensor) -> tuple[Tensor, Tensor]:
     return h, 1.0 - h.square()
 
 
-SLOPES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"relu": _relu, "tanh": _tanh}
+def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
+    below = torch.special.ndtr(z)
+    return z * below, below + z * (z.square() * -0.5).exp() * (2.0 * math.pi) ** -0.5
+
+
+SLOPES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"relu": _relu, "tanh": _tanh, "gelu": _gelu}
 """Activations with their derivatives."""
 
 
