@@ -106,6 +106,8 @@ class UpdateRule(abc.ABC):
 
     needs_loss: ClassVar[bool] = False
     """Whether ``accumulate`` reads ``loss``; the plug-in then asks for one."""
+    learned_init: ClassVar[bool] = True
+    """Whether ``init`` may depend on ``theta``, which meta-training then differentiates; False saves a little time."""
 
     @abc.abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:

@@ -50,6 +50,8 @@ def start(
 
 def initialise(rule: UpdateRule, theta: Theta, state: InnerState) -> InnerState:
     """Lanes at step 0 get the optimizer state that ``theta`` (``[lanes, ...]``) begins with, as a function of it."""
+    if not rule.learned_init:
+        return state
     at_start = state.step == 0
     opt = tree_map(
         lambda new, old: torch.where(_along(at_start, new), new, old), _init(rule, theta, state.params), state.opt

@@ -251,3 +251,13 @@ def test_every_field_that_is_a_number_refuses_a_word():
         for field in numbers:
             with pytest.raises(ConfigurationError, match=f"^{field}='word' "):
                 rule(**{field: "word"})
+
+
+@every_rule
+def test_whether_initial_states_are_learned_is_said_truly(rule):
+    """A state that is made of NaN where θ is: that of a rule which reads it."""
+    theta = {name: torch.full_like(t, torch.nan) for name, t in rule.init_theta(generator()).items()}
+    params = {"matrix": torch.ones(3, 4), "vector": torch.ones(3)}
+    state = rule.init(theta, params, default_kinds(params))
+    reads = any(leaf.isnan().any() for leaf in torch.utils._pytree.tree_leaves(state))
+    assert rule.learned_init or not reads
