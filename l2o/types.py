@@ -106,6 +106,8 @@ class UpdateRule(abc.ABC):
 
     needs_loss: ClassVar[bool] = False
     """Whether ``accumulate`` reads ``loss``; the plug-in then asks for one."""
+    learned_init: ClassVar[bool] = True
+    """Whether ``init`` may depend on ``theta``, which meta-training then differentiates; False saves a little time."""
 
     @abc.abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
@@ -185,9 +187,10 @@ class TaskFamily(abc.ABC):
     def fused_gradient(
         self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Tensor, Buffers, Grads] | None:
-        """Losses ``[lanes]``, new buffers and gradients of all lanes at once in closed form, as constants.
+        """Losses ``[lanes]``, new buffers and gradients of all lanes at once in closed form.
 
-        None where there is none for these settings, this device or dtype; the engine then differentiates ``loss``.
+        Differentiable where grad mode is on, else constants. None where there is no such form for these settings, this
+        device or dtype; the engine then differentiates ``loss``.
         """
         return None
 

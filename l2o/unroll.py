@@ -50,6 +50,8 @@ def start(
 
 def initialise(rule: UpdateRule, theta: Theta, state: InnerState) -> InnerState:
     """Lanes at step 0 get the optimizer state that ``theta`` (``[lanes, ...]``) begins with, as a function of it."""
+    if not rule.learned_init:
+        return state
     at_start = state.step == 0
     opt = tree_map(
         lambda new, old: torch.where(_along(at_start, new), new, old), _init(rule, theta, state.params), state.opt
@@ -86,25 +88,25 @@ def gradients(
 ) -> tuple[Tensor, Buffers, Grads, Params]:
     """Of all lanes: loss ``[lanes]``, new buffers, gradients, and the parameters as the leaves that these belong to."""
     differentiable = torch.is_grad_enabled()
-    if not differentiable:
-        result = family.fused_gradient(state.params, state.buffers, state.data, batch)
-        if result is not None:
-            return *result, state.params
+    fused = family.fused_gradient(state.params, state.buffers, state.data, batch)
+    if fused is not None:
+        loss, buffers, grads = fused
+        return loss, buffers, grads if second_order else detach(grads), state.params
     with torch.enable_grad():
         params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in state.params.items()}
         loss, buffers = vmap(family.loss)(params, state.buffers, state.data, batch)
         # not vmap(grad): its second derivatives through normalisation layers are wrong (torch 2.13)
-        grads = torch.autograd.grad(
+        derivatives = torch.autograd.grad(
             loss.sum(),
             list(params.values()),
             retain_graph=differentiable,
             create_graph=differentiable and second_order,
             materialize_grads=True,
         )
-    by_name = dict(zip(params, grads, strict=True))
+    grads = dict(zip(params, derivatives, strict=True))
     if differentiable:
-        return loss, buffers, by_name, params
-    return loss.detach(), detach(buffers), by_name, state.params
+        return loss, buffers, grads, params
+    return loss.detach(), detach(buffers), grads, state.params
 
 
 def updates(rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor) -> tuple[Updates, OptState]:

@@ -24,6 +24,15 @@ def test_replay_agrees_with_the_reference(path):
     assert all(error.within for error in errors), errors
 
 
+def test_runs_that_are_not_copied_agree_too(golden):
+    """The large ones and those of released weights."""
+    paths = [path for path in sorted(golden.glob("*.npz")) if path.stem not in COPIES]
+    assert {"celo", "celo_adam", "velo_hyperv2"} <= {path.stem for path in paths}
+    for path in paths:
+        errors = replay(read_trace(path))
+        assert all(error.within for error in errors), (path, errors)
+
+
 def test_every_reference_was_recorded():
     rules = {type(read_trace(path).rule) for path in COPIES.values()}
     assert rules == {reference.rule for reference in REFERENCES.values()}

@@ -110,6 +110,16 @@ def test_every_leaf_of_theta_matters(rule):
         assert grad.abs().max() > 0, name
 
 
+@every_rule
+def test_derivatives_are_finite_in_float32_where_gradients_and_parameters_are_zero(rule):
+    theta = {k: t.float().requires_grad_() for k, t in random_theta(rule).items()}
+    zeros = {k: torch.zeros(s, requires_grad=True) for k, s in SHAPES.items()}
+    trajectory, _ = steps(rule, theta, zeros, [zeros, zeros, problem(torch.float32), zeros])
+    objective = sum((p - 1.0).square().sum() for p in trajectory[-1].values())
+    inputs = [*theta.values(), *zeros.values()]
+    assert all(g.isfinite().all() for g in torch.autograd.grad(objective, inputs, materialize_grads=True))
+
+
 TORCH = {
     "SGD": (SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
     "Momentum": (Momentum(lr=0.1, momentum=0.8), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8)),
@@ -241,3 +251,13 @@ def test_every_field_that_is_a_number_refuses_a_word():
         for field in numbers:
             with pytest.raises(ConfigurationError, match=f"^{field}='word' "):
                 rule(**{field: "word"})
+
+
+@every_rule
+def test_whether_initial_states_are_learned_is_said_truly(rule):
+    """A state that is made of NaN where θ is: that of a rule which reads it."""
+    theta = {name: torch.full_like(t, torch.nan) for name, t in rule.init_theta(generator()).items()}
+    params = {"matrix": torch.ones(3, 4), "vector": torch.ones(3)}
+    state = rule.init(theta, params, default_kinds(params))
+    reads = any(leaf.isnan().any() for leaf in torch.utils._pytree.tree_leaves(state))
+    assert rule.learned_init or not reads

@@ -177,7 +177,7 @@ def test_metrics_are_read_from_the_device_once_in_log_every_steps(monkeypatch: p
     assert command("steps=8", "log_every=4", "evaluate_every=0") == 0
     shapes = [tuple(tensor.shape) for tensor in reads]
     assert shapes.count((3,)) == 9  # the seeds of a truncation's streams, and those of the first runs
-    assert [shape for shape in shapes if shape != (3,)] == [(4,)] * 2 * 8  # eight metrics, twice
+    assert [shape for shape in shapes if shape != (3,)] == [(4,)] * 2 * 7  # seven metrics, twice
 
 
 def test_adams_grid_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:

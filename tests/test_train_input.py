@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import ROOT
 from training import command, snapshot
 
 import l2o
@@ -87,6 +88,7 @@ def test_a_warm_start_from_another_rule_is_refused(capsys: pytest.CaptureFixture
 def test_help_says_what_there_is_to_choose(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--help") == 0
     said = capsys.readouterr().out
-    assert "rule: adagrad, adam, lstm, mlp, momentum, rmsprop, sgd" in said
+    rules = sorted(path.stem for path in (ROOT / "configs" / "rule").glob("*.yaml"))
+    assert f"rule: {', '.join(rules)}" in said
     assert "checkpoint_every" in said
     assert snapshot() == {}

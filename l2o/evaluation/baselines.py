@@ -70,7 +70,7 @@ def half_decades(first: float, last: float) -> tuple[float, ...]:
 _ADAM = half_decades(-4.0, 0.5)
 
 BASELINES: dict[str, Baseline] = {
-    "sgd": Baseline("SGD", SGD(), half_decades(-4.0, 1.0)),
+    "sgd": Baseline("SGD", SGD(), half_decades(-4.0, 2.0)),
     "momentum": Baseline("Nesterov momentum", Momentum(nesterov=True), half_decades(-5.0, 0.0)),
     "rmsprop": Baseline("RMSProp", RMSProp(), half_decades(-4.0, 0.0)),
     "adagrad": Baseline("AdaGrad", AdaGrad(), half_decades(-3.5, 0.5)),

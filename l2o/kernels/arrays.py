@@ -13,12 +13,15 @@ Int64s, Floats, Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c
 """Fields of a structure that keep the array they are given."""
 
 
-def plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are float32 tensors of the CPU that have memory, and no transform of torch is watching."""
+def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
+    """Whether all are float32 tensors that have memory, and no transform of torch is watching.
+
+    anywhere: on any device, not on the CPU alone.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     ordinary = (Tensor, torch.nn.Parameter)
-    return all(type(t) in ordinary and t.dtype == torch.float32 and t.is_cpu for t in tensors)
+    return all(type(t) in ordinary and t.dtype == torch.float32 and (anywhere or t.is_cpu) for t in tensors)
 
 
 def dense_lanes(t: Tensor) -> Tensor:

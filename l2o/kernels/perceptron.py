@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -46,6 +47,54 @@ def gradient(
     if run("l2o_perceptron_gradient", problem) != 0:  # a label that is no class: torch's own error says more
         return None
     return losses, list(zip(grads[::2], grads[1::2], strict=True))
+
+
+def differentiable(
+    activation: str, layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """As `gradient`, in torch's operations over all lanes at once, so that it can be differentiated itself.
+
+    Far fewer of them than autograd would record of ``vmap`` for a second derivative.
+    """
+    if activation not in SLOPES or not plain([x, *(t for layer in layers for t in layer)], anywhere=True):
+        return None
+    inputs, slopes = [x], []
+    for i, (weight, bias) in enumerate(layers):
+        z = torch.baddbmm(bias.unsqueeze(1), inputs[-1], weight.mT)
+        if i + 1 < len(layers):
+            h, slope = SLOPES[activation](z)
+            inputs.append(h)
+            slopes.append(slope)
+    logarithms = z.log_softmax(-1)
+    losses = -logarithms.gather(-1, y.unsqueeze(-1)).mean((1, 2))
+    d = (
+        logarithms.exp().scatter_add(-1, y.unsqueeze(-1), logarithms.new_full((), -1.0).expand(*y.shape, 1))
+        / y.shape[1]
+    )
+    grads = []
+    for weight, _ in reversed(layers):
+        grads.append((d.mT @ inputs.pop(), d.sum(1)))
+        if slopes:
+            d = (d @ weight) * slopes.pop()
+    return losses, grads[::-1]
+
+
+def _relu(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z.relu(), (z > 0).to(z.dtype)
+
+
+def _tanh(z: Tensor) -> tuple[Tensor, Tensor]:
+    h = z.tanh()
+    return h, 1.0 - h.square()
+
+
+def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
+    below = torch.special.ndtr(z)
+    return z * below, below + z * (z.square() * -0.5).exp() * (2.0 * math.pi) ** -0.5
+
+
+SLOPES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"relu": _relu, "tanh": _tanh, "gelu": _gelu}
+"""Activations with their derivatives."""
 
 
 def describe(activation: str, params: list[Tensor], grads: list[Tensor], shape: Sequence[int]) -> _Perceptron | None:

@@ -30,6 +30,8 @@ class LSTM(UpdateRule):
     preprocess: bool = True
     k: float = 5.0
 
+    learned_init = False
+
     def __post_init__(self) -> None:
         each("hidden", self.hidden, whole)
         if not self.hidden:

@@ -59,6 +59,8 @@ class MLP(UpdateRule):
     time: Literal["fraction", "steps"] = "fraction"
     mup: bool = False
 
+    learned_init = False
+
     def __post_init__(self) -> None:
         if self.time not in _TIME:
             raise ConfigurationError(f"time={self.time!r}: expected one of {sorted(_TIME)}")

@@ -67,7 +67,8 @@ class ImageMLP(ImageClassifier):
         if self.norm != "none" or self.criterion != "cross_entropy" or "share" in batch:
             return None
         layers = [(params[f"{i}.weight"], params[f"{i}.bias"]) for i in range(self.depth + 1)]
-        result = perceptron.gradient(self.activation, layers, batch["x"], batch["y"])
+        gradient = perceptron.differentiable if torch.is_grad_enabled() else perceptron.gradient
+        result = gradient(self.activation, layers, batch["x"], batch["y"])
         if result is None:
             return None
         losses, grads = result
