@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.skipif(os.name !
 def start(processes: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a port of its own
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "meta_train", *COMMON, *arguments]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "meta_train", *arguments, *COMMON]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]

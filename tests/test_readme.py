@@ -18,6 +18,7 @@ SETUP = {"make demo", "make test"}
 SHORT = {
     "meta_train": ["steps=2", "evaluate_every=0", "logger=none", "estimator.lanes=2"],
     "meta_train.evaluate": ["steps=10", "seeds=2", "cost=false"],
+    "meta_train.inspect": ["--steps", "30", "--lanes", "1"],
 }
 
 
