@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2o.types import L2OError
+
 Int64s, Floats, Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
 """Fields of a structure that keep the array they are given."""
 
@@ -22,6 +24,17 @@ def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
         return False
     ordinary = (Tensor, torch.nn.Parameter)
     return all(type(t) in ordinary and t.dtype == torch.float32 and (anywhere or t.is_cpu) for t in tensors)
+
+
+def first_derivative_only(kernel: str) -> None:
+    """For ``backward`` of a kernel's function. Raises `L2OError` where its result is to be differentiated again.
+
+    Not torch's once_differentiable, which drops second derivatives silently where what comes in is constant.
+    """
+    if torch.is_grad_enabled():
+        raise L2OError(
+            f"create_graph=True: the CPU kernel of {kernel} has first derivatives only; L2O_KERNELS=0 has all"
+        )
 
 
 def dense_lanes(t: Tensor) -> Tensor:

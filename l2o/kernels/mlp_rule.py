@@ -10,9 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, plain, pointers, whole_numbers
+from l2o.kernels.arrays import (
+    Floats,
+    Int64s,
+    Pointers,
+    dense_lanes,
+    first_derivative_only,
+    floats,
+    plain,
+    pointers,
+    whole_numbers,
+)
 from l2o.kernels.build import library, run
-from l2o.types import Grads, L2OError, OptState, Params, Theta, Updates
+from l2o.types import Grads, OptState, Params, Theta, Updates
 
 
 class Constants(NamedTuple):
@@ -170,11 +180,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # Not torch's once_differentiable, which would drop second derivatives silently where `gradients` are constants.
-        if torch.is_grad_enabled():
-            raise L2OError(
-                "create_graph=True: the CPU kernel of the MLP rule has first derivatives only; L2O_KERNELS=0 has all"
-            )
+        first_derivative_only("the MLP rule")
         time, scales, *tensors = ctx.saved_tensors
         inputs = Tensors.split(tensors, ctx.count)
         d_updates, d_momenta = ([g.contiguous() for g in gs] for gs in (gradients[: ctx.count], gradients[ctx.count :]))

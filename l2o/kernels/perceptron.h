@@ -24,71 +24,87 @@ struct Perceptron {
 namespace {
 
 // What a thread works in. By layer from 1: its activations h and, if hidden, their derivatives by what came in; of one
-// layer the transposed weight with the bias below it, and gradients of one layer and of the one below.
+// layer the transposed weight with the bias below it, and gradients of one layer and of the one below. Where second
+// derivatives are wanted there are also those of the activations, else null.
 struct Layers {
-    std::vector<vec> memory;
-    std::vector<float*> h, slope;
+    std::vector<std::vector<vec>> memory;
+    std::vector<float*> h, slope, bend;
     float *transposed, *d, *d_below;
 
-    explicit Layers(const Perceptron& p) {
-        int64_t widest = 0, weights = 0, hidden = 0;
-        for (int64_t l = 1; l <= p.layers; l++) {
-            const int64_t width = padded(p.widths[l]);
-            hidden += 2 * p.batch * width;
-            widest = std::max(widest, width);
-            weights = std::max(weights, (p.widths[l - 1] + 1) * width);
-        }
-        memory.resize((hidden + weights + 2 * p.batch * widest) / WIDTH);
-        float* next = reinterpret_cast<float*>(memory.data());
-        const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
-        h.push_back(nullptr), slope.push_back(nullptr);  // of the images themselves
-        for (int64_t l = 1; l <= p.layers; l++) {
-            h.push_back(take(p.batch * padded(p.widths[l])));
-            slope.push_back(take(p.batch * padded(p.widths[l])));
-        }
+    explicit Layers(const Perceptron& p)
+        : h(by_layer(p)), slope(by_layer(p)), bend(p.layers + 1), d(of_any_layer(p)), d_below(of_any_layer(p)) {
+        int64_t weights = 0;
+        for (int64_t l = 0; l < p.layers; l++)
+            weights = std::max(weights, (p.widths[l] + 1) * padded(p.widths[l + 1]));
         transposed = take(weights);
-        d = take(p.batch * widest), d_below = take(p.batch * widest);
+    }
+
+    float* take(int64_t n) { return reinterpret_cast<float*>(memory.emplace_back(n / WIDTH).data()); }
+
+    std::vector<float*> by_layer(const Perceptron& p) {
+        std::vector<float*> arrays{nullptr};  // of the images themselves
+        for (int64_t l = 1; l <= p.layers; l++) arrays.push_back(take(p.batch * padded(p.widths[l])));
+        return arrays;
+    }
+
+    float* of_any_layer(const Perceptron& p) {
+        return take(p.batch * padded(*std::max_element(p.widths + 1, p.widths + p.layers + 1)));
     }
 };
 
-// Turns n inputs into activations, and leaves the derivatives beside them; n is a multiple of WIDTH.
-void activate(int64_t activation, int64_t n, float* h, float* slope) {
+// Turns n inputs into activations, and leaves their derivatives beside them, where `bend` is not null the second ones
+// too; n is a multiple of WIDTH.
+void activate(int64_t activation, int64_t n, float* h, float* slope, float* bend) {
     for (int64_t i = 0; i < n; i += WIDTH) {
         const vec z = load<vec>(h + i);
         if (activation == 0) {
             store(h + i, z < 0 ? vec{} : z);
             store(slope + i, z > 0 ? vec{} + 1.0f : vec{});
+            if (bend) store(bend + i, vec{});
         } else if (activation == 1) {
             const vec y = tanh(z);
             store(h + i, y);
             store(slope + i, 1.0f - y * y);
+            if (bend) store(bend + i, y * (y * y - 1.0f) * 2.0f);
         } else {  // z Phi(z), Phi the normal distribution's
             vec phi;
             for (int j = 0; j < WIDTH; j++) phi[j] = 0.5f * (1.0f + std::erf(z[j] * 0.707106781f));
+            const vec density = exp(z * z * -0.5f) * 0.398942280f;
             store(h + i, z * phi);
-            store(slope + i, phi + z * exp(z * z * -0.5f) * 0.398942280f);
+            store(slope + i, phi + z * density);
+            if (bend) store(bend + i, (2.0f - z * z) * density);
         }
     }
 }
 
-// x: [batch, widths[0]].
-void forward(const Perceptron& p, int64_t lane, const float* x, Layers& work) {
-    work.h[0] = const_cast<float*>(x);
-    for (int64_t l = 0; l < p.layers; l++) {
-        const int64_t in = p.widths[l], out = p.widths[l + 1], row = padded(out);
-        const float *weight = p.params[2 * l] + lane * out * in, *bias = p.params[2 * l + 1] + lane * out;
-        for (int64_t i = 0; i < in; i++) {
-            for (int64_t o = 0; o < out; o++) work.transposed[i * row + o] = weight[o * in + i];
-            std::fill(work.transposed + i * row + out, work.transposed + (i + 1) * row, 0.0f);
-        }
-        float* last = work.transposed + in * row;
-        std::fill(std::copy_n(bias, out, last), last + row, -std::numeric_limits<float>::infinity());
-        multiply<6, 2>(
-            p.batch, row, in, work.h[l], l ? padded(in) : in, 1, work.transposed, row, work.h[l + 1], row,
-            [=](auto zero, int64_t, int64_t o) { return load<decltype(zero)>(last + o); },
-            [](auto y, int64_t, int64_t) { return y; });
-        if (l + 1 < p.layers) activate(p.activation, p.batch * row, work.h[l + 1], work.slope[l + 1]);
+// Of products: to begin with nothing, and to leave them as they are.
+const auto zero = [](auto zero, int64_t, int64_t) { return zero; };
+const auto same = [](auto y, int64_t, int64_t) { return y; };
+
+// Layer l's weight and bias, of `params` or of what is laid out like them, into work.transposed: rows padded with
+// zeros, the last one, the bias, with `rest`. Returns the bias.
+const float* transpose(const Perceptron& p, const float* const* params, int64_t l, int64_t lane, float rest, Layers& work) {
+    const int64_t in = p.widths[l], out = p.widths[l + 1], row = padded(out);
+    const float *weight = params[2 * l] + lane * out * in, *bias = params[2 * l + 1] + lane * out;
+    for (int64_t i = 0; i < in; i++) {
+        for (int64_t o = 0; o < out; o++) work.transposed[i * row + o] = weight[o * in + i];
+        std::fill(work.transposed + i * row + out, work.transposed + (i + 1) * row, 0.0f);
     }
+    float* last = work.transposed + in * row;
+    std::fill(std::copy_n(bias, out, last), last + row, rest);
+    return last;
+}
+
+// From the activations of layer l to those of the next.
+void forward(const Perceptron& p, int64_t lane, int64_t l, Layers& work) {
+    const int64_t in = p.widths[l], row = padded(p.widths[l + 1]);
+    const float* bias = transpose(p, p.params, l, lane, -std::numeric_limits<float>::infinity(), work);
+    multiply<6, 2>(
+        p.batch, row, in, work.h[l], l ? padded(in) : in, 1, work.transposed, row, work.h[l + 1], row,
+        [=](auto zero, int64_t, int64_t o) { return load<decltype(zero)>(bias + o); },
+        same);
+    if (l + 1 < p.layers)
+        activate(p.activation, p.batch * row, work.h[l + 1], work.slope[l + 1], work.bend[l + 1]);
 }
 
 // The mean cross-entropy of a lane, and in work.d its gradient by the logits.  y: [batch].
@@ -129,10 +145,8 @@ void backward(const Perceptron& p, int64_t lane, Layers& work) {
     for (int64_t l = p.layers - 1; l >= 0; l--) {
         const int64_t in = p.widths[l], out = p.widths[l + 1], row = padded(out), below = padded(in);
         const float* weight = p.params[2 * l] + lane * out * in;
-        const auto zero = [](auto zero, int64_t, int64_t) { return zero; };
-        multiply<6, 2>(
-            out, in, p.batch, work.d, 1, row, work.h[l], l ? below : in, p.grads[2 * l] + lane * out * in, in, zero,
-            [](auto y, int64_t, int64_t) { return y; });
+        float* grad = p.grads[2 * l] + lane * out * in;
+        multiply<6, 2>(out, in, p.batch, work.d, 1, row, work.h[l], l ? below : in, grad, in, zero, same);
         add_up(p.batch, row, work.d, out, p.grads[2 * l + 1] + lane * out);
         if (l == 0) return;
         const float* slope = work.slope[l];
@@ -143,9 +157,10 @@ void backward(const Perceptron& p, int64_t lane, Layers& work) {
     }
 }
 
-// The loss of a lane and, in p.grads, its gradient.
+// The loss of a lane and, in p.grads, its gradient.  x: [batch, widths[0]].
 float differentiate(const Perceptron& p, int64_t lane, const float* x, const int64_t* y, Layers& work) {
-    forward(p, lane, x, work);
+    work.h[0] = const_cast<float*>(x);
+    for (int64_t l = 0; l < p.layers; l++) forward(p, lane, l, work);
     const float loss = cross_entropy(p, y, work);
     backward(p, lane, work);
     return loss;

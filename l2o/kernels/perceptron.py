@@ -6,11 +6,12 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from l2o.kernels.arrays import Int64s, Pointers, plain, pointers, whole_numbers
+from l2o.kernels.arrays import Int64s, Pointers, first_derivative_only, plain, pointers, whole_numbers
 from l2o.kernels.build import library, run
 
 ACTIVATIONS = ("relu", "tanh", "gelu")
@@ -28,25 +29,58 @@ class _Perceptron(ctypes.Structure):
     )
 
 
+class _Cotangents(ctypes.Structure):
+    """``Cotangents`` of perceptron_derivative.cpp. Keeps the arrays it points to, but not the tensors."""
+
+    _fields_ = (("losses", ctypes.c_void_p), ("grads", Pointers))
+
+
 def gradient(
     activation: str, layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """Mean losses ``[lanes]`` and gradients by layer, as constants; None where the kernel does not fit.
+    """Mean losses ``[lanes]`` and gradients by layer; None where the kernel does not fit.
 
-    activation: of the hidden layers, one of ``ACTIVATIONS``.    x: ``[lanes, batch, in]``.
+    activation: of the hidden layers, one of ``ACTIVATIONS``.    x: ``[lanes, batch, in]``, a constant.
     layers: weights ``[lanes, out, in]`` and biases ``[lanes, out]``.    y: int64 classes ``[lanes, batch]``.
+    Differentiable once where grad mode is on. The same bits whatever the number of threads.
     """
-    params = [t.detach().contiguous() for layer in layers for t in layer]
-    x, y = x.contiguous(), y.contiguous()
+    params, x, y = [t.contiguous() for layer in layers for t in layer], x.contiguous(), y.contiguous()
     grads = [torch.empty_like(t) for t in params]
     problem = describe(activation, params, grads, x.shape[1:])
-    if problem is None or not _fits(x, y, len(params[0])) or library() is None:
+    differentiable = torch.is_grad_enabled()
+    if problem is None or not _fits(x, y, len(params[0])) or (differentiable and x.requires_grad) or library() is None:
         return None
     losses = x.new_empty(len(x))
     problem.x, problem.y, problem.losses = x.data_ptr(), y.data_ptr(), losses.data_ptr()
     if run("l2o_perceptron_gradient", problem) != 0:  # a label that is no class: torch's own error says more
         return None
+    if differentiable and any(t.requires_grad for t in params):
+        losses, *grads = _Derivative.apply(activation, x, y, (losses, *grads), *params)
     return losses, list(zip(grads[::2], grads[1::2], strict=True))
+
+
+class _Derivative(torch.autograd.Function):
+    """Gives ``results``, losses and gradients of all parameters, their derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: str, x: Tensor, y: Tensor, results: tuple[Tensor, ...], *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.activation = activation
+        ctx.save_for_backward(x, y, *params)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("perceptrons")
+        x, y, *params = ctx.saved_tensors
+        d_losses, *d_grads = [t.contiguous() for t in cotangents]
+        d_params = [torch.empty_like(t) for t in params]
+        problem = describe(ctx.activation, params, d_params, x.shape[1:])
+        assert problem is not None  # it has been for the gradient
+        problem.x, problem.y = x.data_ptr(), y.data_ptr()
+        run("l2o_perceptron_derivative", problem, _Cotangents(losses=d_losses.data_ptr(), grads=pointers(d_grads)))
+        return (None, None, None, None, *d_params)
 
 
 def differentiable(

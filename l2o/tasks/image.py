@@ -67,8 +67,10 @@ class ImageMLP(ImageClassifier):
         if self.norm != "none" or self.criterion != "cross_entropy" or "share" in batch:
             return None
         layers = [(params[f"{i}.weight"], params[f"{i}.bias"]) for i in range(self.depth + 1)]
-        gradient = perceptron.differentiable if torch.is_grad_enabled() else perceptron.gradient
-        result = gradient(self.activation, layers, batch["x"], batch["y"])
+        problem = self.activation, layers, batch["x"], batch["y"]
+        result = perceptron.gradient(*problem)
+        if result is None and torch.is_grad_enabled():
+            result = perceptron.differentiable(*problem)
         if result is None:
             return None
         losses, grads = result
