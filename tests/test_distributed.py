@@ -103,6 +103,6 @@ def wait_for_saves(process: subprocess.Popen[str], count: int) -> None:
 def test_a_sweep_through_submitit(here: Path) -> None:
     """On this machine; ``hydra/launcher=submitit_slurm`` sends the same jobs to a cluster."""
     sweep = ["-m", "hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1", "seed=0,1", "run=sweep/${seed}"]
-    finish(start(1, *TBPTT, *sweep, "steps=2"))
+    finish(start(1, *sweep, *TBPTT, "steps=2"))
     weights = [theta(f"sweep/{seed}")["w0"] for seed in (0, 1)]
     assert not weights[0].equal(weights[1])
