@@ -147,10 +147,11 @@ class Evolution(Episodes):
         step = state.inner.step[::2]
         due = step == 0 if self.noise_steps == "episode" else step % self._noise_steps == 0
         keep = (step > 0) & self.accumulate
+        units = draws.normal(generator, len(step), sum(t.numel() for t in theta.values()))
         noise, score = {}, {}
-        for name, t in theta.items():
+        for (name, t), drawn in zip(theta.items(), units.split([t.numel() for t in theta.values()], 1), strict=True):
             sigma = self._sigma(name, state.estimates)
-            unit = draws.normal(generator, len(step), *t.shape).to(t.dtype)
+            unit = drawn.reshape(-1, *t.shape).to(t.dtype)
             noise[name] = torch.where(_like(due, unit), unit * sigma, state.noise[name])
             renewed = along(keep, state.score[name], 0.0) + unit / sigma
             score[name] = torch.where(_like(due, unit), renewed, state.score[name])
