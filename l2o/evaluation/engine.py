@@ -30,7 +30,7 @@ from l2o.ranks import all_sum, ranks
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
 from l2o.types import Batch, Clock, InnerState, MetaGradient, OptState, Theta, UpdateRule
-from l2o.unroll import expand_theta, gradients, updates
+from l2o.unroll import expand_theta, gradients, unroll, updates
 
 RULES = {
     "mlp": MLP(time="steps"),
@@ -125,28 +125,31 @@ def _wait(device: str) -> None:
 
 
 def _shares(engine: Engine, device: str, rate: float, seconds: float) -> dict[str, float]:
-    """Of the time of an outer step: what its inner steps spend on data, inner gradients and the rule, each timed alone.
+    """Of the time of an outer step: data, inner gradients and rule of its unroll; of TBPTT that is the forward pass.
 
-    Of TBPTT these are the parts of the forward pass; ``rest`` has the backward one. The shares are of the median rate.
+    The unroll is timed whole, and so are its three parts alone, in proportion to which it is divided: where a kernel
+    does all steps at once they cannot be told apart. ``rest``: noise or derivatives, resets, the outer optimizer.
     """
     generator = torch.Generator(device).manual_seed(0)
     rule, estimator = RULES[engine.rule], engine.estimator()
     theta = rule.init_theta(generator)
     state: InnerState = estimator.init(theta, generator).inner
     problems = estimator.problems  # type: ignore[attr-defined]  # both estimators have it
-    lane_theta = expand_theta(theta, engine.lanes)
-    with torch.set_grad_enabled(engine.setup == "tbptt"):
-        lane_theta = {k: t.requires_grad_(engine.setup == "tbptt") for k, t in lane_theta.items()}
+    differentiable = engine.setup == "tbptt"
+    with torch.set_grad_enabled(differentiable):
+        lane_theta = {k: t.requires_grad_(differentiable) for k, t in expand_theta(theta, engine.lanes).items()}
         batch: Batch = problems.batch(state.data, "train", generator)
         loss, _, grads, params = gradients(problems, state, batch)
-        parts = {
+        work = {
+            "unroll": lambda: unroll(rule, lane_theta, problems, state, TRUNCATION, generator),
             "data": lambda: problems.batch(state.data, "train", generator),
             "gradient": lambda: gradients(problems, state, batch),
             "rule": lambda: updates(rule, lane_theta, grads, state._replace(params=params), loss),
         }
-        times = {name: statistics.median(_blocks(part, seconds / 5, device)) for name, part in parts.items()}
-    shares = {name: t * rate / engine.lanes for name, t in times.items()}
-    return {**shares, "rest": 1.0 - sum(shares.values())}
+        times = {name: statistics.median(_blocks(part, seconds / 5, device)) for name, part in work.items()}
+    whole_share = times.pop("unroll") * rate / (engine.lanes * TRUNCATION)
+    parts = sum(times.values())
+    return {**{name: whole_share * t / parts for name, t in times.items()}, "rest": 1.0 - whole_share}
 
 
 def _plain_loop(engine: Engine, device: str) -> tuple[Callable[[], Any], int]:
