@@ -45,8 +45,8 @@ class _Arrays(NamedTuple):
     """What a kernel reads and leaves, all contiguous; theta as `mlp_rule.dense` has it.
 
     params, momenta: ``[kept + 1, lanes, ...]`` of each tensor, at first in ``[0]``, in the end in ``[-1]``.
-    grads: ``[kept, lanes, ...]``.    scales: ``[kept, lanes, tensors, channels]``.    kept: steps; where a step takes the
-    place of the one before, each has the one place ``[0]``.
+    grads: ``[kept, lanes, ...]``.    scales: ``[kept, lanes, tensors, channels]``.    kept: steps; where each takes the
+    place of the one before, all of these have the one place ``[0]``.
     time: ``[steps, lanes, k]``.    x, y, rows: see `PerceptronBatches`.    left: int64 ``[lanes]``.
     """
 
