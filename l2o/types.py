@@ -153,7 +153,8 @@ class UpdateRule(abc.ABC):
     ) -> tuple[InnerState, Tensor] | None:
         """As many inner steps as there are batches, by one kernel; the new state and losses ``[steps, lanes]``.
 
-        Equal to the engine's own but for rounding, and not differentiable. None where there is no kernel.
+        Equal to the engine's own but for rounding. None where there is no kernel. Differentiable, once, where grad mode
+        is on.
         """
         return None
 

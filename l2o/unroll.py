@@ -141,7 +141,7 @@ def unroll(
 
     valid_weight: of the loss on a fresh validation batch in each step's loss, beside the training loss.
     """
-    if not torch.is_grad_enabled() and not valid_weight:
+    if not valid_weight and (second_order or not torch.is_grad_enabled()):
         result = _fused_unroll(rule, theta, family, state, steps, generator)
         if result is not None:
             return result

@@ -103,17 +103,16 @@ def test_what_the_kernel_does_not_know_is_left_to_the_engine(rule, family):
     assert g.get_state().equal(before)
 
 
-def test_gradients_and_validation_data_are_the_engines(monkeypatch):
+@pytest.mark.parametrize("settings", [{"second_order": False}, {"valid_weight": 0.5}], ids=str)
+def test_first_order_and_validation_data_are_the_engines(monkeypatch, settings):
     def refuse(*_):
-        raise AssertionError("the kernel has no derivative, and no validation data")
+        raise AssertionError("the kernel has whole derivatives alone, and no validation data")
 
     monkeypatch.setattr(engine, "_fused_unroll", refuse)
     theta, problems, state = problem(RULE, FAMILY)
     leaves = {name: t.requires_grad_() for name, t in theta.items()}
-    _, losses = unroll(RULE, leaves, problems, state, 2, batches())
+    _, losses = unroll(RULE, leaves, problems, state, 2, batches(), **settings)
     assert torch.autograd.grad(losses.sum(), list(leaves.values()))[0].abs().max() > 0
-    with torch.no_grad():
-        unroll(RULE, theta, problems, state, 2, batches(), valid_weight=0.5)
 
 
 def test_a_diverged_lane_shows_and_harms_no_other():

@@ -3,60 +3,92 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2o.kernels import mlp_rule, perceptron
-from l2o.kernels.arrays import Pointers, plain, pointers
+from l2o.kernels.arrays import Pointers, first_derivative_only, plain, pointers
 from l2o.kernels.build import library, run
 from l2o.types import InnerState, OptState, PerceptronBatches, Theta
 
 
 class _Unroll(ctypes.Structure):
-    """``Unroll`` of perceptron_unroll.cpp. Keeps the arrays it points to, but not the tensors."""
+    """``Unroll`` of perceptron_unroll.h. Keeps the arrays it points to, but not the tensors."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("steps", "copies", "n")),
+        *((name, ctypes.c_int64) for name in ("steps", "copies", "n", "kept")),
         *((name, ctypes.c_void_p) for name in ("x", "y", "rows", "left")),
         ("params", Pointers),
         ("losses", ctypes.c_void_p),
     )
 
 
+class _UnrollDerivative(ctypes.Structure):
+    """``UnrollDerivative`` of perceptron_unroll_derivative.cpp. Keeps the arrays it points to, but not the tensors."""
+
+    _fields_ = (("d_losses", ctypes.c_void_p), *((name, Pointers) for name in ("d_params", "d_m", "d_theta")))
+
+
+class _Settings(NamedTuple):
+    """What an unroll has besides tensors."""
+
+    constants: mlp_rule.Constants
+    activation: str
+    copies: int
+
+
+class _Arrays(NamedTuple):
+    """What a kernel reads and leaves, all contiguous; theta as `mlp_rule.dense` has it.
+
+    params, momenta: ``[kept + 1, lanes, ...]`` of each tensor, at first in ``[0]``, in the end in ``[-1]``.
+    grads: ``[kept, lanes, ...]``.    scales: ``[kept, lanes, tensors, channels]``.    kept: steps; where each takes the
+    place of the one before, all of these have the one place ``[0]``.
+    time: ``[steps, lanes, k]``.    x, y, rows: see `PerceptronBatches`.    left: int64 ``[lanes]``.
+    """
+
+    theta: Sequence[Tensor]
+    params: Sequence[Tensor]
+    momenta: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    scales: Tensor
+    time: Tensor
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    left: Tensor
+
+
 def unroll(
     constants: mlp_rule.Constants, theta: Theta, state: InnerState, batches: PerceptronBatches, time: Tensor
 ) -> tuple[InnerState, Tensor] | None:
-    """The state after the batches' steps and the losses before each, ``[steps, lanes]``, as constants; None where the
-    kernel does not fit or cannot be had.
+    """The state after the batches' steps and the losses before each, ``[steps, lanes]``; None where the kernel does not
+    fit or cannot be had.
 
-    theta: ``[lanes, ...]``.     time: ``[steps, lanes, k]``, the last inputs of each entry.
+    theta: ``[lanes, ...]``.     time: ``[steps, lanes, k]``, the last inputs of each entry, taken as constants.
+    Differentiable once where grad mode is on, by theta, parameters and momenta; all steps' are then kept.
     The same bits whatever the number of threads. A thread takes whole lanes, so there have to be as many.
     """
     names = [name for layer in batches.layers for name in layer]
-    steps, lanes, _ = time.shape
-    if lanes < torch.get_num_threads() or set(names) != state.params.keys() or library() is None:
+    if len(state.step) < torch.get_num_threads() or set(names) != state.params.keys() or library() is None:
         return None
-    # Clones, in which the kernel works.
-    params, momenta = (
-        [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
-        for tensors in ([state.params[n] for n in names], [state.opt.per_param[n]["m"] for n in names])
-    )
-    grads, updates = ([torch.empty_like(p) for p in params] for _ in range(2))
-    inputs = mlp_rule.Tensors(mlp_rule.ordered(theta), grads, params, momenta)
-    problem = perceptron.describe(batches.activation, params, grads, (batches.rows.shape[-1], batches.x.shape[-1]))
-    if not (problem and mlp_rule.fits(constants, inputs, time[0]) and _fits(batches, steps, lanes)):
+    params, momenta = [state.params[n] for n in names], [state.opt.per_param[n]["m"] for n in names]
+    inputs = mlp_rule.Tensors(mlp_rule.ordered(theta), params, params, momenta)
+    if not (mlp_rule.fits(constants, inputs, time[0]) and _fits(batches, *time.shape[:2])):
         return None
-    inputs = mlp_rule.dense(inputs)
-    time, x, y, rows = (t.contiguous() for t in (time, batches.x, batches.y, batches.rows))
-    results = mlp_rule.Results(updates, momenta, time.new_empty(lanes, len(params), 2 + len(constants.decays)))
-    losses, left = time.new_empty(steps, lanes), (state.total_steps - state.step).contiguous()
-    arrays = {"x": x.data_ptr(), "y": y.data_ptr(), "rows": rows.data_ptr(), "left": left.data_ptr()}
-    work = _Unroll(
-        steps=steps, copies=batches.copies, n=len(x), params=pointers(params), losses=losses.data_ptr(), **arrays
-    )
-    if run("l2o_perceptron_unroll", work, mlp_rule.describe(constants, inputs, time[0], results), problem) != 0:
-        return None  # a label that is no class: torch's own error says more
+    settings = _Settings(constants, batches.activation, batches.copies)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for group in inputs for t in group)
+    arrays = _arrays(inputs, batches, time, state.total_steps - state.step, differentiable)
+    losses = _forward(settings, arrays)
+    if losses is None:
+        return None
+    results = [losses, *(t[-1] for t in (*arrays.params, *arrays.momenta))]
+    if differentiable:
+        results = _Derivative.apply(settings, arrays, results, *inputs.theta, *params, *momenta)
+    losses, params, momenta = results[0], results[1 : 1 + len(names)], results[1 + len(names) :]
     return _after(state, names, params, momenta, losses), losses
 
 
@@ -67,13 +99,96 @@ def _fits(batches: PerceptronBatches, steps: int, lanes: int) -> bool:
     return whole and shapes and plain([batches.x]) and batches.y.shape == batches.x.shape[:1] and batches.x.ndim == 2
 
 
+def _arrays(inputs: mlp_rule.Tensors, batches: PerceptronBatches, time: Tensor, left: Tensor, keep: bool) -> _Arrays:
+    """What the kernel begins with, parameters and momenta copied to where they move."""
+    kept = len(time) if keep else 0
+
+    def begun(t: Tensor) -> Tensor:
+        array = t.new_empty(kept + 1, *t.shape)
+        array[0] = t.detach()
+        return array
+
+    return _Arrays(
+        mlp_rule.dense(inputs).theta,
+        [begun(t) for t in inputs.params],
+        [begun(t) for t in inputs.momenta],
+        [t.new_empty(max(kept, 1), *t.shape) for t in inputs.params],
+        time.new_empty(max(kept, 1), time.shape[1], len(inputs.params), 2 + inputs.momenta[0].shape[1]),
+        *(t.contiguous() for t in (time, batches.x, batches.y, batches.rows, left)),
+    )
+
+
+def _describe(
+    settings: _Settings, arrays: _Arrays, updates: list[Tensor]
+) -> tuple[_Unroll, mlp_rule._Step, perceptron._Perceptron] | None:
+    """The unroll for the kernel, but for its losses; None where the perceptron does not fit."""
+    params, momenta, grads = ([t[0] for t in group] for group in (arrays.params, arrays.momenta, arrays.grads))
+    problem = perceptron.describe(settings.activation, params, grads, (arrays.rows.shape[-1], arrays.x.shape[-1]))
+    if problem is None:
+        return None
+    inputs = mlp_rule.Tensors(arrays.theta, grads, params, momenta)
+    step = mlp_rule.describe(
+        settings.constants, inputs, arrays.time[0], mlp_rule.Results(updates, momenta, arrays.scales)
+    )
+    work = _Unroll(
+        steps=len(arrays.time),
+        copies=settings.copies,
+        n=len(arrays.x),
+        kept=len(arrays.params[0]) > 1,
+        params=pointers(params),
+        **{name: getattr(arrays, name).data_ptr() for name in ("x", "y", "rows", "left")},
+    )
+    return work, step, problem
+
+
+def _forward(settings: _Settings, arrays: _Arrays) -> Tensor | None:
+    """The losses; None where the perceptron does not fit."""
+    updates = [torch.empty_like(t[0]) for t in arrays.grads]
+    described = _describe(settings, arrays, updates)
+    if described is None:
+        return None
+    losses = arrays.time.new_empty(arrays.time.shape[:2])
+    described[0].losses = losses.data_ptr()
+    # not 0 for a label that is no class: torch's own error says more
+    return losses if run("l2o_perceptron_unroll", *described) == 0 else None
+
+
+class _Derivative(torch.autograd.Function):
+    """Gives ``results``, losses, parameters and momenta in the end, their derivative by theta and those at first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: _Settings, arrays: _Arrays, results: list[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.settings = settings
+        saved, ctx.structure = tree_flatten(arrays)
+        ctx.save_for_backward(*saved)
+        # Clones: whoever keeps the end should not have to keep all steps.
+        return results[0], *(t.clone() for t in results[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d_losses: Tensor, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("unrolls of perceptrons")
+        arrays = tree_unflatten(list(ctx.saved_tensors), ctx.structure)
+        # Clones, in which the kernel works.
+        d = [t.clone(memory_format=torch.contiguous_format) for t in cotangents]
+        d_params, d_momenta = d[: len(arrays.params)], d[len(arrays.params) :]
+        d_theta = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in arrays.theta]
+        described = _describe(ctx.settings, arrays, updates=d_params)  # which are not written to
+        assert described is not None  # they have been for the unroll
+        d_losses = d_losses.contiguous()
+        work = _UnrollDerivative(d_losses.data_ptr(), *map(pointers, (d_params, d_momenta, d_theta)))
+        run("l2o_perceptron_unroll_derivative", *described, work)
+        return (None, None, None, *d_theta, *d)
+
+
 def _after(
-    state: InnerState, names: list[str], params: list[Tensor], momenta: list[Tensor], losses: Tensor
+    state: InnerState, names: list[str], params: Sequence[Tensor], momenta: Sequence[Tensor], losses: Tensor
 ) -> InnerState:
     by_name, slots = dict(zip(names, params, strict=True)), dict(zip(names, momenta, strict=True))
     return state._replace(
         params={name: by_name[name] for name in state.params},
         opt=OptState({name: {"m": slots[name]} for name in state.params}, {}),
         step=torch.minimum(state.step + len(losses), state.total_steps),
-        first_loss=torch.where(state.step == 0, losses[0], state.first_loss),
+        first_loss=torch.where(state.step == 0, losses[0].detach(), state.first_loss),
     )
