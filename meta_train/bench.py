@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -62,7 +63,9 @@ def _engine(config: Mapping[str, Any], device: str) -> Iterator[Record]:
     with refused("engines"):
         engines = [Engine(**node) for node in config["engines"]]
     for engine in engines:
-        yield _alone(measure, engine, config["seconds"], device, time.time())
+        with _empty_cache():
+            record = _alone(measure, engine, config["seconds"], device, time.time())
+        yield record
 
 
 def _checkpointing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
@@ -88,13 +91,19 @@ SUITES: dict[str, Callable[[Mapping[str, Any], str], Iterator[Record]]] = {
 
 
 def _alone(work: Callable[..., Record], *arguments: Any) -> Record:
-    """``work`` in a process of its own, whose memory is its alone and whose cache of compiled kernels is empty."""
+    """``work`` in a process of its own, whose memory is its alone."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+@contextlib.contextmanager
+def _empty_cache() -> Iterator[None]:
+    """As on a machine that has never compiled the kernels."""
+    before = os.environ.get("L2O_CACHE_DIR")
     with tempfile.TemporaryDirectory() as cache:
-        before = os.environ.get("L2O_CACHE_DIR")
         os.environ["L2O_CACHE_DIR"] = cache
         try:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                return pool.submit(work, *arguments).result()
+            yield
         finally:
             del os.environ["L2O_CACHE_DIR"]
             if before is not None:
