@@ -158,6 +158,8 @@ def _fused_unroll(
     rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, steps: int, generator: torch.Generator
 ) -> tuple[InnerState, Tensor] | None:
     """All steps by one kernel, where rule and family meet in one; else None, and the generator is as it was."""
+    if type(rule).fused_unroll is UpdateRule.fused_unroll:  # the batches would be drawn for nothing
+        return None
     before = generator.get_state()
     batches = family.fused_batches(state.data, steps, generator)
     result = None if batches is None else rule.fused_unroll(theta, state, batches)

@@ -228,12 +228,11 @@ def test_runs_of_a_pair_share_their_problem_and_pairs_differ():
 
 @dataclasses.dataclass(frozen=True)
 class Sick(Quadratic):
-    """The first of the pairs ``sick`` has the loss ``value`` from step ``since`` on, in its first run alone or both."""
+    """Both runs of the pair ``sick`` have the loss ``value`` from step ``since`` on."""
 
     sick: int = 0
     value: float = float("nan")
     since: int = 1
-    both: bool = False
 
     def init(self, data, generator):
         params, _ = super().init(data, generator)
@@ -246,9 +245,8 @@ class Sick(Quadratic):
 
     def loss(self, params, buffers, data, batch):
         loss, _ = super().loss(params, {}, data, batch)
-        perturbed_up = (params["x"] - params["x"].detach()).sum() + (params["x"].detach().sum() > 1e9)
         sick = data["sick"] & (buffers["step"] >= self.since)
-        return torch.where(sick, self.value, loss) + 0 * perturbed_up, {"step": buffers["step"] + 1}
+        return torch.where(sick, self.value, loss), {"step": buffers["step"] + 1}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
@@ -272,9 +270,6 @@ def test_a_run_that_is_lost_counts_as_much_as_the_limit():
     grads, after, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
     half = (grads["log_lr"] / after.score["log_lr"][0]).abs()
     assert metrics["lanes_masked"] >= 1
-    g = generator()
-    estimator.init(theta, g)
-    estimator.streams(g)
     state = estimator.init(theta, generator())
     first = Quadratic().loss(
         *({k: v[0] for k, v in d.items()} for d in (state.inner.params, {}, state.inner.data)), {"noise": 0}
