@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from l2o.evaluation.engine import RULES, Engine, measure, measure_sharing
+from l2o.evaluation.engine import RULES, Engine, measure, measure_sharing, peak_memory_mb
 from l2o.types import ConfigurationError, UnknownNameError
-from meta_train.bench import main
+from meta_train.bench import _alone, main
 
 KEYS = {"setup", "rule", "lanes", "steps_per_second", "yardstick_steps_per_second", "first_step_seconds", "peak_rss_mb"}
 
@@ -52,6 +52,14 @@ def test_records_of_checkpointing(here: Path) -> None:
     whole, parts = read("records.json")
     assert (whole["setup"], parts["setup"]) == ("whole graph", "checkpointing")
     assert parts["unroll_mb"] < 0.7 * whole["unroll_mb"]
+
+
+def test_memory_is_that_of_the_process_alone() -> None:
+    """Linux starts a process with its parent's `ru_maxrss`, which would hide all that a small measurement needs."""
+    large = torch.ones(300_000_000)
+    assert peak_memory_mb() > 1_200
+    assert _alone(peak_memory_mb) < 1_000
+    del large
 
 
 @pytest.mark.parametrize("setup", ["pes", "tbptt"])
