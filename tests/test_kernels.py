@@ -197,33 +197,44 @@ def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+class Number(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_int),)
+
+
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """A folder with a small kernel in place of those of l2o, an empty cache, and a process that has built nothing."""
-    (tmp_path / "kernel.cpp").write_text('extern "C" int answer() { return 42; }')
+    """A small kernel and a broken one in place of those of l2o, an empty cache, a process that has built nothing."""
+    (tmp_path / "mlp_rule.cpp").write_text('extern "C" int answer(const int* x) { return *x; }')
+    (tmp_path / "perceptron.cpp").write_text("#error this is not built")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     monkeypatch.setattr(build, "_said", set())
     monkeypatch.setenv("L2O_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("L2O_KERNELS", raising=False)
-    build._loaded.cache_clear()
-    yield tmp_path
-    build._loaded.cache_clear()
+    monkeypatch.setattr(build, "_loaded", {})
+    return tmp_path
 
 
-def test_kernels_are_built_once_and_kept(sources):
-    assert build.library().answer() == 42
+def test_kernels_are_built_once_when_asked_for_and_kept(sources):
+    assert build.available("mlp_rule")
+    assert build.run("mlp_rule", "answer", Number(42)) == 42
     (built,) = (sources / "cache" / "kernels").iterdir()
     before = built.stat().st_mtime_ns
-    assert build.build() == built
+    assert build.build("mlp_rule") == built
     assert built.stat().st_mtime_ns == before
     assert built.parent.stat().st_mode & 0o777 == 0o700
-    (sources / "kernel.cpp").write_text('extern "C" int answer() { return 43; }')
-    assert ctypes.CDLL(str(build.build())).answer() == 43
+    (sources / "mlp_rule.cpp").write_text('extern "C" int answer(const int* x) { return *x + 1; }')
+    assert ctypes.CDLL(str(build.build("mlp_rule"))).answer(ctypes.byref(Number(42))) == 43
+
+
+def test_several_are_had_together_or_not_at_all(sources):
+    with pytest.warns(RuntimeWarning, match="this is not built"):
+        assert not build.available("mlp_rule", "perceptron")
+    assert build.available("mlp_rule")
 
 
 def test_builds_at_the_same_time_do_no_harm(sources):
     with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: build.build(), range(4)))
+        paths = set(pool.map(build.build, ["mlp_rule"] * 4))
     assert paths == set((sources / "cache" / "kernels").iterdir())
 
 
@@ -232,7 +243,7 @@ def _no_compiler(sources, monkeypatch):
 
 
 def _broken_source(sources, monkeypatch):
-    (sources / "kernel.cpp").write_text("#error this cannot be compiled")
+    (sources / "mlp_rule.cpp").write_text("#error this cannot be compiled")
 
 
 def _open_folder(sources, monkeypatch):
@@ -260,17 +271,17 @@ def _another_system(sources, monkeypatch):
 def test_where_there_are_no_kernels_torch_stands_in_and_says_so_once(sources, monkeypatch, obstacle, reason):
     obstacle(sources, monkeypatch)
     monkeypatch.setenv("L2O_KERNELS", "0")
-    assert build.library() is None
+    assert not build.available("mlp_rule")
     monkeypatch.delenv("L2O_KERNELS")
     with pytest.warns(RuntimeWarning, match=f"(?s){reason}.*slower"):
         assert MLP().fused_update(*arguments(MLP(), 1), None) is None
-    assert build.library() is None
+    assert not build.available("mlp_rule")
     monkeypatch.setenv("L2O_KERNELS", "1")
     with pytest.raises(L2OError, match=f"(?s)L2O_KERNELS=1.*{reason}"):
-        build.library()
+        build.available("mlp_rule")
 
 
 def test_another_setting_is_refused(monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "yes")
     with pytest.raises(ConfigurationError, match=r"L2O_KERNELS='yes'.*expected 0"):
-        build.library()
+        build.available("mlp_rule")

@@ -11,6 +11,7 @@ from tables import every_rule, identical
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from l2o.kernels import mlp_rule
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
 from l2o.types import Clock
@@ -40,6 +41,23 @@ def test_a_step_is_the_rules_update(rule, dtype):
     before = [p.detach().clone() for p in params]
     assert identical(train(make(params, rule), range(5)), expected)
     assert not identical(before, expected)
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 5), (torch.bfloat16, 5), (torch.float64, 0)])
+def test_the_kernel_takes_the_same_steps_but_for_rounding(monkeypatch, dtype, calls):
+    """Where the run is long enough; arithmetic in float64 stays with torch."""
+    rule, called = MLP(step_mult=0.1), []
+    run = mlp_rule.run
+    monkeypatch.setattr(mlp_rule, "run", lambda *arguments: called.append(1) or run(*arguments))
+    monkeypatch.setenv("L2O_KERNELS", "1")
+    entries = sum(p.numel() for p in parameters())
+    trained = [
+        train(make(parameters(dtype), rule, total_steps=steps, lr=0.5, weight_decay=0.1), range(5))
+        for steps in (10**8 // entries, 10**8 // entries + 1)
+    ]
+    assert len(called) == calls
+    for by_torch, by_kernel in zip(*trained, strict=True):
+        torch.testing.assert_close(by_kernel, by_torch, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 def test_a_rule_that_mixes_tensors_sees_all_groups_at_once():

@@ -1,5 +1,6 @@
 """The CPU kernels: compiled by the machine's own compiler when first needed, then kept on disk and loaded by ctypes.
 
+Each source file is a library of its own, so that nobody waits for kernels that are not used; a few seconds each.
 ``L2O_KERNELS=0`` turns them off, ``L2O_KERNELS=1`` makes it an error when they cannot be built. Otherwise one
 `RuntimeWarning` says what is missing, and torch's own operations do the work. The compiler is ``$CXX``, else ``c++``;
 what it builds is kept in ``$L2O_CACHE_DIR``, ``$XDG_CACHE_HOME/l2o`` or ``~/.cache/l2o``, under ``kernels``.
@@ -8,7 +9,6 @@ what it builds is kept in ``$L2O_CACHE_DIR``, ``$XDG_CACHE_HOME/l2o`` or ``~/.ca
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from l2o._files import atomic_write
@@ -32,55 +33,63 @@ LINK = ["-fopenmp", "-shared", "-fPIC"]
 
 _lock = threading.Lock()
 _said: set[str] = set()
+_loaded: dict[str, ctypes.CDLL | str] = {}
+"""By source: the library, or why there is none."""
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where torch has to do. Built at the first call of a process, which takes seconds.
+def available(*sources: str) -> bool:
+    """Whether the kernels of these files, named without ``.cpp``, can be run; where not, torch has to do.
 
-    Raises `L2OError` with the compiler's message under ``L2O_KERNELS=1``, `ConfigurationError` for another value than
-    0 and 1.
+    What no process has built before is built now, all at once, which takes seconds. Raises `L2OError` with the
+    compiler's message under ``L2O_KERNELS=1``, `ConfigurationError` for another value than 0 and 1.
     """
     setting = os.environ.get("L2O_KERNELS", "")
     if setting not in ("", "0", "1"):
         raise ConfigurationError(f"L2O_KERNELS={setting!r}: expected 0 (off), 1 (required), or nothing")
     if setting == "0":
-        return None
+        return False
     with _lock:
-        loaded = _loaded()
-    if isinstance(loaded, ctypes.CDLL):
-        return loaded
+        missing = [source for source in sources if source not in _loaded]
+        if missing:
+            with ThreadPoolExecutor(len(missing)) as pool:  # its threads wait for compilers
+                _loaded.update(zip(missing, pool.map(_load, missing), strict=True))
+    reasons = [loaded for source in sources if isinstance(loaded := _loaded[source], str)]
+    if not reasons:
+        return True
     if setting == "1":
-        raise L2OError(f"L2O_KERNELS=1, but the CPU kernels cannot be used: {loaded}")
-    if loaded not in _said:
-        _said.add(loaded)  # before the warning, which may be raised as an error
+        raise L2OError(f"L2O_KERNELS=1, but the CPU kernels cannot be used: {reasons[0]}")
+    if reasons[0] not in _said:
+        _said.add(reasons[0])  # before the warning, which may be raised as an error
         warnings.warn(
-            f"l2o's CPU kernels cannot be used: {loaded}. Torch's own operations stand in, several times slower in "
-            "meta-training. L2O_KERNELS=0 silences this.",
+            f"l2o's CPU kernels cannot be used: {reasons[0]}. Torch's own operations stand in, several times slower. "
+            "L2O_KERNELS=0 silences this.",
             RuntimeWarning,
             stacklevel=2,
         )
-    return None
+    return False
 
 
-def run(function: str, *structures: ctypes.Structure) -> int:
-    """Call a kernel by its name, the GIL released. Returns its code; raises MemoryError where it has no memory."""
-    code: int = getattr(library(), function)(*map(ctypes.byref, structures))
+def run(source: str, function: str, *structures: ctypes.Structure) -> int:
+    """Call a kernel of ``source``, which has to be `available`, the GIL released.
+
+    Returns its code; raises MemoryError where it has no memory.
+    """
+    code: int = getattr(_loaded[source], function)(*map(ctypes.byref, structures))
     if code == 1:
         raise MemoryError(f"{function}: no memory to work in")
     return code
 
 
-@functools.cache
-def _loaded() -> ctypes.CDLL | str:
+def _load(source: str) -> ctypes.CDLL | str:
     """The library, or why there is none."""
     try:
-        return ctypes.CDLL(str(build()))
+        return ctypes.CDLL(str(build(source)))
     except (L2OError, OSError, RuntimeError) as error:  # the last where there is no home folder
         return str(error)
 
 
-def build() -> Path:
-    """Path of the compiled kernels, which are compiled where no earlier process has done so.
+def build(source: str) -> Path:
+    """Path of the compiled kernels of ``source``, which are compiled where no earlier process has done so.
 
     Raises `L2OError` where there is no compiler, where it fails, or where the folder belongs to somebody else; OSError
     where the folder cannot be written.
@@ -88,12 +97,11 @@ def build() -> Path:
     if sys.platform != "linux":
         raise L2OError(f"they are for Linux, this is {sys.platform}")
     compiler = _compiler()
-    path = cache_folder() / f"{_key(compiler)}.so"
+    path = cache_folder() / f"{source}-{_key(compiler, source)}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch) / "kernels.so"
-            sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
-            _run([*compiler, *FLAGS, *LINK, *sources, "-o", str(built)])
+            _run([*compiler, *FLAGS, *LINK, str(SOURCES / f"{source}.cpp"), "-o", str(built)])
             atomic_write(path, built.read_bytes())
     return path
 
@@ -116,11 +124,11 @@ def _compiler() -> list[str]:
     return command
 
 
-def _key(compiler: list[str]) -> str:
+def _key(compiler: list[str], source: str) -> str:
     """A hash of all that decides what the compiler makes."""
     digest = hashlib.sha256()
-    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for file in [SOURCES / f"{source}.cpp", *sorted(SOURCES.glob("*.h"))]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     for words in ([*compiler, *FLAGS, *LINK], [_run([*compiler, "--version"])], _processor()):
         digest.update("\0".join(words).encode() + b"\0")
     return digest.hexdigest()[:32]

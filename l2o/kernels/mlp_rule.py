@@ -21,7 +21,7 @@ from l2o.kernels.arrays import (
     pointers,
     whole_numbers,
 )
-from l2o.kernels.build import library, run
+from l2o.kernels.build import available, run
 from l2o.types import Grads, OptState, Params, Theta, Updates
 
 
@@ -69,7 +69,7 @@ def update(
         [params[name] for name in names],
         [state.per_param[name]["m"] for name in names],
     )
-    if not (fits(constants, tensors, time) and library()):
+    if not (fits(constants, tensors, time) and available("mlp_rule")):
         return None
     everything = [t for group in tensors for t in group]
     if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
@@ -162,7 +162,7 @@ def _forward(constants: Constants, inputs: Tensors, time: Tensor) -> Results:
     momenta = [torch.empty_like(m) for m in inputs.momenta]
     scales = time.new_empty(len(time), len(updates), 2 + len(constants.decays))
     results = Results(updates, momenta, scales)
-    run("l2o_mlp_update", describe(constants, inputs, time, results))
+    run("mlp_rule", "l2o_mlp_update", describe(constants, inputs, time, results))
     return results
 
 
@@ -188,5 +188,5 @@ class _Update(torch.autograd.Function):
         d = Tensors(*([torch.empty_like(t, memory_format=torch.contiguous_format) for t in g] for g in inputs))
         arrays = (d_updates, d_momenta, d.theta, d.grads, d.params, d.momenta)
         step = describe(ctx.constants, inputs, time, Results(d_updates, inputs.momenta, scales))
-        run("l2o_mlp_derivative", step, _Derivative(*map(pointers, arrays)))
+        run("mlp_rule", "l2o_mlp_derivative", step, _Derivative(*map(pointers, arrays)))
         return (None, None, None, *(t for group in d for t in group))

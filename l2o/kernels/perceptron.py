@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l2o.kernels.arrays import Int64s, Pointers, first_derivative_only, plain, pointers, whole_numbers
-from l2o.kernels.build import library, run
+from l2o.kernels.build import available, run
 
 ACTIVATIONS = ("relu", "tanh", "gelu")
 
@@ -47,14 +47,16 @@ def gradient(
     params, x, y = [t.contiguous() for layer in layers for t in layer], x.contiguous(), y.contiguous()
     grads = [torch.empty_like(t) for t in params]
     problem = describe(activation, params, grads, x.shape[1:])
-    differentiable = torch.is_grad_enabled()
-    if problem is None or not _fits(x, y, len(params[0])) or (differentiable and x.requires_grad) or library() is None:
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
+    if problem is None or not _fits(x, y, len(params[0])) or (differentiable and x.requires_grad):
+        return None
+    if not available("perceptron", *(["perceptron_derivative"] if differentiable else [])):
         return None
     losses = x.new_empty(len(x))
     problem.x, problem.y, problem.losses = x.data_ptr(), y.data_ptr(), losses.data_ptr()
-    if run("l2o_perceptron_gradient", problem) != 0:  # a label that is no class: torch's own error says more
-        return None
-    if differentiable and any(t.requires_grad for t in params):
+    if run("perceptron", "l2o_perceptron_gradient", problem) != 0:
+        return None  # a label that is no class: torch's own error says more
+    if differentiable:
         losses, *grads = _Derivative.apply(activation, x, y, (losses, *grads), *params)
     return losses, list(zip(grads[::2], grads[1::2], strict=True))
 
@@ -79,7 +81,8 @@ class _Derivative(torch.autograd.Function):
         problem = describe(ctx.activation, params, d_params, x.shape[1:])
         assert problem is not None  # it has been for the gradient
         problem.x, problem.y = x.data_ptr(), y.data_ptr()
-        run("l2o_perceptron_derivative", problem, _Cotangents(losses=d_losses.data_ptr(), grads=pointers(d_grads)))
+        wanted = _Cotangents(losses=d_losses.data_ptr(), grads=pointers(d_grads))
+        run("perceptron_derivative", "l2o_perceptron_derivative", problem, wanted)
         return (None, None, None, None, *d_params)
 
 

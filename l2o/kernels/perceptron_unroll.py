@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2o.kernels import mlp_rule, perceptron
 from l2o.kernels.arrays import Pointers, first_derivative_only, plain, pointers
-from l2o.kernels.build import library, run
+from l2o.kernels.build import available, run
 from l2o.types import InnerState, OptState, PerceptronBatches, Theta
 
 
@@ -73,7 +73,7 @@ def unroll(
     The same bits whatever the number of threads. A thread takes whole lanes, so there have to be as many.
     """
     names = [name for layer in batches.layers for name in layer]
-    if len(state.step) < torch.get_num_threads() or set(names) != state.params.keys() or library() is None:
+    if len(state.step) < torch.get_num_threads() or set(names) != state.params.keys():
         return None
     params, momenta = [state.params[n] for n in names], [state.opt.per_param[n]["m"] for n in names]
     inputs = mlp_rule.Tensors(mlp_rule.ordered(theta), params, params, momenta)
@@ -81,6 +81,8 @@ def unroll(
         return None
     settings = _Settings(constants, batches.activation, batches.copies)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for group in inputs for t in group)
+    if not available("perceptron_unroll", *(["perceptron_unroll_derivative"] if differentiable else [])):
+        return None
     arrays = _arrays(inputs, batches, time, state.total_steps - state.step, differentiable)
     losses = _forward(settings, arrays)
     if losses is None:
@@ -150,7 +152,7 @@ def _forward(settings: _Settings, arrays: _Arrays) -> Tensor | None:
     losses = arrays.time.new_empty(arrays.time.shape[:2])
     described[0].losses = losses.data_ptr()
     # not 0 for a label that is no class: torch's own error says more
-    return losses if run("l2o_perceptron_unroll", *described) == 0 else None
+    return losses if run("perceptron_unroll", "l2o_perceptron_unroll", *described) == 0 else None
 
 
 class _Derivative(torch.autograd.Function):
@@ -178,7 +180,7 @@ class _Derivative(torch.autograd.Function):
         assert described is not None  # they have been for the unroll
         d_losses = d_losses.contiguous()
         work = _UnrollDerivative(d_losses.data_ptr(), *map(pointers, (d_params, d_momenta, d_theta)))
-        run("l2o_perceptron_unroll_derivative", *described, work)
+        run("perceptron_unroll_derivative", "l2o_perceptron_unroll_derivative", *described, work)
         return (None, None, None, *d_theta, *d)
 
 

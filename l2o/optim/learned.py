@@ -9,11 +9,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.utils._pytree import tree_map_only
 
 from l2o import hub
 from l2o._checks import real, whole
@@ -21,6 +22,7 @@ from l2o.optim.members import Member, check_params, checked_gradient, kinds, lab
 from l2o.types import (
     Clock,
     ConfigurationError,
+    Grads,
     Kind,
     L2OError,
     OptState,
@@ -31,6 +33,9 @@ from l2o.types import (
     UpdateRule,
     Updates,
 )
+
+_WORTH_A_KERNEL = 10**8
+"""Updates of single entries in a run, which torch's operations take some 10 s longer for than a kernel, on a CPU."""
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -122,9 +127,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state = self._opt_state(theta, members, params)
         seen = _scalar(loss, dtype, device) if self.rule.needs_loss else None
         grads = {key: g.to(dtype) for key, g in grads.items()}
-        updates, state = self.rule.update(theta, grads, state, params, self._clock(device), seen)
+        updates, state = self._update(theta, grads, state, params, self._clock(device), seen)
         self._store(members, params, state)
         self._write(members, params, updates)
+
+    def _update(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[Updates, OptState]:
+        """The rule's update, by its kernel where there is one and the run is worth the seconds of compiling it."""
+        inputs = (theta, grads, state, params, clock, loss)
+        entries = sum(p.numel() for p in params.values())
+        if (
+            type(self.rule).fused_update is not UpdateRule.fused_update
+            and entries * self.total_steps >= _WORTH_A_KERNEL
+        ):
+            fused = self.rule.fused_update(*tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs))
+            if fused is not None:
+                return cast("tuple[Updates, OptState]", tree_map_only(Tensor, lambda t: t.squeeze(0), fused))
+        return self.rule.update(*inputs)
 
     def _members(self) -> list[Member]:
         """Every parameter once, also one that a group has twice."""
