@@ -51,7 +51,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Package that an extra installs -> the only place that may import it.
-HOMES = {"higher": "l2o.integrations", "hydra": "meta_train", "omegaconf": "meta_train", "wandb": "meta_train"}
+HOMES = {
+    "higher": "l2o.integrations",
+    "hydra": "meta_train",
+    "omegaconf": "meta_train",
+    "triton": "l2o.kernels.mlp_triton",
+    "wandb": "meta_train",
+}
+OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
+"""Modules of the library that need an extra, and are imported where they are used."""
 ENTRY_POINTS = {
     f"meta_train.{name}" for name in ("bench", "convert", "evaluate", "inspect", "replay", "rules_table", "train")
 }
@@ -68,6 +76,7 @@ ABSENT = [
     "scipy",
     "pandas",
     "tensorboard",
+    "triton",
 ]
 HEAVY = ["torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.tensorboard", "torch.testing", "sympy"]
 
@@ -154,7 +163,8 @@ def test_extras_are_imported_at_home_only(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in FILES if _unit(name) not in ("meta_train", "integrations")])
 def test_the_library_imports_core_packages_only(module: str) -> None:
     at_once = {target.split(".")[0] for target, at_once in IMPORTS[module] if at_once}
-    assert at_once <= CORE | {"l2o"} | sys.stdlib_module_names
+    assert at_once <= CORE | {"l2o", OPTIONAL.get(module)} | sys.stdlib_module_names
+    assert not OPTIONAL.keys() & {target for target, at_once in IMPORTS[module] if at_once}
 
 
 def test_scripts_never_import_scripts() -> None:

@@ -37,16 +37,21 @@ _loaded: dict[str, ctypes.CDLL | str] = {}
 """By source: the library, or why there is none."""
 
 
+def setting() -> str:
+    """``L2O_KERNELS``: 0, 1, or nothing; raises `ConfigurationError` for anything else."""
+    value = os.environ.get("L2O_KERNELS", "")
+    if value not in ("", "0", "1"):
+        raise ConfigurationError(f"L2O_KERNELS={value!r}: expected 0 (off), 1 (required), or nothing")
+    return value
+
+
 def available(*sources: str) -> bool:
     """Whether the kernels of these files, named without ``.cpp``, can be run; where not, torch has to do.
 
     What no process has built before is built now, all at once, which takes seconds. Raises `L2OError` with the
-    compiler's message under ``L2O_KERNELS=1``, `ConfigurationError` for another value than 0 and 1.
+    compiler's message under ``L2O_KERNELS=1``.
     """
-    setting = os.environ.get("L2O_KERNELS", "")
-    if setting not in ("", "0", "1"):
-        raise ConfigurationError(f"L2O_KERNELS={setting!r}: expected 0 (off), 1 (required), or nothing")
-    if setting == "0":
+    if setting() == "0":
         return False
     with _lock:
         missing = [source for source in sources if source not in _loaded]
@@ -56,7 +61,7 @@ def available(*sources: str) -> bool:
     reasons = [loaded for source in sources if isinstance(loaded := _loaded[source], str)]
     if not reasons:
         return True
-    if setting == "1":
+    if setting() == "1":
         raise L2OError(f"L2O_KERNELS=1, but the CPU kernels cannot be used: {reasons[0]}")
     if reasons[0] not in _said:
         _said.add(reasons[0])  # before the warning, which may be raised as an error

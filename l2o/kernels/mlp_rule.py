@@ -62,23 +62,19 @@ def update(
     theta: as `l2o.rules.MLP` has it.    time: ``[lanes, k]``, the last inputs of each entry, taken as constants.
     Differentiable once. The same bits whatever the number of threads.
     """
-    names = list(params)
-    tensors = Tensors(
-        ordered(theta),
-        [grads[name] for name in names],
-        [params[name] for name in names],
-        [state.per_param[name]["m"] for name in names],
-    )
+    tensors = Tensors.of(theta, grads, state, params)
     if not (fits(constants, tensors, time) and available("mlp_rule")):
         return None
-    everything = [t for group in tensors for t in group]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
-        results = _Update.apply(constants, time, len(names), *everything)
-    else:
-        updates, momenta, _ = _forward(constants, dense(tensors), time.contiguous())
-        results = (*updates, *momenta)
-    slots = {name: {"m": m} for name, m in zip(names, results[len(names) :], strict=True)}
-    return dict(zip(names, results, strict=False)), OptState(slots, {})
+    if tensors.differentiable:
+        return named(params, _Update.apply(constants, time, len(params), *tensors.all))
+    updates, momenta, _ = _forward(constants, dense(tensors), time.contiguous())
+    return named(params, [*updates, *momenta])
+
+
+def named(params: Params, results: Sequence[Tensor]) -> tuple[Updates, OptState]:
+    """What a rule returns.  results: updates, then momenta, in the order of ``params``."""
+    slots = {name: {"m": m} for name, m in zip(params, results[len(params) :], strict=True)}
+    return dict(zip(params, results, strict=False)), OptState(slots, {})
 
 
 def ordered(theta: Theta) -> list[Tensor]:
@@ -95,14 +91,39 @@ class Tensors(NamedTuple):
     momenta: Sequence[Tensor]
 
     @classmethod
+    def of(cls, theta: Theta, grads: Grads, state: OptState, params: Params) -> Tensors:
+        """In the order of ``params``."""
+        return cls(
+            ordered(theta),
+            [grads[name] for name in params],
+            list(params.values()),
+            [state.per_param[name]["m"] for name in params],
+        )
+
+    @property
+    def all(self) -> list[Tensor]:
+        """One after the other."""
+        return [t for group in self for t in group]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether autograd has to know of what is computed from them."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.all)
+
+    @classmethod
     def split(cls, tensors: Sequence[Tensor], count: int) -> Tensors:
         return cls(tensors[: -3 * count], *(tensors[len(tensors) - i * count :][:count] for i in (3, 2, 1)))
 
 
-def fits(constants: Constants, tensors: Tensors, time: Tensor) -> bool:
-    """Whether dtypes, devices and all shapes are such that the kernel stays inside its arrays."""
+def fits(constants: Constants, tensors: Tensors, time: Tensor, anywhere: bool = False) -> bool:
+    """Whether dtypes, devices and all shapes are such that the kernel stays inside its arrays.
+
+    anywhere: on any one device, not on the CPU alone.
+    """
     lanes, times = time.shape
-    if not (lanes and tensors.params and plain([time, *(t for group in tensors for t in group)])):
+    if not (lanes and tensors.params and plain([time, *tensors.all], anywhere)):
+        return False
+    if any(t.device != time.device for t in tensors.all):
         return False
     widths = [2 + len(constants.decays) + times, *(b.shape[-1] for b in tensors.theta[1::2])]
     layers = [shape for fan_in, fan_out in pairwise(widths) for shape in ((lanes, fan_in, fan_out), (lanes, fan_out))]

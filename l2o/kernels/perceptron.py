@@ -86,12 +86,12 @@ class _Derivative(torch.autograd.Function):
         return (None, None, None, None, *d_params)
 
 
-def differentiable(
+def closed_form(
     activation: str, layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """As `gradient`, in torch's operations over all lanes at once, so that it can be differentiated itself.
+    """As `gradient`, in torch's operations over all lanes at once: on any device, differentiable any number of times.
 
-    Far fewer of them than autograd would record of ``vmap`` for a second derivative.
+    Far fewer of them than ``vmap`` and autograd take, above all where they are recorded for a second derivative.
     """
     if activation not in SLOPES or not plain([x, *(t for layer in layers for t in layer)], anywhere=True):
         return None

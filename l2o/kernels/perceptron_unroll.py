@@ -80,7 +80,7 @@ def unroll(
     if not (mlp_rule.fits(constants, inputs, time[0]) and _fits(batches, *time.shape[:2])):
         return None
     settings = _Settings(constants, batches.activation, batches.copies)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for group in inputs for t in group)
+    differentiable = inputs.differentiable
     if not available("perceptron_unroll", *(["perceptron_unroll_derivative"] if differentiable else [])):
         return None
     arrays = _arrays(inputs, batches, time, state.total_steps - state.step, differentiable)

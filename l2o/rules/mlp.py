@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l2o._checks import each, real, whole
-from l2o.kernels import mlp_rule, perceptron_unroll
+from l2o.kernels import mlp_gpu, mlp_rule, perceptron_unroll
 from l2o.kernels.arrays import plain
 from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, fraction_embedding, normalised, square_sums, step_embedding
 from l2o.ops.kinds import width_multiplier
@@ -105,11 +105,12 @@ class MLP(UpdateRule):
     def fused_update(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
     ) -> tuple[Updates, OptState] | None:
-        if self.mup or not plain(theta.values()):
+        if self.mup or not plain(theta.values(), anywhere=True):
             return None
         lanes = Clock(*(t.unsqueeze(-1) for t in clock))
         time = _TIME[self.time][1](lanes, theta["b0"])
-        return mlp_rule.update(self._constants, theta, grads, state, params, time)
+        kernel = mlp_gpu if theta["b0"].is_cuda else mlp_rule
+        return kernel.update(self._constants, theta, grads, state, params, time)
 
     def fused_unroll(
         self, theta: Theta, state: InnerState, batches: PerceptronBatches

@@ -1,0 +1,30 @@
+"""`l2o.rules.MLP` on GPUs: whether Triton can take an update of all lanes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from l2o.kernels.build import setting
+from l2o.kernels.mlp_rule import Constants, Tensors, fits, named
+from l2o.types import Grads, L2OError, OptState, Params, Theta, Updates
+
+
+def update(
+    constants: Constants, theta: Theta, grads: Grads, state: OptState, params: Params, time: Tensor
+) -> tuple[Updates, OptState] | None:
+    """As `l2o.kernels.mlp_rule.update`; None also where something is to be differentiated.
+
+    Only with ``L2O_KERNELS=1``: in Triton's interpreter the kernels agree with the rule, but no GPU has run them yet.
+    Raises `L2OError` where there is no Triton.
+    """
+    if setting() != "1":
+        return None
+    try:
+        from l2o.kernels import mlp_triton
+    except ImportError as error:
+        raise L2OError(f"L2O_KERNELS=1, but Triton cannot be imported ({error}): pip install triton") from error
+    tensors = Tensors.of(theta, grads, state, params)
+    if tensors.differentiable or not (fits(constants, tensors, time, anywhere=True) and mlp_triton.fits(tensors)):
+        return None
+    updates, momenta = mlp_triton.forward(constants, tensors, time)
+    return named(params, [*updates, *momenta])
