@@ -178,6 +178,18 @@ def test_lstm_is_two_lstm_layers_and_a_linear_readout():
         torch.testing.assert_close(updates["p"][j], 0.1 * (x @ theta["w_out"] + theta["b_out"])[0])
 
 
+def test_nn_adam_starts_at_its_settings():
+    """θ holds them as raw numbers; the first update is that of Adam with them, without bias correction."""
+    rule = NNAdam(lr=0.02, beta1=0.7, beta2=0.95, eps=0.01)
+    params, grads = {"p": torch.zeros(5)}, {"p": torch.randn(5, generator=generator())}
+    theta = rule.init_theta(generator())
+    state = rule.init(theta, params, {"p": "vector"})
+    slots = rule.update(theta, grads, state, params, Clock(torch.tensor(0), torch.tensor(9)))[1].per_param["p"]
+    expected = {"m": 0.3 * grads["p"], "v": 0.05 * grads["p"] ** 2, "lr": torch.tensor(0.02), "eps": torch.tensor(0.01)}
+    for name, value in expected.items():
+        torch.testing.assert_close(slots[name], value)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mlp_is_mlplopt_of_the_field(seed):
     """The update of FORMULAS' MLPLOpt, written out a tensor at a time with the features of an entry in a row."""
