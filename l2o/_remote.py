@@ -55,13 +55,18 @@ def fetch_checkpoint(source: str) -> Path:
     """
     address = parse(source)
     key = hashlib.sha256(f"{address.folder}#{address.sha256}".encode()).hexdigest()
-    folder = cache_folder() / "checkpoints" / f"{urlsplit(address.folder).path.rpartition('/')[2]}-{key[:32]}"
+    name = re.sub(r"[^\w.%-]", "_", urlsplit(address.folder).path.rpartition("/")[2], flags=re.ASCII)
+    folder = cache_folder() / "checkpoints" / f"{name[:64]}-{key[:32]}"
     try:
         _fetch_card(address, folder)
         entry = _theta_entry(folder / CARD)
         fetch([address.file(THETA)], folder / THETA, entry["sha256"], entry["size"])
     except DownloadError as error:
-        anew = f"; to take what is there now, remove {folder}" if source.endswith(_UNPINNED) and folder.exists() else ""
+        anew = (
+            f"; to take what is there now, remove {folder}"
+            if source.endswith(_UNPINNED) and (folder / _RECORD).exists()
+            else ""
+        )
         raise DownloadError(
             f"source={source!r}: {error}\nCheck the address and its pin; without a network, copy the checkpoint's "
             f"folder ({CARD} and {THETA}) from elsewhere and give its path{anew}"
@@ -100,7 +105,12 @@ def _hub_folder(source: str, location: str) -> tuple[str, bool]:
 
 
 def _web_folder(source: str, location: str) -> str:
-    parts = urlsplit(location)
+    try:
+        parts = urlsplit(location)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"source={source!r}: {error}; expected the address of a checkpoint's folder"
+        ) from error
     path = parts.path.removesuffix(f"/{CARD}").rstrip("/")
     if not parts.netloc or path.endswith(f"/{THETA}"):
         raise ConfigurationError(f"source={source!r}: expected the address of a checkpoint's folder, or of its {CARD}")
@@ -114,6 +124,7 @@ def _fetch_card(address: Address, folder: Path) -> None:
         fetch([url], path, pin, MAX_CARD)
         return
     fetch([url], path, None, MAX_CARD)
+    _theta_entry(path)  # before it counts: it may be the page of a network that one has to log in to
     _files.atomic_write(record, f"{_files.sha256(path)}  {CARD}\n".encode())
 
 

@@ -49,7 +49,8 @@ def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] |
     Raises `CheckpointError` (θ is not of this rule, or not finite) or `ConfigurationError` (what the card cannot hold),
     before anything is written, and OSError where the disk does not take the files.
     """
-    data = to_bytes({name: tensor.to(torch.float32) for name, tensor in check_theta(rule, theta).items()})
+    single = {name: tensor.to(torch.float32) for name, tensor in check_theta(rule, theta).items()}
+    data = to_bytes(check_theta(rule, single))  # again: float64 has larger numbers than float32
     text = _card_text(rule, data, card or {})
     folder = Path(path).expanduser()
     atomic_writes({folder / THETA: data, folder / CARD: text.encode()})

@@ -10,7 +10,7 @@ from typing import Any
 import l2o
 from l2o.interop.convert import convert
 from l2o.types import ConfigurationError
-from meta_train._config import main_guard
+from meta_train._config import main_guard, writing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,20 +30,22 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a hyperparameter that the tensors do not tell, as in step_mult=0.01, or a meta-parameter that PyLO does "
-        "not keep in its files, as in 'momentum_decays=[0,0,0]'; may be repeated",
+        help="a hyperparameter that the tensors do not tell, as in step_mult=0.01, or mup=true for µLO, or a "
+        "meta-parameter that PyLO does not keep in its files, as in 'momentum_decays=[0,0,0]'; may be repeated",
     )
-    made.add_argument("--as", dest="name", metavar="NAME", help="which, where several have the same tensors")
+    made.add_argument(
+        "--as", dest="name", metavar="NAME", help="which it is: where several have the same tensors, or none has them"
+    )
     return made
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``, the value as in JSON where it is that, else a text; raises `ConfigurationError`."""
+    """``NAME=VALUE``, the value as in JSON (also True and False) or else a text; raises `ConfigurationError`."""
     name, mark, value = text.partition("=")
     if not name or not mark:
         raise ConfigurationError(f"--set {text}: expected NAME=VALUE")
     try:
-        return name, json.loads(value)
+        return name, json.loads({"True": "true", "False": "false"}.get(value, value))
     except ValueError:
         return name, value
 
@@ -51,7 +53,8 @@ def setting(text: str) -> tuple[str, Any]:
 def run(arguments: Sequence[str] | None = None) -> None:
     """Convert, and say what came out."""
     given = parser().parse_args(arguments)
-    folder = convert(given.files, given.to, given.licence, dict(map(setting, given.set)), given.name)
+    with writing(f"to={given.to!r}"):
+        folder = convert(given.files, given.to, given.licence, dict(map(setting, given.set)), given.name)
     rule, theta = l2o.load(folder)
     origin = l2o.read_card(folder)["origin"]
     size = sum(tensor.numel() for tensor in theta.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from l2o.interop.references import REFERENCES
 from l2o.interop.traces import read_trace, replay
 from l2o.rules import AdafacMLP, Celo, Celo2, CeloAdam, VeLO
 from l2o.types import CheckpointError, L2OError
-from meta_train.convert import main, run
+from meta_train.convert import main, run, setting
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -152,6 +153,8 @@ def test_small_fc_of_pylo(here: Path, form: str) -> None:
     assert rule == AdafacMLP(hidden=(6, 6), step_mult=0.01)
     assert identical(theta["w1"], state["network.linear_0.weight"].T)
     assert theta["momentum_decays"].tolist() == pytest.approx(DECAYS["momentum_decays"])
+    with_mup = convert([file], here / "mup", "Apache-2.0", {"mup": True})
+    assert l2o.load(with_mup)[0] == AdafacMLP(hidden=(6, 6), step_mult=0.01, mup=True)
     elo = {name: [0.0] * len(values) for name, values in DECAYS.items()} | {"step_mult": 0.001}
     rule, theta = l2o.load(convert([file], here / "elo", "Apache-2.0", elo))
     assert rule == AdafacMLP(hidden=(6, 6))
@@ -181,10 +184,10 @@ def test_velo_of_pylo_is_in_two_files(here: Path) -> None:
     [
         ({"momentum_decays": None}, "no learned optimizer"),
         ({"nn/~/w1": None}, "no learned optimizer"),
-        ({"nn/~/b2": None}, r"no learned optimizer.*nn/~/w0 \(39, 4\)"),
+        ({"nn/~/b2": None}, r"no learned optimizer.*'nn/~/w0' \(39, 4\)"),
         ({"nn/~/b2": (3,)}, "no learned optimizer"),
-        ({"extra": (1,)}, r"no learned optimizer.*extra \(1,\), .*; known are LearnableSGD"),
-        ({"nn/~/w0": (38, 4)}, r"no learned optimizer.*nn/~/w0 \(38, 4\)"),
+        ({"extra": (1,)}, r"no learned optimizer.*'extra' \(1,\), .*; known are LearnableSGD.*--as NAME"),
+        ({"nn/~/w0": (38, 4)}, r"no learned optimizer.*'nn/~/w0' \(38, 4\)"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_written(here: Path, change: dict[str, Any], message: str) -> None:
@@ -196,11 +199,43 @@ def test_what_does_not_fit_is_named_and_nothing_written(here: Path, change: dict
 
 
 @pytest.mark.parametrize(
+    ("change", "name", "message"),
+    [
+        ({"nn/~/w1": None}, "AdafacMLPLOpt", r"θ has no 'nn/~/b1'|'nn/~/w2'.*no place for"),
+        ({"nn/~/w0": (38, 4)}, "AdafacMLPLOpt", r"tensor 'w0' has shape \(38, 4\), expected \(39, 4\)"),
+        ({"extra": (1,)}, "AdafacMLPLOpt", "θ has 'extra', which AdafacMLP has no place for"),
+        ({}, "MLPLOpt", "the tensors are of AdafacMLPLOpt"),
+        ({}, "AdafacMLP", "unknown optimizer 'AdafacMLP', did you mean 'AdafacMLPLOpt'"),
+    ],
+)
+def test_what_keeps_a_file_from_being_the_named_one(
+    here: Path, change: dict[str, Any], name: str, message: str
+) -> None:
+    shapes = {**adafac(39, 4, 4, 2), **change}
+    file = write(here / "theta.state", {path: shape for path, shape in shapes.items() if shape is not None})
+    with pytest.raises(L2OError, match=message):
+        convert([file], here / "new", "MIT", name=name)
+    assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_numbers_that_are_not_finite_are_named_and_nothing_written(here: Path, value: float) -> None:
+    """1e300 is one in float64, but not in the float32 of a checkpoint."""
+    nested = tree(adafac(39, 4, 4, 2))
+    nested["nn"]["~"]["b1"] = np.array([0.0, 0.0, 0.0, value])
+    (here / "theta.state").write_bytes(pack(nested))
+    with pytest.raises(CheckpointError, match=r"'(nn/~/)?b1' is not made of finite floating-point numbers"):
+        convert([here / "theta.state"], here / "new", "MIT")
+    assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize(
     ("licence", "settings", "message"),
     [
         (" ", {}, "licence=' '"),
         ("MIT", {"stepmult": 1}, "stepmult=1: AdafacMLP has no such setting"),
         ("MIT", {"step_mult": "big"}, "step_mult='big'"),
+        ("MIT", {"mup": "False"}, "mup='False': expected true or false"),
         ("MIT", {"rms_decays": [0.5]}, "the file has this meta-parameter"),
     ],
 )
@@ -226,6 +261,24 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
             main()
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_true_and_false_may_be_written_as_in_python() -> None:
+    assert [setting(f"mup={text}") for text in ("True", "False", "true", "0")] == [
+        ("mup", True), ("mup", False), ("mup", True), ("mup", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["taken", "taken/new"])
+def test_a_folder_that_cannot_be_made_is_one_line(here: Path, capsys, monkeypatch, to: str) -> None:
+    (here / "taken").touch()
+    file = str(write(here / "theta.state", adafac(39, 4, 4, 2)))
+    monkeypatch.setattr("sys.argv", ["convert", file, "--to", to, "--licence", "MIT"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"error: to='{to}' cannot be written \(.*name another\n", said)
 
 
 def test_a_licence_has_to_be_stated(capsys: pytest.CaptureFixture[str]) -> None:

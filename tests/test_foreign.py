@@ -73,6 +73,7 @@ def test_every_form_of_the_specification_is_read(data: str, value: object) -> No
         ("82a161c0a161c0", "the key 'a' is not a string, or comes twice"),
         ("91" * (MAX_DEPTH + 1) + "c0", "more than 32 containers"),
         ("91" * 100_000, "more than 32 containers"),
+        ("dd00200000" + "c0" * 2**21, "more than 1048576 values"),
     ],
 )
 def test_what_is_no_messagepack_is_one_kind_of_error(data: str, message: str) -> None:
@@ -143,7 +144,7 @@ def test_a_damaged_file_is_read_or_an_error_and_nothing_else(path: Path) -> None
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": Ext(1, pack([[2], "float32", bytes(4)]))}, "a is .*expected shape"),
+        ({"a": Ext(1, pack([[2], "float32", bytes(4)]))}, "'a' is .*expected shape"),
         ({"a": Ext(1, pack([[2], "float32"]))}, "expected shape"),
         ({"a": Ext(1, pack([2, "float32", bytes(8)]))}, "expected shape"),
         ({"a": Ext(1, pack([[2], "complex64", bytes(16)]))}, "one of float16"),
@@ -151,7 +152,7 @@ def test_a_damaged_file_is_read_or_an_error_and_nothing_else(path: Path) -> None
         ({"a": Ext(1, b"\x93")}, "1 bytes expected"),
         ({"a": Ext(1, pack([[0, 2**32 - 1, 2**32 - 1, 2**32 - 1], "int8", b""]))}, ""),
         ({"a": Ext(2, pack([[1], "float32", bytes(4)]))}, "of type 2"),
-        ({"a": {"b": "text"}}, "a/b is 'text', expected a tensor"),
+        ({"a": {"b": "text"}}, "'a/b' is 'text', expected a tensor"),
         ([1], "its content is"),
         ({}, "no tensors"),
         ({"params": {}, "step": 1}, "no tensors"),
@@ -180,6 +181,13 @@ def test_safetensors(path: Path) -> None:
     assert read_foreign(path).tensors["a.weight"].tolist() == [1, 1]
 
 
+def test_safetensors_whose_header_has_a_length_like_the_beginning_of_a_pickle(path: Path) -> None:
+    """640 is 80 02 00 ... in the file, and 80 02 is how what torch wrote before 1.6 begins."""
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, {"pad": "x" * 554})
+    assert path.read_bytes()[:8] == (640).to_bytes(8, "little")
+    assert read_foreign(path).tensors["a"].tolist() == [1, 1]
+
+
 class Trap:
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (Path("sprung"),))
@@ -187,10 +195,43 @@ class Trap:
 
 @pytest.mark.parametrize("write", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap, 2))])
 def test_nothing_is_unpickled(here: Path, write: object) -> None:
+    """Nor does the error, one line, advise to: PyTorch's own does."""
     write({"a": Trap()}, here / "theta.pt")  # type: ignore[operator]
-    with pytest.raises(CheckpointError, match="cannot be read as PyTorch"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read as PyTorch: it asks for '[^\n]*save the state_dict\(\)"
+    ) as e:
         read_foreign(here / "theta.pt")
+    assert "weights_only" not in str(e.value)
     assert not (here / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(1).expand(2**20, 2**20),
+        torch.eye(2).to_sparse(),
+        torch.ones(2, device="meta"),
+    ],
+    ids=["a view that is larger than the file", "sparse", "without content"],
+)
+def test_tensors_that_are_none_to_compute_with(path: Path, tensor: Tensor) -> None:
+    torch.save({"a": tensor}, path)
+    with pytest.raises(CheckpointError, match=r"'a' is a tensor .*, expected a plain one"):
+        read_foreign(path)
+
+
+def test_a_file_of_torch_that_is_damaged(path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"cannot be read as PyTorch: .*; expected a theta\.state of flax, or"):
+        read_foreign(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1", b"{}"])
+def test_what_came_instead_of_a_file_is_told_what_is_expected(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"expected a theta\.state of flax, or a state dict of PyLO"):
+        read_foreign(path)
 
 
 def test_files_that_are_missing_or_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +239,7 @@ def test_files_that_are_missing_or_too_large(path: Path, monkeypatch: pytest.Mon
         read_foreign(path)
     path.write_bytes(pack(TREE))
     monkeypatch.setattr("l2o.interop.files.MAX_BYTES", 100)
-    with pytest.raises(CheckpointError, match="at most 100"):
+    with pytest.raises(CheckpointError, match="more than 100 bytes"):
         read_foreign(path)
 
 

@@ -146,6 +146,13 @@ def test_theta_of_another_rule_is_neither_saved_nor_loaded(saved, tmp_path, chan
         hub.load(saved)
 
 
+def test_theta_that_is_finite_in_float64_alone_is_not_saved(tmp_path):
+    rule, theta = source(MLP(hidden=(4,)))
+    with pytest.raises(CheckpointError, match="'b0' is not made of finite"):
+        hub.save(tmp_path / "other", rule, theta | {"b0": torch.full((4,), 1e300, dtype=torch.float64)})
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("wrong", [[0.0] * 4, 1.0, "b0"])
 def test_theta_is_made_of_tensors(tmp_path, wrong):
     rule, theta = source(MLP(hidden=(4,)))

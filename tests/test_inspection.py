@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import l2o
 from l2o import rules
-from l2o.evaluation import Inspection, findings, inspect, inspection_png
+from l2o.evaluation import Inspection, findings, inspect, inspection_plots, inspection_png
 from l2o.evaluation import inspection as inspection_module
 from l2o.evaluation.findings import decay_rate
 from l2o.evaluation.inspection import FRACTIONS, PASTS, SPIKES, channel_counts, directions, sensitivity
@@ -58,6 +58,24 @@ def test_every_rule_can_be_inspected(name: str) -> None:
 def test_the_picture_takes_what_was_found(rule: UpdateRule) -> None:
     """Two extremes: a rule of which most is 0, and one with more inputs than there are bars."""
     assert inspection_png(look(rule), "title").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rule", [Adam(), SMALL["VeLO"]], ids=["Adam", "VeLO"])
+def test_what_is_written_in_the_picture(rule: UpdateRule, monkeypatch) -> None:
+    """Legends lie within their panels, rules without decay have 0 and not -0, and a run that goes up is seen to."""
+    monkeypatch.setattr(inspection_plots, "png", lambda figure: figure)
+    inspection = look(rule)
+    run = inspection.run._replace(
+        losses=torch.full_like(inspection.run.losses, 2.0).index_fill(0, torch.tensor(-1), 5e10)
+    )
+    figure = inspection_png(inspection._replace(run=run), "title")
+    figure.canvas.draw()
+    for panel in figure.axes:
+        if legend := panel.get_legend():
+            inside, outside = (artist.get_window_extent() for artist in (legend, panel))
+            assert outside.x0 <= inside.x0 < inside.x1 <= outside.x1, panel.get_title()
+            assert not any(text.get_text().startswith("-0 p") for text in legend.get_texts())
+    assert any("loss 2 to 5e+10;" in text.get_text() for panel in figure.axes for text in panel.texts)
 
 
 HAND_DESIGNED = {

@@ -102,9 +102,33 @@ def test_what_is_unpinned_stays_as_it_came(repository: Server) -> None:
         hub.load("hf:owner/name#unpinned")
 
 
+@pytest.mark.parametrize("body", [b"<html>Log in to this network</html>", b"", b"{}", b'{"theta": {}}'])
+def test_what_is_no_card_is_not_kept_as_what_came_first(repository: Server, body: bytes) -> None:
+    card = f"/owner/name/resolve/{COMMIT}/card.json"
+    good, repository.pages[card] = repository.pages[card], Page(body)
+    with pytest.raises(CheckpointError, match=r"card\.json"):
+        hub.load(f"hf:owner/name@{COMMIT}")
+    repository.pages[card] = good
+    assert hub.load(f"hf:owner/name@{COMMIT}")[0] == RULE
+
+
+def test_what_is_not_there_leaves_nothing_to_remove(repository: Server) -> None:
+    repository.pages.clear()
+    with pytest.raises(DownloadError, match="404") as caught:
+        hub.load("hf:owner/name#unpinned")
+    assert "remove" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "a b", "é"])
+def test_an_address_may_be_no_name_of_a_folder(server: Server, name: str) -> None:
+    with pytest.raises(DownloadError, match=r"cannot download card\.json"):
+        hub.load(f"{server.url}/{name}#unpinned")
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
+        ("https://[example.org/mlp#unpinned", "Invalid IPv6 URL; expected the address of a checkpoint's folder"),
         ("https://example.org/mlp", r"serve something else tomorrow.*mlp#sha256=.*mlp#unpinned"),
         ("hf:owner/name", "Pin it with a full commit, @ and 40 hexadecimal digits"),
         ("hf:owner/name@main", "hf:owner/name@main#unpinned"),

@@ -178,6 +178,36 @@ def test_lstm_is_two_lstm_layers_and_a_linear_readout():
         torch.testing.assert_close(updates["p"][j], 0.1 * (x @ theta["w_out"] + theta["b_out"])[0])
 
 
+def test_nn_adam_starts_at_its_settings():
+    """θ holds them as raw numbers; the first update is that of Adam with them, without bias correction."""
+    rule = NNAdam(lr=0.02, beta1=0.7, beta2=0.95, eps=0.01)
+    params, grads = {"p": torch.zeros(5)}, {"p": torch.randn(5, generator=generator())}
+    theta = rule.init_theta(generator())
+    state = rule.init(theta, params, {"p": "vector"})
+    slots = rule.update(theta, grads, state, params, Clock(torch.tensor(0), torch.tensor(9)))[1].per_param["p"]
+    expected = {"m": 0.3 * grads["p"], "v": 0.05 * grads["p"] ** 2, "lr": torch.tensor(0.02), "eps": torch.tensor(0.01)}
+    for name, value in expected.items():
+        torch.testing.assert_close(slots[name], value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "lr", "eps", "left", "next_raw"),
+    [(9.0, 1e3, 1e4, 1.0, 0.0), (-9.0, 1e-8, 1e-11, math.exp(-10.0), -1.0)],
+)
+def test_hyperparameters_of_nn_adam_stay_within_their_ranges(raw, lr, eps, left, next_raw):
+    """Beyond them the raw numbers are those of the bounds from then on; no recorded run gets there."""
+    rule = NNAdam()
+    theta = {k: torch.full_like(t, raw) if k.startswith("raw") else t for k, t in rule.init_theta(generator()).items()}
+    theta, params = double(theta), {"p": torch.zeros(5).double()}
+    grads = {"p": torch.randn(5, generator=generator()).double()}
+    state = rule.init(theta, params, {"p": "vector"})
+    slots = rule.update(theta, grads, state, params, Clock(torch.tensor(0), torch.tensor(9)))[1].per_param["p"]
+    expected = {"m": left * grads["p"], "v": left * grads["p"] ** 2, "lr": lr, "eps": eps}
+    expected |= {"raw_beta1": next_raw, "raw_lr": 0.1 * math.log(lr), "raw_eps": 0.1 * math.log(eps)}
+    for name, value in expected.items():
+        torch.testing.assert_close(slots[name], torch.as_tensor(value, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mlp_is_mlplopt_of_the_field(seed):
     """The update of FORMULAS' MLPLOpt, written out a tensor at a time with the features of an entry in a row."""

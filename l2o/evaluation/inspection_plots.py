@@ -61,14 +61,15 @@ def _rates(panel: Any, inspection: Inspection) -> None:
     pairs = ((inspection.run, LEARNED_COLOUR, "this rule"), (inspection.adam, COLOURS[0], adam))
     for run, colour, name in pairs:
         steps = np.arange(len(run.rates))
-        panel.plot(steps, _positive(run.rates), color=colour, linewidth=1.8, label=f"{name}: rms(u) / rms(g)")
-        panel.plot(steps, _positive(run.descent), color=colour, linewidth=1.0, ls=":", label=f"{name}: −⟨u,g⟩ / ⟨g,g⟩")
+        panel.plot(steps, _positive(run.rates), color=colour, linewidth=1.8, label=f"{name}: rms(u)/rms(g)")
+        panel.plot(steps, _positive(run.descent), color=colour, linewidth=1.0, ls=":", label=f"{name}: −⟨u,g⟩/⟨g,g⟩")
     panel.set_yscale("log")
     low, high = panel.get_ylim()
     panel.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
-    panel.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper center")
-    lanes = inspection.run.losses.shape[1]
-    where = f"{lanes} tasks together; gaps of the dotted lines: the update goes uphill"
+    panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", columnspacing=1.0, handlelength=1.5)
+    losses = inspection.run.losses
+    first, last = (float(loss.mean()) for loss in losses[[0, -1]])
+    where = f"{losses.shape[1]} tasks, loss {first:.2g} to {last:.2g}; gaps of the dotted lines: the update goes uphill"
     _headed(panel, "Effective learning rate", where, xlabel="step", ylabel="learning rate")
 
 
@@ -92,7 +93,7 @@ def _rest(panel: Any, inspection: Inspection) -> None:
     panel.plot(params[::every], update[::every], ".", color=LEARNED_COLOUR, markersize=3, alpha=0.6)
     rate, correlation = decay_rate(inspection)
     ends = np.array([params.min(), params.max()])
-    fit = f"{-rate:.2g} p; correlation of −u with p: {correlation:.2f}"
+    fit = f"{0.0 - rate:.2g} p; correlation of −u with p: {correlation:.2f}"
     panel.plot(ends, -rate * ends, color="#333333", linewidth=1.2, label=fit)
     panel.legend(frameon=False, fontsize=9)
     where = f"after {MEMORY} gradients of zero; the part that changes sign with p"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from l2o import hub
+from l2o._names import choose
 from l2o._shelf import CARD
 from l2o.interop import pylo
 from l2o.interop.files import Foreign, read_foreign
@@ -30,9 +31,10 @@ def convert(
     files: one of flax's, or of PyLO's (safetensors, or PyTorch's own); both of VeLO's networks there.
     licence: under which the weights are given, an SPDX expression where there is one; it goes onto the card.
     settings: hyperparameters that the tensors do not tell, under the original's names, such as ``{"step_mult": 0.01}``,
-        and meta-parameters that PyLO does not keep in its files, such as ``{"momentum_decays": [0, 0, 0]}``, in place
-        of the values that PyLO itself would take.
-    name: of an entry of `REFERENCES`, where several have these tensors; by default the first one that has.
+        and for weights of µLO ``{"mup": True}``; and meta-parameters that PyLO does not keep in its files, such as
+        ``{"momentum_decays": [0, 0, 0]}``, in place of the values that PyLO itself would take.
+    name: of an entry of `REFERENCES`, where several have these tensors; by default the first one that has. Where none
+        has, the error says what keeps them from being this one.
 
     The card says where θ comes from: ``origin`` has the original's name, others with these tensors, the settings, and
     of each file name, size and SHA-256.
@@ -49,9 +51,9 @@ def convert(
     tensors = _together(sources)
     beside = {**pylo.assumed(tensors), **(settings or {})}
     theirs, hyper = _with_decays(pylo.original_names(tensors), beside)
-    names = recognize(theirs, hyper)
+    names = _names(theirs, hyper, name)
     chosen = names[0] if name is None else name
-    rule, theta = _rebuild(chosen, names, theirs, hyper)
+    rule, theta = _rebuild(chosen, theirs, hyper)
     others = [each for each in names if each != chosen]
     facts = [source.facts for source in sources]
     return hub.save(
@@ -62,12 +64,25 @@ def convert(
     )
 
 
-def _rebuild(name: str, names: Sequence[str], theta: Theta, settings: Mapping[str, Any]) -> tuple[UpdateRule, Theta]:
-    if name not in names:
+def _names(theta: Theta, settings: Mapping[str, Any], name: str | None) -> list[str]:
+    """All that the tensors fit; where ``name`` is not among them, what it lacks, or what they are instead."""
+    if name is not None:
+        choose("optimizer", name, REFERENCES)
+    try:
+        names = recognize(theta, settings)
+    except CheckpointError:
+        if name is not None:
+            _rebuild(name, theta, settings)  # raises
+        raise
+    if name not in (None, *names):
         raise CheckpointError(f"name={name!r}: the tensors are of {' or '.join(names)}")
+    return names
+
+
+def _rebuild(name: str, theta: Theta, settings: Mapping[str, Any]) -> tuple[UpdateRule, Theta]:
     try:
         return REFERENCES[name].rebuild(theta, settings)
-    except TypeError as error:
+    except (TypeError, LookupError) as error:
         raise ConfigurationError(f"settings {dict(settings)}: a value is of a wrong type ({error})") from error
 
 
@@ -77,6 +92,12 @@ def _together(sources: Sequence[Foreign]) -> Theta:
         twice = tensors.keys() & source.tensors.keys()
         if twice:
             raise CheckpointError(f"{source.facts['file']}: {sorted(twice)[0]!r} is in another of the files, too")
+        for name, tensor in source.tensors.items():
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise CheckpointError(
+                    f"{source.facts['file']}: {name!r} is not made of finite floating-point numbers; meta-training "
+                    "diverged, or the file is damaged"
+                )
         tensors |= source.tensors
     return tensors
 

@@ -1,7 +1,7 @@
 """A strict reader of MessagePack (https://github.com/msgpack/msgpack/blob/master/spec.md), the format of flax's files.
 
 Few lines, so that a conversion needs nothing installed, and whatever is wrong with a file is one kind of error: nothing
-is allocated that the file does not hold, nesting is bounded, and every byte belongs to something.
+is allocated that the file does not hold, nesting and number of values are bounded, and every byte belongs to something.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from l2o.types import CheckpointError
 
 MAX_DEPTH = 32
+MAX_VALUES = 2**20
+"""Of all kinds together; an empty container is one byte in a file, and a hundred in memory. Files of flax have few."""
 
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 _NUMBERS = {0xCA + i: f">{code}" for i, code in enumerate("fdBHIQbhiq")}
@@ -42,7 +44,8 @@ def unpack(data: bytes) -> Any:
     """The one value in ``data``: dicts with string keys, lists, str, bytes, int, float, bool, None and `Ext`.
 
     Raises `CheckpointError`, with the byte at which it is noticed, where ``data`` is no MessagePack, is truncated or
-    goes on after its end, where a key is not a string or comes twice, and beyond `MAX_DEPTH` containers in one another.
+    goes on after its end, where a key is not a string or comes twice, and beyond `MAX_DEPTH` containers in one another
+    or `MAX_VALUES` values.
     """
     reader = _Reader(data)
     value = reader.value()
@@ -56,6 +59,7 @@ class _Reader:
         self.data = data
         self.at = 0
         self.depth = 0
+        self.values = 0
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"byte {self.at} of MessagePack: {what}")
@@ -69,6 +73,9 @@ class _Reader:
         return self.data[self.at - count : self.at]
 
     def value(self) -> Any:
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise self.error(f"more than {MAX_VALUES} values")
         code = self.take(1)[0]
         if code < 0x80 or code >= 0xE0:
             return code if code < 0x80 else code - 0x100

@@ -2,6 +2,9 @@
 
 PyLO took its weights from there: a ``torch.nn.Linear`` has the transposed matrix, ``[out, in]``, a bare parameter of
 CELO2 the original's, ``[in, out]``, and one of VeLO ``[inits, out, in]``. Which it is follows from the name.
+
+The networks become the originals' optimizers, from which PyLO's own steps differ in two places: its VeLO takes rows for
+columns in tensors whose largest axes are equal, and the Adam beside its CELO2 corrects the bias of its moments.
 """
 
 from __future__ import annotations

@@ -19,10 +19,11 @@ def recognize(theta: Theta, settings: Mapping[str, Any]) -> list[str]:
     for known in (settings, {}):
         if names := [name for name in REFERENCES if _fits(name, theta, known)]:
             return names
-    came = ", ".join(f"{path} {tuple(tensor.shape)}" for path, tensor in sorted(theta.items()))
+    came = ", ".join(f"{path!r} {tuple(tensor.shape)}" for path, tensor in sorted(theta.items()))
     raise CheckpointError(
         f"tensors of no learned optimizer that is known here: {came:.2000}; known are {', '.join(REFERENCES)}, "
-        "under the paths of the originals or in the state dicts of PyLO (both of VeLO's together)"
+        "under the paths of the originals or in the state dicts of PyLO (both of VeLO's together). Which of them they "
+        "should be, name it (--as NAME), and what does not fit is said"
     )
 
 

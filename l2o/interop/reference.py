@@ -13,7 +13,7 @@ from typing import Any
 
 from l2o.hub import check_theta
 from l2o.ops.kinds import default_kinds
-from l2o.types import CheckpointError, Kind, Params, Theta, UpdateRule
+from l2o.types import CheckpointError, ConfigurationError, Kind, Params, Theta, UpdateRule
 
 Settings = Mapping[str, Any]
 """Hyperparameters of a reference, under its own names, as JSON has them."""
@@ -84,9 +84,11 @@ class Reference:
 
     def _value(self, name: str, value: Any) -> Any:
         """Lists as tuples, or as their one number where our field is one."""
+        default = next(f.default for f in dataclasses.fields(self.rule) if f.name == name)  # type: ignore[arg-type]
+        if isinstance(default, bool) and not isinstance(value, bool):  # the text "False" would count as true
+            raise ConfigurationError(f"{name}={value!r}: expected true or false")
         if not isinstance(value, list):
             return value
-        default = next(f.default for f in dataclasses.fields(self.rule) if f.name == name)  # type: ignore[arg-type]
         return value[0] if isinstance(default, float) and len(value) == 1 else tuple(value)
 
 

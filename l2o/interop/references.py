@@ -103,6 +103,7 @@ REFERENCES: dict[str, Reference] = {
             "initial_momentum_decays": "momentum_decays",
             "initial_rms_decays": "rms_decay",
             "initial_adafactor_decays": "adafactor_decays",
+            "mup": "mup",  # of µLO, whose tensors are the same (bentherien/mu_learned_optimization)
         },
         sizes=hidden_sizes,
         implied=("hidden_size", "hidden_layers", "concat_weights"),

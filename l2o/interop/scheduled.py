@@ -95,7 +95,7 @@ SCHEDULED: dict[str, Reference] = {
         VeLO,
         _velo,
         _FIELDS,
-        translated={"use_bugged_loss_features": lambda bugged: {"loss_horizon": 10 if bugged else None}},
+        translated={"use_bugged_loss_features": lambda bugged: {"loss_horizon": {True: 10, False: None}[bugged]}},
         sizes=_hyper_sizes,
         implied=_IMPLIED,
         only={

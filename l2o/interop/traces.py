@@ -78,7 +78,9 @@ def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, AttributeError) as error:
+    except ValueError as error:  # whose text advises to unpickle whatever NumPy does not know
+        raise CheckpointError("cannot be read as an .npz file of plain arrays, and nothing is unpickled") from error
+    except (OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise CheckpointError(f"cannot be read as an .npz file ({error})") from error
 
 

@@ -1,4 +1,4 @@
-"""Celo2: celo/optimizers/celo2_optax.py and celo2.py of amoudgl/celo."""
+"""Celo2 (Moudgil et al. 2026, arXiv 2602.19142); celo/optimizers/celo2_optax.py and celo2.py of amoudgl/celo."""
 
 from __future__ import annotations
 
