@@ -38,6 +38,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(params=[1, 2], ids="{}-threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The test runs on one thread of torch, and on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of traces recorded from the reference implementations. It is not part of the repository."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training import command
 
 from l2o.evaluation.engine import RULES, Engine, measure, measure_sharing, peak_memory_mb
 from l2o.types import ConfigurationError, UnknownNameError
@@ -17,16 +18,7 @@ from meta_train.bench import _alone, main
 KEYS = {"setup", "rule", "lanes", "steps_per_second", "yardstick_steps_per_second", "first_step_seconds", "peak_rss_mb"}
 
 
-def command(*arguments: str) -> int:
-    before = sys.argv
-    sys.argv = ["bench", "seconds=0.01", *arguments]
-    try:
-        main()
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    finally:
-        sys.argv = before
-    return 0
+bench = partial(command, base=["seconds=0.01"], main=main)
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -35,7 +27,7 @@ def read(path: str) -> list[dict[str, Any]]:
 
 
 def test_a_record_of_the_engine(here: Path) -> None:
-    assert command("engines=[{setup: pes, rule: small, lanes: 4}]", "out=made/records.json") == 0
+    assert bench("engines=[{setup: pes, rule: small, lanes: 4}]", "out=made/records.json") == 0
     (record,) = read("made/records.json")
     assert record.keys() >= KEYS | {"hardware", "commit", "date", "share_of_time"}
     assert (record["setup"], record["lanes"], record["tasks"], record["network"]) == ("pes", 4, 2, [30, 8, 8, 2])
@@ -48,7 +40,7 @@ def test_a_record_of_the_engine(here: Path) -> None:
 
 
 def test_records_of_checkpointing(here: Path) -> None:
-    assert command("suite=checkpointing", "lengths=[40]", "out=records.json") == 0
+    assert bench("suite=checkpointing", "lengths=[40]", "out=records.json") == 0
     whole, parts = read("records.json")
     assert (whole["setup"], parts["setup"]) == ("whole graph", "checkpointing")
     assert parts["unroll_mb"] < 0.7 * whole["unroll_mb"]
@@ -82,7 +74,7 @@ def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -
         (["engines=[{setup: pes, lane: 4}]"], "engines: "),
         (["seconds=0"], "seconds=0"),
     ):
-        assert command(*arguments) == 2
+        assert bench(*arguments) == 2
         error = capsys.readouterr().err
         assert expected in error
         assert error.count("\n") == 1

@@ -39,22 +39,17 @@ def batches() -> LaneGenerator:
     return LaneGenerator(seed=5, ids=torch.tensor([4, 5, 9]))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("rule", "family"), CASES.values(), ids=CASES.keys())
-def test_the_kernel_agrees_with_the_engine(monkeypatch, rule, family, threads):
+def test_the_kernel_agrees_with_the_engine(monkeypatch, rule, family):
     theta, problems, state = problem(rule, family)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            g = batches()
-            assert engine._fused_unroll(rule, theta, problems, state, STEPS, g) is not None
-            after, losses = unroll(rule, theta, problems, state, STEPS, same := batches())
-            assert same.get_state().equal(g.get_state())
-            monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
-            want, wanted = unroll(rule, theta, problems, state, STEPS, g := batches())
-    finally:
-        torch.set_num_threads(before)
+    with torch.no_grad():
+        g = batches()
+        assert engine._fused_unroll(rule, theta, problems, state, STEPS, g) is not None
+        after, losses = unroll(rule, theta, problems, state, STEPS, same := batches())
+        assert same.get_state().equal(g.get_state())
+        monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
+        want, wanted = unroll(rule, theta, problems, state, STEPS, g := batches())
     assert same.get_state().equal(g.get_state())
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(after.params, want.params, rtol=1e-4, atol=1e-5)

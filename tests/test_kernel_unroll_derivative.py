@@ -35,16 +35,11 @@ def midway(rule, family):
     return theta, problems, state._replace(opt=opt)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("rule", "family"), CASES.values(), ids=CASES.keys())
-def test_the_derivative_is_the_engines_in_float64(monkeypatch, rule, family, threads):
+def test_the_derivative_is_the_engines_in_float64(monkeypatch, rule, family):
     theta, problems, state = midway(rule, family)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        got = derivatives(rule, problems, theta, state)
-    finally:
-        torch.set_num_threads(before)
+    got = derivatives(rule, problems, theta, state)
     monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
     assert_close(got, derivatives(rule, problems, as_double(theta), as_double(state)), rtol=1e-3)
 

@@ -28,14 +28,6 @@ RULES = {
 every_network = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
-@pytest.fixture(params=[1, 2], ids="{}-threads".format)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def arguments(rule, lanes, dtype=torch.float32, seed=0):
     """What an update takes in the middle of a run: all of it random, tensors of very different scales."""
     g = generator(seed)

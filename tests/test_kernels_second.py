@@ -57,14 +57,6 @@ def reference(family, params, batch, cotangents):
     return pulled_back(params, losses, dict(zip(params, grads, strict=True)), as_double(cotangents))
 
 
-@pytest.fixture(params=[1, 2], ids="{}-threads".format)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @every_activation
 @every_size
 @pytest.mark.parametrize("lanes", [1, 3])

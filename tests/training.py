@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class Own(SGD):
 """
 
 
-def command(*arguments: str, base: list[str] = SMALL) -> int:
-    """``python -m meta_train``: its exit status.  base: arguments that come first."""
+def command(*arguments: str, base: list[str] = SMALL, main: Callable[[], None] = main) -> int:
+    """``python -m meta_train``: its exit status.  base: arguments that come first.  main: of another command."""
     before = sys.argv
     sys.argv = ["meta_train", *base, *arguments]
     try:
