@@ -15,7 +15,7 @@ from l2o.meta import MetaTraining
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.rules.elementwise import ElementwiseRule
 from l2o.tasks import ImageMLP, Quadratic
-from l2o.types import ConfigurationError, Mixture
+from l2o.types import ConfigurationError, MetaGradient, Mixture
 
 BOTH = [Backprop, Evolution]
 
@@ -244,6 +244,42 @@ def test_the_norm_of_a_mixture_is_a_running_one():
     for _ in range(2):
         found, state, _ = mixed.estimate(theta, state, g)
     torch.testing.assert_close(found, {k: t / mean.sqrt() for k, t in grads.items()})
+
+
+class Given(MetaGradient):
+    """The gradients ``values``, one an estimate."""
+
+    def __init__(self, *values):
+        self.rule, self.family, self.values = SGD(), Quadratic(), values
+
+    def init(self, theta, generator):
+        return torch.zeros((), dtype=torch.long)
+
+    def estimate(self, theta, state, generator):
+        metrics = dict.fromkeys(("meta_loss", "lanes_masked", "lanes_broken", "inner_steps"), torch.zeros(()))
+        return {"log_lr": torch.tensor(self.values[int(state)])}, state + 1, metrics
+
+
+def mixed_gradients(**values):
+    mixed, theta = Mixed({name: Given(*each) for name, each in values.items()}), SGD().init_theta(generator())
+    state, found = mixed.init(theta, generator()), []
+    for _ in next(iter(values.values())):
+        grads, state, _ = mixed.estimate(theta, state, generator())
+        assert grads["log_lr"].dtype == torch.float32
+        found.append(grads["log_lr"].item())
+    return found
+
+
+def test_no_scale_of_gradients_drowns_a_family_of_a_mixture():
+    """Their squares are beyond the numbers of float32."""
+    assert mixed_gradients(large=(3e30,), small=(3e-30,)) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_mixture_forgets_an_estimate_that_is_not_finite(broken):
+    first, lost, second = mixed_gradients(one=(2.0, broken, 4.0), other=(1.0, 7.0, 3.0))
+    assert math.isnan(lost)
+    assert [first, second] == pytest.approx(mixed_gradients(one=(2.0, 4.0), other=(1.0, 3.0)))
 
 
 def test_a_mixture_meta_trains_reports_and_resumes():
