@@ -214,11 +214,32 @@ def test_a_run_goes_on_on_another_device() -> None:
 def test_steps_that_lose_all_lanes_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("steps=4", "rule.lr=1e12", "log_every=1") == 0
     said = capsys.readouterr().out
-    assert said.count("all lanes of l2o.tasks.Quadratic exploded") == 1
+    assert said.count("all of its 3 lanes exploded at outer step 1") == 1
+    assert "task=Quadratic(dim=3" in said
     steps = [row for row in records() if "lanes_masked" in row]
     assert all(row["meta_loss"] is None and row["lanes_masked"] == 3 for row in steps)
     assert records()[-1]["held_out_loss"] is None
     assert records()[-1]["held_out_diverged"] == 2
+
+
+MIXTURE = [
+    *(word for word in SMALL if not word.startswith("task")),
+    "task=mixture",
+    "+task.families.kept={_target_: l2o.tasks.Quadratic, dim: 1}",
+    "+task.families.lost={_target_: l2o.tasks.Quadratic, dim: 90}",  # too steep for the rule's rate
+]
+
+
+def test_a_family_of_a_mixture_that_loses_all_its_lanes_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no mean loss then, nor has the mixture."""
+    assert command("steps=2", "log_every=1", "evaluate_every=0", "estimator.explosion=1.5", base=MIXTURE) == 0
+    said = capsys.readouterr().out
+    assert "task.lost=Quadratic(dim=90" in said
+    assert said.count("all of its 3 lanes exploded") == 1
+    row = records()[0]
+    assert (row["lanes_masked/lost"], row["lanes_masked/kept"]) == (3, 0)
+    assert row["meta_loss/lost"] is row["meta_loss"] is None
+    assert row["meta_loss/kept"] > 0
 
 
 BROKEN_TASK = """
