@@ -242,6 +242,26 @@ def test_a_family_of_a_mixture_that_loses_all_its_lanes_is_named(capsys: pytest.
     assert row["meta_loss/kept"] > 0
 
 
+def test_the_families_of_a_mixture_are_evaluated_with_settings_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("steps=1", "evaluation.task={list: {dim: 2}}", base=MIXTURE) == 2
+    assert "expected settings by family, of ['kept', 'lost']" in capsys.readouterr().err
+    assert command("steps=1", "run=plain", base=MIXTURE) == 0
+    assert command("steps=1", "evaluation.task={lost: {dim: 2}}", base=MIXTURE) == 0
+    plain, other = records("plain")[-1], records()[-1]
+    assert plain["adam_loss/kept"] == other["adam_loss/kept"]
+    assert plain["adam_loss/lost"] > 5 * other["adam_loss/lost"]
+
+
+def test_the_perceptrons_of_a_mixture_are_made_by_lists_of_settings() -> None:
+    """And continued on the authority of the saved configuration."""
+    made = ["+task.families._target_=l2o.tasks.image.image_mlps", "+task.families.widths=[2,3]"]
+    base = ["task=mixture", *made, "+task.families.batch_size=4", *(word for word in SMALL if "task" not in word)]
+    assert command("steps=1", base=base) == 0
+    assert command("steps=2", base=["run=run"]) == 0
+    names = {f"held_out_loss/mlp_{width}x1_relu_none_cross_entropy" for width in (2, 3)}
+    assert names < records()[-1].keys()
+
+
 BROKEN_TASK = """
 from dataclasses import dataclass
 
