@@ -39,6 +39,12 @@ def test_horizons_are_log_uniform_and_grow_with_the_curriculum(make):
     assert whole.max() > 900
     assert whole.max() <= 1000
     assert whole.median().item() == pytest.approx(100, rel=0.2)
+    short = dataclasses.replace(plain, horizon=(2, 4)).init(theta, g).inner.total_steps
+    # As of a logarithm that is uniform from that of 2 to that of 5, rounded down.
+    for steps in (2, 3, 4):
+        assert (short == steps).double().mean() == pytest.approx(
+            math.log((steps + 1) / steps) / math.log(5 / 2), abs=0.04
+        )
 
 
 def test_every_window_has_weights_of_mean_one_over_a_run():
@@ -64,6 +70,14 @@ def test_last_is_the_last_loss_and_linear_weighs_late_ones():
     assert found["mean"] == pytest.approx(11 / 4)
     assert found["linear"] == pytest.approx((5 + 6 + 6 + 4) / 10)
     assert found["last"] == pytest.approx(1.0)
+
+
+def test_log_counts_the_logarithm_over_a_floor_in_units_of_the_first_loss():
+    losses = torch.tensor([[4.0], [1.0], [0.0], [1e-9]])
+    estimator = Backprop(SGD(), Quadratic(), lanes=1, horizon=4, truncation=None, meta_loss="log", log_floor=0.25)
+    state = estimator.init(SGD().init_theta(generator()), generator()).inner
+    want = (math.log(5.0) + math.log(2.0)) / 4  # of what is solved: log 1
+    assert estimator.objective(losses, state, losses[0]).item() == pytest.approx(want)
 
 
 @pytest.mark.parametrize("make", BOTH)
