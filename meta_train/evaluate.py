@@ -112,9 +112,15 @@ def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) 
         raise ConfigurationError(f"settings.{key}.task={overrides!r}: expected settings such as {{width: 128}}")
     task = overrides if "_target_" in overrides else {**task, **overrides}
     family = make(task, f"settings.{key}.task" if key else "task", TaskFamily)
-    if "half" not in task and hasattr(family, "half"):
-        family = dataclasses.replace(family, half=half)  # every family is a dataclass
-    return Setting(own.pop("name", key or type(family).__name__), family, **own)
+    return Setting(own.pop("name", key or type(family).__name__), _of_half(family, task, half), **own)
+
+
+def _of_half(family: TaskFamily, node: Mapping[str, Any], half: str) -> TaskFamily:
+    """``family``, made from ``node``, on that half of its images, also inside augmentations, where none is named."""
+    inner = getattr(family, "family", None)
+    if isinstance(inner, TaskFamily):
+        return dataclasses.replace(family, family=_of_half(inner, node.get("family", {}), half))  # all are dataclasses
+    return dataclasses.replace(family, half=half) if hasattr(family, "half") and "half" not in node else family
 
 
 def _progress(setting: Setting, trials: Trials) -> None:

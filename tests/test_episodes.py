@@ -126,6 +126,19 @@ def test_the_weight_of_validation_data(make):
     assert abs(grads[0.0]) > 1e-4
 
 
+@pytest.mark.parametrize("make", BOTH)
+def test_what_comes_after_a_run_is_not_in_the_metrics(make):
+    estimator = make(SGD(lr=1e-3), Quadratic(), lanes=4, horizon=5, truncation=5, stagger=False)
+    theta, found = SGD(lr=1e-3).init_theta(generator()), []
+    for total, truncation in ((3, 5), (5, 3)):
+        cut, g = dataclasses.replace(estimator, truncation=truncation), generator()
+        state = cut.init(theta, g)
+        state = state._replace(inner=state.inner._replace(total_steps=torch.full((4,), total)))
+        found.append(cut.estimate(theta, state, g)[2])
+    assert found[0]["inner_steps"] == found[1]["inner_steps"] == 12
+    torch.testing.assert_close(found[0]["meta_loss"], found[1]["meta_loss"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Warm(ElementwiseRule):
     """Momentum whose initial velocity is learned."""
