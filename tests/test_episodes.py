@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 from tables import TOTAL, Recorded, Shapes, generator, identical, random_theta
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from l2o.estimators import Backprop, Evolution, Mixed
 from l2o.meta import MetaTraining
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.rules.elementwise import ElementwiseRule
-from l2o.tasks import ImageMLP, Quadratic
+from l2o.tasks import DelayedGradients, ImageMLP, ModuleTask, Quadratic
 from l2o.types import ConfigurationError, MetaGradient, Mixture
 
 BOTH = [Backprop, Evolution]
@@ -192,6 +193,25 @@ def test_checkpointing_changes_nothing_but_memory(rule, steps):
             grads, state, metrics = estimator.estimate(theta, state, g)
         results.append((grads, state, metrics))
     torch.testing.assert_close(results[0], results[1], equal_nan=True)
+
+
+def statistics():
+    """A network whose batch norm carries statistics along, which validation sees."""
+    data = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    network = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    return ModuleTask(network, nn.functional.mse_loss, data, data, batch_size=8)
+
+
+@pytest.mark.parametrize("family", [statistics(), DelayedGradients(Shapes(), delay=2)], ids=["statistics", "delayed"])
+def test_checkpointing_passes_buffers_on(family):
+    theta, results = random_theta(Adam()), []
+    for checkpoint in (False, True):
+        estimator = Backprop(
+            Adam(), family, lanes=4, horizon=9, truncation=None, checkpoint=checkpoint, valid_weight=0.5, clip=1e9
+        )
+        g = generator(1)
+        results.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 100, 401])
