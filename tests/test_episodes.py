@@ -273,7 +273,11 @@ def test_a_mixture_is_the_weighted_mean_of_gradients_of_norm_one():
     norms = {name: sum(t.square().sum() for t in grad.values()).sqrt() for name, grad in grads.items()}
     want = {k: (3 * grads["small"][k] / norms["small"] + grads["large"][k] / norms["large"]) / 4 for k in theta}
     mixed, g = Mixed(own, {"small": 3.0}), generator()
-    torch.testing.assert_close(mixed.estimate(theta, mixed.init(theta, g), g)[0], want)
+    found, _, metrics = mixed.estimate(theta, mixed.init(theta, g), g)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(
+        metrics["meta_loss"], 0.75 * metrics["meta_loss/small"] + 0.25 * metrics["meta_loss/large"]
+    )
 
 
 def test_the_norm_of_a_mixture_is_a_running_one():
@@ -318,8 +322,9 @@ def mixed_gradients(**values):
 
 
 def test_no_scale_of_gradients_drowns_a_family_of_a_mixture():
-    """Their squares are beyond the numbers of float32."""
+    """Their squares are beyond the numbers of float32; of a family that learns nothing yet the square is 0."""
     assert mixed_gradients(large=(3e30,), small=(3e-30,)) == pytest.approx([1.0])
+    assert mixed_gradients(still=(0.0,), other=(3.0,)) == pytest.approx([0.5])
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
