@@ -115,12 +115,15 @@ def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) 
     return Setting(own.pop("name", key or type(family).__name__), _of_half(family, task, half), **own)
 
 
-def _of_half(family: TaskFamily, node: Mapping[str, Any], half: str) -> TaskFamily:
+def _of_half(family: Any, node: Mapping[str, Any], half: str) -> TaskFamily:
     """``family``, made from ``node``, on that half of its images, also inside augmentations, where none is named."""
-    inner = getattr(family, "family", None)
-    if isinstance(inner, TaskFamily):
-        return dataclasses.replace(family, family=_of_half(inner, node.get("family", {}), half))  # all are dataclasses
-    return dataclasses.replace(family, half=half) if hasattr(family, "half") and "half" not in node else family
+    changes: dict[str, Any] = {}
+    if isinstance(getattr(family, "family", None), TaskFamily):
+        changes["family"] = _of_half(family.family, node.get("family", {}), half)
+    if hasattr(family, "half") and "half" not in node:
+        changes["half"] = half
+    changed: TaskFamily = dataclasses.replace(family, **changes) if changes else family
+    return changed
 
 
 def _progress(setting: Setting, trials: Trials) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -34,6 +35,13 @@ def test_the_rest_of_a_batch_has_no_part_in_the_loss(name: str) -> None:
         mine = lane([params, buffers, data, batch], k)
         cut = {key: t[:size] for key, t in mine.pop().items() if key != "share"}
         torch.testing.assert_close(vmap(family.loss)(params, buffers, data, batch)[0][k], family.loss(*mine, cut)[0])
+
+
+def test_batches_are_of_all_sizes_of_their_range() -> None:
+    sizes = ImageMLP(effective_batch=(3, 7)).sample(generator(), 2000)["effective_batch"]
+    assert sizes.unique().tolist() == [3, 4, 5, 6, 7]
+    # As of a logarithm that is uniform from that of 3 to that of 8, rounded down.
+    assert (sizes == 3).double().mean() == pytest.approx(math.log(4 / 3) / math.log(8 / 3), abs=0.04)
 
 
 def test_validation_batches_are_full() -> None:
