@@ -90,14 +90,14 @@ def _held_out_settings(config: dict[str, Any], estimator: MetaGradient) -> list[
     if not isinstance(estimator, Mixed):
         named = {"held out": make({**task, **own["task"]}, "evaluation.task", TaskFamily)}
     else:
-        if own["task"].keys() - task["families"].keys():
+        named = {name: member.family for name, member in estimator.members.items()}
+        nodes = {name: task["families"][name] for name in named if name in task["families"]}  # not of image_mlps
+        if own["task"].keys() - nodes.keys():
             raise ConfigurationError(
-                f"evaluation.task={own['task']!r}: expected settings by family, of {sorted(task['families'])}"
+                f"evaluation.task={own['task']!r}: expected settings by family, of {sorted(nodes)}"
             )
-        named = {
-            name: make({**node, **own["task"].get(name, {})}, f"evaluation.task.{name}", TaskFamily)
-            for name, node in task["families"].items()
-        }
+        for name, settings in own["task"].items():
+            named[name] = make({**nodes[name], **settings}, f"evaluation.task.{name}", TaskFamily)
     return [Setting(name, family, steps, own["seeds"], own["seed"]) for name, family in named.items()]
 
 

@@ -112,9 +112,18 @@ def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) 
         raise ConfigurationError(f"settings.{key}.task={overrides!r}: expected settings such as {{width: 128}}")
     task = overrides if "_target_" in overrides else {**task, **overrides}
     family = make(task, f"settings.{key}.task" if key else "task", TaskFamily)
-    if "half" not in task and hasattr(family, "half"):
-        family = dataclasses.replace(family, half=half)  # every family is a dataclass
-    return Setting(own.pop("name", key or type(family).__name__), family, **own)
+    return Setting(own.pop("name", key or type(family).__name__), _of_half(family, task, half), **own)
+
+
+def _of_half(family: Any, node: Mapping[str, Any], half: str) -> TaskFamily:
+    """``family``, made from ``node``, on that half of its images, also inside augmentations, where none is named."""
+    changes: dict[str, Any] = {}
+    if isinstance(getattr(family, "family", None), TaskFamily):
+        changes["family"] = _of_half(family.family, node.get("family", {}), half)
+    if hasattr(family, "half") and "half" not in node:
+        changes["half"] = half
+    changed: TaskFamily = dataclasses.replace(family, **changes) if changes else family
+    return changed
 
 
 def _progress(setting: Setting, trials: Trials) -> None:

@@ -23,7 +23,8 @@ FREE = ("run", "steps", "device", "logger", "log_every", "checkpoint_every")
 """The keys that may change when a run is continued: neither θ after step k nor the metrics up to k depend on them."""
 
 _KNOWN_TARGET = re.compile(
-    r"(l2o\.(rules|tasks|estimators)|torch\.optim|meta_train\.loggers)\.[A-Z]\w*|l2o\.meta\.[a-z]\w*|l2o\.Mixture"
+    r"(l2o\.(rules|tasks|estimators)|torch\.optim|meta_train\.loggers)\.[A-Z]\w*|l2o\.meta\.[a-z]\w*"
+    r"|l2o\.Mixture|l2o\.tasks\.image\.image_mlps"
 )
 """What a saved configuration may name on its own authority: classes and schedules of this toolkit and torch.optim."""
 

@@ -140,14 +140,7 @@ class Session:
 
     def _record(self, step: int, row: dict[str, Any]) -> None:
         self.inner_steps += row.pop("inner_steps")
-        self._check_broken(step, row)
-        if row["lanes_masked"] == self._lanes:
-            row["meta_loss"] = math.nan  # the mean over no lanes at all
-            self._warn(
-                "exploded",
-                f"at step {step} all lanes of {self.config['task']['_target_']} exploded and were masked: that step "
-                "learned nothing; if it recurs, lower the rule's step size or outer.lr",
-            )
+        self._check_lanes(step, row)
         if row["update_skipped"]:
             self._warn("skipped", f"at step {step} the meta-gradient was not finite, and θ stayed as it was")
         values = {name: finite(value) for name, value in row.items()}
@@ -159,25 +152,28 @@ class Session:
         self._open.callback(record.close)
         return record
 
-    @property
-    def _lanes(self) -> int | None:
-        return getattr(self.training.estimator, "lanes", None)
-
-    def _check_broken(self, step: int, row: Mapping[str, Any]) -> None:
-        """A task that is broken from the start ends the run; one that is at times, or in some lanes, is said."""
+    def _check_lanes(self, step: int, row: Mapping[str, Any]) -> None:
+        """A task that is broken from the start ends the run; one that is at times, or loses all lanes, is said."""
         estimator = self.training.estimator
         members = estimator.members if isinstance(estimator, Mixed) else {"": estimator}
         for name, member in members.items():
-            broken, lanes = row.get(f"lanes_broken/{name}" if name else "lanes_broken"), getattr(member, "lanes", None)
-            if not broken:
-                continue
-            text = (
-                f"task{'.' * bool(name)}{name}={member.family!r}: its loss at inner step 0, where no rule has acted "
-                f"yet, was not finite in {broken} of {lanes or 'its'} lanes at outer step {step}"
-            )
-            if step == 1 and broken == lanes:
-                raise ConfigurationError(f"{text}; check its data and its initial parameters")
-            self._warn(f"broken {name}", f"{text}; such lanes are masked and drawn anew")
+            broken, masked = (row.get(key + f"/{name}" * bool(name)) for key in ("lanes_broken", "lanes_masked"))
+            lanes = getattr(member, "lanes", None)
+            task = f"task{'.' * bool(name)}{name}={member.family!r}"
+            if broken:
+                text = (
+                    f"{task}: its loss at inner step 0, where no rule has acted yet, was not finite in {broken} of "
+                    f"{lanes or 'its'} lanes at outer step {step}"
+                )
+                if step == 1 and broken == lanes:
+                    raise ConfigurationError(f"{text}; check its data and its initial parameters")
+                self._warn(f"broken {name}", f"{text}; such lanes are masked and drawn anew")
+            elif masked and masked == lanes:
+                self._warn(
+                    f"exploded {name}",
+                    f"{task}: all of its {lanes} lanes exploded at outer step {step} and were drawn anew; if it "
+                    "recurs, lower the rule's step size or outer.lr",
+                )
 
     def _warn(self, kind: str, text: str) -> None:
         """Say it the first time; the metrics count the others."""

@@ -198,6 +198,28 @@ def test_what_is_sampled_is_spread_over_its_range(family: TaskFamily, name: str,
     assert abs(drawn.median() / (ends[0] * ends[1]) ** 0.5 - 1) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("family", "low", "high"),
+    [(Rosenbrock(dims=(4, 4)), -3.0, 1.0), (Rastrigin(dims=(4, 4)), -5.12, 5.12)],
+    ids=["rosenbrock", "rastrigin"],
+)
+def test_runs_start_all_over_the_usual_box(family: Landscape, low: float, high: float) -> None:
+    params, _, data, _ = draw(family, 500)
+    z = torch.einsum("lij,lj->li", data["rotation"], (params["x"] - data["origin"]).float())
+    assert low - 1e-4 <= z.min() < low + 0.05
+    assert high - 0.05 < z.max() < high + 1e-4
+    assert abs(z.mean() - (low + high) / 2) < 0.05 * (high - low)
+
+
+def test_the_rows_of_lasso_have_the_sampled_condition_and_its_targets_the_noise() -> None:
+    family = Lasso(rows=4, dims=(400, 400), conditions=(100.0, 100.0), noise=0.3)
+    drawn = draw(family, 20, "train")
+    lengths = drawn[2]["a"].norm(dim=2)
+    assert (lengths[:, 0] / lengths[:, 1] / 100 - 1).abs().max() < 0.3
+    at_minimum = losses(family, minimum(family, drawn[2]), drawn)
+    torch.testing.assert_close(at_minimum, 0.5 * (0.3 * drawn[3]["noise"].double()).square().sum(1))
+
+
 def test_plateaus_start_at_their_radii() -> None:
     params, _, data, _ = draw(Plateau(dims=(64, 64), radii=(1.0, 10.0)), 300)
     radius = (params["x"] - data["origin"]).square().mean(1).sqrt()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import l2o
 
@@ -25,7 +26,7 @@ def start(processes: int, *arguments: str, restarts: int = 0) -> subprocess.Pope
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a port of its own
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "meta_train", *arguments, *COMMON]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
 

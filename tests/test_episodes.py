@@ -8,14 +8,15 @@ import math
 import pytest
 import torch
 from tables import TOTAL, Recorded, Shapes, generator, identical, random_theta
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from l2o.estimators import Backprop, Evolution, Mixed
 from l2o.meta import MetaTraining
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.rules.elementwise import ElementwiseRule
-from l2o.tasks import ImageMLP, Quadratic
-from l2o.types import ConfigurationError, Mixture
+from l2o.tasks import DelayedGradients, ImageMLP, ModuleTask, Quadratic
+from l2o.types import ConfigurationError, MetaGradient, Mixture
 
 BOTH = [Backprop, Evolution]
 
@@ -39,6 +40,12 @@ def test_horizons_are_log_uniform_and_grow_with_the_curriculum(make):
     assert whole.max() > 900
     assert whole.max() <= 1000
     assert whole.median().item() == pytest.approx(100, rel=0.2)
+    short = dataclasses.replace(plain, horizon=(2, 4)).init(theta, g).inner.total_steps
+    # As of a logarithm that is uniform from that of 2 to that of 5, rounded down.
+    for steps in (2, 3, 4):
+        assert (short == steps).double().mean() == pytest.approx(
+            math.log((steps + 1) / steps) / math.log(5 / 2), abs=0.04
+        )
 
 
 def test_every_window_has_weights_of_mean_one_over_a_run():
@@ -64,6 +71,14 @@ def test_last_is_the_last_loss_and_linear_weighs_late_ones():
     assert found["mean"] == pytest.approx(11 / 4)
     assert found["linear"] == pytest.approx((5 + 6 + 6 + 4) / 10)
     assert found["last"] == pytest.approx(1.0)
+
+
+def test_log_counts_the_logarithm_over_a_floor_in_units_of_the_first_loss():
+    losses = torch.tensor([[4.0], [1.0], [0.0], [1e-9]])
+    estimator = Backprop(SGD(), Quadratic(), lanes=1, horizon=4, truncation=None, meta_loss="log", log_floor=0.25)
+    state = estimator.init(SGD().init_theta(generator()), generator()).inner
+    want = (math.log(5.0) + math.log(2.0)) / 4  # of what is solved: log 1
+    assert estimator.objective(losses, state, losses[0]).item() == pytest.approx(want)
 
 
 @pytest.mark.parametrize("make", BOTH)
@@ -110,6 +125,19 @@ def test_the_weight_of_validation_data(make):
     assert grads[0.25] == pytest.approx(0.75 * grads[0.0], rel=1e-3)
     assert grads[1.0] == pytest.approx(0.0, abs=1e-5)
     assert abs(grads[0.0]) > 1e-4
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_what_comes_after_a_run_is_not_in_the_metrics(make):
+    estimator = make(SGD(lr=1e-3), Quadratic(), lanes=4, horizon=5, truncation=5, stagger=False)
+    theta, found = SGD(lr=1e-3).init_theta(generator()), []
+    for total, truncation in ((3, 5), (5, 3)):
+        cut, g = dataclasses.replace(estimator, truncation=truncation), generator()
+        state = cut.init(theta, g)
+        state = state._replace(inner=state.inner._replace(total_steps=torch.full((4,), total)))
+        found.append(cut.estimate(theta, state, g)[2])
+    assert found[0]["inner_steps"] == found[1]["inner_steps"] == 12
+    torch.testing.assert_close(found[0]["meta_loss"], found[1]["meta_loss"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +193,25 @@ def test_checkpointing_changes_nothing_but_memory(rule, steps):
             grads, state, metrics = estimator.estimate(theta, state, g)
         results.append((grads, state, metrics))
     torch.testing.assert_close(results[0], results[1], equal_nan=True)
+
+
+def statistics():
+    """A network whose batch norm carries statistics along, which validation sees."""
+    data = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    network = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    return ModuleTask(network, nn.functional.mse_loss, data, data, batch_size=8)
+
+
+@pytest.mark.parametrize("family", [statistics(), DelayedGradients(Shapes(), delay=2)], ids=["statistics", "delayed"])
+def test_checkpointing_passes_buffers_on(family):
+    theta, results = random_theta(Adam()), []
+    for checkpoint in (False, True):
+        estimator = Backprop(
+            Adam(), family, lanes=4, horizon=9, truncation=None, checkpoint=checkpoint, valid_weight=0.5, clip=1e9
+        )
+        g = generator(1)
+        results.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 100, 401])
@@ -226,7 +273,11 @@ def test_a_mixture_is_the_weighted_mean_of_gradients_of_norm_one():
     norms = {name: sum(t.square().sum() for t in grad.values()).sqrt() for name, grad in grads.items()}
     want = {k: (3 * grads["small"][k] / norms["small"] + grads["large"][k] / norms["large"]) / 4 for k in theta}
     mixed, g = Mixed(own, {"small": 3.0}), generator()
-    torch.testing.assert_close(mixed.estimate(theta, mixed.init(theta, g), g)[0], want)
+    found, _, metrics = mixed.estimate(theta, mixed.init(theta, g), g)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(
+        metrics["meta_loss"], 0.75 * metrics["meta_loss/small"] + 0.25 * metrics["meta_loss/large"]
+    )
 
 
 def test_the_norm_of_a_mixture_is_a_running_one():
@@ -244,6 +295,43 @@ def test_the_norm_of_a_mixture_is_a_running_one():
     for _ in range(2):
         found, state, _ = mixed.estimate(theta, state, g)
     torch.testing.assert_close(found, {k: t / mean.sqrt() for k, t in grads.items()})
+
+
+class Given(MetaGradient):
+    """The gradients ``values``, one an estimate."""
+
+    def __init__(self, *values):
+        self.rule, self.family, self.values = SGD(), Quadratic(), values
+
+    def init(self, theta, generator):
+        return torch.zeros((), dtype=torch.long)
+
+    def estimate(self, theta, state, generator):
+        metrics = dict.fromkeys(("meta_loss", "lanes_masked", "lanes_broken", "inner_steps"), torch.zeros(()))
+        return {"log_lr": torch.tensor(self.values[int(state)])}, state + 1, metrics
+
+
+def mixed_gradients(**values):
+    mixed, theta = Mixed({name: Given(*each) for name, each in values.items()}), SGD().init_theta(generator())
+    state, found = mixed.init(theta, generator()), []
+    for _ in next(iter(values.values())):
+        grads, state, _ = mixed.estimate(theta, state, generator())
+        assert grads["log_lr"].dtype == torch.float32
+        found.append(grads["log_lr"].item())
+    return found
+
+
+def test_no_scale_of_gradients_drowns_a_family_of_a_mixture():
+    """Their squares are beyond the numbers of float32; of a family that learns nothing yet the square is 0."""
+    assert mixed_gradients(large=(3e30,), small=(3e-30,)) == pytest.approx([1.0])
+    assert mixed_gradients(still=(0.0,), other=(3.0,)) == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_mixture_forgets_an_estimate_that_is_not_finite(broken):
+    first, lost, second = mixed_gradients(one=(2.0, broken, 4.0), other=(1.0, 7.0, 3.0))
+    assert math.isnan(lost)
+    assert [first, second] == pytest.approx(mixed_gradients(one=(2.0, 4.0), other=(1.0, 3.0)))
 
 
 def test_a_mixture_meta_trains_reports_and_resumes():

@@ -159,6 +159,13 @@ def test_the_half_can_be_chosen(settings, arguments, half):
     assert settings(*arguments)["ImageMLP"].family.half == half
 
 
+@pytest.mark.parametrize(("own", "half"), [([], "meta_test"), (["task.family.family.half=meta_train"], "meta_train")])
+def test_images_inside_augmentations_are_of_that_half_too(settings, own, half):
+    inner = "task.family.family._target_=l2o.tasks.ImageMLP"
+    nested = ["task._target_=l2o.tasks.Reparametrized", "task.family._target_=l2o.tasks.GradientNoise", inner]
+    assert settings(*nested, *own)["Reparametrized"].family.family.family.half == half
+
+
 def test_settings_override_the_task_and_the_rest(settings):
     found = settings("steps=30", "settings={a: {task: {width: 9}}, b: {steps: 40, seeds: 2}}", "settings.b.window=3")
     assert [(s.name, s.family.width, s.steps, s.seeds, s.window) for s in found.values()] == [

@@ -262,6 +262,31 @@ def test_losses_of_an_exploded_run_are_cut_off_and_its_pair_is_reset(value):
     assert grads["log_lr"].isfinite()
 
 
+def test_a_pair_is_reset_where_one_of_its_runs_explodes():
+    """A rate that is far too large in one run of each pair, and far too small in the other."""
+    theta, g = {"log_lr": torch.tensor(-3.0)}, generator()
+    estimator = Evolution(SGD(), Quadratic(), lanes=6, horizon=8, truncation=4, sigma=9.0, stagger=False)
+    _, state, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    assert metrics["lanes_masked"] == 3
+    assert state.inner.step.tolist() == [0] * 6
+    assert state.inner.data["y"][::2].equal(state.inner.data["y"][1::2])
+
+
+def test_the_ages_of_pairs_are_spread_and_their_scores_begin_anew_with_each_run():
+    theta, g = SGD(lr=1e-3).init_theta(generator()), generator()
+    estimator = Evolution(SGD(), Quadratic(), lanes=6, horizon=12, truncation=4, sigma=0.1)
+    state = estimator.init(theta, g)
+    assert state.inner.total_steps.tolist() == [12, 12, 8, 8, 4, 4]
+    before = state.score["log_lr"]
+    for ages in ([0, 0, 0], [4, 4, 0], [8, 0, 4], [0, 4, 8]):
+        assert state.inner.step[::2].tolist() == ages
+        _, state, _ = estimator.estimate(theta, state, g)
+        added = state.noise["log_lr"] / 0.1**2
+        want = torch.where(torch.tensor(ages) > 0, before + added, added)
+        torch.testing.assert_close(state.score["log_lr"], want)
+        before = state.score["log_lr"]
+
+
 def test_a_run_that_is_lost_counts_as_much_as_the_limit():
     """Both runs explode at different speeds: what they count lies between their first loss and five times that."""
     g = generator()

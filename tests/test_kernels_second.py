@@ -9,10 +9,11 @@ from test_kernels import as_double, assert_close
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
+from l2o.estimators import Backprop
 from l2o.kernels import perceptron
-from l2o.rules import MLP
+from l2o.rules import MLP, Adam
 from l2o.tasks import ImageMLP
-from l2o.types import L2OError
+from l2o.types import L2OError, TaskFamily
 from l2o.unroll import expand_theta, inner_step, start
 
 SIZES = [(32, 1, 128), (7, 3, 5), (1, 0, 1), (50, 2, 9)]
@@ -168,3 +169,18 @@ def test_finite_differences_through_two_steps(activation):
 
     step = 1e-6
     torch.testing.assert_close(got, (shifted(step) - shifted(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
+
+
+def test_first_order_takes_gradients_in_closed_form_as_constants_too(monkeypatch):
+    """Of a rule without a kernel for whole unrolls, whose family has one for its gradients."""
+    rule, found = Adam(lr=0.1), {}
+    theta, family = rule.init_theta(generator()), ImageMLP(width=4, batch_size=8)
+    for closed in (True, False):
+        for second_order in (True, False):
+            g = generator(1)
+            estimator = Backprop(rule, family, lanes=2, horizon=6, truncation=6, second_order=second_order, clip=1e9)
+            found[closed, second_order] = estimator.estimate(theta, estimator.init(theta, g), g)[0]
+        monkeypatch.setattr(ImageMLP, "fused_gradient", TaskFamily.fused_gradient)
+    for second_order in (True, False):
+        torch.testing.assert_close(found[True, second_order], found[False, second_order], rtol=1e-3, atol=1e-6)
+    assert not found[True, True]["log_lr"].isclose(found[True, False]["log_lr"], rtol=0.01)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, SAMPLED, draw, lane
+from networks import NETWORKS, SAMPLED, SMALL, draw, lane
 from tables import generator
 from torch.func import vmap
 
+from l2o.rules import MLP
 from l2o.tasks import CharRNN, CoordinateMLP, ImageMLP
 from l2o.tasks.data import image_split
 from l2o.tasks.pictures import PICTURES, pictures, pixel_split
 from l2o.tasks.text import BLOCK, VOCABULARY, _load_topics, encode, text_split
-from l2o.types import DataError
+from l2o.types import DataError, TaskFamily
+from l2o.unroll import expand_theta, start, unroll
 
 LANES = 3
 
@@ -34,6 +37,13 @@ def test_the_rest_of_a_batch_has_no_part_in_the_loss(name: str) -> None:
         mine = lane([params, buffers, data, batch], k)
         cut = {key: t[:size] for key, t in mine.pop().items() if key != "share"}
         torch.testing.assert_close(vmap(family.loss)(params, buffers, data, batch)[0][k], family.loss(*mine, cut)[0])
+
+
+def test_batches_are_of_all_sizes_of_their_range() -> None:
+    sizes = ImageMLP(effective_batch=(3, 7)).sample(generator(), 2000)["effective_batch"]
+    assert sizes.unique().tolist() == [3, 4, 5, 6, 7]
+    # As of a logarithm that is uniform from that of 3 to that of 8, rounded down.
+    assert (sizes == 3).double().mean() == pytest.approx(math.log(4 / 3) / math.log(8 / 3), abs=0.04)
 
 
 def test_validation_batches_are_full() -> None:
@@ -93,6 +103,22 @@ def test_scales_multiply() -> None:
         torch.testing.assert_close(two[k], factor * p)
     x = plain.batch({"lane": data["lane"]}, "train", generator(1))["x"]
     torch.testing.assert_close(scaled.batch(data, "train", generator(1))["x"], data["input_scale"].view(-1, 1, 1) * x)
+
+
+@pytest.mark.parametrize("setting", SAMPLED)
+def test_what_is_sampled_is_seen_whatever_computes_the_steps(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels know plain perceptrons on plain batches, and must not be asked for others."""
+    family, rule = ImageMLP(width=4, **SMALL, **{setting: SAMPLED[setting]}), MLP()
+    theta = expand_theta(rule.init_theta(generator()), LANES)
+    found = []
+    for _ in range(2):
+        g = generator(1)
+        with torch.no_grad():
+            state = start(rule, theta, family, torch.full((LANES,), 9), g)
+            found.append(unroll(rule, theta, family, state, 3, g)[1])
+        for name in ("fused_batches", "fused_gradient"):
+            monkeypatch.setattr(ImageMLP, name, getattr(TaskFamily, name))
+    torch.testing.assert_close(*found)
 
 
 def test_pooled_images_are_means() -> None:

@@ -1,5 +1,6 @@
 """Every code block of the README runs, as it stands but for its length."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -52,7 +53,8 @@ def run_commands(code, line):
             continue
         assert words[:2] == ["python", "-m"], f"line {line}: no test knows how to run {text}"
         command = [sys.executable, *words[1:], *SHORT[words[2]]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
 
 

@@ -213,9 +213,10 @@ def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: T
 
 
 def lane_metrics(sums: dict[str, Tensor]) -> Metrics:
-    """The mean loss of healthy lanes, how many are not or had no finite loss to begin with, and inner steps taken."""
+    """The mean loss of healthy lanes (NaN where there are none), how many are not or had no finite loss to begin with,
+    and inner steps taken."""
     metrics = {name: value for name, value in sums.items() if name != "healthy"}
-    return {**metrics, "meta_loss": sums["meta_loss"] / sums["healthy"].clamp(min=1)}
+    return {**metrics, "meta_loss": sums["meta_loss"] / sums["healthy"]}
 
 
 def along(mask: Tensor, values: Tensor, other: float) -> Tensor:

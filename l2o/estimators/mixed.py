@@ -14,9 +14,10 @@ from l2o.types import ConfigurationError, MetaGradient, Metrics, Mixture, TaskFa
 
 
 class MixedState(NamedTuple):
-    """members: state of each.     squares: running mean of each gradient's squared norm, float32, 0-d.
+    """members: state of each.     squares: running mean of each gradient's squared norm, float64, 0-d: in float32 those
+    of gradients above 1e19, or below 1e-23, would be infinite, or zero.
 
-    estimates: so far, float32, 0-d.
+    estimates: that these are of, float32, 0-d.
     """
 
     members: dict[str, Any]
@@ -33,7 +34,8 @@ class Mixed(MetaGradient):
     direction stays).
 
     members: an estimator for each family, by name, all of one rule.     weights: by name; what is not named has 1.
-    normalise: else the gradients are averaged as they are.     decay: of the running mean.
+    normalise: else the gradients are averaged as they are.     decay: of the running mean, in which an estimate that is
+    not finite in some family, and thus moves nothing, has no part.
 
     Metrics: the sums over families of ``lanes_masked``, ``lanes_broken`` and ``inner_steps``, the weighted mean of
     ``meta_loss``, and ``meta_loss/<name>``, ``lanes_masked/<name>`` and ``lanes_broken/<name>`` of each.
@@ -75,7 +77,7 @@ class Mixed(MetaGradient):
     def init(self, theta: Theta, generator: torch.Generator) -> MixedState:
         zero = torch.zeros((), device=generator.device)
         states = {name: member.init(theta, generator) for name, member in self.members.items()}
-        return MixedState(states, {name: zero.clone() for name in states}, zero.clone())
+        return MixedState(states, {name: zero.double() for name in states}, zero)
 
     def estimate(
         self, theta: Theta, state: MixedState, generator: torch.Generator
@@ -85,11 +87,13 @@ class Mixed(MetaGradient):
         states, squares, metrics = {}, {}, {}
         for name, member in self.members.items():
             grads, states[name], metrics[name] = member.estimate(theta, state.members[name], generator)
-            square = torch.stack([g.square().sum() for g in grads.values()]).sum()
+            square = torch.stack([g.double().square().sum() for g in grads.values()]).sum()
             squares[name] = torch.lerp(square, state.squares[name], self.decay)
             share = self._share(name) * self._scale(squares[name], estimates)
-            total = {k: total[k] + share * g for k, g in grads.items()}
-        return total, MixedState(states, squares, estimates), self._summary(metrics)
+            total = {k: total[k] + (share * g).to(g.dtype) for k, g in grads.items()}
+        counts = torch.stack(list(squares.values())).isfinite().all()
+        squares = {name: torch.where(counts, square, state.squares[name]) for name, square in squares.items()}
+        return total, MixedState(states, squares, state.estimates + counts), self._summary(metrics)
 
     def _share(self, name: str) -> float:
         weights = self.weights or {}

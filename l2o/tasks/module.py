@@ -78,7 +78,8 @@ class ModuleTask(TaskFamily):
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         module = self._template.train("key" in batch)
         # Clones, because BatchNorm writes its running statistics in place; functional_call leaves the new ones here.
-        tensors = {**params, **{name: b.clone() for name, b in buffers.items()}}
+        # Detached, because it has no derivative in them and refuses those that could have one (torch 2.13).
+        tensors = {**params, **{name: b.detach().clone() for name, b in buffers.items()}}
         inputs = tuple(batch[f"input.{i}"] for i in range(sum(name.startswith("input.") for name in batch)))
         try:
             with Stateless(batch.get("key")):
