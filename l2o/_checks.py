@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 from l2o.types import ConfigurationError
@@ -37,3 +37,12 @@ def each(name: str, values: Any, check: Callable[[str, Any], Any]) -> None:
         )
     for i, value in enumerate(values):
         check(f"{name}[{i}]", value)
+
+
+def as_many(name: str, values: Sized, partner: str, others: Sized) -> None:
+    """Raises `ConfigurationError` unless there are as many ``values`` as ``others``, the setting ``partner``."""
+    if len(values) != len(others):
+        raise ConfigurationError(
+            f"{name}={values!r}: expected as many as {partner}, {len(others)}, because they are multiplied with each "
+            "other"
+        )

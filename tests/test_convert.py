@@ -24,6 +24,7 @@ from l2o.interop.files import read_foreign
 from l2o.interop.pylo import DECAYS, GROUPS
 from l2o.interop.references import REFERENCES
 from l2o.interop.traces import read_trace, replay
+from l2o.ops.moments import decay
 from l2o.rules import AdafacMLP, Celo, Celo2, CeloAdam, VeLO
 from l2o.types import CheckpointError, L2OError
 from meta_train.convert import main, run, setting
@@ -115,6 +116,17 @@ def test_a_known_defect_of_an_original_is_a_setting_on_the_card(here: Path) -> N
     file = write(here / "theta.state", {**stack(4, 3), **scheduler(30, 8, 3)})
     rule, _ = l2o.load(convert([file], here / "new", "MIT", {"use_bugged_loss_features": True}))
     assert rule == VeLO(lstm_hidden=8, inits=3, loss_horizon=10)
+
+
+def test_a_decay_is_the_number_that_the_original_computes() -> None:
+    """In nearly all cases; else the next one."""
+    convert_momentum = REFERENCES["LearnableSGDM"].rebuild
+    logs = torch.linspace(-7.0, -1.0, 500)
+    thetas = [convert_momentum({"log_lr": torch.tensor(0.0), "one_minus_momentum": x})[1] for x in logs]
+    found = decay(torch.stack([theta["logit_momentum"] for theta in thetas]))
+    expected = 1.0 - logs.exp()
+    assert (found - expected).abs().max() <= 2.0**-24
+    assert (found == expected).float().mean() > 0.9
 
 
 def test_matrices_come_as_they_are_and_what_is_unused_stays_behind(here: Path) -> None:

@@ -26,6 +26,14 @@ def test_momenta_are_one_average_a_decay():
         torch.testing.assert_close(got, want)
 
 
+def test_decays_near_one_are_rounded_once():
+    """A momentum of 0.92 that is one unit off takes a parameter that crosses zero over the tolerance of a replay."""
+    logits = torch.linspace(2.0, 9.0, 4001)
+    exact = torch.sigmoid(logits.double())
+    half_a_unit = 2.0**-25
+    assert ((moments.decay(logits).double() - exact).abs() <= 1.5 * half_a_unit).all()  # 1.2; torch.sigmoid: 3
+
+
 @pytest.mark.parametrize("decay", [0.1, 0.9, 0.9999])
 def test_bias_correction_makes_the_average_of_a_constant_that_constant(decay):
     logit = torch.tensor(numeric.logit_of("d", decay), dtype=torch.float64)

@@ -106,7 +106,7 @@ BAD = {
     "tensor 'b1' has shape": lambda arrays: arrays.update({"theta/nn/~/b1": np.zeros(5, np.float32)}),
     "grads/tall has shape None, expected \\(20, 9, 3\\)": lambda arrays: arrays.pop("grads/tall"),
     "step/tall has shape \\(19, 9, 3\\)": lambda arrays: arrays.update({"step/tall": arrays["step/tall"][:19]}),
-    "has no 'losses'": lambda arrays: arrays.pop("losses"),
+    "has no 'init/...', or no steps": lambda arrays: [arrays.pop(k) for k in list(arrays) if k.startswith("init")],
 }
 
 
@@ -118,6 +118,59 @@ def test_bad_files_are_one_clear_line(tmp_path, arrays, capsys, message, change)
         read_trace(path)
     assert main([path, str(SMALL_FC)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {path}: ")
+
+
+SPOKEN = {
+    "cls with all its modules": change_settings(
+        cls="learned_optimization.learned_optimizers.adafac_mlp_lopt.AdafacMLPLOpt"
+    ),
+    "every argument of the original": change_settings(make_separate_weights=False, split_weights=False),
+    "no num_steps": change_meta(num_steps=None),
+    "no losses, for a rule that reads none": lambda arrays: arrays.pop("losses"),
+    "arrays in another order": lambda arrays: arrays.update({k: arrays.pop(k) for k in sorted(arrays, reverse=True)}),
+}
+
+
+@pytest.mark.parametrize("change", SPOKEN.values(), ids=SPOKEN.keys())
+def test_what_a_recording_may_say_otherwise_or_not_at_all(tmp_path, arrays, change):
+    expected = {error.tensor: error for error in replay(read_trace(SMALL_FC))}
+    change(arrays)
+    trace = read_trace(write(tmp_path / "run.npz", arrays))
+    assert trace.total_steps == 20
+    assert {error.tensor: error for error in replay(trace)} == expected
+
+
+@pytest.mark.parametrize("name", ["velo_hyperv2_small", "celo_random", "celo_adam_random", "celo2", "celo2_with_adam"])
+def test_inputs_that_an_original_can_leave_out_are_told_to_be_there(tmp_path, name):
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
+        arrays = dict(file)
+    change_settings(with_g=True, with_fac_rms=True, precondition_output=False)(arrays)
+    expected = read_trace(ROOT / "tests" / "golden" / f"{name}.npz").rule
+    assert read_trace(write(tmp_path / "run.npz", arrays)).rule == expected
+    change_settings(with_g=False)(arrays)
+    with pytest.raises(CheckpointError, match=f"with_g=False: {type(expected).__name__} knows True only"):
+        read_trace(write(tmp_path / "run.npz", arrays))
+
+
+def test_losses_are_asked_for_where_the_rule_reads_them(tmp_path):
+    with np.load(ROOT / "tests" / "golden" / "celo_random.npz") as file:
+        arrays = {name: file[name] for name in file.files if name != "losses"}
+    with pytest.raises(CheckpointError, match="has no 'losses' of one axis, which Celo reads"):
+        read_trace(write(tmp_path / "run.npz", arrays))
+
+
+def test_directions_are_steps_of_the_default_rate_where_none_is_said(tmp_path):
+    """And an empty pattern names no tensor that Adam would update."""
+    golden = ROOT / "tests" / "golden" / "celo2.npz"
+    with np.load(golden) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays["meta"]))
+    del meta["hyperparameters"]["learning_rate"]
+    meta["hyperparameters"]["regex_1d"] = ""
+    arrays["meta"] = np.array(json.dumps(meta | {"hyperparameters": meta["hyperparameters"] | {"cls": "celo2.Celo2"}}))
+    trace, expected = read_trace(write(tmp_path / "run.npz", arrays)), read_trace(golden)
+    assert trace.kinds == expected.kinds
+    assert all(error.within for error in replay(trace))
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 torn", None])

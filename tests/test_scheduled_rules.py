@@ -145,6 +145,8 @@ def test_the_derivative_of_loss_averages_survives_float32():
         (VeLO, "inits", [0, None]),
         (Celo, "hidden", [4, (0,)]),
         (Celo, "decays", [(1.0,), 0.9]),
+        (Celo, "adafactor_decays", [(1.0, 0.9, 0.8), 0.9, (0.9,)]),
+        (Celo2, "adafactor_decays", [(1.0, 0.9, 0.8), 0.9, (0.9,)]),
         (Celo2, "activation", ["gelu"]),
         (Celo2, "adam", ["vector", ("bias",)]),
         (Celo2, "weight_decay", [-0.1]),

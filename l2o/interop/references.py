@@ -19,9 +19,9 @@ from l2o.types import Theta
 
 
 def _logit_of_one_minus(log_one_minus: Tensor) -> Tensor:
-    """The reference has ``log(1 - beta)`` where l2o has the logit of beta."""
-    one_minus = log_one_minus.double().exp()
-    return ((1.0 - one_minus) / one_minus).log().to(log_one_minus.dtype)
+    """The reference has ``log(1 - beta)`` where l2o has the logit of beta, of the float32 that the former gives."""
+    beta = (1.0 - log_one_minus.exp()).double()
+    return (beta / (1.0 - beta)).log().to(log_one_minus.dtype)
 
 
 def _hand_designed(names: Mapping[str, str]) -> Callable[[Theta], Theta]:
@@ -85,6 +85,7 @@ REFERENCES: dict[str, Reference] = {
             "epsilon_root_fixed": "eps_root",
         },
         fixed={"eps_root": 1e-8},
+        implied=("use_summary",),
     ),
     "MLPLOpt": Reference(
         MLP,
@@ -92,7 +93,7 @@ REFERENCES: dict[str, Reference] = {
         {"exp_mult": "exp_mult", "step_mult": "step_mult", "decays": "decays"},
         sizes=hidden_sizes,
         fixed={"time": "steps", "step_mult": 0.001, "exp_mult": 0.001},
-        implied=("hidden_size", "hidden_layers"),
+        implied=("hidden_size", "hidden_layers", "compute_summary"),
     ),
     "AdafacMLPLOpt": Reference(
         AdafacMLP,
@@ -107,6 +108,7 @@ REFERENCES: dict[str, Reference] = {
         },
         sizes=hidden_sizes,
         implied=("hidden_size", "hidden_layers", "concat_weights"),
+        only={"make_separate_weights": False, "split_weights": False},
     ),
     "NNAdam": Reference(
         NNAdam,

@@ -12,7 +12,6 @@ from l2o.interop.reference import Reference, Settings, hidden_sizes, take, take_
 from l2o.rules import Celo, Celo2, CeloAdam, VeLO
 from l2o.types import Kind, Params, Theta
 
-_DECAYS = [0.9, 0.99, 0.999]
 _MLP = "ff_mod_stack/~"
 _INPUTS = {"in": "rnn_params/linear_2", "mix": "rnn_params/linear_1"}
 _RATE = {"lr": "rnn_params/step_size"}
@@ -57,7 +56,7 @@ def _hyper_sizes(theta: Theta) -> dict[str, Any]:
 
 def _celo2_kinds(settings: Settings, params: Params) -> dict[str, Kind]:
     """Adam updates what ``regex_1d`` matches, the MLP everything else, whatever its shape."""
-    adam = re.compile(settings["regex_1d"]) if "regex_1d" in settings else None
+    adam = re.compile(settings["regex_1d"]) if settings.get("regex_1d") else None
     return {
         name: "matrix" if not adam or not adam.search(name) else "embedding" if p.ndim >= 2 else "vector"
         for name, p in params.items()
@@ -69,9 +68,30 @@ _FIELDS = {
     "step_mult": "step_mult",
     "initial_momentum_decays": "decays",
     "initial_rms_decays": "rms_decay",
+    "initial_adafactor_decays": "adafactor_decays",
 }
 _IMPLIED = ("ff_hidden_size", "ff_hidden_layers", "lstm_hidden_size", "param_inits")
-_HYPER = {"initial_adafactor_decays": _DECAYS, "mix_layers": True, "param_scale_mult": True}
+_INPUT_GROUPS = {
+    f"with_{name}": True
+    for name in (
+        *("g", "grad_clip_feat", "p", "m", "rms", "rms_norm_g", "rsqrt_rms", "fac_norm_g", "rms_only_norm_g"),
+        *("fac_rms", "fac_rsqrt", "fac_mom_mult"),
+    )
+}
+_SWITCHES = {
+    **_INPUT_GROUPS,
+    "with_m_feat": True,
+    "with_rms_feat": True,
+    "adafactor_accumulator": True,
+    "mix_layers": True,
+    "precondition_output": False,
+    "rnn_state_decay": 0.0,
+    "with_validation_feature_dim": False,
+    "constant_loss": False,
+    "clip_param_scale_amount": None,
+}
+_HYPER = {**_SWITCHES, "param_scale_mult": True}
+_WITHOUT_EFFECT = ("validation_mode", "reparam_decay", "summarize_each_layer", "summarize_all_control")
 _UNUSED = ("rnn_params/linear/",)
 _CELO2_FIELDS = {
     **{name: ours for name, ours in _FIELDS.items() if name != "step_mult"},
@@ -81,7 +101,9 @@ _CELO2_FIELDS = {
     "orthogonalize": "orthogonalize",
 }
 _CELO2_ONLY = {
-    "initial_adafactor_decays": _DECAYS,
+    **_INPUT_GROUPS,
+    "precondition_output": False,
+    "aggregate_mag": False,
     "rmsmult": 1.0,
     "normalize_input": True,
     "normalize_output": True,
@@ -97,16 +119,8 @@ SCHEDULED: dict[str, Reference] = {
         _FIELDS,
         translated={"use_bugged_loss_features": lambda bugged: {"loss_horizon": {True: 10, False: None}[bugged]}},
         sizes=_hyper_sizes,
-        implied=_IMPLIED,
-        only={
-            **_HYPER,
-            "use_bugged_next_lstm_state": False,
-            "precondition_output": False,
-            "rnn_state_decay": 0.0,
-            "with_validation_feature_dim": False,
-            "constant_loss": False,
-            "clip_param_scale_amount": None,
-        },
+        implied=(*_IMPLIED, *_WITHOUT_EFFECT),
+        only={**_HYPER, "use_bugged_next_lstm_state": False},
         unused=_UNUSED,
     ),
     "celo.optimizers.celo.Celo": Reference(
@@ -115,7 +129,7 @@ SCHEDULED: dict[str, Reference] = {
         _FIELDS,
         translated={"train_phase": lambda phase: {"scheduled": phase > 1}},
         sizes=_hyper_sizes,
-        implied=_IMPLIED,
+        implied=(*_IMPLIED, *_WITHOUT_EFFECT),
         only=_HYPER,
         unused=_UNUSED,
     ),
@@ -129,8 +143,8 @@ SCHEDULED: dict[str, Reference] = {
             "step_mult": "step_mult",
         },
         sizes=_scheduled_sizes,
-        implied=_IMPLIED,
-        only={"mom_decay": True, "param_scale_mult": False},
+        implied=(*_IMPLIED, *_WITHOUT_EFFECT, "exp_mult", "initial_adafactor_decays"),
+        only={**_SWITCHES, "mom_decay": True, "param_scale_mult": False},
         unused=_UNUSED,
     ),
     "celo2_optax.scale_by_celo2": Reference(

@@ -1,9 +1,10 @@
 """Recorded runs of public learned optimizers, and their replay by the rules of l2o.
 
-A trace is an ``.npz`` file of ``theta/<path>``, ``init/<tensor>``, ``grads/<tensor> [steps, ...]``, ``losses [steps]``,
-``params/<tensor> [steps, ...]`` (after each update), ``step/<tensor>`` (what each update subtracted) or
-``direction/<tensor>`` (the same, divided by the learning rate), and ``meta``, JSON with ``hyperparameters``, whose
-``cls`` is a name in `REFERENCES`, and ``num_steps``.
+A trace is an ``.npz`` file of ``theta/<path>``, ``init/<tensor>``, ``grads/<tensor> [steps, ...]``, ``losses [steps]``
+(may be missing where the rule reads none), ``params/<tensor> [steps, ...]`` (after each update), ``step/<tensor>``
+(what each update subtracted) or ``direction/<tensor>`` (the same, over the learning rate), and ``meta``, JSON with
+``hyperparameters``, whose ``cls`` is a name in `REFERENCES`, with or without modules before it, and ``num_steps``, by
+default as many as there are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from l2o._checks import whole
 from l2o._names import unknown
+from l2o.interop.reference import Reference
 from l2o.interop.references import REFERENCES
 from l2o.types import CheckpointError, Clock, Kind, L2OError, Params, Theta, UpdateRule, Updates
 
@@ -35,7 +37,7 @@ class Trace:
     """A recorded run and the rule that should repeat it.
 
     theta: ours.    init: parameters before the first update.    kinds: what they are for.
-    grads, params, steps: by tensor, ``[steps, ...]``.            losses: ``[steps]``.
+    grads, params, steps: by tensor, ``[steps, ...]``.            losses: ``[steps]``; zeros where none were recorded.
     total_steps: the length that the optimizer was told.
     """
 
@@ -93,11 +95,17 @@ def _meta(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         raise CheckpointError(f"meta is no JSON ({error})") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("hyperparameters"), dict):
         raise CheckpointError("meta has no 'hyperparameters'")
-    kind = meta["hyperparameters"].get("cls")
-    if kind not in REFERENCES:
-        raise CheckpointError(unknown("optimizer", kind, REFERENCES) + " (meta['hyperparameters']['cls'])")
-    whole("num_steps", meta.get("num_steps", 1))
+    if meta.get("num_steps") is not None:
+        whole("num_steps", meta["num_steps"])
     return meta
+
+
+def _reference(cls: Any) -> Reference:
+    """By the name of its class, which may have more modules before it than the name in `REFERENCES`."""
+    for name, reference in REFERENCES.items():
+        if f".{cls}".endswith(f".{name}"):
+            return reference
+    raise CheckpointError(unknown("optimizer", cls, REFERENCES) + " (meta['hyperparameters']['cls'])")
 
 
 def _groups(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, dict[str, Tensor]]:
@@ -112,14 +120,16 @@ def _groups(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, dict[str, Tens
 
 def _trace(groups: dict[str, Params], losses: Any, meta: dict[str, Any]) -> Trace:
     settings = dict(meta["hyperparameters"])
-    reference = REFERENCES[settings["cls"]]
+    reference = _reference(settings.get("cls"))
+    rule, theta = reference.rebuild(groups.get("theta", {}), settings)
     init, params, grads = (groups.get(group, {}) for group in ("init", "params", "grads"))
-    steps = _steps(groups, settings)
-    if losses is None or losses.ndim != 1 or not len(losses) or not init:
-        raise CheckpointError("has no 'losses' of one axis, or no 'init/...': nothing can be replayed")
+    steps = _steps(groups, rule)
+    losses = _losses(losses, grads, rule)
+    if not len(losses) or not init:
+        raise CheckpointError("has no 'init/...', or no steps: nothing can be replayed")
     for group, tensors in {"grads": grads, "params": params, "step": steps}.items():
         _check_shapes(group, tensors, init, len(losses))
-    rule, theta = reference.rebuild(groups.get("theta", {}), settings)
+    total = meta.get("num_steps")
     return Trace(
         rule=rule,
         theta=theta,
@@ -128,15 +138,23 @@ def _trace(groups: dict[str, Params], losses: Any, meta: dict[str, Any]) -> Trac
         grads=grads,
         params=params,
         steps=steps,
-        losses=torch.from_numpy(losses.astype(np.float32)),
-        total_steps=meta.get("num_steps", len(losses)),
+        losses=losses,
+        total_steps=len(losses) if total is None else total,
     )
 
 
-def _steps(groups: dict[str, Params], settings: dict[str, Any]) -> Updates:
+def _losses(losses: Any, grads: Params, rule: UpdateRule) -> Tensor:
+    if losses is None and not rule.needs_loss:
+        return torch.zeros(len(next(iter(grads.values()), ())))
+    if losses is None or losses.ndim != 1:
+        raise CheckpointError(f"has no 'losses' of one axis, which {type(rule).__name__} reads")
+    return torch.from_numpy(losses.astype(np.float32))
+
+
+def _steps(groups: dict[str, Params], rule: UpdateRule) -> Updates:
     if "step" in groups:
         return groups["step"]
-    lr = settings.get("learning_rate", 1.0)
+    lr = getattr(rule, "step_mult", 1.0)  # Celo2's learning rate
     return {name: lr * direction for name, direction in groups.get("direction", {}).items()}
 
 

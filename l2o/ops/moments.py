@@ -11,9 +11,14 @@ from torch.nn.functional import logsigmoid
 from l2o.ops.numeric import constant
 
 
+def decay(logit: Tensor) -> Tensor:
+    """``sigmoid(logit)``; near 1, where decays are, the nearest number, which `torch.sigmoid` often is not."""
+    return 1.0 - torch.sigmoid(-logit)
+
+
 def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
     """``d * average + (1 - d) * value`` with ``d = sigmoid(logit_decay)``, both factors to full precision."""
-    return torch.sigmoid(logit_decay) * average + torch.sigmoid(-logit_decay) * value
+    return decay(logit_decay) * average + torch.sigmoid(-logit_decay) * value
 
 
 def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:

@@ -91,12 +91,14 @@ def init_statistics(param: Tensor, decays: Sequence[float], rms_decay: float) ->
     return {"m": init_momenta(param, decays), "v": init_momenta(param, [rms_decay]), **factors}
 
 
-def advance_statistics(slots: Slots, grad: Tensor, decays: Sequence[float], rms_decay: float) -> Slots:
-    """The slots of `init_statistics` with ``grad`` averaged in; momenta and factored moments have the same decays."""
+def advance_statistics(
+    slots: Slots, grad: Tensor, decays: Sequence[float], rms_decay: float, adafactor_decays: Sequence[float]
+) -> Slots:
+    """The slots of `init_statistics` with ``grad`` averaged in; as many ``adafactor_decays`` as ``decays``."""
     return {
         "m": momenta(slots["m"], grad, decays),
         "v": momenta(slots["v"], grad.square(), [rms_decay]),
-        **factored(slots, grad, constant(decays, grad)),
+        **factored(slots, grad, constant(adafactor_decays, grad)),
     }
 
 

@@ -14,14 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from l2o._checks import each, real, whole
+from l2o._checks import as_many, each, real, whole
 from l2o.ops.factored import factored, init_factored
 from l2o.ops.features import TIMESCALES, normalised, square_sums, step_embedding
 from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import init_momenta, learned_decays, momenta
 from l2o.ops.networks import init_mlp, mlp, over_entries
 from l2o.ops.statistics import SMALL_FC_GROUPS, Statistics, channels, statistics
-from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,7 @@ class AdafacMLP(UpdateRule):
         decay("rms_decay", self.rms_decay)
         real("step_mult", self.step_mult, above=0.0)
         real("exp_mult", self.exp_mult, least=0.0)
-        if len(self.momentum_decays) != len(self.adafactor_decays):
-            raise ConfigurationError(
-                f"adafactor_decays={self.adafactor_decays!r}: expected as many as momentum_decays, "
-                f"{len(self.momentum_decays)}, because they are multiplied with each other"
-            )
+        as_many("adafactor_decays", self.adafactor_decays, "momentum_decays", self.momentum_decays)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         inputs = 4 + 8 * len(self.momentum_decays) + len(TIMESCALES)

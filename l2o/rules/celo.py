@@ -24,7 +24,8 @@ class Celo(HyperRule):
 
     lstm_hidden: units of the LSTM.    hidden: units of the MLP.
     inits: MLPs whose weights are averaged by a softmax of the LSTM's state.
-    decays: of momenta and factored second moments.    rms_decay: of the second moment.
+    decays: of momenta.    rms_decay: of the second moment.
+    adafactor_decays: of the factored second moments, as many.
     step_mult, exp_mult: of the two outputs.
     scheduled: False leaves the rate out, as in the first phase of the original's meta-training, which learns the MLP;
         the second learns the scheduler.

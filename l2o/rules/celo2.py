@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from l2o._checks import each, real, whole
+from l2o._checks import as_many, each, real, whole
 from l2o.ops.factored import preconditioner
 from l2o.ops.features import second_moment_scale
 from l2o.ops.moments import debias, momenta
@@ -45,7 +45,8 @@ class Celo2(UpdateRule):
     root mean square over the last two axes (of which vectors have one, scalars none); so are the features scaled.
 
     hidden: units of the MLP.    activation: of its hidden layers, ``relu`` or ``tanh``.
-    decays: of momenta and factored second moments.    rms_decay: of the second moment.
+    decays: of momenta.    rms_decay: of the second moment.
+    adafactor_decays: of the factored second moments, as many.
     orthogonalize: make matrices nearly orthogonal, in larger tensors those of the last two axes. Celo2-base does not.
     adam: kinds of tensors that Adam updates instead, without bias correction:
         ``-step_mult * adam_mult * (m / sqrt(v + 1e-8) + weight_decay * p)``, moments by
@@ -63,6 +64,7 @@ class Celo2(UpdateRule):
     activation: Literal["relu", "tanh"] = "relu"
     decays: tuple[float, ...] = (0.9, 0.99, 0.999)
     rms_decay: float = 0.95
+    adafactor_decays: tuple[float, ...] = (0.9, 0.99, 0.999)
     step_mult: float = 0.001
     exp_mult: float = 0.0
     orthogonalize: bool = True
@@ -79,6 +81,8 @@ class Celo2(UpdateRule):
         if self.activation not in _ACTIVATIONS:
             raise ConfigurationError(f"activation={self.activation!r}: expected one of {sorted(_ACTIVATIONS)}")
         each("decays", self.decays, partial(real, least=0.0, below=1.0))
+        each("adafactor_decays", self.adafactor_decays, partial(real, least=0.0, below=1.0))
+        as_many("adafactor_decays", self.adafactor_decays, "decays", self.decays)
         each("adam", self.adam, _kind)
         for name in ("rms_decay", "adam_beta1", "adam_beta2"):
             real(name, getattr(self, name), least=0.0, below=1.0)
@@ -115,7 +119,7 @@ class Celo2(UpdateRule):
         if _ADAM[0] in slots:
             seen = zip(_ADAM, (grad, grad.square()), (self.adam_beta1, self.adam_beta2), strict=True)
             return {slot: momenta(slots[slot].unsqueeze(0), x, [beta]).squeeze(0) for slot, x, beta in seen}
-        own = advance_statistics(slots, clip_gradient(grad), self.decays, self.rms_decay)
+        own = advance_statistics(slots, clip_gradient(grad), self.decays, self.rms_decay, self.adafactor_decays)
         return own | {"count": slots["count"] + 1.0}
 
     def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
@@ -140,8 +144,12 @@ class Celo2(UpdateRule):
         """``[15 or 30, *shape]`` with three decays."""
         seen = slots
         if self.bias_correction:
-            decays = {slot: (self.rms_decay,) if slot == "v" else self.decays for slot in slots if slot != "count"}
-            seen = {slot: debias(slots[slot], d, slots["count"]) for slot, d in decays.items()}
+            decays = {"m": self.decays, "v": (self.rms_decay,)}
+            seen = {
+                slot: debias(moments, decays.get(slot, self.adafactor_decays), slots["count"])
+                for slot, moments in slots.items()
+                if slot != "count"
+            }
         x = statistics(clip_gradient(grad), param, seen, rms_eps=EPS_ROOT)
         x = x._replace(grad_factor=preconditioner(slots, grad.shape))  # which the original never corrects
         return channels(x, UNFACTORED_GROUPS if grad.ndim < 2 else VELO_GROUPS)

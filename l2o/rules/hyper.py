@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from l2o._checks import each, real, whole
+from l2o._checks import as_many, each, real, whole
 from l2o.ops.features import normalised, square_sums
 from l2o.ops.networks import init_mlp, mlp
 from l2o.ops.scheduler import init_scheduler
@@ -36,6 +36,7 @@ class HyperRule(UpdateRule):
     hidden: tuple[int, ...] = (4, 4)
     decays: tuple[float, ...] = (0.9, 0.99, 0.999)
     rms_decay: float = 0.999
+    adafactor_decays: tuple[float, ...] = (0.9, 0.99, 0.999)
     step_mult: float = 0.001
     exp_mult: float = 0.001
 
@@ -44,6 +45,8 @@ class HyperRule(UpdateRule):
         whole("inits", self.inits)
         each("hidden", self.hidden, whole)
         each("decays", self.decays, partial(real, least=0.0, below=1.0))
+        each("adafactor_decays", self.adafactor_decays, partial(real, least=0.0, below=1.0))
+        as_many("adafactor_decays", self.adafactor_decays, "decays", self.decays)
         real("rms_decay", self.rms_decay, least=0.0, below=1.0)
         real("step_mult", self.step_mult, above=0.0)
         real("exp_mult", self.exp_mult, least=0.0)
@@ -72,7 +75,9 @@ class HyperRule(UpdateRule):
         scheduled, shared = self.schedule(theta, state, _filled(params), clock, loss)
         slots, stats = {}, {}
         for name, g in grads.items():
-            own = advance_statistics(state.per_param[name], clip_gradient(g), self.decays, self.rms_decay)
+            own = advance_statistics(
+                state.per_param[name], clip_gradient(g), self.decays, self.rms_decay, self.adafactor_decays
+            )
             slots[name] = state.per_param[name] | own | scheduled.get(name, {})
             squares = {"sum_of_squared_entries": params[name].square().sum()}
             stats[name] = square_sums(_features(g, params[name], own)) | squares

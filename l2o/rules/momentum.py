@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from l2o.ops.moments import decay
 from l2o.ops.numeric import log_of, logit_of, scalar_like
 from l2o.rules.elementwise import ElementwiseRule
 from l2o.types import Slots, Theta
@@ -33,10 +34,10 @@ class Momentum(ElementwiseRule):
         return {"velocity": torch.zeros_like(param)}
 
     def advance(self, theta: Theta, grad: Tensor, slots: Slots) -> Slots:
-        return {"velocity": torch.sigmoid(theta["logit_momentum"]) * slots["velocity"] + grad}
+        return {"velocity": decay(theta["logit_momentum"]) * slots["velocity"] + grad}
 
     def step(self, theta: Theta, grad: Tensor, slots: Slots) -> Tensor:
         u = slots["velocity"]
         if self.nesterov:
-            u = grad + torch.sigmoid(theta["logit_momentum"]) * u
+            u = grad + decay(theta["logit_momentum"]) * u
         return -theta["log_lr"].exp() * u

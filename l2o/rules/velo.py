@@ -33,7 +33,8 @@ class VeLO(HyperRule):
 
     lstm_hidden: units of the LSTM.
     inits: MLPs whose weights are mixed, tensor by tensor.    hidden: units of the layers of these MLPs.
-    decays: of momenta and factored second moments.    rms_decay: of the second moment.
+    decays: of momenta.    rms_decay: of the second moment.
+    adafactor_decays: of the factored second moments, as many.
     step_mult, exp_mult: of the two outputs.
     loss_horizon: steps that the averages of the loss are made for, instead of ``total_steps``. Weights learned under
         the original's ``use_bugged_loss_features`` need 10.
