@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,11 +79,12 @@ def measure(engine: Engine, seconds: float, device: str, began: float) -> dict[s
     training.outer_step()
     _wait(device)
     first = time.time() - began
-    each = TRUNCATION * engine.lanes
-    rates = [each / s for s in _blocks(training.outer_step, seconds, device)]
+    _block(training.outer_step, seconds, device)
     memory = peak_memory_mb()
     yardstick, work = _plain_loop(engine, device)
-    plain = [work / s for s in _blocks(yardstick, seconds, device)]
+    blocks = _in_turn({"engine": training.outer_step, "yardstick": yardstick}, seconds, device)
+    rates = [TRUNCATION * engine.lanes / s for s in blocks["engine"]]
+    plain = [work / s for s in blocks["yardstick"]]
     return {
         "setup": engine.setup,
         "rule": engine.rule,
@@ -97,7 +98,7 @@ def measure(engine: Engine, seconds: float, device: str, began: float) -> dict[s
         "yardstick_range": [min(plain), max(plain)],
         "first_step_seconds": first,
         "peak_rss_mb": memory,
-        "share_of_time": _shares(engine, device, statistics.median(rates), seconds),
+        "share_of_time": _shares(engine, training, device, seconds),
     }
 
 
@@ -111,18 +112,22 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _blocks(work: Callable[[], Any], seconds: float, device: str, count: int = 5) -> list[float]:
-    """Seconds of one call of ``work``, in the mean of each of ``count`` blocks that take ``seconds`` each."""
+def _in_turn(work: Mapping[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, list[float]]:
+    """Of each: seconds of a call in five blocks, taken in turn: a machine whose speed changes slows them all."""
+    rounds = [{name: _block(call, seconds, device) for name, call in work.items()} for _ in range(5)]
+    return {name: [blocks[name] for blocks in rounds] for name in work}
+
+
+def _block(work: Callable[[], Any], seconds: float, device: str) -> float:
+    """Seconds of one call of ``work``, in the mean of a block that takes ``seconds``, after one that is not counted."""
     work()
-    means = []
-    for _ in range(count):
-        calls, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds or not calls:
-            work()
-            _wait(device)
-            calls += 1
-        means.append((time.perf_counter() - start) / calls)
-    return means
+    _wait(device)
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or not calls:
+        work()
+        _wait(device)
+        calls += 1
+    return (time.perf_counter() - start) / calls
 
 
 def _wait(device: str) -> None:
@@ -130,7 +135,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _shares(engine: Engine, device: str, rate: float, seconds: float) -> dict[str, float]:
+def _shares(engine: Engine, training: MetaTraining, device: str, seconds: float) -> dict[str, float]:
     """Of the time of an outer step: data, inner gradients and rule of its unroll; of TBPTT that is the forward pass.
 
     The unroll is timed whole, and so are its three parts alone, in proportion to which it is divided: where a kernel
@@ -147,13 +152,14 @@ def _shares(engine: Engine, device: str, rate: float, seconds: float) -> dict[st
         batch: Batch = problems.batch(state.data, "train", generator)
         loss, _, grads, params = gradients(problems, state, batch)
         work = {
+            "outer": training.outer_step,
             "unroll": lambda: unroll(rule, lane_theta, problems, state, TRUNCATION, generator),
             "data": lambda: problems.batch(state.data, "train", generator),
             "gradient": lambda: gradients(problems, state, batch),
             "rule": lambda: updates(rule, lane_theta, grads, state._replace(params=params), loss),
         }
-        times = {name: statistics.median(_blocks(part, seconds / 5, device)) for name, part in work.items()}
-    whole_share = times.pop("unroll") * rate / (engine.lanes * TRUNCATION)
+        times = {name: statistics.median(blocks) for name, blocks in _in_turn(work, seconds / 5, device).items()}
+    whole_share = min(times.pop("unroll") / times.pop("outer"), 1.0)
     parts = sum(times.values())
     return {**{name: whole_share * t / parts for name, t in times.items()}, "rest": 1.0 - whole_share}
 
@@ -235,7 +241,7 @@ def measure_sharing(lanes: int, seconds: float, device: str) -> dict[str, Any]:
     rule = RULES[engine.rule]
     theta = rule.init_theta(generator)
     training = MetaTraining(engine.estimator(), theta, partial(torch.optim.Adam, lr=1e-3), generator)
-    steps = _blocks(training.outer_step, seconds, device, count=5) if ranks().size == 1 else _in_step(training, seconds)
+    steps = _in_step(training, seconds)
     with Traffic() as traffic:
         training.outer_step()
     median = statistics.median(steps)
@@ -253,7 +259,7 @@ def measure_sharing(lanes: int, seconds: float, device: str) -> dict[str, Any]:
 
 
 def _in_step(training: MetaTraining, seconds: float) -> list[float]:
-    """As `_blocks`, of as many calls in each process."""
+    """Seconds of an outer step in five blocks, of as many calls in each process."""
     training.outer_step()
     start = time.perf_counter()
     training.outer_step()
