@@ -143,7 +143,8 @@ class UpdateRule(abc.ABC):
     ) -> tuple[Updates, OptState] | None:
         """``update`` of all lanes at once, every tensor ``[lanes, ...]``, by a kernel: equal to it but for rounding.
 
-        None where there is no kernel for this rule, device or dtype; the engine then vectorises ``update``.
+        None where there is no kernel for this rule, device or dtype; the engine then vectorises ``update``, and the
+        plug-in, which asks for one lane in long runs, calls it.
         Differentiable, once, where grad mode is on.
         """
         return None

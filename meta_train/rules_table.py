@@ -35,7 +35,8 @@ again that do not need all recorded runs. Each rule has the hyperparameters of i
   the derivative by backpropagation.
 - **converts**: whose files `python -m meta_train.convert` turns into checkpoints of the rule: classes of the JAX
   originals, networks of PyLO.
-- **plug-in**: steps of `l2o.LearnedOptimizer` and the same updates by hand give equal parameters, to the bit.
+- **plug-in**: steps of `l2o.LearnedOptimizer` and the same updates by hand give equal parameters, to the bit;
+  by a kernel, which long runs take, but for rounding (a test has both).
 
 {table}"""
 

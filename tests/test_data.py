@@ -33,8 +33,6 @@ def packed(content: bytes) -> bytes:
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 28, 28))
 LABELS = np.arange(50) % 10
-
-
 CONTENT = packed(idx(LABELS))
 
 

@@ -56,7 +56,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision. All groups
     go through the rule together; parameters without a gradient stay as they are. ``state[p]`` has the rule's slots from
     p's first gradient on, ``state["shared"]`` those of no single parameter, ``state["clock"]["step"]`` the number of
-    steps taken. ``state_dict()`` is a snapshot: later steps replace its tensors. ``total_steps`` is not in it, so that
+    steps taken. Where the rule has a kernel, long runs use it (``L2O_KERNELS=0``: never), with equal steps but for
+    rounding. ``state_dict()`` is a snapshot: later steps replace its tensors. ``total_steps`` is not in it, so that
     a run can be resumed with another length.
 
     Raises `ConfigurationError`, `ParameterError` (not floating point, sparse, or on several devices), and what
