@@ -133,7 +133,7 @@ def number(x: float, digits: int = 3) -> str:
 
 
 def _ratio(a: float, b: float) -> str:
-    return f"{a / b:.3g} times it" if a >= 0 and math.isfinite(a) and math.isfinite(b) and b > 0 else "no ratio"
+    return f"{a / b:.3g} times it" if math.isfinite(a) and math.isfinite(b) and b > 0 else "no ratio"
 
 
 def _speed_up(x: float | None) -> str:
