@@ -165,12 +165,29 @@ def test_what_a_kernel_does_not_fit_is_left_to_torch():
         family.fused_gradient(params, {}, data, {**batch, "y": batch["y"] + 10})
 
 
-def test_a_second_differentiation_is_refused():
-    args = arguments(MLP(), 1)
-    args[0]["b0"].requires_grad_()
-    updates, _ = fused(MLP(), *args)
-    with pytest.raises(L2OError, match=r"first derivatives only; L2O_KERNELS=0"):
-        torch.autograd.grad(updates["vector"].sum(), args[0]["b0"], create_graph=True)
+def derivatives_twice(outputs, inputs):
+    """By ``inputs``: of a random combination of ``outputs``, and of one of the results."""
+    g, found = generator(3), []
+    for create_graph in (True, False):
+        outputs = [t for t in outputs if t.requires_grad]
+        weights = [torch.randn(t.shape, generator=g).to(t.dtype) for t in outputs]
+        settings = {"create_graph": create_graph, "materialize_grads": True}
+        outputs = torch.autograd.grad(outputs, inputs, weights, **settings)
+        found += outputs
+    return found
+
+
+@every_network
+def test_a_derivative_can_be_differentiated_again(rule):
+    """Also where gradients are computed from parameters, and these from θ."""
+    found = []
+    for update, tree in ((fused, lambda t: t), (reference, as_double)):
+        theta, grads, state, params, clock = tree(arguments(rule, 2))
+        leaves = [t.requires_grad_() for t in (*theta.values(), *params.values())]
+        moved = {k: p * theta["b0"].mean() for k, p in params.items()}
+        updates, after = update(rule, theta, {k: g * moved[k] for k, g in grads.items()}, state, moved, clock)
+        found.append(derivatives_twice([*updates.values(), *tree_leaves(after)], leaves))
+    assert_close(*found, 1e-3)
 
 
 def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
