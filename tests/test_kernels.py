@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tables import generator, identical
+from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -204,6 +205,23 @@ def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
         results.append((state.params, losses, grads, metrics))
     for got, want in zip(*map(tree_leaves, results), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its forward mode
+@pytest.mark.parametrize("setting", ["1", "0"])
+def test_forward_mode_is_backward_mode_whatever_the_kernels(monkeypatch, setting):
+    monkeypatch.setenv("L2O_KERNELS", setting)
+    rule, family, g = MLP(hidden=(8,)), ImageMLP(width=8, batch_size=16), generator(1)
+    theta = expand_theta(rule.init_theta(g), 3)
+    direction = {name: torch.randn(t.shape, generator=g) for name, t in theta.items()}
+    state = start(rule, theta, family, torch.full((3,), 4), g)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(t, direction[name]) for name, t in theta.items()}
+        slope = forward_ad.unpack_dual(unroll(rule, dual, family, state, 4, generator(3))[1]).tangent
+    leaves = [t.requires_grad_() for t in theta.values()]
+    grads = torch.autograd.grad(unroll(rule, theta, family, state, 4, generator(3))[1].sum(), leaves)
+    along = sum((g * d).sum() for g, d in zip(grads, direction.values(), strict=True))
+    torch.testing.assert_close(slope.sum(), along, rtol=1e-4, atol=1e-6)
 
 
 class Number(ctypes.Structure):

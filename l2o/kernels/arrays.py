@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Int64s, Floats, Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
 """Fields of a structure that keep the array they are given."""
 
 
 def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
-    """Whether all are float32 tensors that have memory, and no transform of torch is watching.
+    """Whether all are float32 tensors that have memory, and no transform of torch is watching, forward mode included.
 
     anywhere: on any device, not on the CPU alone.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or watched:
         return False
     ordinary = (Tensor, torch.nn.Parameter)
     return all(type(t) in ordinary and t.dtype == torch.float32 and (anywhere or t.is_cpu) for t in tensors)

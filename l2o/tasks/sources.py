@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,8 +72,9 @@ class LoaderSource(Source):
         with untouched(generator.device):
             batches = [self._gather(row, key, generator.device) for row, key in zip(index, own, strict=True)]
             if not self._tried:
-                again, self._tried = self._gather(index[0], own[0], generator.device), True
-                _warn_unless_same(self._name, self._dataset, batches[0], again)
+                again = [self._gather(row, key, generator.device) for row, key in zip(index, own, strict=True)]
+                _warn_unless_same(self._name, self._dataset, chain(*batches), chain(*again))
+            self._tried = True
         return tuple(torch.stack(each).to(generator.device) for each in zip(*batches, strict=True))
 
     def _gather(self, rows: list[int], seed: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -108,7 +110,7 @@ def _stack(name: str, examples: Sequence[Tensor] | Dataset[Any]) -> tuple[Tensor
     if min(lengths) == 0 or min(lengths) != max(lengths):
         raise ConfigurationError(f"{name}: tensors with {lengths} entries, expected as many in each, and at least one")
     if isinstance(examples, Dataset):
-        _warn_unless_same(name, examples, tensors, _items(name, _read(name, examples, _TRIED)))
+        _warn_unless_same(name, examples, (t[:_TRIED] for t in tensors), _items(name, _read(name, examples, _TRIED)))
     return tensors
 
 
@@ -124,9 +126,9 @@ def _read(name: str, dataset: Any, most: int | None = None) -> Any:
         ) from error
 
 
-def _warn_unless_same(name: str, dataset: Any, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
-    """Warns of a dataset that gives other tensors from one seed.  again: a second reading, maybe of fewer entries."""
-    if all(torch.equal(x[: len(y)].nan_to_num(), y.nan_to_num()) for x, y in zip(first, again, strict=True)):
+def _warn_unless_same(name: str, dataset: Any, first: Iterable[Tensor], again: Iterable[Tensor]) -> None:
+    """Warns of a dataset that gives other tensors when it is read a second time from one seed."""
+    if all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(first, again, strict=True)):
         return
     warnings.warn(
         f"{name}: this {type(dataset).__name__} gave other tensors when read again with the same seed, so that a run "
