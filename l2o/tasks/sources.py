@@ -68,7 +68,7 @@ class LoaderSource(Source):
 
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
         index = integers(generator, len(self._dataset), lanes, self._batch_size).tolist()
-        own = keys(generator, lanes).tolist()
+        own = [int(key) for key in keys(generator, lanes)]
         with untouched(generator.device):
             batches = [self._gather(row, key, generator.device) for row, key in zip(index, own, strict=True)]
             if not self._tried:
