@@ -149,9 +149,8 @@ def test_global_generators_of_one_seed_draw_different_numbers() -> None:
 
 @pytest.mark.parametrize("own", [np.random.default_rng(0).random, random.Random(0).random])
 def test_a_dataset_with_a_generator_of_its_own_is_told_once(own: Callable[[], float]) -> None:
-    family = task(DataLoader(Rows(1.0, own)))
     with pytest.warns(UserWarning, match=r"^train: this Rows gave other tensors .* neither repeats nor resumes"):
-        one_batch(family)
+        one_batch(family := task(DataLoader(Rows(1.0, own))))
     one_batch(family)
     with pytest.warns(UserWarning, match=r"^valid: this Rows"):
         task(valid=Rows(1.0, own))
