@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import l2o.meta
 from l2o.evaluation import BASELINES, Setting, baselines, run, run_baseline, run_learned, step_cost
+from l2o.evaluation.baselines import Scheduled
 from l2o.evaluation.curves import evaluation_steps
 from l2o.optim import LearnedOptimizer
-from l2o.rules import SGD
+from l2o.rules import MLP, SGD, VeLO
 from l2o.tasks import ImageMLP, Quadratic, Repeated
 from l2o.types import ConfigurationError, UnknownNameError
 
@@ -164,6 +165,16 @@ def test_grids_have_at_least_eight_rates_half_a_decade_apart():
     for baseline in BASELINES.values():
         assert len(baseline.grid) >= 8
         np.testing.assert_allclose(np.diff(np.log10(baseline.grid)), 0.5)
+
+
+@pytest.mark.parametrize("rule", [SGD(), MLP(), VeLO()], ids=lambda rule: type(rule).__name__)
+def test_a_scheduled_rule_gets_what_its_rule_needs(rule):
+    scheduled = Scheduled(rule)
+    assert (scheduled.needs_loss, scheduled.learned_init) == (rule.needs_loss, rule.learned_init)
+    setting = Setting("same", Quadratic(dim=3), steps=3, seeds=2)
+    found = run_learned(scheduled, theta_of(scheduled), setting).train
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[0], run_learned(rule, theta_of(rule), setting).train[0])
 
 
 def test_baselines_go_by_name():

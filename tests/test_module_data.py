@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,11 @@ from torch.func import vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from l2o.estimators import Backprop, Evolution
+from l2o.meta import MetaTraining
+from l2o.rules import SGD
 from l2o.tasks import ModuleTask
+from l2o.tasks.stateless import seeded
 from l2o.types import ConfigurationError, TaskFamily
 
 X, Y = torch.arange(40.0).reshape(20, 2), torch.arange(20)
@@ -21,8 +27,8 @@ X, Y = torch.arange(40.0).reshape(20, 2), torch.arange(20)
 class Rows(Dataset[Any]):
     """Map-style; the target is a Python number, the input random by ``noise``."""
 
-    def __init__(self, noise: float = 0.0) -> None:
-        self.noise = noise
+    def __init__(self, noise: float = 0.0, draw: Callable[[], float] | None = None) -> None:
+        self.noise, self.draw = noise, draw
 
     def __len__(self) -> int:
         return len(X)
@@ -30,7 +36,7 @@ class Rows(Dataset[Any]):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         if i >= len(X):
             raise IndexError(i)
-        return X[i] + self.noise * torch.randn(2), int(Y[i])
+        return X[i] + self.noise * (self.draw() if self.draw else torch.randn(2)), int(Y[i])
 
 
 class Ragged(Rows):
@@ -96,12 +102,73 @@ def test_a_batch_size_of_ones_own_replaces_the_loaders() -> None:
     assert one_batch(task(SOURCES["DataLoader"], batch_size=7))["target"].shape == (3, 7)
 
 
-def test_random_transforms_of_a_loader_follow_the_generator() -> None:
-    family = task(DataLoader(Rows(noise=1.0)))
-    one, same, other = (one_batch(family, seed=seed)["input.0"] for seed in (0, 0, 1))
+def global_states() -> tuple[Any, ...]:
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+DRAWS: dict[str, Callable[[], float] | None] = {
+    "torch": None,
+    "NumPy": np.random.rand,
+    "NumPy's normal": np.random.randn,
+    "Python": random.random,
+    "Python's gauss": lambda: random.gauss(0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_random_transforms_of_a_loader_follow_the_generator(draw: str) -> None:
+    families = [task(DataLoader(Rows(1.0, DRAWS[draw]))) for _ in range(2)]
+    before = global_states()
+    one, other = (one_batch(families[0], seed=seed)["input.0"] for seed in (0, 1))
+    one_batch(families[1], seed=3)
+    same = one_batch(families[1], seed=0)["input.0"]
+    assert before == global_states()
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert not torch.equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_random_transforms_of_a_dataset_are_drawn_once_and_for_all(draw: str) -> None:
+    assert one_batch(task(Rows(1.0, DRAWS[draw])))["input.0"].equal(one_batch(task(Rows(1.0, DRAWS[draw])))["input.0"])
+
+
+def test_global_generators_of_one_seed_draw_different_numbers() -> None:
+    with seeded(7, torch.device("cpu")):
+        drawn = {
+            round(x, 4)
+            for x in (
+                *torch.rand(9).tolist(),
+                *torch.rand(9, dtype=torch.float64).tolist(),
+                *np.random.rand(9),  # noqa: NPY002
+                *(random.random() for _ in range(9)),
+            )
+        }
+    assert len(drawn) == 36
+
+
+@pytest.mark.parametrize("own", [np.random.default_rng(0).random, random.Random(0).random])
+def test_a_dataset_with_a_generator_of_its_own_is_told_once(own: Callable[[], float]) -> None:
+    with pytest.warns(UserWarning, match=r"^train: this Rows gave other tensors .* neither repeats nor resumes"):
+        one_batch(family := task(DataLoader(Rows(1.0, own))))
+    one_batch(family)
+    with pytest.warns(UserWarning, match=r"^valid: this Rows"):
+        task(valid=Rows(1.0, own))
+
+
+@pytest.mark.parametrize("make", [Backprop, Evolution])
+@pytest.mark.parametrize("draw", [np.random.rand, random.random])
+def test_a_module_that_draws_from_numpy_or_python_is_told_once(make: Any, draw: Callable[[], float]) -> None:
+    rule, family = SGD(), task(module=Forward(lambda layer, x: layer(x) * draw()))
+    estimator = make(rule, family, lanes=2, horizon=4, truncation=2)
+    run = MetaTraining(estimator, rule.init_theta(generator()), torch.optim.SGD, generator())
+    with pytest.warns(UserWarning, match="the task drew from a global generator of torch, NumPy or Python"):
+        run.outer_step()
+    run.outer_step()
+
+
+def test_what_is_missing_in_a_dataset_is_no_random_number() -> None:
+    one_batch(task(DataLoader(Rows(1.0, lambda: torch.nan))))
 
 
 def test_several_inputs_go_to_the_module_in_order() -> None:
@@ -134,6 +201,18 @@ def test_a_lane_starts_as_its_seed_says() -> None:
     by_instance, _ = task(module=nn.Linear(2, 20)).init({"lane": torch.arange(3)}, generator())
     by_function, _ = task(module=lambda: nn.Linear(2, 20)).init({"lane": torch.arange(3)}, generator())
     assert all(torch.equal(p, by_function[name]) for name, p in by_instance.items())
+
+
+def test_modules_that_draw_from_numpy_or_python_start_as_their_seed_says() -> None:
+    def make() -> nn.Module:
+        layer = nn.Linear(2, 20)
+        nn.init.constant_(layer.weight, np.random.rand())  # noqa: NPY002
+        nn.init.constant_(layer.bias, random.random())
+        return layer
+
+    first, again = (task(module=make).init({"lane": torch.arange(2)}, generator())[0] for _ in range(2))
+    assert all(torch.equal(p, again[name]) for name, p in first.items())
+    assert not any(torch.equal(p[0], p[1]) for p in first.values())
 
 
 def test_frozen_parameters_travel_with_the_buffers() -> None:

@@ -20,6 +20,7 @@ from l2o.evaluation import (
     Setting,
     Trials,
     compare,
+    plots,
     print_tables,
     score,
     speed_up,
@@ -60,6 +61,10 @@ def test_smoothing_looks_back_only():
         ([4.0, NAN, 1.0, 1.0], INF, True),
         ([4.0, 1.0, INF], INF, True),
         ([NAN, NAN, NAN], INF, True),
+        ([-4.0, -3.0, -7.0], -5.0, False),
+        ([-4.0, -3.0, -2.0], -2.5, True),
+        ([0.0, 0.1, 0.3], 0.2, False),  # of what begins at zero nothing is above the beginning
+        ([0.0, 0.1, INF], INF, True),
     ],
 )
 def test_final_loss_and_divergence(curve, final, lost):
@@ -107,6 +112,13 @@ def test_the_bootstrap_interval():
 
 def theta_of(rule):
     return rule.init_theta(torch.Generator())
+
+
+def figure_of(result: Comparison) -> list:
+    """The panels of its picture."""
+    figure = plots.new_figure(7.0, 4.0)
+    plots._draw(figure.subplots(), result, "loss")
+    return figure.axes
 
 
 # Reports --------------------------------------------------------------------------------------------------------------
@@ -178,6 +190,31 @@ def test_every_run_is_in_the_results(tmp_path):
     ]
     best = [r["final"] for r in adam["runs"] if r["trial"] == adam["best"]]
     assert best == adam["final"] == result.scores["adam"].final.tolist()
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale"), [(0.0, "log"), (-1e3, "linear"), (-5.0, "linear"), (-math.inf, "log"), (math.nan, "log")]
+)
+def test_losses_of_any_sign_are_in_the_picture(shift, scale):
+    result = comparison(1e-2)
+    moved = {k: dataclasses.replace(s, curve=s.curve + shift) for k, s in result.scores.items()}
+    (panel,) = figure_of(result._replace(scores=moved))
+    assert panel.get_yscale() == scale
+    low, high = panel.get_ylim()
+    for line, s in zip(panel.lines, [moved["adam"], moved[LEARNED]], strict=True):
+        seen = np.median(s.curve, 1)
+        inside = np.isfinite(seen)
+        np.testing.assert_allclose(line.get_ydata()[inside], seen[inside])
+        assert ((low <= seen) & (seen <= high))[inside].all()
+
+
+@pytest.mark.parametrize("curve", [[0.0, 0.0, 0.0], [0.0, 0.1, 0.4], [-1.0, -1.0, -1.0]])
+def test_a_loss_that_begins_at_its_lowest_is_in_the_picture(curve):
+    made_up = score(trials_of(curve), window=1)
+    setting = dataclasses.replace(NOISY, steps=3, seeds=1)
+    (panel,) = figure_of(Comparison(setting, {}, {LEARNED: made_up, "adam": made_up}))
+    low, high = panel.get_ylim()
+    assert low <= min(curve) <= max(curve) <= high
 
 
 @pytest.mark.parametrize(("package", "function"), [("matplotlib", curves_png), ("rich", print_tables)])

@@ -131,7 +131,7 @@ class Evolution(Episodes):
             self.rule, lane_theta, self.problems, before, self.steps, streams.batches, valid_weight=self.valid_weight
         )
         exploded = self.exploded(losses, after.first_loss)
-        limit = self.explosion * after.first_loss.abs()
+        limit = self.limit(losses, after.first_loss)
         counted = self.objective(torch.where(exploded, limit, losses), before, after.first_loss)
         unbroken = after.first_loss.isfinite()
         fitness = self._fitness(torch.where(unbroken, counted, 0.0))

@@ -21,6 +21,14 @@ class Scheduled(UpdateRule):
 
     rule: UpdateRule
 
+    @property
+    def needs_loss(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the rule
+        return self.rule.needs_loss
+
+    @property
+    def learned_init(self) -> bool:  # type: ignore[override]
+        return self.rule.learned_init
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         return self.rule.init_theta(generator)
 

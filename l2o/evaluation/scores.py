@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from l2o.estimators.episodes import NOTHING
 from l2o.evaluation.trials import Array, Trials
 
 RESAMPLES = 10_000
@@ -74,8 +75,12 @@ def final_losses(losses: Array, window: int) -> Array:
 
 
 def diverged(losses: Array, window: int) -> Array:
-    """Bool ``[seeds, trials]``: a loss was not finite, or the final one is above the one at initialisation."""
-    return ~(final_losses(losses, window) <= losses[0])
+    """Bool ``[seeds, trials]``: a loss was not finite, or the final one is above the one at initialisation.
+
+    Where that is zero but for rounding, as of adapters on a solved problem, the former alone.
+    """
+    final = final_losses(losses, window)
+    return ~(final <= np.where(np.abs(losses[0]) < NOTHING, np.finfo(np.float64).max, losses[0]))
 
 
 def best_trial(finals: Array) -> int:

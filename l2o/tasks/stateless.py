@@ -7,11 +7,13 @@ cannot pass, while a module runs.
 from __future__ import annotations
 
 import contextlib
+import random
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,15 +29,35 @@ _BITS = 24
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run code that draws from the global generators of the CPU and of ``device``, seeded; they come back untouched."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda, device_type="cuda"):
-        # Not torch.manual_seed, which reseeds every device there is.
-        torch.default_generator.manual_seed(seed)
-        for each in cuda:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
+    """Run code that draws from global generators, seeded by `reseed`; they come back untouched, see `untouched`."""
+    with untouched(device):
+        reseed(seed, device)
         yield
+
+
+@contextlib.contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """Leave the global generators of torch (CPU and ``device``), NumPy and Python as they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Seed the global generators of torch (CPU and ``device``), NumPy and Python, each to a stream of its own."""
+    # Not torch.manual_seed, which reseeds every device there is.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    # All three are the Mersenne Twister: from one key they would draw the same numbers.
+    low, high = seed % 2**32, seed // 2**32 % 2**32
+    random.seed(low + 2**32 * high)
+    np.random.seed([low, high, 1])  # noqa: NPY002
 
 
 def keep_mask(key: Tensor, call: int, shape: tuple[int, ...], p: float) -> Tensor:
