@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,8 @@ def evaluate(config: DictConfig, command: str) -> Report:
 
 def load_learned(config: DictConfig) -> dict[str, RuleEntrant]:
     """The learned optimizers of ``source``, one or a list of several, by their names in a comparison."""
-    sources = [config.source] if isinstance(config.source, str) else list(config.source or [])
+    one = isinstance(config.source, str) or not isinstance(config.source, Sequence)
+    sources = [str(config.source)] if one else list(map(str, config.source))
     if not sources or len(set(sources)) < len(sources):
         raise ConfigurationError(f"source={sources}: expected a name, or several different ones, as [default,light]")
     classes = import_classes(config.rules, "rules", UpdateRule)
@@ -126,8 +127,13 @@ def _compare_all(
         for setting in settings.values():
             told = partial(_progress, setting), partial(advance, setting.name)
             comparisons.append(compare(setting, entrants, device, *told))
-            write_text(report, out)
+            write_text(_unfinished(report, settings), out)
     return report
+
+
+def _unfinished(report: Report, settings: Collection[str]) -> Report:
+    """``report`` with a word on how many of the settings are in it."""
+    return report._replace(facts={**report.facts, "Settings done": f"{len(report.comparisons)} of {len(settings)}"})
 
 
 @contextlib.contextmanager
@@ -150,11 +156,9 @@ def _interruptible(report: Report, settings: Mapping[str, Setting], out: Path) -
         done = len(report.comparisons)
         kept, others = "nothing is kept", "the same command begins again"
         if done:
-            write(report, out)
+            write(_unfinished(report, settings), out)
             kept = f"they are in {out / 'report.md'}"
-            others = (
-                f"for the others: the same command with only=[{','.join(list(settings)[done:])}] out=ANOTHER_FOLDER"
-            )
+            others = f"for the others: the same command with only=[{','.join(list(settings)[done:])}] and another out="
         print(f"interrupted after {done} of {len(settings)} settings; {kept}; {others}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 

@@ -126,6 +126,7 @@ def test_an_interrupted_evaluation_keeps_what_is_done_and_says_how_to_go_on(comm
     assert command(*SMALL, "settings={a: {}, b: {}, c: {}}") == 130
     results = json.loads(Path("out/results.json").read_text())
     assert [setting["name"] for setting in results["settings"]] == ["a"]
+    assert results["facts"]["Settings done"] == "1 of 3"
     assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "curves.png"}
     said = capsys.readouterr().err
     assert said.startswith("interrupted after 1 of 3 settings; ")
@@ -265,6 +266,7 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["only=[wid]", "settings={wide: {}, long: {}}"], ["unknown setting 'wid'", "'wide'", "long"]),
         (["only=wide", "settings={wide: {}}"], ["only='wide'", "a list, such as [wide]"]),
         (["source=[sgd,sgd]"], ["source=['sgd', 'sgd']", "several different ones"]),
+        (["source=3"], ["'3'"]),
         (["source=[]"], ["source=[]", "a name"]),
         (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),

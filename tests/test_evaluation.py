@@ -229,6 +229,25 @@ def test_the_untuned_baselines_are_those_that_their_names_say():
     assert [cosine(step, 40) for step in (0, 1, 2, 21, 40)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
 
 
+class Replacing(torch.optim.Optimizer):
+    """SGD that puts new tensors into its parameters."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data - self.param_groups[0]["lr"] * p.grad
+
+
+def test_optimizers_may_replace_what_a_parameter_holds():
+    ours, plain = (
+        TorchEntrant("", lambda p, lr, make=make: [make(p, lr=lr)], None, (0.01,))
+        for make in (Replacing, torch.optim.SGD)
+    )
+    np.testing.assert_allclose(run_entrant(ours, NOISY).valid, run_entrant(plain, NOISY).valid, rtol=1e-5)
+
+
 def test_what_is_done_of_all_runs_is_told():
     for entrant in (
         dataclasses.replace(GRIDS["adam"], grid=(0.1, 1.0)),

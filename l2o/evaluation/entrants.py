@@ -85,7 +85,7 @@ class TorchEntrant:
             return trace(partial(_train, lanes, copies, generator), state, copies, points, generator, advance)
 
     def _lane(self, stacked: Params, lane: int, steps: int) -> Lane:
-        params = {name: nn.Parameter(p[lane]) for name, p in stacked.items()}  # a view, into which steps write
+        params = {name: nn.Parameter(p[lane].clone()) for name, p in stacked.items()}
         optimizers = self.make(list(params.values()), self.rates[lane % len(self.rates)])
         schedule = self.schedule
         if schedule is None:
@@ -94,14 +94,14 @@ class TorchEntrant:
 
 
 class Lane(NamedTuple):
-    """One run: its parameters, as views of those of all lanes, and what trains them."""
+    """One run: its parameters, and what trains them."""
 
     params: dict[str, nn.Parameter]
     optimizers: Sequence[Optimizer]
     schedulers: Sequence[LambdaLR]
 
     def step(self, grads: Grads) -> None:
-        """Move the parameters in place.  grads: of this lane."""
+        """Move the parameters.  grads: of this lane."""
         for name, p in self.params.items():
             p.grad = grads[name]
         for optimizer in self.optimizers:
@@ -111,10 +111,9 @@ class Lane(NamedTuple):
 
 
 def _start(family: TaskFamily, horizon: Tensor, generator: torch.Generator) -> InnerState:
-    """The problems of every lane, drawn as `l2o.unroll.start` draws them; parameters in memory of their own."""
+    """The problems of every lane, drawn as `l2o.unroll.start` draws them."""
     data = family.sample(generator, len(horizon))
     params, buffers = family.init(data, generator)
-    params = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in params.items()}
     first_loss = torch.full(horizon.shape, torch.nan, device=horizon.device)
     return InnerState(data, params, buffers, OptState({}, {}), torch.zeros_like(horizon), horizon, first_loss)
 
@@ -129,6 +128,8 @@ def _train(
         grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
         for i, lane in enumerate(lanes):
             lane.step({name: g[i] for name, g in grads.items()})
-        state = state._replace(buffers=buffers, step=state.step + 1)
+        # Not views into which the optimizers write: some put another tensor into a parameter.
+        params = {name: torch.stack([lane.params[name] for lane in lanes]) for name in state.params}
+        state = state._replace(params=params, buffers=buffers, step=state.step + 1)
         losses.append(loss)
     return state, torch.stack(losses)

@@ -22,6 +22,7 @@ from l2o.evaluation.verdicts import (
     COLUMNS,
     OVERFITTED,
     SUMMARY_NOTE,
+    misses_first,
     number,
     overall,
     overall_text,
@@ -151,7 +152,7 @@ def _head(report: Report) -> Iterator[str]:
     headings, *rows = summary_table(report.comparisons)
     yield from _table(headings, rows)
     yield ""
-    yield from (f"- **{c.setting.name}**: {verdict(c)}" for c in report.comparisons)
+    yield from (f"- **{c.setting.name}**: {verdict(c)}" for c in misses_first(report.comparisons))
     yield "\n![smoothed training loss over steps](curves.png)\n"
 
 

@@ -125,15 +125,16 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
 
 
 def summary_table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """Headings, then a row a setting: its name, target, speed-up, validation loss, and every final training loss.
-
-    Settings in which the target is missed come first, then overfitting, then the lowest speed-up.
-    """
+    """Headings, then a row a setting: its name, target, speed-up, validation loss, and every final training loss."""
     names = list(comparisons[0].scores)
     losses = [_heading(comparisons[0].scores[name], name) for name in names]
-    ranked = sorted(comparisons, key=_success)
     headings = ("task", "target", "speed-up", "validation", *losses, "seconds")
-    return [headings, *(_summary_row(c, names) for c in ranked)]
+    return [headings, *(_summary_row(c, names) for c in misses_first(comparisons))]
+
+
+def misses_first(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Settings in which the target is missed come first, then overfitting, then the lowest speed-up."""
+    return sorted(comparisons, key=_success)
 
 
 def _success(comparison: Comparison) -> tuple[bool, bool, float]:
