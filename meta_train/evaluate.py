@@ -157,8 +157,9 @@ def _interruptible(report: Report, settings: Mapping[str, Setting], out: Path) -
         kept, others = "nothing is kept", "the same command begins again"
         if done:
             write(_unfinished(report, settings), out)
-            kept = f"they are in {out / 'report.md'}"
-            others = f"for the others: the same command with only=[{','.join(list(settings)[done:])}] and another out="
+            left = ",".join(list(settings)[done:])
+            kept = f"their report is {out / 'report.md'}"
+            others = f"the same command with only=[{left}], and another out=, runs the others"
         print(f"interrupted after {done} of {len(settings)} settings; {kept}; {others}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
