@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2o.evaluation.compare import LEARNED, Comparison
+from l2o.evaluation.compare import LEARNED, Comparison, is_learned
 from l2o.evaluation.extras import require
 from l2o.evaluation.scores import Score
 from l2o.evaluation.trials import Array
 
 LEARNED_COLOUR = "#D55E00"
+LEARNED_COLOURS = (LEARNED_COLOUR, "#882255", "#332288", "#117733")
+"""Of several learned optimizers, from Tol's palette; then from the first again."""
 # The rest of Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#666666")
 _DASHES = ("-", "--", "-.")
@@ -49,9 +52,10 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
     for panel in panels[len(comparisons) :]:
         panel.remove()
     handles, labels = panels[0].get_legend_handles_labels()
-    # The learned optimizer is drawn last, over the others, and named first.
-    handles, labels = handles[-1:] + handles[:-1], labels[-1:] + labels[:-1]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
+    # The learned optimizers are drawn last, over the others, the first one on top, and named first.
+    learned = sum(map(is_learned, comparisons[0].scores))
+    handles, labels = (x[: -learned - 1 : -1] + x[:-learned] for x in (handles, labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), max(2, columns)), frameon=False)
     return png(figure)
 
 
@@ -83,10 +87,12 @@ def _draw(panel: Any, comparison: Comparison, loss_label: str) -> None:
     setting, scores = comparison.setting, comparison.scores
     view = _view([s.curve for s in scores.values()])
     styles = [(c, d) for d in _DASHES for c in COLOURS]
-    usual = [s for name, s in scores.items() if name != LEARNED]
+    usual = [s for name, s in scores.items() if not is_learned(name)]
     for (colour, dashes), s in zip(styles, usual, strict=False):
         _line(panel, s, view, color=colour, linestyle=dashes, linewidth=1.3, zorder=2)
-    _line(panel, scores[LEARNED], view, color=LEARNED_COLOUR, linewidth=2.6, zorder=3)
+    learned = [(name, s) for name, s in scores.items() if is_learned(name)]
+    for (name, s), colour in reversed(list(zip(learned, itertools.cycle(LEARNED_COLOURS)))):
+        _line(panel, s, view, color=colour, linewidth=2.6 if name == LEARNED else 1.9, zorder=3)
     panel.set(xlabel="inner training step", ylabel=loss_label, yscale=view.scale, xlim=(0, setting.steps))
     panel.set_ylim(top=view.ceiling)
     spread = "quartiles" if setting.seeds > _MANY_SEEDS else "range"

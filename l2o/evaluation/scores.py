@@ -17,8 +17,8 @@ RESAMPLES = 10_000
 class Score:
     """How an optimizer did with the best of its trials.
 
-    trials: learning rates that were tried; 1 for a learned optimizer.     best: index of the one scored here.
-    rate: its learning rate, None for a learned optimizer.
+    trials: learning rates that were tried; 1 for an untuned optimizer.     best: index of the one scored here.
+    rate: its learning rate, None for an untuned optimizer.
     at_edge: the best rate is the first or last of its grid, so that a better one may lie outside.
     final: training loss of each seed ``[seeds]``, ``inf`` where a loss of the run was not finite.
     interval: 95% bootstrap interval over seeds of the mean of ``final``.
