@@ -24,6 +24,7 @@ _START = {
     "slow": 20.0,
     "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks
     "range": 3.0,  # of the log step
+    "leak": 3.0,  # of the log step, a run: what it loses where nothing pushes
 }
 """Hand-set; all positive, θ has their logarithms."""
 _FASTEST = 0.1
@@ -50,7 +51,8 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, clock: Cl
     """The slots once the 0-d ``cosine`` of the gradient at ``clock.step`` and the step before is known.
 
     The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
-    its lower bound, and without the gate runs that are almost exact stop too early.
+    its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
+    which noise does not show to be too much, leaks away.
     """
     value = {name: theta[f"log_{name}"].exp() for name in _START}
     step, total = (t.to(cosine.dtype) for t in clock)
@@ -64,6 +66,7 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, clock: Cl
     sure = (over_root(-mean["slow"], deviation) - value["sure"]).clamp(0.0, 1.0)
     push = torch.tanh(value["slope"] * error) * torch.where(error < 0, sure, 1.0)
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
-    log_step = torch.clamp(slots["log_step"] + gain * push, -value["range"], value["range"])
+    leak = (value["leak"] / total).clamp(max=_FASTEST)
+    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * push, -value["range"], value["range"])
     moved = {"log_step": log_step, **new}
     return {name: torch.where(step > 0, x, slots[name]) for name, x in moved.items()}

@@ -25,6 +25,8 @@ Schedule = Literal["decay", "constant"]
 
 _FAN_IN = 64.0
 """Inputs of the matrix whose step has no factor."""
+_LEAST_LIMIT = 3e-4
+"""Of the root mean square of a matrix' step, so that matrices of zeros get on."""
 _FLOOR = 0.01
 """Share of the step that is left at the end of the run, and after it."""
 
@@ -41,22 +43,22 @@ class _Group(NamedTuple):
 class Steered(UpdateRule):
     """``update = -lr * factor * schedule(t / T) * exp(z) * direction``, whatever the scale of the gradients.
 
-    direction: of tensors of two and more axes, as matrices of the first by the others.
+    direction: of tensors of two and more axes, as matrices of the first by the others; its root mean square is one.
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
-        The first two are scaled to a root mean square of ``matrix``.
     controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.
-    lr: of a step whose direction has a root mean square of 1.    momentum: of matrices.    beta1, beta2: of Adam.
-    fan_in: the factor of a tensor of two and more axes is ``(fan-in / 64) ** -fan_in``.
-    θ: those of ``log_lr, log_matrix, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup, log_power`` that
-    the parts need, and those of the controller, ``log_*``; all 0-d.
+    lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.
+    matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
+    relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
+    θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
+    log_power`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, ``m, row, col`` (scales) of a normalized one, else
     ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
-    Entries that never had a gradient stay where they are. Needs whole matrices, and sums over all tensors.
+    Needs whole matrices, and sums over all tensors.
     """
 
     direction: Direction = "orthogonal"
@@ -69,10 +71,12 @@ class Steered(UpdateRule):
     beta1: float = 0.9
     beta2: float = 0.99
     fan_in: float = 0.05
+    relative: float = 0.03
     warmup: float = 0.03
     power: float = 1.0
 
     learned_init = False
+    rests = True
 
     def __post_init__(self) -> None:
         for name, literal in {"direction": Direction, "controller": Controller, "schedule": Schedule}.items():
@@ -84,10 +88,10 @@ class Steered(UpdateRule):
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "power")}
+        start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
         shares = ("momentum", "beta1", "beta2", "warmup")
         start |= {f"logit_{name}": logit_of(name, getattr(self, name)) for name in shares} | {"fan_in": self.fan_in}
-        unused = ["log_matrix", "logit_momentum"] if self.direction == "adam" else []
+        unused = ["log_matrix", "log_relative", "logit_momentum"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
         return theta | (init_controller(generator) if self.controller == "alignment" else {})
@@ -113,25 +117,28 @@ class Steered(UpdateRule):
     def accumulate(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
     ) -> tuple[OptState, Stats]:
-        groups = list(_groups(grads, state))
-        shared = state.shared
-        if self.controller == "alignment":
-            sums = [self._alignment(theta, group) for group in groups]
-            dots, norms = (torch.cat(parts) for parts in zip(*sums, strict=True))
-            shared = control(theta, shared, cosine(dots, norms), clock)
+        groups = _groups(grads, state)
         slots: dict[str, Slots] = {name: {} for name in grads}
         for group in groups:
             for slot, values in self._advance(theta, group.grad, group.slots).items():
                 for name, value in zip(group.names, values.unbind(), strict=True):
                     slots[name][slot] = value
-        return OptState(slots, shared), {}
+        sums = [self._alignment(theta, group) for group in groups] if self.controller == "alignment" else []
+        return OptState(slots, self._control(theta, state.shared, sums, clock)), {}
 
     def _alignment(self, theta: Theta, group: _Group) -> tuple[Tensor, Tensor]:
         """Products of gradients and the step before, and those of their norms, ``[k]``, but for a factor of all."""
-        g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, group.grad.shape))
-        factor = self._factor(theta, group.grad.shape[1:])
+        shape = group.grad.shape
+        g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, shape))
         norms = safe_sqrt(g.square().sum(1)) * safe_sqrt(d.square().sum(1))
+        factor = self._factor(theta, shape[1:])
         return factor * (g * d).sum(1), factor * norms
+
+    def _control(self, theta: Theta, shared: Slots, sums: Sequence[tuple[Tensor, Tensor]], clock: Clock) -> Slots:
+        if self.controller == "none":
+            return shared
+        dots, norms = (torch.cat(parts) for parts in zip(*sums, strict=True))
+        return control(theta, shared, cosine(dots, norms), clock)
 
     def _advance(self, theta: Theta, grad: Tensor, slots: Slots) -> Slots:
         """New slots.  All ``[k, *shape]``."""
@@ -139,8 +146,8 @@ class Steered(UpdateRule):
             case "orthogonal":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
                 d = polar(_matrices(ema(m, grad, theta["logit_momentum"])), self.iterations)
-                d = over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)
-                return {"m": m, "d": d}
+                d = torch.where(_matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
+                return {"m": m, "d": over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)}
             case "normalized":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
                 row, col = row_column_scales(_matrices(m))
@@ -153,27 +160,36 @@ class Steered(UpdateRule):
         """Of slots ``[k, *shape]``; 0 before the first gradient."""
         match self._path(shape[1:]):
             case "orthogonal":
-                return theta["log_matrix"].exp() * slots["d"]
+                return slots["d"]
             case "normalized":
-                d = _matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
-                return theta["log_matrix"].exp() * d.view(shape)
+                return (_matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)).view(shape)
         count = slots["count"].view(-1, *[1] * (len(shape) - 1)).clamp(min=1.0)
         m = slots["m"] / bias_correction(theta["logit_beta1"], count)
         return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
 
     def _factor(self, theta: Theta, shape: Sequence[int]) -> Tensor:
         """0-d, of a tensor's step."""
-        fan_in = max(_as_matrix(shape)[1], 1) if len(shape) > 1 else _FAN_IN
-        return torch.exp(-math.log(fan_in / _FAN_IN) * theta["fan_in"])
+        if self._path(shape) == "adam":
+            return torch.ones_like(theta["log_lr"])
+        return torch.exp(theta["log_matrix"] - math.log(_as_matrix(shape)[1] / _FAN_IN) * theta["fan_in"])
 
     def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
         size = self._size(theta, state.shared, clock)
         updates: Updates = {}
         for group in _groups(grads, state):
-            scale = -size * self._factor(theta, group.grad.shape[1:])
-            steps = scale * self._direction(theta, group.slots, group.grad.shape)
-            updates.update(zip(group.names, steps.unbind(), strict=True))
+            squares = _flat(_stack([params[name] for name in group.names])).square().sum(1)
+            d = self._direction(theta, group.slots, group.grad.shape)
+            scale = self._scale(theta, size, squares, group.grad.shape[1:]).view(-1, *[1] * (d.ndim - 1))
+            updates.update(zip(group.names, (-scale * d).unbind(), strict=True))
         return {name: updates[name] for name in grads}
+
+    def _scale(self, theta: Theta, size: Tensor, squares: Tensor, shape: Sequence[int]) -> Tensor:
+        """``[k]``, of the directions of tensors of one shape.  squares: ``[k]``, sums over their parameters."""
+        scale = (size * self._factor(theta, shape)).expand_as(squares)
+        if self._path(shape) == "adam":
+            return scale
+        limit = theta["log_relative"].exp() * safe_sqrt(squares / math.prod(shape)) + _LEAST_LIMIT
+        return scale / (1.0 + (scale / limit).square()).sqrt()
 
     def _size(self, theta: Theta, shared: Slots, clock: Clock) -> Tensor:
         """0-d, of the step of all tensors."""
