@@ -16,14 +16,14 @@ enum Path : int64_t { ADAM, NORMALIZED, ORTHOGONAL };
 
 // A tensor as a matrix.  grad, param, m: [rows, cols].  second: d of an orthogonal one, v on Adam's path.
 // row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
-// param <- keep param + scale direction.  sums, written: gradient times direction, and squares of gradient, direction and
+// param <- keep param + scale direction; lr is for the caller.  sums, written: gradient times direction, and squares of gradient, direction and
 // parameter.
 constexpr int64_t SUMS = 4;
 struct Tensor {
     int64_t path, rows, cols;
     const float* grad;
     float *param, *m, *second, *row, *col, *count;
-    double keep, scale;
+    double lr, keep, scale;
     double sums[SUMS];
 };
 
@@ -176,8 +176,8 @@ void finish(const Step& s, Tensor& t) {
     std::vector<double> parts(block_count(t));
     blocks(s, t, [&](int64_t block, int64_t first, int64_t last) {
         float squares = 0;
-        float *d = t.second;
-        const float *m = t.m;
+        float* d = t.second;
+        const float* m = t.m;
 #pragma omp simd reduction(+ : squares)
         for (int64_t i = first * t.cols; i < last * t.cols; i++) {
             d[i] = m[i] != 0 ? d[i] : 0.f;
@@ -220,6 +220,3 @@ extern "C" int l2o_steered_advance(const Step* step) {
 
 // Once the directions of orthogonal matrices are in their place: those, and their parameters.
 extern "C" int l2o_steered_finish(const Step* step) { return each(step, finish); }
-
-// For the caller to compare with what it lays out.
-extern "C" int64_t l2o_steered_tensor_size() { return sizeof(Tensor); }

@@ -16,6 +16,7 @@ from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
 
 PATHS = ("adam", "normalized", "orthogonal")
+_POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
 _SUMS = 4
 
 
@@ -24,8 +25,8 @@ class _Tensor(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("path", "rows", "cols")),
-        *((name, ctypes.c_void_p) for name in ("grad", "param", "m", "second", "row", "col", "count")),
-        *((name, ctypes.c_double) for name in ("keep", "scale")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_double) for name in ("lr", "keep", "scale")),
         ("sums", ctypes.c_double * _SUMS),
     )
 
@@ -40,52 +41,53 @@ class _Step(ctypes.Structure):
     )
 
 
-class Matrix(NamedTuple):
-    """A tensor as a matrix ``[rows, cols]`` on one of ``PATHS``; slots by name, as `l2o.rules.Steered` has them."""
+class Entries(NamedTuple):
+    """A tensor as a matrix of ``shape`` on one of ``PATHS``, and the slots that `l2o.rules.Steered` has for it.
+
+    factors: ``lr, keep`` of ``param <- keep param + lr update``.
+    """
 
     path: str
-    rows: int
-    cols: int
+    shape: tuple[int, int]
     grad: Tensor
     param: Tensor
     slots: Mapping[str, Tensor]
+    factors: tuple[float, float]
 
     def description(self) -> _Tensor:
         """For the kernel."""
-        second = self.slots.get("d", self.slots.get("v"))
-        pointers = {name: t.data_ptr() for name in ("row", "col", "count") if (t := self.slots.get(name)) is not None}
-        return _Tensor(
-            path=PATHS.index(self.path),
-            rows=self.rows,
-            cols=self.cols,
-            grad=self.grad.data_ptr(),
-            param=self.param.data_ptr(),
-            m=self.slots["m"].data_ptr(),
-            second=None if second is None else second.data_ptr(),
-            **pointers,
-        )
+        arrays = {"grad": self.grad, "param": self.param, **self.slots}
+        arrays["second"] = arrays.get("d", arrays.get("v", self.param))
+        pointers = [arrays[name].data_ptr() if name in arrays else None for name in _POINTERS]
+        return _Tensor(PATHS.index(self.path), *self.shape, *pointers, *self.factors)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel would stay inside its arrays."""
+        tensors = [self.grad, self.param, *self.slots.values()]
+        same = self.grad.shape == self.param.shape == self.slots["m"].shape
+        return same and plain(tensors) and all(t.is_contiguous() for t in tensors)
 
 
-class Steps:
-    """One step of some matrices. The methods are called in their order; tensors are written to."""
+class FusedSteps:
+    """One step of some tensors. The methods are called in their order, and write to the tensors."""
 
-    def __init__(self, matrices: Sequence[Matrix], momentum: float, beta1: float, beta2: float) -> None:
-        self._kept = matrices  # their memory
-        self._tensors = (_Tensor * len(matrices))(*(m.description() for m in matrices))
-        self._step = _Step(len(matrices), torch.get_num_threads(), momentum, beta1, beta2, self._tensors)
+    def __init__(self, tensors: Sequence[Entries], decays: Sequence[float]) -> None:
+        self._tensors = (_Tensor * len(tensors))(*(t.description() for t in tensors))
+        self._step = _Step(len(tensors), torch.get_num_threads(), *decays, self._tensors)
 
     def look(self) -> Tensor:
-        """Sums ``[matrices, 4]``, float64: gradient times last direction; squares of gradient, direction, parameter."""
+        """Sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction, parameter."""
         run("steered", "l2o_steered_look", self._step)
-        return torch.tensor([list(t.sums) for t in self._tensors], dtype=torch.float64)
+        return torch.tensor([list(t.sums) for t in self._tensors], dtype=torch.float64).T
 
-    def advance(self, scales: Sequence[float], keeps: Sequence[float]) -> None:
-        """Moments, and ``param <- keep param + scale direction`` but for orthogonal matrices.
+    def advance(self, scales: Sequence[float]) -> None:
+        """Moments, and ``param <- keep param + lr scale direction`` but for orthogonal matrices.
 
         These find Nesterov's momentum in the slot ``d``, where their new direction is to be before `finish`.
         """
-        for tensor, scale, keep in zip(self._tensors, scales, keeps, strict=True):
-            tensor.scale, tensor.keep = scale, keep
+        for tensor, scale in zip(self._tensors, scales, strict=True):
+            tensor.scale = tensor.lr * scale
         run("steered", "l2o_steered_advance", self._step)
 
     def finish(self) -> None:
@@ -93,14 +95,8 @@ class Steps:
         run("steered", "l2o_steered_finish", self._step)
 
 
-def fits(matrices: Sequence[Matrix]) -> bool:
-    """Whether the kernel can be had, and would stay inside the arrays of ``matrices``."""
-    tensors = [t for m in matrices for t in (m.grad, m.param, *m.slots.values())]
-    shapes = all(m.grad.shape == m.param.shape == m.slots["m"].shape for m in matrices)
-    return (
-        bool(matrices)
-        and shapes
-        and plain(tensors)
-        and all(t.is_contiguous() for t in tensors)
-        and available("steered")
-    )
+def fused_steps(tensors: Sequence[Entries], decays: Sequence[float]) -> FusedSteps | None:
+    """The kernel for one step, or None where it does not fit or cannot be had.  decays: momentum, beta1, beta2."""
+    if not (all(t.fits for t in tensors) and available("steered")):
+        return None
+    return FusedSteps(tensors, decays)

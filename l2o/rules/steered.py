@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from l2o._checks import real, whole
+from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine, init_alignment, init_controller
-from l2o.ops.moments import bias_correction, ema
+from l2o.ops.moments import bias_correction, decay, ema
 from l2o.ops.numeric import log_of, logit_of, over_root, safe_sqrt, scalar_like
 from l2o.ops.orthogonal import polar, row_column_scales
 from l2o.ops.schedules import linear_warmup, power_decay
@@ -91,7 +92,7 @@ class Steered(UpdateRule):
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
         shares = ("momentum", "beta1", "beta2", "warmup")
         start |= {f"logit_{name}": logit_of(name, getattr(self, name)) for name in shares} | {"fan_in": self.fan_in}
-        unused = ["log_matrix", "log_relative", "logit_momentum"] if self.direction == "adam" else []
+        unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
         return theta | (init_controller(generator) if self.controller == "alignment" else {})
@@ -190,6 +191,40 @@ class Steered(UpdateRule):
             return scale
         limit = theta["log_relative"].exp() * safe_sqrt(squares / math.prod(shape)) + _LEAST_LIMIT
         return scale / (1.0 + (scale / limit).square()).sqrt()
+
+    def fused_step(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        clock: Clock,
+        factors: Mapping[str, tuple[float, float]],
+    ) -> OptState | None:
+        decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
+        momentum = decay(theta["logit_momentum"]) if self.direction != "adam" else decays[0]
+        tensors = [
+            Entries(self._path(p.shape), _as_matrix(p.shape), grads[name], p, state.per_param[name], factors[name])
+            for name, p in params.items()
+        ]
+        steps = fused_steps(tensors, [float(d) for d in (momentum, *decays)])
+        if steps is None:
+            return None
+        dots, gradients, directions, squares = steps.look().to(theta["log_lr"].dtype)
+        weights = torch.stack([self._factor(theta, p.shape) for p in params.values()])
+        sums = [(weights * dots, weights * safe_sqrt(gradients) * safe_sqrt(directions))]
+        shared = self._control(theta, state.shared, sums, clock)
+        size = self._size(theta, shared, clock)
+        steps.advance(
+            [-float(self._scale(theta, size, s, p.shape)) for s, p in zip(squares, params.values(), strict=True)]
+        )
+        if self.direction == "orthogonal":
+            for group in _groups(grads, state):
+                if "d" in group.slots:
+                    d = polar(_matrices(group.slots["d"]), self.iterations).view_as(group.grad)
+                    torch._foreach_copy_([state.per_param[name]["d"] for name in group.names], list(d.unbind()))
+            steps.finish()
+        return OptState(state.per_param, shared)
 
     def _size(self, theta: Theta, shared: Slots, clock: Clock) -> Tensor:
         """0-d, of the step of all tensors."""
