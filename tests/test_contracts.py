@@ -208,6 +208,11 @@ def test_modules_that_can_be_differentiated_once(name: str) -> None:
         assert all(metrics["meta_loss"].isfinite() for _, metrics in found)
 
 
+def in_half(module: nn.Module, h: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.linear(h, module.first.weight).to(h.dtype)
+
+
 KINKS: dict[str, Callable[[], nn.Module]] = {
     "ReLU of zeros": lambda: Between(lambda self, h: F.relu(0.0 * h + self.first.bias)),
     "many ReLUs": lambda: nn.Sequential(
@@ -216,6 +221,7 @@ KINKS: dict[str, Callable[[], nn.Module]] = {
     "maxima": lambda: Between(lambda self, h: h * h.amax(-1, keepdim=True)),
     "rounding": lambda: Between(lambda self, h: h + h.round()),
     "single precision inside": lambda: Between(lambda self, h: h.float().tanh().to(h.dtype)),
+    "autocast": lambda: Between(in_half),
     "dropout": lambda: Between(lambda self, h: F.dropout(h, 0.3, self.training)),
     "batch norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)),
 }

@@ -192,6 +192,17 @@ def plain_steps(module: nn.Module, batches: list[dict[str, Tensor]], k: int) -> 
 
 
 def test_lanes_train_as_plain_modules_do(task: ModuleTask) -> None:
+    assert_trains_as_plain_modules(task)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_lanes_under_a_spectral_norm_do(norm: Callable[..., nn.Module]) -> None:
+    """Its second derivative is not that of the loss, see test_contracts.py; once it can be differentiated."""
+    data = examples(VECTOR)
+    assert_trains_as_plain_modules(ModuleTask(lambda: normed(norm).double(), energy, data, data, batch_size=BATCH))
+
+
+def assert_trains_as_plain_modules(task: ModuleTask) -> None:
     """Parameters and buffers after three steps, and the loss in evaluation."""
     params, buffers, data = start(task)
     modules = [task.module() for _ in range(LANES)]

@@ -36,6 +36,9 @@ class Backprop(Episodes):
 
     The first loss after a truncation, which its last update decides, is a constant in the next one: the bias of
     truncation. Lanes that exploded, or whose gradient is not finite, are masked, counted and reset.
+
+    With ``second_order``, `init` raises `ConfigurationError` for a loss that torch cannot differentiate twice, or does
+    so wrongly as finite differences show (see `l2o.estimators.curvature`).
     """
 
     second_order: bool = True

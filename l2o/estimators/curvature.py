@@ -85,8 +85,8 @@ def check_curvature(family: TaskFamily, state: InnerState) -> None:
             return
     if wrong:
         raise ConfigurationError(
-            f"{name_of(family)}.loss has wrong second derivatives: finite differences contradict them, as where the "
-            f"loss hides a dependence by .detach(), torch.no_grad() or buffers that it reads; {_WAY_OUT}"
+            f"{name_of(family)}.loss has wrong second derivatives: finite differences contradict them, as where a "
+            f".detach(), torch.no_grad() (spectral norm) or a buffer hides a dependence from torch; {_WAY_OUT}"
         )
 
 
