@@ -55,7 +55,7 @@ class Backprop(Episodes):
     def init(self, theta: Theta, generator: torch.Generator) -> BackpropState:
         inner = self.begin(theta, generator)
         if self.second_order:
-            check_curvature(self.family, inner)
+            check_curvature(self.rule, theta, self.family, inner)
         return BackpropState(inner, torch.zeros((), dtype=torch.long, device=generator.device))
 
     def estimate(

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from l2o._contract import checked_batch, name_of
 from l2o.draws import LaneGenerator
-from l2o.types import Batch, ConfigurationError, InnerState, Params, TaskFamily
-from l2o.unroll import gradients, lane_losses
+from l2o.types import Batch, ConfigurationError, InnerState, Params, TaskFamily, Theta, UpdateRule
+from l2o.unroll import expand_theta, gradients, lane_losses, updates
 
 _STEPS = (1e-4, 1e-5, 1e-6)
 """Of central differences in float64; one that steps over a kink of the loss differs from the next."""
@@ -62,13 +62,15 @@ class Trial(NamedTuple):
         return torch.stack([(self.values(above) - self.values(below)).detach() / (2 * h) for above, below, h in pairs])
 
 
-def check_curvature(family: TaskFamily, state: InnerState) -> None:
+def check_curvature(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState) -> None:
     """Raises `ConfigurationError` where torch has no second derivative for an operation of the loss, or a wrong one.
 
     Wrong are those that central differences in float64 contradict: of a few operations of torch, and of losses that
     hide a dependence from it, by ``detach`` or in buffers. A loss that does not run in float64 is not examined so.
+
+    rule, theta: what moves the parameters, ``[...]``.     state: of all lanes, at their start.
     """
-    trial = _trial(family, state)
+    trial = _trial(rule, theta, family, state)
     with torch.enable_grad():
         try:
             trial.derivatives()
@@ -85,12 +87,13 @@ def check_curvature(family: TaskFamily, state: InnerState) -> None:
             return
     if wrong:
         raise ConfigurationError(
-            f"{name_of(family)}.loss has wrong second derivatives: finite differences contradict them, as where a "
-            f".detach(), torch.no_grad() (spectral norm) or a buffer hides a dependence from torch; {_WAY_OUT}"
+            f"{name_of(family)}.loss has wrong second derivatives: finite differences contradict them, as where "
+            ".detach(), torch.no_grad() (spectral norm), a buffer, or a padding_idx whose row the rule moves, hides a "
+            f"dependence from torch; {_WAY_OUT}"
         )
 
 
-def _trial(family: TaskFamily, state: InnerState) -> Trial:
+def _trial(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState) -> Trial:
     one = tree_map(lambda x: x[:1].detach(), state)
     device = state.step.device
     batch = {name: t[:1] for name, t in checked_batch(family, state.data, "train", LaneGenerator(device)).items()}
@@ -103,9 +106,11 @@ def _trial(family: TaskFamily, state: InnerState) -> Trial:
     steps = random()
     away = one._replace(params={name: p + _AWAY * steps[name] for name, p in named})
     with torch.no_grad():
-        _, _, grads, _ = gradients(family, away, batch)
-    # An entry that gets no gradient stays, and may be cut off on purpose, as the row of a padding_idx is.
-    direction = {name: torch.where(grads[name] == 0, 0.0, step) for name, step in random().items()}
+        loss, _, grads, _ = gradients(family, away, batch)
+        moves, _ = updates(rule, expand_theta(theta, 1), grads, away, loss)
+    # What gets no gradient may be cut off on purpose, as the row of a padding_idx is; let the rule not move it, then.
+    rests = {name: (grads[name] == 0) & (moves[name] == 0) for name in grads}
+    direction = {name: torch.where(rests[name], 0.0, step) for name, step in random().items()}
     return Trial(family, away, batch, direction, random())
 
 

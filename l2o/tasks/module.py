@@ -146,7 +146,7 @@ class ModuleTask(TaskFamily):
 
     def _try(self, tensors: dict[str, Tensor], batch: Batch) -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seeded(0, batch["target"].device):
                 self._run(self._template, tensors, batch)
         except Exception as error:  # but for dtypes, the first step will say more
             if isinstance(error, RuntimeError) and ("dtype" in str(error) or "scalar type" in str(error)):
