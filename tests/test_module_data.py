@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -58,9 +59,9 @@ def to_pair(items: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     return torch.stack([item["x"] for item in items]), torch.tensor([item["y"] for item in items])
 
 
-def task(examples: Any = (X, Y), **options: Any) -> ModuleTask:
+def task(train: Any = (X, Y), **options: Any) -> ModuleTask:
     given = {"module": nn.Linear(2, 20), "criterion": nn.CrossEntropyLoss(), "batch_size": 5} | options
-    return ModuleTask(train=examples, **given)
+    return ModuleTask(train=train, **given)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -215,6 +216,23 @@ def test_modules_that_draw_from_numpy_or_python_start_as_their_seed_says() -> No
     assert not any(torch.equal(p[0], p[1]) for p in first.values())
 
 
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_what_parametrized_weights_are_made_from_is_redrawn(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """As if the layer had been drawn and parametrized afterwards."""
+    by_instance, _ = task(module=norm(nn.Linear(2, 20))).init({"lane": torch.arange(3)}, generator())
+    by_function, _ = task(module=lambda: norm(nn.Linear(2, 20))).init({"lane": torch.arange(3)}, generator())
+    for name, p in by_instance.items():
+        torch.testing.assert_close(p, by_function[name])
+        assert not torch.equal(p[0], p[1])
+
+
+def test_the_text_of_a_task_names_its_parts_and_prints_no_tensors() -> None:
+    family = task(module=nn.Linear(2, 20), train=(X, Y), valid=DataLoader(Rows(), batch_size=5))
+    assert repr(family) == (
+        "ModuleTask(Linear of 60 parameters, CrossEntropyLoss, train=[20, 2] [20], valid=Rows of 20, batch_size=5)"
+    )
+
+
 def test_frozen_parameters_travel_with_the_buffers() -> None:
     module = nn.Linear(2, 20)
     module.bias.requires_grad_(False)
@@ -273,6 +291,75 @@ def test_a_criterion_that_does_not_reduce() -> None:
     params, buffers = family.init({"lane": torch.arange(3)}, generator())
     with pytest.raises(ConfigurationError, match=r"criterion: a loss of shape \[5\], expected 0-d"):
         vmap(family.loss)(params, buffers, {"lane": torch.arange(3)}, one_batch(family))
+
+
+def writes(change: Callable[[Tensor], Any]) -> nn.Module:
+    """A layer that changes its weight before it uses it."""
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            change(layer.weight)
+        return layer(x)
+
+    return Forward(forward)
+
+
+def replaces(layer: nn.Module, x: Tensor) -> Tensor:
+    layer.weight = nn.Parameter(layer.weight / layer.weight.norm())
+    return layer(x)
+
+
+def ran(module: nn.Module) -> nn.Module:
+    """It keeps what it computed, so that torch does not copy it."""
+    module.kept = module(X)
+    return module
+
+
+def words(layer: Callable[..., nn.Module], width: int, max_norm: float) -> nn.Module:
+    return nn.Sequential(layer(50, 4, max_norm=max_norm), nn.Flatten(), nn.Linear(width, 20))
+
+
+BAD_MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "clipping": (
+        lambda: writes(lambda w: w.clamp_(-1, 1)),
+        "this Forward writes to its parameter layer.weight",
+    ),
+    "standardising": (lambda: writes(lambda w: w.sub_(w.mean())), "writes to its parameter layer.weight"),
+    "copying": (lambda: writes(lambda w: w.copy_(w / w.norm())), "writes to its parameter layer.weight"),
+    "replacing": (lambda: Forward(replaces), "writes to its parameter layer.weight"),
+    "small embedding": (lambda: words(nn.Embedding, 8, 0.1), "writes to its parameter 0.weight"),
+    "large embedding": (lambda: words(nn.Embedding, 8, 1e3), "writes to its parameter 0.weight .*max_norm"),
+    "bag": (lambda: words(nn.EmbeddingBag, 4, 0.1), "writes to its parameter 0.weight"),
+    "scripted": (lambda: torch.jit.script(nn.Linear(2, 20)), "scripted or traced; hand over the module"),
+    "scripted part": (lambda: nn.Sequential(torch.jit.script(nn.Linear(2, 20))), "scripted or traced"),
+    "replicas": (lambda: nn.DataParallel(nn.Linear(2, 20)), "DataParallel is replicated.*its .module"),
+    "lazy": (lambda: nn.LazyLinear(20), "LazyLinear does not know its shapes.*run it once"),
+    "lazy buffers": (lambda: nn.Sequential(nn.Linear(2, 20), nn.LazyBatchNorm1d()), "LazyBatchNorm1d does not know"),
+    "no values": (lambda: nn.Linear(2, 20, device="meta"), "Linear is on the meta device"),
+    "complex": (lambda: nn.Linear(2, 20, dtype=torch.complex64), "parameters of complex64, expected all float32 or"),
+    "bfloat16": (lambda: nn.Linear(2, 20).bfloat16(), r"bfloat16, expected .*\.float\(\).*autocast"),
+    "half": (lambda: nn.Linear(2, 20).half(), "parameters of float16"),
+    "two dtypes": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 20).double()), "of float32 and float64"),
+    "another dtype": (lambda: nn.Linear(2, 20).double(), r"in torch.float64, does not run on input.0 torch.float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", BAD_MODULES)
+def test_modules_that_are_refused_at_once(name: str) -> None:
+    """Whether a function makes them or they are handed over themselves."""
+    make, text = BAD_MODULES[name]
+    data = (X.long(), Y) if "embedding" in name or name == "bag" else (X, Y)
+    for module in (make, make()):
+        with pytest.raises(ConfigurationError, match=text):
+            task(data, module=module)
+
+
+def test_modules_that_cannot_be_copied_can_be_made_by_a_function() -> None:
+    with pytest.raises(ConfigurationError, match=r"this Linear cannot be copied.*hand over a function that makes one"):
+        task(module=ran(nn.Linear(2, 20)))
+    family = task(module=lambda: ran(nn.Linear(2, 20)))
+    assert sorted(family.init({"lane": torch.arange(3)}, generator())[0]) == ["bias", "weight"]
 
 
 @pytest.mark.parametrize(

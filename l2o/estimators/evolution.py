@@ -136,7 +136,7 @@ class Evolution(Episodes):
         unbroken = after.first_loss.isfinite()
         fitness = self._fitness(torch.where(unbroken, counted, 0.0))
         sums = lane_sums(losses, before, ~exploded.any(0), after.first_loss)
-        rows = {k: s * fitness.view(-1, *[1] * (s.ndim - 1)) for k, s in score.items()}
+        rows = {k: s * _like(fitness, s).to(s.dtype) for k, s in score.items()}
         grads, sums = reduce_rows(rows, unbroken[::2], sums)
         over = ((after.step >= after.total_steps) | exploded.any(0)).view(-1, 2).any(1).repeat_interleave(2)
         inner = reset(detach(after), over, lambda index: self.fresh(theta, index, streams.fresh, state.estimates))

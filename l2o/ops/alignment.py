@@ -23,7 +23,7 @@ _START = {
     "fast": 5.0,  # steps that the means go over
     "slow": 20.0,
     "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks
-    "range": 3.0,  # of the log step
+    "range": 5.0,  # of the log step
     "leak": 3.0,  # of the log step, a run: what it loses where nothing pushes
 }
 """Hand-set; all positive, θ has their logarithms."""

@@ -23,7 +23,9 @@ Examples = Sequence[Tensor] | Dataset[Any] | DataLoader[Any]
 
 
 class Source(abc.ABC):
-    """Examples, drawn with replacement."""
+    """Examples, drawn with replacement; ``device`` is where they lie."""
+
+    device = torch.device("cpu")
 
     @abc.abstractmethod
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
@@ -35,8 +37,12 @@ class TensorSource(Source):
 
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int | None) -> None:
         self._batch_size = batch_size
-        self._by_device = {tensors[0].device: tensors}
+        self.device = tensors[0].device
+        self._by_device = {self.device: tensors}
         self._host = tensors
+
+    def __repr__(self) -> str:
+        return " ".join(f"{list(t.shape)}" for t in self._host)
 
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
         tensors = self._on(generator.device)
@@ -65,6 +71,9 @@ class LoaderSource(Source):
         self._collate = loader.collate_fn
         self._batch_size = batch_size
         self._tried = False
+
+    def __repr__(self) -> str:
+        return f"{type(self._dataset).__name__} of {len(self._dataset)}"
 
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
         index = integers(generator, len(self._dataset), lanes, self._batch_size).tolist()

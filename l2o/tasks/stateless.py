@@ -82,10 +82,12 @@ class Stateless(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        # vmap has no rule for out=, by which spectral norm writes its buffers.
+        out = kwargs.pop("out") if isinstance(kwargs.get("out"), Tensor) else None
         replacement = _REPLACEMENTS.get(func)
-        if replacement is None:
-            return func(*args, **(kwargs or {}))
-        return replacement(self, *args, **(kwargs or {}))
+        result = func(*args, **kwargs) if replacement is None else replacement(self, *args, **kwargs)
+        return result if out is None else out.copy_(result)
 
     def keep(self, shape: tuple[int, ...], p: float) -> Tensor:
         """The mask of the next call, see `keep_mask`."""
@@ -174,6 +176,33 @@ def _recurrent_cell(cell: Any, mode: Stateless, *args: Any, **kwargs: Any) -> An
     return run_cell(cell, *args, **kwargs)
 
 
+def _embedding(
+    mode: Stateless,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """With a dense gradient: sparse ones have neither lanes nor second derivatives."""
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse=False)
+
+
+def _weight_norm(mode: Stateless, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / |v|``, by its formula: the derivative of torch's own is wrong when differentiated again (torch 2.13)."""
+    if dim == -1:  # one size for all of it
+        return v * (g / torch.linalg.vector_norm(v))
+    sizes = torch.linalg.vector_norm(v.transpose(0, dim).reshape(v.shape[dim], -1), dim=1)
+    return v * (g / sizes.view([-1 if axis == dim else 1 for axis in range(v.ndim)]))
+
+
+def _not_left_aligned(mode: Stateless, *args: Any, **kwargs: Any) -> bool:
+    """Keeps nn.TransformerEncoder off nested tensors, which cannot be vectorised."""
+    return False
+
+
 def _refuse_packing(mode: Stateless, *args: Any, **kwargs: Any) -> NoReturn:
     raise ConfigurationError("packed sequences cannot be vectorised over lanes; hand the padded ones to the layer")
 
@@ -205,6 +234,9 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **{getattr(torch, name): partial(_recurrent, cell) for name, cell in CELLS.items()},
     **{getattr(torch, f"{name}_cell"): partial(_recurrent_cell, cell) for name, cell in CELLS.items()},
     torch._pack_padded_sequence: _refuse_packing,
+    torch._weight_norm: _weight_norm,
+    F.embedding: _embedding,
+    torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
     F.dropout: _dropout,
     F.dropout1d: partial(_channel_dropout, 2),
     F.dropout2d: partial(_channel_dropout, -1),  # torch, too, takes 3 axes for batch, channel and length
