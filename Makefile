@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Two workers on two cores: threads inside each would only fight over them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
-.PHONY: help setup demo test soak lint wheel clean
+.PHONY: help setup demo test soak gpu lint wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -30,6 +30,9 @@ test: lint  ## lint, then all tests
 
 soak: $(READY)  ## kill a run 50 times, which CI does 5 times
 	L2O_KILLS=50 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_kill.py
+
+gpu:  ## check and measure a GPU in eight minutes, with PY=python3 where that has torch; without one, small on the CPU
+	$(shell command -v $(PY) || echo $(PYTHON)) -m meta_train.gpu
 
 lint: $(READY)  ## style and types
 	$(PY) -m ruff check .

@@ -21,7 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     users, who do not turn it on.
     """
     os.environ["WANDB_MODE"] = "offline"  # nobody's account receives the runs of tests
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything, torch for one, imports Triton
+    if not (torch.cuda.is_available() and config.getoption("markexpr") == "cuda"):
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything, torch for one, imports Triton
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import l2o.meta
 from l2o.evaluation import (
@@ -26,6 +25,7 @@ from l2o.evaluation import (
     step_cost,
 )
 from l2o.evaluation.baselines import Scheduled, adamw, cosine, linear, muon
+from l2o.evaluation.checks import HostReads
 from l2o.evaluation.curves import evaluation_steps
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, VeLO
@@ -95,16 +95,6 @@ def test_validation_losses_are_those_after_as_many_updates():
     torch.testing.assert_close(curves.valid[:-1], curves.train[1:])  # training is noiseless here too
     assert curves.valid_steps == list(range(1, 10))
     assert (curves.valid[-1] < curves.valid[-2]).all()
-
-
-class HostReads(TorchDispatchMode):
-    """Counts reads of a tensor's value on the host, each of which would wait for a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_run_does_not_wait_for_the_device():

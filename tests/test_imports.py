@@ -62,7 +62,8 @@ HOMES = {
 OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
 """Modules of the library that need an extra, and are imported where they are used."""
 ENTRY_POINTS = {
-    f"meta_train.{name}" for name in ("bench", "convert", "evaluate", "inspect", "replay", "rules_table", "train")
+    f"meta_train.{name}"
+    for name in ("bench", "convert", "evaluate", "gpu", "inspect", "replay", "rules_table", "train")
 }
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [

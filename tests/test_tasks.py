@@ -13,9 +13,9 @@ from analytic import ANALYTIC, AUGMENTED
 from networks import NETWORKS
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from l2o.evaluation.checks import HostReads
 from l2o.tasks import DiabetesMLP, ImageMLP, ModuleTask, Quadratic, Repeated
 from l2o.tasks.data import image_split
 from l2o.types import ConfigurationError, TaskFamily, UnknownNameError
@@ -125,19 +125,6 @@ def test_a_lane_among_many_equals_that_lane_alone(family: TaskFamily, split: str
         loss, alone = family.loss(*lane(arguments, k))
         torch.testing.assert_close(losses[k], loss)
         torch.testing.assert_close({name: t[k] for name, t in buffers.items()}, alone)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-        self.count += func.overloadpacket.__name__.removeprefix("aten::") in waits
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tables import RULES, TOTAL, Recorded, Shapes, every_rule, generator, random_theta
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2o.estimators import Backprop
+from l2o.evaluation.checks import HostReads
 from l2o.rules import MLP, SGD, Adam
 from l2o.tasks import ImageMLP, ModuleTask, Quadratic
 from l2o.types import InnerState
@@ -139,22 +139,6 @@ def test_a_lane_at_its_horizon_stands_still():
     assert later.step.tolist() == [2, 4]
     assert later.params["x"][0].equal(at_end.params["x"][0])
     assert not later.params["x"][1].equal(at_end.params["x"][1])
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a value, or a shape that depends on values."""
-
-    WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        self.count += by_mask or name in self.WAITS
-        return func(*args, **(kwargs or {}))
 
 
 @every_rule

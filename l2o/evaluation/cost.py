@@ -26,10 +26,14 @@ USUAL: dict[str, MakeOptimizer] = {
 
 
 class Cost(NamedTuple):
-    """seconds: median time of a step.     state_bytes: of optimizer state, a parameter."""
+    """seconds: median time of a step.     state_bytes: of optimizer state, a parameter.
+
+    scratch_bytes: most memory that a step takes beside what is there before it, a parameter; None on the CPU.
+    """
 
     seconds: float
     state_bytes: float
+    scratch_bytes: float | None = None
 
 
 def optimizer_costs(rule: UpdateRule, theta: Theta, device: torch.device | str = "cpu") -> dict[str, Cost]:
@@ -51,7 +55,10 @@ def step_cost(makers: Mapping[str, MakeOptimizer], module: nn.Module, rounds: in
         for name, optimizer in optimizers.items():
             times[name].append(_timed(optimizer, device))
     entries = sum(p.numel() for p in module.parameters())
-    return {name: Cost(median(times[name][1:]), _state_bytes(o) / entries) for name, o in optimizers.items()}
+    return {
+        name: Cost(median(times[name][1:]), _state_bytes(o) / entries, _scratch_bytes(o, device, entries))
+        for name, o in optimizers.items()
+    }
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
@@ -78,3 +85,12 @@ def _wait(device: torch.device) -> None:
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     leaves = tree_leaves(list(optimizer.state.values()))
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _scratch_bytes(optimizer: torch.optim.Optimizer, device: torch.device, entries: int) -> float | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    optimizer.step()
+    return (torch.cuda.max_memory_allocated(device) - before) / entries

@@ -79,7 +79,7 @@ def measure(engine: Engine, seconds: float, device: str, began: float) -> dict[s
     training.outer_step()
     _wait(device)
     first = time.time() - began
-    _block(training.outer_step, seconds, device)
+    seconds_a_call(training.outer_step, seconds, device)
     memory = peak_memory_mb()
     yardstick, work = _plain_loop(engine, device)
     blocks = _in_turn({"engine": training.outer_step, "yardstick": yardstick}, seconds, device)
@@ -114,11 +114,11 @@ def peak_memory_mb() -> float:
 
 def _in_turn(work: Mapping[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, list[float]]:
     """Of each: seconds of a call in five blocks, taken in turn: a machine whose speed changes slows them all."""
-    rounds = [{name: _block(call, seconds, device) for name, call in work.items()} for _ in range(5)]
+    rounds = [{name: seconds_a_call(call, seconds, device) for name, call in work.items()} for _ in range(5)]
     return {name: [blocks[name] for blocks in rounds] for name in work}
 
 
-def _block(work: Callable[[], Any], seconds: float, device: str) -> float:
+def seconds_a_call(work: Callable[[], Any], seconds: float, device: str) -> float:
     """Seconds of one call of ``work``, in the mean of a block that takes ``seconds``, after one that is not counted."""
     work()
     _wait(device)
@@ -203,7 +203,7 @@ def _plain_unroll(rule: UpdateRule, theta: Theta, module: nn.Module, generator: 
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
             loss = cross_entropy(functional_call(module, params, (batch["x"][0],)), batch["y"][0])
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=differentiable)
-        clock = Clock(torch.tensor(step), torch.tensor(HORIZON))
+        clock = Clock(*(torch.full((), n, device=generator.device) for n in (step, HORIZON)))
         moves, state = rule.update(theta, dict(zip(params, grads, strict=True)), state, params, clock)
         params = {k: p + moves[k] for k, p in params.items()}
         total = total + (loss if differentiable else loss.detach())

@@ -51,7 +51,8 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         new = {key: p for key, p in params.items() if key not in self._opt.per_param}
         fresh = self._rule.init(theta, new, default_kinds(new))
         state = OptState({**self._opt.per_param, **fresh.per_param}, self._opt.shared or fresh.shared)
-        clock = Clock(torch.tensor(self._steps), torch.tensor(self._total_steps))
+        device = next((p.device for p in params.values()), None)
+        clock = Clock(*(torch.full((), n, device=device) for n in (self._steps, self._total_steps)))
         updates, self._opt = self._rule.update(theta, grads, state, params, clock)
         for key, (group, j) in places.items():
             keep = math.exp(-group["weight_decay"] * group["lr"] / self._total_steps)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from l2o.ops.features import second_moment_scale
+from l2o.ops.numeric import constant
 
 if TYPE_CHECKING:
     from l2o.kernels.mlp_rule import Constants, Tensors
@@ -41,12 +42,12 @@ def _look(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     BLOCK: tl.constexpr,
 ):
     """First pass over a block of one lane: momenta, and channels' sums of squares, ``[lanes, blocks, channels]``."""
-    lane, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     inside = entry < n
     g = tl.load(grads + lane * n + entry, inside, other=0.0)
     p = tl.load(params + lane * n + entry, inside, other=0.0)
-    sums += (lane * tl.num_programs(1) + block) * (2 + DECAYS)
+    sums += (lane * tl.num_programs(0) + block) * (2 + DECAYS)
     tl.store(sums, tl.sum(g * g))
     tl.store(sums + 1, tl.sum(p * p))
     for i in tl.static_range(DECAYS):
@@ -81,7 +82,7 @@ def _apply(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     BLOCK: tl.constexpr,
 ):
     """Second pass over a block of one lane: the network on its channels."""
-    lane, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     inside = entry < n
     c, unit = tl.arange(0, CHANNELS), tl.arange(0, WIDTH)
@@ -131,14 +132,14 @@ def forward(constants: "Constants", tensors: "Tensors", time: Tensor) -> tuple[l
     own = 2 + len(constants.decays)
     channels = _padded(own)
     network = _network(tensors.theta, own, channels, time)
-    decays = time.new_tensor(constants.decays)
+    decays = constant(constants.decays, time)
     updates, momenta = [], []
     for g, p, old in zip(*([t.contiguous() for t in group] for group in tensors[1:]), strict=True):
         update, m, n = torch.empty_like(g), torch.empty_like(old), g.numel() // len(g)
         block = min(_BLOCK, _padded(n))
-        grid = (len(g), triton.cdiv(n, block))
+        grid = (triton.cdiv(n, block), len(g))  # CUDA takes 65,535 programs on any axis but the first
         if n:
-            sums = g.new_empty(*grid, own)
+            sums = g.new_empty(*reversed(grid), own)
             _look[grid](g, p, old, m, decays, sums, n, DECAYS=len(decays), BLOCK=block)
             scales = pad(second_moment_scale(sums.sum(1), n, constants.eps), (0, channels - own))
             _apply[grid](

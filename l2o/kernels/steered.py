@@ -72,9 +72,9 @@ class Entries(NamedTuple):
 class FusedSteps:
     """One step of some tensors. The methods are called in their order, and write to the tensors."""
 
-    def __init__(self, tensors: Sequence[Entries], decays: Sequence[float]) -> None:
+    def __init__(self, tensors: Sequence[Entries], decays: Sequence[Tensor]) -> None:
         self._tensors = (_Tensor * len(tensors))(*(t.description() for t in tensors))
-        self._step = _Step(len(tensors), torch.get_num_threads(), *decays, self._tensors)
+        self._step = _Step(len(tensors), torch.get_num_threads(), *map(float, decays), self._tensors)
 
     def look(self) -> Tensor:
         """Sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction, parameter."""
@@ -95,8 +95,11 @@ class FusedSteps:
         run("steered", "l2o_steered_finish", self._step)
 
 
-def fused_steps(tensors: Sequence[Entries], decays: Sequence[float]) -> FusedSteps | None:
-    """The kernel for one step, or None where it does not fit or cannot be had.  decays: momentum, beta1, beta2."""
+def fused_steps(tensors: Sequence[Entries], decays: Sequence[Tensor]) -> FusedSteps | None:
+    """The kernel for one step, or None, with nothing read, where it does not fit or cannot be had.
+
+    decays: momentum, beta1, beta2; 0-d.
+    """
     if not (all(t.fits for t in tensors) and available("steered")):
         return None
     return FusedSteps(tensors, decays)

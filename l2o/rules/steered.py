@@ -207,7 +207,7 @@ class Steered(UpdateRule):
             Entries(self._path(p.shape), _as_matrix(p.shape), grads[name], p, state.per_param[name], factors[name])
             for name, p in params.items()
         ]
-        steps = fused_steps(tensors, [float(d) for d in (momentum, *decays)])
+        steps = fused_steps(tensors, [momentum, *decays])
         if steps is None:
             return None
         dots, gradients, directions, squares = steps.look().to(theta["log_lr"].dtype)

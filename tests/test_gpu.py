@@ -1,0 +1,160 @@
+"""What has to hold on a GPU, here on the CPU where there is none, and the command that measures one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from l2o.evaluation import gpu
+from l2o.evaluation.checks import CHECKS, RULES, no_waiting
+from l2o.evaluation.cost import step_cost
+from l2o.kernels import mlp_gpu, mlp_triton
+from l2o.rules import MLP
+from l2o.types import Clock
+from l2o.unroll import expand_theta
+from meta_train.gpu import FULL, Run, Step, run
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:.*Dynamo", "ignore:.*deprecated")  # torch's own, where it compiles
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(name: str) -> None:
+    CHECKS[name](DEVICE)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("wait", [torch.Tensor.item, torch.nonzero, lambda t: t[t > 0], lambda t: t.new_tensor([1.0])])
+def test_waiting_is_seen(wait: Any) -> None:
+    x = torch.ones((), device=DEVICE)
+    with no_waiting(DEVICE):
+        x + 1.0
+    with pytest.raises((AssertionError, RuntimeError)), no_waiting(DEVICE):
+        wait(x)
+
+
+@pytest.mark.parametrize("kind", ["plug-in", "unroll and meta-gradient"])
+def test_a_check_fails_where_a_rule_is_another_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(self: Any, theta: Any, grads: Any, *others: Any) -> Any:
+        wrong = 1.001 if next(iter(grads.values())).dtype == torch.float32 else 1.0
+        return own(self, theta, {k: g * wrong for k, g in grads.items()}, *others)
+
+    own = type(RULES["SGD"]).update
+    monkeypatch.setattr(type(RULES["SGD"]), "update", update)
+    monkeypatch.setattr("l2o.evaluation.checks.UNROLL", {torch.float32: 1e-5})
+    with pytest.raises(AssertionError, match="apart from the CPU"):
+        CHECKS[f"{kind}: SGD, float32"](DEVICE)
+
+
+# The packages that a machine with a GPU may lack; None there makes an import fail.
+BARE = """
+import sys
+sys.modules.update(dict.fromkeys(["hydra", "omegaconf", "yaml", "wandb", "higher", "rich", "matplotlib", "pytest"]))
+from meta_train.gpu import main
+main()
+"""
+
+
+def test_the_whole_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BARE, "--device=cpu", "--small", f"--out={tmp_path}/made/record.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "made/record.json").read_text())
+    assert record.keys() == {"device", "hardware", "versions", "commit", "date", "small", "finished", "steps"}
+    assert record["finished"]
+    steps = {step["name"]: step for step in record["steps"]}
+    assert {f"check: {name}" for name in CHECKS} <= steps.keys()
+    left_out = {name for name, step in steps.items() if step["status"] == "left out"}
+    assert left_out == {name for name in steps if "graph" in name}  # the only thing that a CPU has not
+    assert {step["status"] for step in record["steps"]} == {"ok", "left out"}
+    for name in (*gpu.optimizers(), "mlp-digits, small, kernels"):
+        cost = steps[f"optimizer: {name.removesuffix(', small, kernels')}, small" + ", kernels" * ("kernels" in name)]
+        assert cost["ratio"] == pytest.approx(cost["ms"] / cost["adamw_ms"])
+        assert cost["ns_per_parameter"] * cost["parameters"] == pytest.approx(cost["ms"] * 1e6)
+    assert steps["main job"]["held_out_loss_after"] < steps["main job"]["held_out_loss_before"]
+    assert all(step["steps_per_second"] > 0 for step in steps.values() if step["name"].startswith("engine"))
+
+
+def test_what_fails_or_does_not_fit_is_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def hang() -> dict[str, Any]:
+        time.sleep(60)
+        return {}
+
+    def stop() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    made = Run(tmp_path / "record.json", {"device": "cpu"}, time.monotonic() + 2.5)
+    for name, seconds, work in [("a", 0.0, fail), ("b", 9.0, fail), ("c", 0.0, dict)]:
+        made.step(Step(name, seconds, work), CPU)
+    with pytest.raises(KeyboardInterrupt):
+        made.step(Step("d", 0.0, stop), CPU)
+    made.step(Step("e", 0.0, hang), CPU)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert not record["finished"]
+    assert [step["status"] for step in record["steps"]] == ["failed", "left out", "ok", "interrupted", "failed"]
+    errors = [step.get("error", "") for step in record["steps"]]
+    assert errors[0] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert errors[1].endswith("expected 9")
+    assert errors[4].startswith("TimeoutError")
+    assert made.finish() == 2
+
+
+def test_no_time_at_all_is_a_whole_record(tmp_path: Path) -> None:
+    assert run(["--device=cpu", "--minutes=0", f"--out={tmp_path}/record.json"]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert {step["status"] for step in record["steps"]} == {"left out"}
+
+
+def test_muon_steps_every_tensor_once() -> None:
+    module = gpu.network(8, 1, 20)
+    costs = step_cost({"Muon": gpu.Muon}, module, rounds=1)
+    matrices, entries = (sum(p.numel() for p in module.parameters() if p.ndim > least) for least in (1, 0))
+    vectors = sum(p.ndim == 1 for p in module.parameters())
+    # A momentum of matrices; two moments, and a count, of vectors.
+    assert costs["Muon"].state_bytes * entries == 4 * matrices + 8 * (entries - matrices) + 4 * vectors
+
+
+def test_the_sizes_are_those_of_their_names() -> None:
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in gpu.network(*s).parameters()) for s in FULL.networks.values()]
+    assert list(FULL.networks) == [f"{size / 1e6:.0f}M" for size in sizes]
+
+
+class Launches:
+    """In the place of a kernel: the grids that it was to be launched on."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, int]] = []
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
+def test_a_large_tensor_is_within_the_limits_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes 65,535 programs on the second axis, and 2^31 - 1 on the first."""
+    launches, rule = Launches(), MLP(hidden=(2,), decays=())
+    monkeypatch.setattr(mlp_triton, "_look", launches)
+    monkeypatch.setattr(mlp_triton, "_apply", launches)
+    theta = expand_theta(rule.init_theta(torch.Generator()), 1)
+    large = {"x": torch.zeros(1, 9_000_000)}
+    state = rule.init(theta, {"x": large["x"][0]}, {"x": "vector"})
+    slots = {"x": {"m": state.per_param["x"]["m"].unsqueeze(0)}}
+    clock = Clock(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+    monkeypatch.setenv("L2O_KERNELS", "1")
+    monkeypatch.setattr("l2o.kernels.mlp_rule.update", mlp_gpu.update)
+    rule.fused_update(theta, large, state._replace(per_param=slots), large, clock, None)
+    assert launches.grids == [(70_313, 1)] * 2
