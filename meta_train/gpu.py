@@ -143,8 +143,9 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
         work = partial(gpu.with_kernels, partial(gpu.engine, "pes", lanes, sizes.seconds, device))
         yield Step(f"engine: pes, {lanes} lanes, kernels", 10.0, work)
     for size, shape in sizes.networks.items():
-        work = partial(gpu.with_kernels, partial(gpu.step, makers["mlp-digits"], shape, device))
-        yield Step(f"optimizer: mlp-digits, {size}, kernels", 5.0, work)
+        work = partial(gpu.step, makers["mlp-digits"], shape, device)
+        yield Step(f"optimizer: mlp-digits, {size}, large blocks", 5.0, partial(gpu.with_large_blocks, work))
+        yield Step(f"optimizer: mlp-digits, {size}, kernels", 5.0, partial(gpu.with_kernels, work))
 
 
 def about(device: torch.device, small: bool) -> dict[str, Any]:

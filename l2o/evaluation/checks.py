@@ -132,22 +132,24 @@ def _steps(rule: UpdateRule, dtype: torch.dtype, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Drawn(TaskFamily):
-    """``family`` as the CPU draws it, on ``device``: the same everywhere. Parameters are of ``dtype``."""
+    """``family`` as the CPU draws it, on ``device``: the same everywhere. Parameters are of ``dtype``.
+
+    The generators are of the CPU.
+    """
 
     family: TaskFamily
     device: torch.device
     dtype: torch.dtype
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
-        return self._moved(self.family.sample(generator, lanes))
+        return self._moved(self._on_host(lanes))
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
-        params, buffers = self.family.init(data, generator)
+        params, buffers = self.family.init(self._on_host(_lanes(data)), generator)
         return {k: p.to(self.device, self.dtype) for k, p in params.items()}, self._moved(buffers)
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        on_host = {k: t.to(generator.device) for k, t in data.items()}
-        return self._moved(self.family.batch(on_host, split, generator))
+        return self._moved(self.family.batch(self._on_host(_lanes(data)), split, generator))
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)
@@ -157,14 +159,21 @@ class Drawn(TaskFamily):
     ) -> tuple[Tensor, Buffers, Grads] | None:
         return self.family.fused_gradient(params, buffers, data, batch)
 
+    def _on_host(self, lanes: int) -> TaskData:
+        return self.family.sample(torch.Generator().manual_seed(0), lanes)
+
     def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: t.to(self.device) for k, t in tensors.items()}
+
+
+def _lanes(data: TaskData) -> int:
+    return len(next(iter(data.values())))
 
 
 def unrolled(rule: UpdateRule, dtype: torch.dtype, device: torch.device) -> Figures:
     """Losses and meta-gradient of three lanes are those of the CPU."""
     got, want = (
-        _meta_gradient(rule, Drawn(FAMILY, where, to), where, torch.Generator())
+        meta_gradient(rule, Drawn(FAMILY, where, to), where, torch.Generator())
         for where, to in ((device, dtype), (_CPU, torch.float64))
     )
     return _agreement(got, want, UNROLL[dtype])
@@ -172,18 +181,19 @@ def unrolled(rule: UpdateRule, dtype: torch.dtype, device: torch.device) -> Figu
 
 def does_not_wait(rule: UpdateRule, device: torch.device) -> Figures:
     """An unroll and its derivative, on batches that the device draws, are queued without waiting for it."""
-    _meta_gradient(rule, FAMILY, device, torch.Generator(device))  # constants are copied to the device once
-    _meta_gradient(rule, FAMILY, device, torch.Generator(device), guard=partial(no_waiting, device))
+    meta_gradient(rule, FAMILY, device, torch.Generator(device))  # constants are copied to the device once
+    meta_gradient(rule, FAMILY, device, torch.Generator(device), guard=partial(no_waiting, device))
     return {}
 
 
-def _meta_gradient(
+def meta_gradient(
     rule: UpdateRule,
     family: TaskFamily,
     device: torch.device,
     generator: torch.Generator,
     guard: Callable[[], Any] = contextlib.nullcontext,
 ) -> tuple[Tensor, Theta]:
+    """Losses ``[steps, lanes]`` of an unroll, and their derivative with respect to θ.  guard: entered around both."""
     generator.manual_seed(0)
     theta = expand_theta({k: t.to(device) for k, t in rule.init_theta(torch.Generator().manual_seed(1)).items()}, 3)
     state = start(rule, theta, family, torch.tensor([2, 9, 9], device=device), generator)

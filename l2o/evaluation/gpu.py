@@ -22,6 +22,7 @@ from l2o.evaluation.scores import score
 from l2o.evaluation.trials import Setting, run_learned
 from l2o.hub import list_pretrained, load
 from l2o.meta import MetaTraining
+from l2o.ops import networks
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, Steered
 from l2o.tasks import ImageMLP
@@ -76,6 +77,12 @@ def _five_steps(variant: str, lanes: int, device: torch.device) -> tuple[InnerSt
 def with_kernels(work: Callable[[], Figures]) -> Figures:
     """``work`` with kernels also where they have to be asked for: those in Triton, on a GPU."""
     with patch.dict(os.environ, L2O_KERNELS="1"):
+        return work()
+
+
+def with_large_blocks(work: Callable[[], Figures]) -> Figures:
+    """``work`` with 2^20 entries at once through the networks of rules, 16 times as many as on a CPU."""
+    with patch.object(networks, "BLOCK", 1 << 20):
         return work()
 
 
