@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from conftest import ROOT
 from torch import nn
 
 from l2o.evaluation import gpu
-from l2o.evaluation.checks import CHECKS, FAMILY, RULES, Drawn, meta_gradient, no_waiting
+from l2o.evaluation.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
 from l2o.evaluation.cost import step_cost
 from l2o.kernels import mlp_gpu, mlp_triton
 from l2o.optim import LearnedOptimizer
@@ -43,6 +44,21 @@ def test_waiting_is_seen(wait: Any) -> None:
         x + 1.0
     with pytest.raises((AssertionError, RuntimeError)), no_waiting(DEVICE):
         wait(x)
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "expected"),
+    [
+        ([[1.0, 2.0], [3.0]], [[1.0, 4.0], [3.0]], 0.5),
+        ([[1.0], []], [[1.0], []], 0.0),
+        ([[1.0], [math.nan]], [[2.0], [1.0]], math.inf),
+        ([[math.nan], [1.0]], [[math.nan], [1.0]], math.inf),
+        ([[math.inf], [1.0]], [[math.inf], [1.0]], math.inf),
+        ([[1.0], [math.inf]], [[1.0], [1.0]], math.inf),
+    ],
+)
+def test_distance(got: list[list[float]], want: list[list[float]], expected: float) -> None:
+    assert distance([*map(torch.tensor, got)], [*map(torch.tensor, want)]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["plug-in", "unroll and meta-gradient"])

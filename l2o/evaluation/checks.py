@@ -89,15 +89,18 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 def distance(got: Any, want: Any) -> float:
-    """The largest difference of two nested structures of tensors, relative to the largest entry of its tensor."""
+    """The largest difference of two nested structures of tensors, relative to the largest entry of its tensor.
+
+    Infinite where either has entries that are not finite.
+    """
     pairs = zip(tree_leaves(got), tree_leaves(want), strict=True)
     return max((_distance(a, b) for a, b in pairs if isinstance(b, Tensor) and b.numel()), default=0.0)
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
     a, b = (t.detach().to("cpu", torch.float64) for t in (got, want))
-    apart, size = float((a - b).abs().max()), float(b.abs().max())
-    return apart / (size + 1e-12) if math.isfinite(size) else math.inf
+    ratio = float((a - b).abs().max() / (b.abs().max() + 1e-12))
+    return math.inf if math.isnan(ratio) else ratio  # for `max`, which may pass over NaN
 
 
 def _agreement(got: Any, want: Any, tolerance: float) -> Figures:

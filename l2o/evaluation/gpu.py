@@ -190,7 +190,8 @@ def network(width: int, layers: int, vocabulary: int) -> nn.Module:
 
 def step(make: MakeOptimizer, size: tuple[int, int, int], device: torch.device) -> Figures:
     """A step of one optimizer beside fused AdamW, on `network` of that size."""
-    module = network(*size).to(device)
+    with device:
+        module = network(*size)
     costs = step_cost({"own": make, YARDSTICK: USUAL[YARDSTICK]}, module)
     entries, own, yardstick = sum(p.numel() for p in module.parameters()), costs["own"], costs[YARDSTICK]
     return {
