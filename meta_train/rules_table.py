@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import l2o.rules
-from l2o._files import atomic_write
+from l2o._files import atomic_write, user_path
 from l2o._names import choose
 from l2o.evaluation.rules_table import GRADIENT_TOLERANCE, OUTER_STEPS, Row, markdown, replays, row
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE
@@ -51,13 +51,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--golden",
         action="append",
-        type=Path,
         metavar="FOLDER",
         help="a folder of recorded runs, may be given several times; default: tests/golden, and then L2O_GOLDEN_DIR, "
         "whose files count where a name is in both",
     )
     made.add_argument("--only", action="append", metavar="RULE", help="this rule; may be given several times")
-    made.add_argument("--out", type=Path, metavar="FILE.md", help="write the document, instead of printing the table")
+    made.add_argument("--out", metavar="FILE.md", help="write the document, instead of printing the table")
     return made
 
 
@@ -66,14 +65,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     table = {name: name for name in l2o.rules.__all__}
     names = sorted((choose("rule", name, table) for name in given.only or table), key=str.lower)
-    folders = given.golden if given.golden is not None else _folders()
+    folders = [user_path(each) for each in given.golden] if given.golden is not None else _folders()
     for folder in folders:
         if not folder.is_dir():
             raise ConfigurationError(f"golden={str(folder)!r}: there is no such folder")
     recorded = replays(folders)
     rows = [row(name, recorded) for name in names]
     if given.out:
-        atomic_write(given.out, document(rows).encode())
+        atomic_write(user_path(given.out), document(rows).encode())
     else:
         print(markdown(rows), end="")
     missing = [row.rule for row in rows if not row.passes]
@@ -85,7 +84,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _folders() -> list[Path]:
     """Those that there are by default; one that the environment names has to exist, the copies only in a checkout."""
     copies = [COPIES] if COPIES.is_dir() else []
-    return [*copies, *(Path(named) for named in [os.environ.get("L2O_GOLDEN_DIR")] if named)]
+    return [*copies, *(user_path(named) for named in [os.environ.get("L2O_GOLDEN_DIR")] if named)]
 
 
 def document(rows: Sequence[Row]) -> str:

@@ -31,7 +31,7 @@ def test_a_logger_that_is_not_installed_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert command(f"logger=[{logger}]") == 2
-    assert f"pip install l2o[{extra}]" in capsys.readouterr().err
+    assert f"pip install 'l2o[{extra}]'" in capsys.readouterr().err
     assert snapshot() == {}
 
 
@@ -55,11 +55,36 @@ def test_wandb_records_offline_where_there_is_no_account(here: Path) -> None:
     line = [sys.executable, "-m", "meta_train", *SMALL, "logger=[wandb]", "steps=2"]
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert done.stderr == "meta_train: loading\n"
     (recorded,) = Path("run/wandb").glob("offline-run-*")
     run_id = yaml.safe_load(Path("run/config.yaml").read_text())["id"]
     assert (recorded / f"run-{run_id}.wandb").stat().st_size
     assert {path.name for path in here.iterdir() if not path.name.startswith(".")} == {"run"}
+
+
+def test_wandb_offline_keeps_one_run_in_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in (2, 3, 5):
+        assert command(f"steps={steps}", "logger=[wandb]") == 0
+        (recorded,) = Path("run/wandb").glob("offline-run-*")
+        assert f"to upload it: wandb sync {recorded}\n" in capsys.readouterr().out
+    found = b"".join(path.read_bytes() for path in recorded.glob("*.wandb"))
+    losses = [row["meta_loss"] for row in records() if "meta_loss" in row]
+    assert len(losses) == 5
+    assert [loss for loss in losses if str(loss).encode() not in found] == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"), [("WANDB_MODE", "mode Input should be 'online'"), ("WANDB_BASE_URL", "base_url Input should")]
+)
+def test_wandb_in_a_broken_environment_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, "nonsense")
+    assert command("logger=[wandb]") == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert snapshot() == {}
 
 
 @pytest.mark.parametrize(
