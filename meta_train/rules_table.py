@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import l2o.rules
 from l2o._files import atomic_write, user_path
 from l2o._names import choose
-from l2o.evaluation.rules_table import GRADIENT_TOLERANCE, OUTER_STEPS, Row, markdown, replays, row
+from l2o._resources import resource
+from l2o.evaluation.rules_table import GRADIENT_TOLERANCE, OUTER_STEPS, Replays, Row, cells, markdown, replays, row
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE
 from l2o.types import ConfigurationError
 from meta_train._config import main_guard
 
 COPIES = Path(__file__).resolve().parents[1] / "tests" / "golden"
 """In a checkout."""
+_LINE = "{:<10} {:>9}  {:<22}  {:<11}  {:<11}  {}"
 
 _TEXT = """# The rules
 
@@ -53,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="FOLDER",
         help="a folder of recorded runs, may be given several times; default: tests/golden, and then L2O_GOLDEN_DIR, "
-        "whose files count where a name is in both",
+        "whose files count where a name is in both; without either, what this version published",
     )
     made.add_argument("--only", action="append", metavar="RULE", help="this rule; may be given several times")
-    made.add_argument("--out", metavar="FILE.md", help="write the document, instead of printing the table")
+    made.add_argument("--out", metavar="FILE.md", help="write the document, instead of printing a table")
     return made
 
 
@@ -69,12 +72,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigurationError(f"golden={str(folder)!r}: there is no such folder")
-    recorded = replays(folders)
+    recorded = replays(folders) if folders else published()
     rows = [row(name, recorded) for name in names]
     if given.out:
         atomic_write(user_path(given.out), document(rows).encode())
     else:
-        print(markdown(rows), end="")
+        print_lines(rows)
+        if not folders:
+            print("replay: as published with this version; --golden FOLDER replays recorded runs")
     missing = [row.rule for row in rows if not row.passes]
     if missing:
         print(f"not within tolerance: {', '.join(missing)}")
@@ -85,6 +90,21 @@ def _folders() -> list[Path]:
     """Those that there are by default; one that the environment names has to exist, the copies only in a checkout."""
     copies = [COPIES] if COPIES.is_dir() else []
     return [*copies, *(user_path(named) for named in [os.environ.get("L2O_GOLDEN_DIR")] if named)]
+
+
+def published() -> dict[str, Replays]:
+    """What docs/rules.md, which a wheel has, says of the recorded runs, which it has not; by rule."""
+    text = (resource(Path(__file__).resolve().parent, "docs") / "rules.md").read_text("utf-8")
+    found = re.findall(r"^\| `(\w+)` .*? \| (\S+) / (\S+) \((\d+) runs?\) \|", text, re.M)
+    return {rule: Replays(float(params), float(step), int(runs)) for rule, params, step, runs in found}
+
+
+def print_lines(rows: Sequence[Row]) -> None:
+    """A line for each rule: what the document has, but for words and names."""
+    print(_LINE.format("rule", "size of θ", "replay", "TBPTT", "PES", "plug-in"))
+    for each in rows:
+        rule, _, size, replay, tbptt, pes, _, plugin = cells(each)
+        print(_LINE.format(rule.strip("`"), size, replay, tbptt, pes, plugin))
 
 
 def document(rows: Sequence[Row]) -> str:

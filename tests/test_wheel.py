@@ -70,6 +70,7 @@ def test_it_carries_code_types_configs_and_pretrained(wheel: Path) -> None:
         for path in (ROOT / here).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    files.add("meta_train/docs/rules.md")
     assert {"l2o/py.typed", "meta_train/py.typed", "meta_train/configs/train.yaml"} <= files
     assert any(name.startswith("l2o/pretrained/") and name.endswith("/theta.safetensors") for name in files)
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -81,6 +82,13 @@ def test_meta_train_runs(python: Path, tmp_path: Path) -> None:
     settings = ["rule=sgd", "task=quadratic", "steps=2", f"run={tmp_path / 'run'}", "logger=none"]
     _run(python, "-m", "meta_train", *settings, cwd=tmp_path)
     assert [path.name for path in (tmp_path / "run").rglob("theta.safetensors")]
+
+
+def test_the_table_of_rules_has_the_recorded_runs_that_the_wheel_has_not(python: Path, tmp_path: Path) -> None:
+    said = _run(python, "-m", "meta_train.rules_table", "--only", "SGD", "--only", "AdaGrad", cwd=tmp_path)
+    replays = {line.split()[0]: line for line in said.splitlines() if line.startswith(("SGD ", "AdaGrad "))}
+    assert "not recorded" in replays["AdaGrad"]
+    assert "(1 run)" in replays["SGD"]
 
 
 def test_the_default_checkpoint_loads_and_steps(python: Path, tmp_path: Path) -> None:
