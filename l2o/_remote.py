@@ -84,7 +84,7 @@ def fetch_weights(source: str) -> Path:
 
     Raises `ConfigurationError` (no address, or one without a pin) and `DownloadError`.
     """
-    address, names = _parse_weights(source)
+    address, names = parse_weights(source)
     failures = []
     for name in names:
         path = _place("weights", address) / name.rpartition("/")[2]
@@ -105,7 +105,7 @@ def parse(source: str) -> Address:
     return Address(folder, sha256)
 
 
-def _parse_weights(source: str) -> tuple[Address, tuple[str, ...]]:
+def parse_weights(source: str) -> tuple[Address, tuple[str, ...]]:
     """The folder of a file of weights, and what the file may be called."""
     location, sha256, marked = _pin(source, "the file")
     if not location.startswith("hf:"):

@@ -37,7 +37,7 @@ again that do not need all recorded runs. Each rule has the hyperparameters of i
 - **PES**: the same; in brackets, how far the first estimate of a pair, which is a difference along its noise, is from
   the derivative by backpropagation.
 - **converts**: whose files `python -m meta_train.convert` turns into checkpoints of the rule: classes of the JAX
-  originals, networks of PyLO.
+  originals, networks of PyLO. Which have been released, and where: [weights of others](converting.md).
 - **plug-in**: steps of `l2o.LearnedOptimizer` and the same updates by hand give equal parameters, to the bit;
   by a kernel, which long runs take, but for rounding (a test has both).
 

@@ -5,7 +5,9 @@ Installing needs a package index (or pip's cache of one), as the set-up of the r
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -75,6 +77,37 @@ def test_it_carries_code_types_configs_and_pretrained(wheel: Path) -> None:
     assert any(name.startswith("l2o/pretrained/") and name.endswith("/theta.safetensors") for name in files)
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert carried == files
+
+
+def test_the_description_has_no_links_into_the_repository(wheel: Path) -> None:
+    """A package index has nothing there."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(name).decode()
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert text.count("```python") > 3
+    assert targets
+    assert not [target for target in targets if not target.startswith("https://")]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (None, "see figures (`pretrained/README.md`), [x](https://a.b)\n"),
+        (
+            "https://s",
+            "![p](https://s/raw/main/d.png)\n\nsee [figures](https://s/blob/main/pretrained/README.md), [x](https://a.b)\n",
+        ),
+    ],
+)
+def test_links_are_absolute_where_the_repository_has_an_address(source: str | None, expected: str) -> None:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "![p](d.png)\n\nsee [figures](pretrained/README.md), [x](https://a.b)\n"
+    assert module.description(text, source) == expected
 
 
 def test_meta_train_runs(python: Path, tmp_path: Path) -> None:
