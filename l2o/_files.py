@@ -29,15 +29,17 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _WAY_OUT = "continue from an undamaged copy, or start anew"
 
 
-def user_path(path: str | os.PathLike[str]) -> Path:
+def user_path(path: str | os.PathLike[str], name: str = "") -> Path:
     """What a path that a user has typed means, ``~`` and ``~user`` written out; all of them come through here.
 
+    name: of the setting, for messages.
     Raises `ConfigurationError` for what can be no path: ``~`` of nobody, a name that is too long, a zero byte.
     """
+    start = f"{name}=" if name else ""
     text = os.path.expanduser(path)
     if text.startswith("~"):
         raise ConfigurationError(
-            f"{os.fspath(path)!r}: there is no such user, or no home folder (HOME is not set); "
+            f"{start}{os.fspath(path)!r}: there is no such user, or no home folder (HOME is not set); "
             "write the whole path, or ./~ for a name that begins so"
         )
     try:
@@ -45,7 +47,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigurationError(f"{text[:40]!r}…: can be no path ({reason}); give a shorter one") from error
+            raise ConfigurationError(f"{start}{text[:40]!r}…: can be no path ({reason}); give a shorter one") from error
     found = Path(text)
     return found.absolute() if str(found).startswith("~") else found  # it was ./~, and may come here again
 

@@ -40,9 +40,9 @@ def resolve(source: Source) -> Path:
         raise ConfigurationError(f"source={source!r}: expected a name or a path, got {type(source).__name__}")
     text = os.fspath(source)
     try:
-        path = user_path(text)
+        path = user_path(text, "source")
     except ConfigurationError as error:
-        raise UnknownNameError(f"source={error}") from error
+        raise UnknownNameError(str(error)) from error
     folder = path.parent if path.name == THETA else path
     # A user's own checkpoint comes before one of ours of that name, an unrelated folder does not.
     if text and (folder / CARD).is_file():

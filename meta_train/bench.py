@@ -127,7 +127,7 @@ def _write(out: str | None, records: list[Record]) -> None:
     if out is None or not records:
         return
     try:
-        atomic_write(user_path(out), (json.dumps(records, indent=2) + "\n").encode())
+        atomic_write(user_path(out, "out"), (json.dumps(records, indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigurationError(f"out={out} cannot be written ({error.strerror}); name another file") from error
 

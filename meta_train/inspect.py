@@ -57,7 +57,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     family = choose("task", given.task, TASKS)()
     generator = torch.Generator(resolve_device(given.device)).manual_seed(seed("seed", given.seed))
     rule, theta = find(given.source, import_classes(given.rules, "rules", UpdateRule), given.seed)
-    out = user_path(given.out or f"inspect-{Path(given.source).name}.png")
+    out = user_path(given.out or f"inspect-{Path(given.source).name}.png", "out")
     if out.suffix.lower() != ".png":
         raise ConfigurationError(f"out={str(out)!r}: expected the name of a .png file")
     prepare_folder(out.parent)

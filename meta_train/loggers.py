@@ -174,7 +174,7 @@ def _said_by_wandb() -> Iterator[None]:
     except Exception as error:  # its own, pydantic's, the disk's
         reason = one_line(error).partition(" For further information")[0]
         raise ConfigurationError(
-            f"wandb: {reason}; mend or unset the variable of the environment (WANDB_MODE, WANDB_…), or go "
+            f"wandb: {reason}; mend or unset the variable of the environment (WANDB_…, HOME), or go "
             "without: logger=none"
         ) from error
 

@@ -75,7 +75,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     recorded = replays(folders) if folders else published()
     rows = [row(name, recorded) for name in names]
     if given.out:
-        atomic_write(user_path(given.out), document(rows).encode())
+        atomic_write(user_path(given.out, "out"), document(rows).encode())
     else:
         print_lines(rows)
         if not folders:

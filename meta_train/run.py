@@ -59,7 +59,7 @@ class RunFolder:
     def __init__(self, request: Request) -> None:
         if not request.config["run"]:
             raise ConfigurationError("run= is empty; expected the path of a folder")
-        self.path = user_path(str(request.config["run"]))
+        self.path = user_path(str(request.config["run"]), "run")
         saved = _read_config(self.path)
         self.command = request.command
         self.id: str = saved["id"] if saved else uuid.uuid4().hex[:8]

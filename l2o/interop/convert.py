@@ -46,7 +46,7 @@ def convert(
     optimizer does not have), `DownloadError`, and `ConfigurationError` (an address without a pin, a licence that is
     none, a setting's value that makes no sense, a folder that has a checkpoint already).
     """
-    folder = user_path(to)
+    folder = user_path(to, "to")
     if not licence.strip():
         raise ConfigurationError(f"licence={licence!r}: expected the one that the weights' owner gives, such as MIT")
     if (folder / CARD).exists():
