@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from l2o._checks import each, real, whole
@@ -51,14 +52,15 @@ def bench(config: Any) -> list[Record]:
     real("seconds", plain["seconds"], above=0.0)
     suite = choose("suite", plain["suite"], SUITES)
     device = resolve_device(plain["device"])
+    out = None if plain["out"] is None else user_path(plain["out"], "out")
     about = {"hardware": hardware(device), "commit": commit(), "date": datetime.date.today().isoformat()}
     records = []
     for record in suite(plain, str(device)):
         records.append({**record, **about})
         print(_line(record), flush=True)
-        _write(plain["out"], records)  # after each, so that an interrupted suite has left what it found
-        if plain["out"]:
-            if_interrupted(f"{plain['out']} has the first {len(records)} records; the same command measures them anew")
+        _write(out, records)  # after each, so that an interrupted suite has left what it found
+        if out:
+            if_interrupted(f"{out} has the first {len(records)} records; the same command measures them anew")
     return records
 
 
@@ -123,11 +125,11 @@ def _empty_cache() -> Iterator[None]:
                 os.environ["L2O_CACHE_DIR"] = before
 
 
-def _write(out: str | None, records: list[Record]) -> None:
+def _write(out: Path | None, records: list[Record]) -> None:
     if out is None or not records:
         return
     try:
-        atomic_write(user_path(out, "out"), (json.dumps(records, indent=2) + "\n").encode())
+        atomic_write(out, (json.dumps(records, indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigurationError(f"out={out} cannot be written ({error.strerror}); name another file") from error
 

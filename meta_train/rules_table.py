@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Compute and print or write; returns the exit status."""
     given = parser().parse_args(arguments)
+    out = user_path(given.out, "out") if given.out else None
     table = {name: name for name in l2o.rules.__all__}
     names = sorted((choose("rule", name, table) for name in given.only or table), key=str.lower)
     folders = [user_path(each) for each in given.golden] if given.golden is not None else _folders()
@@ -74,8 +75,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise ConfigurationError(f"golden={str(folder)!r}: there is no such folder")
     recorded = replays(folders) if folders else published()
     rows = [row(name, recorded) for name in names]
-    if given.out:
-        atomic_write(user_path(given.out, "out"), document(rows).encode())
+    if out:
+        atomic_write(out, document(rows).encode())
     else:
         print_lines(rows)
         if not folders:

@@ -57,9 +57,11 @@ class RunFolder:
     """
 
     def __init__(self, request: Request) -> None:
-        if not request.config["run"]:
-            raise ConfigurationError("run= is empty; expected the path of a folder")
-        self.path = user_path(str(request.config["run"]), "run")
+        run = request.config["run"]
+        if isinstance(run, list | dict) or not str("" if run is None else run).strip():
+            what = "is empty" if not run or isinstance(run, str) else f"is {run}"
+            raise ConfigurationError(f"run= {what}; expected the path of a folder")
+        self.path = user_path(str(run), "run")
         saved = _read_config(self.path)
         self.command = request.command
         self.id: str = saved["id"] if saved else uuid.uuid4().hex[:8]

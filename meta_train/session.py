@@ -126,16 +126,22 @@ class Session:
         self._log(self.step, results)
         self.terminal.say(f"step {self.step}: {describe(results)}")
         self._lap()
-        self.best.offer(self.training.theta_average, results, self.save_checkpoint(results))
+        card = self._card(results)
+        self.best.offer(self.training.theta_average, results, card)
+        self._save_checkpoint(card)  # last: by it an evaluation is known to be whole
 
-    def save_checkpoint(self, results: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write θ and its card for the plug-in; returns the card."""
+    def save_checkpoint(self) -> None:
+        """Write θ and its card for the plug-in, without a measurement."""
+        self._save_checkpoint(self._card({}))
+
+    def _card(self, results: Mapping[str, Any]) -> dict[str, Any]:
         compute = {"outer_steps": self.step, "inner_steps": self.inner_steps, "seconds": round(self.seconds, 1)}
         card = make_card(self.config, self.folder.header["command"], self.training)
-        card |= {"compute": compute, "results": dict(results or {})}
+        return card | {"compute": compute, "results": dict(results)}
+
+    def _save_checkpoint(self, card: Mapping[str, Any]) -> None:
         with writing(self.checkpoint):
             save(self.checkpoint, self.held_out.rule, self.training.theta_average, card)
-        return card
 
     def save(self) -> None:
         """Save the whole outer state, once the records that belong to it are on disk."""

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
@@ -67,10 +69,32 @@ def test_wandb_offline_keeps_one_run_in_one_folder(capsys: pytest.CaptureFixture
         assert command(f"steps={steps}", "logger=[wandb]") == 0
         (recorded,) = Path("run/wandb").glob("offline-run-*")
         assert f"to upload it: wandb sync {recorded}\n" in capsys.readouterr().out
-    found = b"".join(path.read_bytes() for path in recorded.glob("*.wandb"))
-    losses = [row["meta_loss"] for row in records() if "meta_loss" in row]
-    assert len(losses) == 5
-    assert [loss for loss in losses if str(loss).encode() not in found] == []
+
+
+def test_wandb_offline_records_a_continued_run_from_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[dict[int, dict[str, float]]] = []
+
+    def init(**given: Any) -> Any:
+        rows: dict[int, dict[str, float]] = {}
+        runs.append(rows)
+        folder = Path(given["dir"], "wandb", f"offline-run-{len(runs)}-{given['id']}", "files")
+        folder.mkdir(parents=True)
+
+        def log(values: dict[str, float], step: int) -> None:
+            rows.setdefault(step, {}).update(values)
+
+        return SimpleNamespace(dir=str(folder), log=log, finish=lambda: None)
+
+    monkeypatch.setattr("wandb.init", init)
+    for steps in (2, 3, 5):
+        assert command(f"steps={steps}", "logger=[wandb]", "evaluate_every=2") == 0
+    assert [list(run) for run in runs] == [[1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]
+    for row in records():
+        recorded = runs[-1][row["step"]]
+        assert row.items() <= {**recorded, "step": row["step"]}.items()
+        assert recorded.keys() >= {"meta_loss"}
+    assert "inner_steps_per_second" in runs[-1][2]
+    assert [path.name[:13] for path in Path("run/wandb").iterdir()] == ["offline-run-3"]
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def test_a_rule_whose_source_has_changed_is_told(
 ) -> None:
     monkeypatch.syspath_prepend(here)
     for text, steps, said in ((OWN_RULE, 2, 0), (OWN_RULE, 3, 0), (OWN_RULE + "# new", 4, 1), (OWN_RULE, 5, 0)):
-        (here / "own.py").write_text(text)
-        assert command(f"steps={steps}", "rule._target_=own.Own") == 0
+        (here / "edited.py").write_text(text)
+        assert command(f"steps={steps}", "rule._target_=edited.Own") == 0
         assert capsys.readouterr().out.count("warning: the source of the rule has changed since the run began") == said
 
 

@@ -66,6 +66,8 @@ pytestmark = pytest.mark.usefixtures("here")
             "'run=a=b' cannot be read (mismatched input '=' expecting <EOF>); expected key=value;",
         ),
         (["run=a=b"], """as in 'run="a=b"'"""),
+        (["run=[a]"], "run= is ['a']; expected the path of a folder"),
+        (["run='  '"], "run= is empty"),
         (["run=a b#c"], """as in 'run="a b#c"'"""),
         (["run"], """as in 'run="a name"'"""),
         (["run=~nobody-of-this-name/x"], "run='~nobody-of-this-name/x': there is no such user"),
