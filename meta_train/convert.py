@@ -11,7 +11,7 @@ import l2o
 from l2o._remote import is_address
 from l2o.interop.convert import convert
 from l2o.types import ConfigurationError
-from meta_train._config import main_guard, wrapped, writing
+from meta_train._config import if_interrupted, main_guard, wrapped, writing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +65,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if given.licence is None and not all(map(is_address, given.files)):
         made.error("the following arguments are required: --licence")
     licence = given.licence or f"not stated when converted; see {' '.join(given.files)}"
+    if_interrupted("no checkpoint was written; the same command goes on, also with a download that broke off")
     with writing(f"to={given.to!r}"):
         folder = convert(given.files, given.to, licence, dict(map(setting, given.set)), given.name)
     rule, theta = l2o.load(folder)

@@ -50,7 +50,7 @@ def test_ctrl_c_is_a_line_and_status_130(capsys: pytest.CaptureFixture[str], kep
 
 INTERRUPTED = {
     "bench": ("_alone", ["out=made.json"], "nothing was written"),
-    "convert": ("convert", ["theta.state", "--to", "new", "--licence", "MIT"], "nothing was written"),
+    "convert": ("convert", ["theta.state", "--to", "new", "--licence", "MIT"], "no checkpoint was written"),
     "inspect": ("inspect", ["SGD", "--task", "quadratic"], "nothing was written"),
     "replay": ("read_trace", ["run.npz"], "nothing was written"),
     "rules_table": ("row", ["--only", "SGD"], "nothing was written"),
