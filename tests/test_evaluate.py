@@ -244,7 +244,7 @@ def test_a_missing_extra_is_named_before_any_work(command, capfd, monkeypatch, p
     monkeypatch.setitem(sys.modules, package, None)
     assert command() == 2
     error = capfd.readouterr().err
-    assert re.fullmatch(rf"error: {package} .*: pip install l2o\[train\]\n", error)
+    assert re.fullmatch(rf"error: {package} .*: pip install 'l2o\[train\]'\n", error)
     assert not Path("out").exists()
 
 
