@@ -167,7 +167,7 @@ def test_it_runs_as_a_module():
     module = [sys.executable, "-m", "meta_train.evaluate", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(module, capture_output=True, text=True, check=False, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "meta_train.evaluate: loading\n")
     assert Path("a b/report.md").is_file()
 
 
@@ -301,7 +301,7 @@ def test_a_missing_extra_is_named_before_any_work(command, capfd, monkeypatch, p
     monkeypatch.setitem(sys.modules, package, None)
     assert command() == 2
     error = capfd.readouterr().err
-    assert re.fullmatch(rf"error: {package} .*: pip install l2o\[train\]\n", error)
+    assert re.fullmatch(rf"error: {package} .*: pip install 'l2o\[train\]'\n", error)
     assert not Path("out").exists()
 
 
