@@ -65,6 +65,8 @@ class NNAdam(UpdateRule):
     beta2: float = 0.999
     eps: float = 1e-8
 
+    rests = True
+
     def __post_init__(self) -> None:
         whole("hidden", self.hidden)
         real("output_scale", self.output_scale, above=0.0)
