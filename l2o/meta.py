@@ -147,7 +147,7 @@ class MetaTraining:
         structure = tree_flatten(self.inner)[1]
         state = self._checked(_copied(state), tree_flatten(gather(self.inner))[0])
         device = self.generator.device
-        self._load_optimizer({int(k): slots for k, slots in state["optimizer"].items()}, state["groups"])
+        self._load_optimizer(state["optimizer"], state["groups"])
         for ours, saved in ((self.theta, state["theta"]), (self._average, state["average"])):
             for name, tensor in ours.items():
                 tensor.copy_(saved[name])
@@ -155,14 +155,19 @@ class MetaTraining:
         self.generator.set_state(state["generator"])
         self.step = state["step"]
 
-    def _load_optimizer(self, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    def _load_optimizer(self, saved_state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+        # Parameters have numbers; a `LearnedOptimizer` also has entries of other names.
+        slots = {int(k) if k.isdecimal() else k: value for k, value in saved_state.items()}
         own = self.optimizer.state_dict()["param_groups"]
         merged = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": merged})
+        try:
+            self.optimizer.load_state_dict({"state": slots, "param_groups": merged})
+        except ValueError as error:
+            raise ResumeError(f"optimizer: {error}") from error
         tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-        for index, saved in slots.items():
-            loaded = self.optimizer.state[tensors[index]]
-            for name, value in saved.items():
+        for index, tensor in enumerate(tensors):
+            loaded = self.optimizer.state.get(tensor, {})
+            for name, value in slots.get(index, {}).items():
                 if isinstance(value, Tensor):  # torch has cast it to the dtype of its parameter
                     loaded[name] = value.to(loaded[name].device)
 
@@ -190,12 +195,18 @@ def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], th
     for tensor in copies:
         tensor.grad = torch.zeros_like(tensor)
     trial = make(copies)
+    if not isinstance(trial, torch.optim.Optimizer):
+        raise ConfigurationError(
+            f"optimizer made a {type(trial).__name__}: expected a function from tensors to a torch.optim.Optimizer"
+        )
     try:
         trial.step()
-    except (TypeError, ValueError, RuntimeError) as error:
+        [group["lr"] for group in trial.param_groups]  # which schedules are factors on
+    except Exception as error:  # whatever an optimizer may raise on what it was not made for
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigurationError(
-            f"optimizer: {type(trial).__name__} cannot move θ ({error}); expected one that steps without a closure on "
-            "dense gradients, such as Adam"
+            f"optimizer: {type(trial).__name__} cannot move θ ({reason}); expected one with a rate lr that steps "
+            "without a closure on dense gradients, such as Adam"
         ) from error
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plugin import Mixing, make, parameters, source
+from plugin import Mixing, make, parameters, source, untouched
 from torch import nn
 
 from l2o.optim import LearnedOptimizer
@@ -41,7 +41,9 @@ def test_sources_that_are_none(wrong):
 
 
 def test_a_pair_the_wrong_way_round_shows_types_and_not_theta():
-    with pytest.raises(ConfigurationError, match=r"^source=\(dict, MLP\): expected .* a pair \(rule, theta\)$"):
+    with pytest.raises(
+        ConfigurationError, match=r"^source=\(dict, MLP\): expected .* a pair \(rule, theta\); start with [^;]*$"
+    ):
         LearnedOptimizer(parameters(), tuple(reversed(source(MLP()))), total_steps=1)
 
 
@@ -93,7 +95,7 @@ def test_a_bad_gradient_changes_nothing(spoil):
     with pytest.raises(GradientError, match=r"gradient of parameter 1 \('second'\)"):
         optimizer.step()
     assert torch.equal(good, torch.ones(2))
-    assert optimizer.state == {"clock": {"step": 0}}
+    assert untouched(optimizer)
 
 
 def test_a_gradient_on_another_device():
@@ -119,7 +121,7 @@ def test_a_loss_that_is_missing_or_none_changes_nothing(arguments, named):
     with pytest.raises(ConfigurationError, match=named):
         optimizer.step(**arguments)
     assert torch.equal(p, torch.ones(2))
-    assert optimizer.state == {"clock": {"step": 0}}
+    assert untouched(optimizer)
 
 
 def test_torchs_own_errors_stay():

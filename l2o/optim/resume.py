@@ -23,8 +23,8 @@ def origin(name: str, rule: UpdateRule, theta: Theta) -> dict[str, str]:
 
     Hyperparameters at their defaults do not count, so that a rule may get new ones.
     """
-    fields = {f.name: f.default for f in dataclasses.fields(rule)} if dataclasses.is_dataclass(rule) else {}
-    chosen = {name: getattr(rule, name) for name, default in fields.items() if getattr(rule, name) != default}
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
+    chosen = {f.name: getattr(rule, f.name) for f in fields if getattr(rule, f.name) != f.default}
     digest = hashlib.sha256(repr((type(rule).__name__, sorted(chosen.items()))).encode())
     for key in sorted(theta):
         digest.update(key.encode() + theta[key].detach().float().cpu().contiguous().numpy().tobytes())
