@@ -13,7 +13,7 @@ from torch import nn
 from l2o.optim import LearnedOptimizer
 from l2o.optim.members import Member, checked_gradient
 from l2o.rules import MLP, SGD, Adam
-from l2o.types import CheckpointError, ConfigurationError, GradientError, ParameterError
+from l2o.types import CheckpointError, ConfigurationError, GradientError, ParameterError, UnknownNameError
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,21 @@ def test_settings_of_a_group_that_make_no_sense(group):
     with pytest.raises(ConfigurationError, match="expected"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **group})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"total_steps=None: .*share of it that is done.*LearnedOptimizer\(params, \"default\", total_steps="),
+        ({"total_steps": 9}, r"source=NoneType: .*mlp-digits.*LearnedOptimizer\(params, \"default\", total_steps="),
+        ({"source": "default"}, "total_steps=None: .*share of it"),
+        ({"source": "defualt", "total_steps": 9}, "did you mean 'default'.*start with 'default'"),
+        ({"source": 1000, "total_steps": 9}, r"source=int: .*\"default\""),
+    ],
+)
+def test_what_is_missing_says_how_to_start(settings, message):
+    with pytest.raises((ConfigurationError, UnknownNameError), match=message):
+        LearnedOptimizer(parameters(), **settings)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, (SGD(),), (SGD, {}), {"w": 1}])
@@ -112,6 +127,8 @@ def test_a_gradient_on_another_device():
         ({"closure": lambda: None}, "loss is NoneType"),
         ({"loss": torch.ones(2)}, r"loss is \(2,\)"),
         ({"loss": 1.0, "closure": lambda: 1.0}, "closure and loss="),
+        ({"closure": torch.tensor(1.0)}, r"got a Tensor as closure, expected a function.*step\(loss=loss\)"),
+        ({"closure": 1.0}, "got a float as closure"),
     ],
 )
 def test_a_loss_that_is_missing_or_none_changes_nothing(arguments, named):

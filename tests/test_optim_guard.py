@@ -271,6 +271,16 @@ def gradients(params, step):
     return [torch.full_like(p, 0.1 + step) for p in params]
 
 
+def test_a_state_that_was_cleared_starts_anew():
+    params = parameters()
+    optimizer = make(params, MLP())
+    train(optimizer, range(2))
+    optimizer.state.clear()
+    fresh = make(copies(params), MLP())
+    assert identical(train(optimizer, range(2)), train(fresh, range(2)))
+    assert optimizer.state["clock"] == fresh.state["clock"]
+
+
 def test_moved_parameters_of_a_group_are_seen():
     """Some code puts other tensors into a group."""
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))

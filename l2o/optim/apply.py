@@ -52,12 +52,14 @@ def write(
     params: the values in the dtype of the arithmetic, the parameters themselves where they have it; written to.
     factors: ``lr, keep`` by the id of the group.
     """
-    for group in {id(m.group): m.group for m in members}:
-        own = [m for m in members if id(m.group) == group]
-        (lr, keep), values = factors[group], [params[m.key] for m in own]
+    groups: dict[int, list[str]] = {key: [] for key in factors}
+    for m in members:
+        groups[id(m.group)].append(m.key)
+    for group, keys in groups.items():
+        (lr, keep), values = factors[group], [params[key] for key in keys]
         if isinstance(keep, Tensor) or keep != 1.0:
             torch._foreach_mul_(values, keep)
-        torch._foreach_add_(values, [updates[m.key] for m in own], alpha=lr)
+        torch._foreach_add_(values, [updates[key] for key in keys], alpha=lr)
     for m in members:
         if params[m.key].dtype != m.param.dtype:
             m.param.copy_(params[m.key])

@@ -131,7 +131,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _step(self, members: Sequence[Member], loss: Any) -> None:
         check_params(members)
-        factors = {id(m.group): self._factors(m.group) for m in members}
+        factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         dtype, device = self._dtype(), members[0].param.device
         grads = slots.cast({m.key: checked_gradient(m) for m in members}, dtype)
         params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
