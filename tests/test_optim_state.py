@@ -157,7 +157,20 @@ def test_another_number_of_parameters_is_torchs_error(groups):
     assert untouched(fresh)
 
 
-@pytest.mark.parametrize("spoil", [dict.clear, lambda s: s.update(clock=None), lambda s: s.update(clock={"step": "1"})])
+def with_clock(**clock):
+    return lambda state: state.update(clock=clock)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        dict.clear,
+        lambda s: s.update(clock=None),
+        with_clock(step="1"),
+        with_clock(step=-1),
+        with_clock(step=1, skipped=None),
+    ],
+)
 def test_fresh_state_of_another_optimizer_is_refused_too(spoil):
     optimizer = make(parameters(), SGD())
     for foreign in (torch.optim.Adam(parameters()), torch.optim.SGD(parameters(), lr=0.1)):

@@ -18,7 +18,8 @@ HAD_GRADIENT = "had_gradient"
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
     """Arithmetic as it is by itself, wherever ``step`` is called: no autocast, no inference mode, no graph."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    known = torch.amp.is_autocast_available(device.type)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type if known else "cpu", enabled=False):
         yield
 
 

@@ -150,7 +150,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return
         if not readable(device):
             updates, new = masked(ok, updates, new, old)
-            factors = {group: (lr, torch.where(ok, keep, 1.0)) for group, (lr, keep) in factors.items()}
+            one = torch.ones((), dtype=dtype, device=device)
+            factors = {group: (lr, torch.where(ok, keep * one, one)) for group, (lr, keep) in factors.items()}
         slots.store(self.state, members, params, new)
         write(members, params, updates, factors)
         self._count(0 if readable(device) else (~ok).long())

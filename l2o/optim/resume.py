@@ -38,15 +38,18 @@ def check_origin(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> None:
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ResumeError("state_dict has no 'state' and 'param_groups': expected what state_dict() returned")
-    clock = state_dict["state"].get("clock")
-    if not isinstance(clock, Mapping) or not isinstance(clock.get("step"), int):
-        raise ResumeError("state_dict has no state['clock']['step']: it is of another optimizer")
-    saved = state_dict["state"].get("origin", own)
-    if saved["fingerprint"] != own["fingerprint"]:
+    clock, saved = (state_dict["state"].get(name, {}) for name in ("clock", "origin"))
+    if not isinstance(clock, Mapping) or not _is_count(clock.get("step")) or not _is_count(clock.get("skipped", 0)):
+        raise ResumeError("state_dict has no numbers of steps in state['clock']: it is of another optimizer")
+    if saved and saved["fingerprint"] != own["fingerprint"]:
         raise ResumeError(
             f"state_dict is of a run with {saved['checkpoint']}, this optimizer has {own['checkpoint']}, another rule "
             "or θ; make it with the one that was saved, or delete state_dict['state']['origin'] to go on with this one"
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | Tensor) and int(value) >= 0
 
 
 def check_groups(groups: Sequence[Group]) -> None:
@@ -95,6 +98,8 @@ def check_slots(found: Mapping[str, Any], own: Layout, exact: bool, label: str, 
 
     exact: whether others show that the state is of another rule; else they are of other code.
     """
+    if not isinstance(found, Mapping):
+        raise ResumeError(f"state_dict has a {type(found).__name__} for {label}, expected slots by name")
     shapes = {k: tuple(t.shape) if isinstance(t, Tensor) else None for k, t in found.items() if exact or k in own}
     if shapes and shapes != own:
         raise ResumeError(
