@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from l2o import hub
 from l2o.optim import resume, slots
-from l2o.optim.apply import updated, write
+from l2o.optim.apply import Inputs, updated, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import length, resolved, scalar
 from l2o.optim.members import Member, check_params, checked_gradient, kinds, label, settings
@@ -130,34 +130,37 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self, members: Sequence[Member], loss: Any) -> None:
+        self._look()
         check_params(members)
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
-        dtype, device = self._dtype(), members[0].param.device
-        grads = slots.cast({m.key: checked_gradient(m) for m in members}, dtype)
-        params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
-        loss = scalar(loss, dtype, device) if self.rule.needs_loss else None
-        theta = self._theta(dtype, device)
-        old = self._opt_state(theta, members, params)
-        inputs = (theta, grads, old, params, self._clock(device), loss)
+        inputs = self._inputs(members, loss)
+        grads, old, loss = inputs.grads, inputs.state, inputs.loss
         updates, new = updated(self.rule, inputs, self.total_steps)
         if not self.rule.rests:
             seen = {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
             updates, now = rest(updates, grads, seen)
             old, new = beside(old, seen), beside(new, now)
         ok = finite([*grads.values(), *updates.values(), *([] if loss is None else [loss])])
-        if readable(device) and not ok:
+        if not readable(ok.device):
+            updates, new = masked(ok, updates, new, old)
+        elif not ok:
             self._skip(culprit(members, grads, updates, loss))
             return
-        if not readable(device):
-            updates, new = masked(ok, updates, new, old)
-            one = torch.ones((), dtype=dtype, device=device)
-            factors = {group: (lr, torch.where(ok, keep * one, one)) for group, (lr, keep) in factors.items()}
-        slots.store(self.state, members, params, new)
-        write(members, params, updates, factors)
-        self._count(0 if readable(device) else (~ok).long())
-        self._look()
+        slots.store(self.state, members, inputs.params, new)
+        write(members, inputs.params, updates, factors, None if readable(ok.device) else ok)
+        self._count(0 if readable(ok.device) else (~ok).long())
 
-    def _factors(self, group: Mapping[str, Any]) -> tuple[float, float | Tensor]:
+    def _inputs(self, members: Sequence[Member], loss: Any) -> Inputs:
+        """What the rule gets, all of it checked and in one dtype."""
+        dtype, device = self._dtype(), members[0].param.device
+        grads = slots.cast({m.key: checked_gradient(m) for m in members}, dtype)
+        params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
+        loss = scalar(loss, dtype, device) if self.rule.needs_loss else None
+        theta = self._theta(dtype, device)
+        state = self._opt_state(theta, members, params)
+        return Inputs(theta, grads, state, params, self._clock(device), loss)
+
+    def _factors(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """On the updates of a group's parameters, and on the parameters."""
         now = settings(group)
         return now["lr"], math.exp(-now["weight_decay"] * now["lr"] / self.total_steps)
@@ -201,13 +204,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _own(self, member: Member) -> Slots:
         """The rule's slots of a parameter, without what other code keeps beside them; none before its first step."""
-        return slots.own(self.state, member, self._layout(member)) if self.state.get(member.param) else {}
+        kept = self.state.get(member.param)
+        return slots.own(kept, self._layout(member)) if kept else {}
 
     def _clock(self, device: torch.device) -> Clock:
         called, skipped = slots.counts(self.state)
-        if called >= self.total_steps:
-            end = f"step {called + 1} of a run of total_steps={self.total_steps}: the rule was told it would be over"
-            self._warn("over", end)
         # Fills, not copies of host tensors: the host would wait for those.
         step, total = (torch.full((), n, dtype=torch.int64, device=device) for n in (called, self.total_steps))
         return Clock(step - skipped, total)
@@ -223,11 +224,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._warn("skipped", f"step {step} was skipped: {reason} is not finite or its square is not; {_COUNTED}")
 
     def _look(self) -> None:
-        """See now and then whether steps were skipped, where it takes waiting."""
+        """Say when the run is over, and now and then whether steps were skipped, where it takes waiting."""
         called, skipped = slots.counts(self.state)
+        if called >= self.total_steps:
+            end = f"step {called + 1} of a run of total_steps={self.total_steps}: the rule was told it would be over"
+            self._warn("over", end)
         if isinstance(skipped, Tensor) and called % _LOOK == 0 and skipped:
-            message = f"{int(skipped)} of {called} steps were skipped: something was not finite or its square was not"
-            self._warn("skipped", f"{message}; {_COUNTED}")
+            self._warn("skipped", f"{int(skipped)} of {called} steps were skipped, not being finite; {_COUNTED}")
 
     def _warn(self, what: str, message: str) -> None:
         """Warn of ``what`` once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,9 @@ def counts(state: State) -> tuple[int, int | Tensor]:
     return clock.get("step", 0), clock.get("skipped", 0)
 
 
-def own(state: State, member: Member, names: Collection[str]) -> Slots:
-    """The rule's slots of a parameter, by their names; none before its first step."""
-    kept = state.get(member.param) or {}
-    return {name: kept[name] for name in names} if all(name in kept for name in names) else {}
+def own(kept: Slots, layout: Mapping[str, Any]) -> Slots:
+    """The rule's slots among what is ``kept`` of a parameter, by their names; none before its first step."""
+    return {name: kept[name] for name in layout} if layout.keys() <= kept.keys() else {}
 
 
 def seen(state: State, member: Member, started: bool) -> Tensor:
@@ -38,7 +37,7 @@ def seen(state: State, member: Member, started: bool) -> Tensor:
 def store(state: State, members: Sequence[Member], params: Params, new: OptState) -> None:
     """Keep the new slots. Dicts are replaced, not changed, so that ``state_dict()`` stays what it was."""
     # A rule may return an input as a slot (the last gradient, say), and inputs are written to after this.
-    inputs = {_storage(t) for m in members for t in (params[m.key], m.param.grad) if t is not None}
+    inputs = {t.untyped_storage().data_ptr() for m in members for t in (params[m.key], m.param.grad) if t is not None}
     for m in members:
         state[m.param] = {**state.get(m.param, {}), **_apart(new.per_param[m.key], inputs)}
     if new.shared:
@@ -50,10 +49,6 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for k, t in tensors.items()}
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def _apart(slots: Slots, inputs: set[int]) -> Slots:
     """``slots``, copied where they are views of the storages ``inputs``."""
-    return {k: t.clone() if _storage(t) in inputs else t for k, t in slots.items()}
+    return {k: t.clone() if t.untyped_storage().data_ptr() in inputs else t for k, t in slots.items()}
