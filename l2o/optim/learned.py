@@ -157,8 +157,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
         loss = scalar(loss, dtype, device) if self.rule.needs_loss else None
         theta = self._theta(dtype, device)
-        state = self._opt_state(theta, members, params)
-        return Inputs(theta, grads, state, params, self._clock(device), loss)
+        return Inputs(theta, grads, self._opt_state(theta, members, params), params, self._clock(device), loss)
 
     def _factors(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """On the updates of a group's parameters, and on the parameters."""
@@ -220,8 +219,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _skip(self, reason: str) -> None:
         self._count(1)
-        step = slots.counts(self.state)[0]
-        self._warn("skipped", f"step {step} was skipped: {reason} is not finite or its square is not; {_COUNTED}")
+        skipped = f"step {slots.counts(self.state)[0]} was skipped: {reason} is not finite or its square is not"
+        self._warn("skipped", f"{skipped}; {_COUNTED}")
 
     def _look(self) -> None:
         """Say when the run is over, and now and then whether steps were skipped, where it takes waiting."""
@@ -296,7 +295,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._forget()
 
     def __repr__(self) -> str:
-        run = f"step {slots.counts(self.state)[0]} of {self.total_steps}"
-        name = self._origin["checkpoint"]
-        header = "LearnedOptimizer (\n" + ", ".join(dict.fromkeys([name, repr(self.rule), run]))
+        what = dict.fromkeys([self._origin["checkpoint"], repr(self.rule)])  # once, where the rule was handed over
+        header = f"LearnedOptimizer (\n{', '.join(what)}, step {slots.counts(self.state)[0]} of {self.total_steps}"
         return super().__repr__().replace("LearnedOptimizer (", header, 1)
