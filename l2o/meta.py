@@ -195,9 +195,11 @@ def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], th
     for tensor in copies:
         tensor.grad = torch.zeros_like(tensor)
     trial = make(copies)
-    if not isinstance(trial, torch.optim.Optimizer):
+    held = [p for group in getattr(trial, "param_groups", ()) for p in group["params"]]
+    if not isinstance(trial, torch.optim.Optimizer) or not {id(p) for p in held} <= {id(t) for t in copies}:
         raise ConfigurationError(
-            f"optimizer made a {type(trial).__name__}: expected a function from tensors to a torch.optim.Optimizer"
+            f"optimizer made a {type(trial).__name__} of {len(held)} tensors: expected a function from the tensors of θ "
+            "to a torch.optim.Optimizer that moves them"
         )
     try:
         trial.step()

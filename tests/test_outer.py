@@ -150,7 +150,8 @@ def _reading(tensors: list[Tensor]) -> torch.optim.Optimizer:
         (Closing, r"Closing cannot move θ \(AssertionError\)"),
         (Rateless, r"Rateless cannot move θ \('lr'\)"),
         (_reading, "LearnedOptimizer cannot move θ .*reads the loss"),
-        (lambda tensors: None, "made a NoneType: expected a function"),
+        (lambda tensors: None, "made a NoneType .*expected a function"),
+        (lambda tensors: torch.optim.SGD([torch.zeros(2)]), "made a SGD of 1 tensors: .*moves them"),
     ],
 )
 def test_an_optimizer_that_cannot_do_this_is_refused(make: Make, message: str) -> None:
