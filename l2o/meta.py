@@ -198,8 +198,8 @@ def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], th
     held = [p for group in getattr(trial, "param_groups", ()) for p in group["params"]]
     if not isinstance(trial, torch.optim.Optimizer) or not {id(p) for p in held} <= {id(t) for t in copies}:
         raise ConfigurationError(
-            f"optimizer made a {type(trial).__name__} of {len(held)} tensors: expected a function from the tensors of θ "
-            "to a torch.optim.Optimizer that moves them"
+            f"optimizer made a {type(trial).__name__} of {len(held)} tensors: expected a function from the tensors of "
+            "θ to a torch.optim.Optimizer that moves them"
         )
     try:
         trial.step()

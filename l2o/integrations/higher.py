@@ -29,8 +29,8 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     """`l2o.LearnedOptimizer` as a differentiable optimizer of `higher`; starts with fresh state at step 0.
 
     ``override={"theta": [theta]}`` gives the meta-parameters to differentiate (default: the optimizer's own), and
-    ``override={"lr": ...}`` works as for every optimizer of `higher`. Frozen and unused parameters stay as they are, and so do entries that never
-    had a gradient, as in the plug-in.
+    ``override={"lr": ...}`` works as for every optimizer of `higher`. Frozen and unused parameters stay as they are,
+    and so do entries that never had a gradient, as in the plug-in.
     Raises `ConfigurationError` for rules that read the loss, which `higher` does not hand to its optimizers.
     """
 
