@@ -86,7 +86,7 @@ class MetaTraining:
         self.average = None if average is None else real("average", average, above=0.0, below=1.0)
         self.estimator = estimator
         self.theta: Theta = {k: t.detach().to(generator.device, copy=True) for k, t in theta.items()}
-        _try_optimizer(optimizer, self.theta)
+        self._slots = _try_optimizer(optimizer, self.theta)
         self.optimizer = optimizer(list(self.theta.values()))
         self.generator = generator
         self.schedule = schedule
@@ -182,6 +182,13 @@ class MetaTraining:
                 f"optimizer: the saved state has {len(state['groups'])} groups of parameters, this run has "
                 f"{len(self.optimizer.param_groups)}; continue it with the configuration it was started with"
             )
+        for index, names in enumerate(self._slots):
+            saved = state["optimizer"].get(str(index))
+            if saved and not names <= saved.keys():
+                raise ResumeError(
+                    f"optimizer: the saved state has {sorted(saved)}, a {type(self.optimizer).__name__} keeps "
+                    f"{sorted(names)}; continue it with the configuration it was started with"
+                )
         _same_shapes("theta", self.theta, state["theta"])
         _same_shapes("average of theta", self._average, state["average"])
         _same_shapes("inner problems", dict(enumerate(leaves)), dict(enumerate(state["inner"])))
@@ -189,8 +196,8 @@ class MetaTraining:
         return state
 
 
-def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], theta: Theta) -> None:
-    """One step on a copy of θ, since what an optimizer cannot do shows there only."""
+def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], theta: Theta) -> list[set[str]]:
+    """One step on a copy of θ, since what an optimizer cannot do shows there only; the names of its slots by tensor."""
     copies = [tensor.clone() for tensor in theta.values()]
     for tensor in copies:
         tensor.grad = torch.zeros_like(tensor)
@@ -210,6 +217,7 @@ def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], th
             f"optimizer: {type(trial).__name__} cannot move θ ({reason}); expected one with a rate lr that steps "
             "without a closure on dense gradients, such as Adam"
         ) from error
+    return [set(trial.state.get(p, {})) for p in held]
 
 
 def _kept(group: dict[str, Any]) -> dict[str, Any]:

@@ -168,12 +168,13 @@ def test_a_state_of_another_learned_optimizer_is_refused() -> None:
     assert identical(training.state_dict(), before)
 
 
-@pytest.mark.parametrize("other", [{"make": _groups}, {"average": 0.9}])
+@pytest.mark.parametrize("other", [{"make": _groups}, {"average": 0.9}, {"make": OPTIMIZERS["SGD-momentum"]}])
 def test_a_state_of_other_settings_is_refused(other: dict[str, Any]) -> None:
-    training = run(**other)
+    training, saved = run(**other), run()
     before = training.state_dict()
+    steps(saved, 1)
     with pytest.raises(ResumeError, match="the saved state has"):
-        training.load_state_dict(run().state_dict())
+        training.load_state_dict(saved.state_dict())
     assert identical(training.state_dict(), before)
 
 
