@@ -37,7 +37,7 @@ def test_settings_of_a_group_that_make_no_sense(group):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"total_steps=None: .*share of it that is done.*LearnedOptimizer\(params, \"default\", total_steps="),
+        ({}, r"source=NoneType: .*mlp-digits.*LearnedOptimizer\(params, \"default\", total_steps="),
         ({"total_steps": 9}, r"source=NoneType: .*mlp-digits.*LearnedOptimizer\(params, \"default\", total_steps="),
         ({"source": "default"}, "total_steps=None: .*share of it"),
         ({"source": "defualt", "total_steps": 9}, "did you mean 'default'.*start with 'default'"),

@@ -49,6 +49,8 @@ def with_lr(value):
         (lambda: make(parameters(), MLP(step_mult=0.5)), None, "step_mult=0.5"),
         (lambda: LearnedOptimizer(parameters(), "mlp-digits", total_steps=TOTAL), None, "run with mlp-digits"),
         (lambda: make([nn.Parameter(p.detach()[..., None]) for p in parameters()], MLP()), None, "parameter 0"),
+        (lambda: make(parameters(), MLP()), without("params"), r"param_groups'\]\[0\] has no 'params'"),
+        (lambda: make(parameters(), MLP()), lambda s: s["state"].update({0: None}), "NoneType for parameter 0"),
         (lambda: make(parameters(), MLP()), without("lr"), r"param_groups'\]\[0\]: .*no 'lr'"),
         (lambda: make(parameters(), MLP()), without("weight_decay"), "no 'weight_decay'"),
         *((lambda: make(parameters(), MLP()), with_lr(v), "lr=") for v in (None, math.nan, -1.0, "1", torch.ones(2))),

@@ -69,9 +69,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         rules: Sequence[type[UpdateRule]] = (),
     ) -> None:
+        name, self.rule, self.theta = resolved(source, rules)
         self.total_steps = length(total_steps)
         defaults = settings({"lr": lr, "weight_decay": weight_decay})
-        name, self.rule, self.theta = resolved(source, rules)
         self._origin = resume.origin(name, self.rule, self.theta)
         self._warned: set[str] = set()
         self._forget()
@@ -263,8 +263,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _checked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """``state_dict`` in the order of the optimizer; raises `ResumeError`."""
         resume.check_origin(state_dict, self._origin)
+        resume.check_groups(state_dict["param_groups"])
         groups, state = resume.in_order(self.param_groups, state_dict["param_groups"]), state_dict["state"]
-        resume.check_groups(groups)
         if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
             ids = list(chain.from_iterable(group["params"] for group in groups))
             for m in self._members():

@@ -41,7 +41,7 @@ def check_origin(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> None:
     clock, saved = (state_dict["state"].get(name, {}) for name in ("clock", "origin"))
     if not isinstance(clock, Mapping) or not _is_count(clock.get("step")) or not _is_count(clock.get("skipped", 0)):
         raise ResumeError("state_dict has no numbers of steps in state['clock']: it is of another optimizer")
-    if saved and saved["fingerprint"] != own["fingerprint"]:
+    if isinstance(saved, Mapping) and saved.get("fingerprint", own["fingerprint"]) != own["fingerprint"]:
         raise ResumeError(
             f"state_dict is of a run with {saved['checkpoint']}, this optimizer has {own['checkpoint']}, another rule "
             "or θ; make it with the one that was saved, or delete state_dict['state']['origin'] to go on with this one"
@@ -55,6 +55,8 @@ def _is_count(value: Any) -> bool:
 def check_groups(groups: Sequence[Group]) -> None:
     """Raise `ResumeError` where a saved group lacks a setting, or has one that makes no sense."""
     for i, group in enumerate(groups):
+        if "params" not in group:
+            raise ResumeError(f"state_dict['param_groups'][{i}] has no 'params': expected what state_dict() returned")
         try:
             settings(group)
         except ConfigurationError as error:
