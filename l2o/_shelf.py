@@ -55,6 +55,13 @@ def resolve(source: Source) -> Path:
     raise UnknownNameError(_not_found(text))
 
 
+def name_of(source: Source) -> str:
+    """What messages call a checkpoint: a pretrained one by its own name, whatever alias led to it."""
+    text = os.fspath(source)
+    alias = isinstance(source, str) and text in aliases() and resolve(source).parent == _pretrained()
+    return aliases()[text] if alias else text
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `CheckpointError`."""
     data = read(path)  # not within the try: its error is a ValueError too, but of another kind
@@ -89,4 +96,4 @@ def _named(name: str) -> Path | None:
 
 def _not_found(name: str) -> str:
     names = unknown("checkpoint", name, {*list_pretrained(), *aliases()})
-    return f"{names}; and there is no folder of that name"
+    return f"{names}; and there is no folder of that name; start with 'default'"

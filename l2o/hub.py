@@ -24,6 +24,7 @@ from l2o._files import atomic_write, atomic_writes, to_bytes, try_folder, user_p
 from l2o._remote import fetch_checkpoint, is_address
 from l2o._shelf import CARD, THETA, Source, is_shipped, read, read_json, resolve
 from l2o._shelf import list_pretrained as list_pretrained
+from l2o._shelf import name_of as name_of
 from l2o.types import CheckpointError, ConfigurationError, Theta, UpdateRule
 
 FORMAT_VERSION = 1
