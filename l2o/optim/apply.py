@@ -40,10 +40,24 @@ def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates
     return updates, state
 
 
+def in_place(rule: UpdateRule, inputs: Inputs, members: Sequence[Member], total_steps: int) -> bool:
+    """Whether to ask the rule for a step in place: it may have a kernel, and the run is worth compiling it."""
+    if type(rule).fused_step is UpdateRule.fused_step or not _worth_a_kernel(inputs, total_steps):
+        return False
+    return all(inputs.params[m.key].dtype == m.param.dtype for m in members)
+
+
+def apart(state: OptState) -> OptState:
+    """A copy for a step in place to write to."""
+    return cast("OptState", tree_map_only(Tensor, torch.clone, state))
+
+
+def _worth_a_kernel(inputs: Inputs, total_steps: int) -> bool:
+    return sum(p.numel() for p in inputs.params.values()) * total_steps >= WORTH_A_KERNEL
+
+
 def _fused(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState] | None:
-    if type(rule).fused_update is UpdateRule.fused_update:
-        return None
-    if sum(p.numel() for p in inputs.params.values()) * total_steps < WORTH_A_KERNEL:
+    if type(rule).fused_update is UpdateRule.fused_update or not _worth_a_kernel(inputs, total_steps):
         return None
     fused = rule.fused_update(*tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs))
     return cast("tuple[Updates, OptState] | None", tree_map_only(Tensor, lambda t: t.squeeze(0), fused))

@@ -42,7 +42,7 @@ def culprit(members: Sequence[Member], grads: Grads, updates: Updates, loss: Ten
         return "the loss"
     for what, tensors in (("gradient", grads), ("update", updates)):
         for m in members:
-            if not finite([tensors[m.key]]):
+            if m.key in tensors and not finite([tensors[m.key]]):
                 return f"the {what} of {label(m)}"
     return "the sum of all squared gradients and updates"
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from l2o import hub
 from l2o.optim import resume, slots
-from l2o.optim.apply import Inputs, updated, write
+from l2o.optim.apply import Inputs, apart, in_place, updated, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import length, resolved, scalar
 from l2o.optim.members import Member, check_params, checked_gradient, kinds, label, settings
@@ -50,7 +50,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ``state[p]`` has the rule's slots from p's first gradient on, ``state["shared"]`` those of no single parameter,
     ``state["clock"]`` the numbers of steps that were called and, of these, skipped; ``state["origin"]`` names rule and
     θ. What other code keeps there stays. Where the rule has a kernel, long runs use it (``L2O_KERNELS=0``: never), with
-    equal steps but for rounding. ``state_dict()`` is a snapshot: later steps replace its tensors. ``total_steps`` is
+    equal steps but for rounding. ``state_dict()`` is a snapshot, which later steps leave as it is. ``total_steps`` is
     not in it, so that a run can be resumed with another length.
 
     Raises `ConfigurationError`, `ParameterError` (not floating point, sparse, expanded, made in inference mode, or on
@@ -84,6 +84,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._places: list[tuple[int, ...]] = []
         self._all: list[Member] = []
         self._layouts: dict[str, resume.Layout] = {}
+        self._lent = True  # others may hold the state's tensors, which steps in place would write to
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters get their state with their first gradient."""
@@ -134,6 +135,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         check_params(members)
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         inputs = self._inputs(members, loss)
+        if self._stepped_in_place(members, inputs, factors):
+            return
         grads, old, loss = inputs.grads, inputs.state, inputs.loss
         updates, new = updated(self.rule, inputs, self.total_steps)
         if not self.rule.rests:
@@ -149,6 +152,28 @@ class LearnedOptimizer(torch.optim.Optimizer):
         slots.store(self.state, members, inputs.params, new)
         write(members, inputs.params, updates, factors, None if readable(ok.device) else ok)
         self._count(0 if readable(ok.device) else (~ok).long())
+
+    def _stepped_in_place(
+        self, members: Sequence[Member], inputs: Inputs, factors: Mapping[int, tuple[float, float]]
+    ) -> bool:
+        """Take or skip the step by the rule's kernel, if that writes to the parameters themselves."""
+        if not (readable(members[0].param.device) and in_place(self.rule, inputs, members, self.total_steps)):
+            return False
+        if not finite(list(inputs.grads.values())):
+            self._skip(culprit(members, inputs.grads, {}, None))
+            return True
+        inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
+        new = self.rule.fused_step(*inputs[:-1], {m.key: factors[id(m.group)] for m in members})
+        if new is not None:
+            slots.keep(self.state, members, new)
+            self._lent = False
+            self._count(0)
+        return new is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and a snapshot: later steps leave its tensors as they are."""
+        self._lent = True
+        return super().state_dict()
 
     def _inputs(self, members: Sequence[Member], loss: Any) -> Inputs:
         """What the rule gets, all of it checked and in one dtype."""
@@ -273,16 +298,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        """Copies of the state in ``state_dict``, in the dtypes that it has there."""
-        ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = [p for group in self.param_groups for p in group["params"]]
-        owners: dict[Any, Any] = dict(zip(ids, params, strict=True))
-        for key, kept in state_dict["state"].items():
-            if isinstance(kept, Mapping):  # else of other code, and torch has it
-                self.state[owners.get(key, key)] = {
-                    k: v.detach().to(params[0].device, copy=True) if isinstance(v, Tensor) else v
-                    for k, v in kept.items()
-                }
+        self.state.update(resume.copies(self.param_groups, state_dict))
         called, skipped = slots.counts(self.state)
         self.state.update(clock={"step": called, "skipped": int(skipped)}, origin=self._origin)
 

@@ -108,3 +108,17 @@ def check_slots(found: Mapping[str, Any], own: Layout, exact: bool, label: str, 
             f"state_dict has the slots {shapes} for {label}, {rule} has {own}; "
             "make the optimizer with the rule and the model that were saved"
         )
+
+
+def copies(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """The state in ``state_dict``, copied, in the dtypes that it has there, by the parameters of ``groups``."""
+    ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+    params = [p for group in groups for p in group["params"]]
+    owners: dict[Any, Any] = dict(zip(ids, params, strict=True))
+    return {
+        owners.get(key, key): {
+            k: v.detach().to(params[0].device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()
+        }
+        for key, kept in state_dict["state"].items()
+        if isinstance(kept, Mapping)  # else of other code, and torch has it
+    }

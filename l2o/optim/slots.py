@@ -38,10 +38,16 @@ def store(state: State, members: Sequence[Member], params: Params, new: OptState
     """Keep the new slots. Dicts are replaced, not changed, so that ``state_dict()`` stays what it was."""
     # A rule may return an input as a slot (the last gradient, say), and inputs are written to after this.
     inputs = {t.untyped_storage().data_ptr() for m in members for t in (params[m.key], m.param.grad) if t is not None}
+    per_param = {m.key: _apart(new.per_param[m.key], inputs) for m in members}
+    keep(state, members, OptState(per_param, _apart(new.shared, inputs)))
+
+
+def keep(state: State, members: Sequence[Member], new: OptState) -> None:
+    """`store` for slots that are no inputs."""
     for m in members:
-        state[m.param] = {**state.get(m.param, {}), **_apart(new.per_param[m.key], inputs)}
+        state[m.param] = {**state.get(m.param, {}), **new.per_param[m.key]}
     if new.shared:
-        state["shared"] = _apart(new.shared, inputs)
+        state["shared"] = new.shared
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
