@@ -8,7 +8,10 @@ lanes of a run among them draw, each for its own lanes only, what one process wo
 from __future__ import annotations
 
 import math
+import random
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +39,16 @@ class LaneGenerator(torch.Generator):
 
     def __init__(self, device: torch.device | str = "cpu", seed: int = 0, ids: Tensor | None = None) -> None:
         super().__init__()
+
+
+def global_states() -> tuple[Any, ...]:
+    """What changes when the global generators of torch (of the CPU), NumPy or Python are drawn from; to be compared."""
+    of_numpy = np.random.get_state()  # noqa: NPY002
+    return (
+        random.getstate(),
+        *(x if isinstance(x, str | int | float) else x.tobytes() for x in of_numpy),
+        (torch.get_rng_state().numpy().tobytes()),
+    )
 
 
 def draw_seeds(generator: torch.Generator, count: int) -> Tensor:

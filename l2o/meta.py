@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from l2o._checks import real, whole
+from l2o.draws import global_states
 from l2o.ops import schedules
 from l2o.ranks import gather, own
 from l2o.types import ConfigurationError, MetaGradient, Metrics, ResumeError, Theta
@@ -68,7 +70,8 @@ class MetaTraining:
         the initial one, and corrected for its start: weights d^age, divided by their sum (as for the moments of Adam,
         Kingma & Ba 2015, section 3).
 
-    The run goes on bit for bit from ``load_state_dict(state_dict())`` on one device and build.
+    The run goes on bit for bit from ``load_state_dict(state_dict())`` on one device and build; a task that draws from
+    global generators, which no state holds, is warned of at the first step.
     Raises ConfigurationError for settings that make no sense, and for an optimizer that cannot do this.
     """
 
@@ -90,7 +93,9 @@ class MetaTraining:
         self.optimizer = optimizer(list(self.theta.values()))
         self.generator = generator
         self.schedule = schedule
+        before = global_states()
         self.inner = estimator.init(self.theta, generator)
+        self._drew: bool | None = global_states() != before
         self.step = 0
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._average: Theta = {} if average is None else {k: t.clone() for k, t in self.theta.items()}
@@ -106,7 +111,10 @@ class MetaTraining:
         To the estimator's metrics come ``meta_grad_norm``, before clipping, and ``update_skipped``: 1 where that norm
         is not finite, which leaves θ and the optimizer as they are, else 0. Waits for the device, to know which.
         """
+        before = None if self._drew is None else global_states()
         grads, self.inner, metrics = self.estimator.estimate(self.theta, self.inner, self.generator)
+        if before is not None:
+            self._tell_of_global_draws(before)
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         skipped = ~norm.isfinite()
         if not skipped:
@@ -117,6 +125,17 @@ class MetaTraining:
             for name, mean in self._average.items():
                 mean.lerp_(self.theta[name], weight)
         return {**metrics, "meta_grad_norm": norm, "update_skipped": skipped.long()}
+
+    def _tell_of_global_draws(self, before: tuple[Any, ...]) -> None:
+        """Warn where inner problems have drawn from global generators; once, in the first outer step of a sitting."""
+        if self._drew or global_states() != before:
+            warnings.warn(
+                "the task drew from a global generator of torch, NumPy or Python, so that this run neither repeats nor "
+                "resumes; draw from the torch.Generator that its methods get (see l2o.draws), or do it in a Dataset",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._drew = None
 
     def _move(self, grads: Theta) -> None:
         for name, tensor in self.theta.items():

@@ -149,6 +149,22 @@ class UpdateRule(abc.ABC):
         """
         return None
 
+    def fused_step(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        clock: Clock,
+        factors: Mapping[str, tuple[float, float]],
+    ) -> OptState | None:
+        """``p <- keep p + lr update`` by a kernel, in place, also of the slots: what the plug-in asks for in long runs.
+
+        factors: ``lr, keep`` by parameter. Returns the new state; None, with nothing written, where there is no kernel.
+        Equal to ``update`` but for rounding; never differentiated, and without a loss.
+        """
+        return None
+
     def fused_unroll(
         self, theta: Theta, state: InnerState, batches: PerceptronBatches
     ) -> tuple[InnerState, Tensor] | None:

@@ -6,6 +6,7 @@ Nothing here waits for the device inside an unroll: no value is read on the host
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,15 +14,26 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from l2o._contract import (
+    checked_batch,
+    checked_gradients,
+    checked_init,
+    checked_loss,
+    checked_sample,
+    name_of,
+    vectorised,
+)
 from l2o.ops.kinds import default_kinds
 from l2o.types import (
     Batch,
     Buffers,
     Clock,
+    ConfigurationError,
     Grads,
     InnerState,
     OptState,
     Params,
+    TaskData,
     TaskFamily,
     Theta,
     UpdateRule,
@@ -40,9 +52,10 @@ def start(
     """Draw a task for every lane and put its training run at step 0.
 
     theta: ``[lanes, ...]``.  horizon: int64 ``[lanes]``, the length of each run.
+    Raises `ConfigurationError` where the family returns something else than `TaskFamily` says.
     """
-    data = family.sample(generator, len(horizon))
-    params, buffers = family.init(data, generator)
+    data = checked_sample(family, generator, len(horizon))
+    params, buffers = checked_init(family, data, generator)
     opt = _init(rule, theta, params)
     first_loss = torch.full(horizon.shape, torch.nan, dtype=next(iter(params.values())).dtype, device=horizon.device)
     return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
@@ -63,7 +76,13 @@ def _init(rule: UpdateRule, theta: Theta, params: Params) -> OptState:
     def init_one(theta: Theta, params: Params) -> Any:
         return rule.init(theta, params, default_kinds(params))
 
-    return cast(OptState, vmap(init_one)(theta, params))
+    return cast(OptState, vmap(init_one)(in_dtype_of(params, theta), params))
+
+
+def in_dtype_of(params: Params, theta: Theta) -> Theta:
+    """θ as rules expect it, in the dtype of ``params``; derivatives pass, and come back in θ's own."""
+    dtype = next(iter(params.values())).dtype
+    return {name: t.to(dtype) for name, t in theta.items()}
 
 
 def inner_step(
@@ -75,7 +94,7 @@ def inner_step(
     A lane at its horizon stands still.
     """
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
-    grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
+    grads, buffers = checked_gradients(family, grads, buffers, state.data, batch)
     moves, opt = updates(rule, theta, grads, state._replace(params=params), loss)
     ahead = state.step < state.total_steps
     moved = {k: p + torch.where(_along(ahead, p), moves[k], 0.0) for k, p in params.items()}
@@ -94,24 +113,46 @@ def gradients(
         return loss, buffers, grads if second_order else detach(grads), state.params
     with torch.enable_grad():
         params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in state.params.items()}
-        loss, buffers = vmap(family.loss)(params, state.buffers, state.data, batch)
+        loss, buffers = lane_losses(family, params, state.buffers, state.data, batch)
+        if not loss.requires_grad:
+            raise ConfigurationError(
+                f"{name_of(family)}.loss: a loss without derivatives; leave out .detach() and .item()"
+            )
         # not vmap(grad): its second derivatives through normalisation layers are wrong (torch 2.13)
-        derivatives = torch.autograd.grad(
-            loss.sum(),
-            list(params.values()),
-            retain_graph=differentiable,
-            create_graph=differentiable and second_order,
-            materialize_grads=True,
-        )
+        with vectorised(f"{name_of(family)}.loss"):
+            derivatives = torch.autograd.grad(
+                loss.sum(),
+                list(params.values()),
+                retain_graph=differentiable,
+                create_graph=differentiable and second_order,
+                materialize_grads=True,
+            )
     grads = dict(zip(params, derivatives, strict=True))
     if differentiable:
         return loss, buffers, grads, params
     return loss.detach(), detach(buffers), grads, state.params
 
 
+def lane_losses(
+    family: TaskFamily, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+) -> tuple[Tensor, Buffers]:
+    """Losses ``[lanes]``, in the dtype of ``params``, and new buffers.
+
+    Raises `ConfigurationError` for a loss that `TaskFamily` does not allow, such as one that writes to its inputs.
+    """
+    name = name_of(family)
+    inputs = [t for tensors in (params, buffers, data, batch) for t in tensors.values() if not t.is_inference()]
+    before = [t._version for t in inputs]
+    with vectorised(f"{name}.loss"):
+        loss, after = vmap(partial(checked_loss, family))(params, buffers, data, batch)
+    if before != [t._version for t in inputs]:
+        raise ConfigurationError(f"{name}.loss writes to its inputs in place; let it write to clones of them")
+    return loss, after
+
+
 def updates(rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor) -> tuple[Updates, OptState]:
     """Of all lanes: by the rule's kernel where it has one, else by its ``update``."""
-    clock = Clock(state.step, state.total_steps)
+    clock, theta = Clock(state.step, state.total_steps), in_dtype_of(state.params, theta)
     fused = rule.fused_update(theta, grads, state.opt, state.params, clock, loss)
     if fused is not None:
         return fused
@@ -141,13 +182,14 @@ def unroll(
 
     valid_weight: of the loss on a fresh validation batch in each step's loss, beside the training loss.
     """
+    theta = in_dtype_of(state.params, theta)  # once, not at every step
     if not valid_weight and (second_order or not torch.is_grad_enabled()):
         result = _fused_unroll(rule, theta, family, state, steps, generator)
         if result is not None:
             return result
     losses = []
     for _ in range(steps):
-        batch = family.batch(state.data, "train", generator)
+        batch = checked_batch(family, state.data, "train", generator)
         valid = _validation_loss(family, state, generator) if valid_weight else None
         state, loss = inner_step(rule, theta, family, state, batch, second_order)
         losses.append(loss if valid is None else torch.lerp(loss, valid, valid_weight))
@@ -169,8 +211,8 @@ def _fused_unroll(
 
 
 def _validation_loss(family: TaskFamily, state: InnerState, generator: torch.Generator) -> Tensor:
-    batch = family.batch(state.data, "valid", generator)
-    return vmap(family.loss)(state.params, state.buffers, state.data, batch)[0]
+    batch = checked_batch(family, state.data, "valid", generator)
+    return lane_losses(family, state.params, state.buffers, state.data, batch)[0]
 
 
 def running(state: InnerState, steps: int) -> Tensor:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from l2o._contract import checked_batch, checked_init, checked_sample
 from l2o._files import sha256
 from l2o._names import unknown
 from l2o.types import ConfigurationError, L2OError, Split, TaskFamily, UnknownNameError
+from l2o.unroll import lane_losses
 from meta_train._config import one_line
 
 
@@ -123,8 +125,12 @@ def source_digest(*made: object) -> str:
 
 
 def probe(family: TaskFamily, splits: Iterable[Split], device: torch.device) -> None:
-    """Draw a batch of each split, so that missing data is noticed before anything is run or written."""
+    """Take the loss of a batch of each split, so that missing data, and what a family gets wrong, is noticed before
+    anything is run or written."""
     generator = torch.Generator(device).manual_seed(0)
-    data = family.sample(generator, 1)
+    data = checked_sample(family, generator, 1)
+    params, buffers = checked_init(family, data, generator)
     for split in splits:
-        family.batch(data, split, generator)
+        batch = checked_batch(family, data, split, generator)
+        with torch.no_grad():
+            lane_losses(family, params, buffers, data, batch)

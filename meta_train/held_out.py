@@ -34,7 +34,8 @@ class HeldOut:
         """Seed-means of the final losses, how many seeds of the rule diverged, and the rate of the best Adam.
 
         Of a mixture each of these by family, as ``name/<family>``, and as ``held_out_loss`` and
-        ``held_out_valid_loss`` the geometric means over families of the loss divided by Adam's.
+        ``held_out_valid_loss`` the geometric means over families of the loss divided by Adam's; see `over_adam` for
+        losses that are not positive.
         """
         if self.adam is None:
             self.adam = {setting.name: self._measure_adam(setting) for setting in self.settings}
@@ -43,8 +44,8 @@ class HeldOut:
             return each[self.settings[0].name]
         named = {f"{key}/{name}": value for name, results in each.items() for key, value in results.items()}
         return {
-            "held_out_loss": _ratio([(r["held_out_loss"], r["adam_loss"]) for r in each.values()]),
-            "held_out_valid_loss": _ratio([(r["held_out_valid_loss"], r["adam_valid_loss"]) for r in each.values()]),
+            "held_out_loss": over_adam([(r["held_out_loss"], r["adam_loss"]) for r in each.values()]),
+            "held_out_valid_loss": over_adam([(r["held_out_valid_loss"], r["adam_valid_loss"]) for r in each.values()]),
             "held_out_diverged": sum(int(r["held_out_diverged"] or 0) for r in each.values()),
             **named,
         }
@@ -71,7 +72,9 @@ def describe(results: Results) -> str:
         return f"held-out loss {learned}{lost}; best-of-grid Adam {_show(results['adam_loss'])}{rate}"
     names = [key.partition("/")[2] for key in results if key.startswith("held_out_loss/")]
     each = (f"{n} {_show(results[f'held_out_loss/{n}'])} ({_show(results[f'adam_loss/{n}'])})" for n in names)
-    return f"held-out loss {learned} × best-of-grid Adam's{lost}: " + ", ".join(each)
+    below = any((results[f"{key}/{name}"] or 0.0) < 0 for key in ("held_out_loss", "adam_loss") for name in names)
+    head = f"held-out score {learned} beside" if below else f"held-out loss {learned} ×"
+    return f"{head} best-of-grid Adam's{lost}: " + ", ".join(each)
 
 
 def finite(value: float) -> float | None:
@@ -79,11 +82,20 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """The geometric mean of quotients; None where one is not to be had."""
-    if any(not ours or not theirs for ours, theirs in pairs):
-        return None
-    return math.exp(sum(math.log(ours / theirs) for ours, theirs in pairs if ours and theirs) / len(pairs))
+def over_adam(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """One number for several losses beside Adam's: the geometric mean of the quotients where all are positive.
+
+    It falls with every loss, of whatever sign: a quotient is 1 plus the difference in units of the size of Adam's, and
+    where one is 0 or less, all together come to less than 0. None where a loss is not to be had.
+    """
+    quotients = []
+    for ours, theirs in pairs:
+        if ours is None or theirs is None:
+            return None
+        quotients.append(ours / theirs if theirs > 0 else 1.0 + (ours - theirs) / (abs(theirs) or 1.0))
+    if min(quotients) > 0:
+        return math.exp(sum(math.log(q) for q in quotients) / len(quotients))
+    return sum(q - 1.0 if q <= 0 else -1.0 / (1.0 + q) for q in quotients) / len(quotients)
 
 
 def _valid(result: Score) -> float | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from l2o import rules
-from l2o.rules import LSTM, MLP, STAR, AdafacMLP, Adam, Celo, Celo2, CeloAdam, Momentum, NNAdam, RNNprop, VeLO
+from l2o.rules import LSTM, MLP, STAR, AdafacMLP, Adam, Celo, Celo2, CeloAdam, Momentum, NNAdam, RNNprop, Steered, VeLO
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily, Theta
 
 SMALL = {
@@ -34,8 +34,11 @@ VARIANTS = {
     "Celo2-options": Celo2(
         activation="tanh", exp_mult=0.1, bias_correction=True, param_scale=True, weight_decay=0.1, adam=("embedding",)
     ),
+    "Steered-normalized": Steered(direction="normalized", fan_in=0.3),
+    "Steered-adam": Steered(direction="adam"),
+    "Steered-uncontrolled": Steered(controller="none", schedule="constant", iterations=5),
 }
-SEE_SHAPES = ("AdafacMLP", "STAR", "NNAdam", "RNNMLP", "MLP-mup", "VeLO", "Celo", "Celo2")
+SEE_SHAPES = ("AdafacMLP", "STAR", "NNAdam", "RNNMLP", "MLP-mup", "VeLO", "Celo", "Celo2", "Steered")
 """Rules to which the shape of a tensor is more than its number of entries, by the beginnings of their names."""
 RULES = {name: SMALL[name] if name in SMALL else getattr(rules, name)() for name in rules.__all__} | VARIANTS
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())

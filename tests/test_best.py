@@ -16,7 +16,7 @@ import l2o
 from l2o._files import load_tree
 from l2o.rules import SGD
 from meta_train.best import Best
-from meta_train.held_out import HeldOut
+from meta_train.held_out import HeldOut, over_adam
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -52,6 +52,32 @@ def test_the_lowest_loss_without_a_diverged_run_is_kept(offers: list[dict[str, A
 def test_a_loss_that_no_evaluation_has_names_those_there_are() -> None:
     with pytest.raises(l2o.ConfigurationError, match=r"best_by='c': expected one of a, b"):
         Best(Path("best"), SGD(), "c").offer(THETA, {"a": 1.0, "b": 2.0}, _card(1))
+
+
+# A loss of each of two families beside Adam's, from the best to the worst.
+RANKED: dict[str, tuple[list[float], list[float]]] = {
+    "positive": ([1.0, 2.0], [0.01, 0.5, 1.0, 7.0]),
+    "to zero and below": ([1.0, 2.0], [-1e9, -2.0, -1e-6, 0.0, 1e-9, 0.5, 1.0, 7.0, 1e9]),
+    "Adam below zero": ([-3.0, 2.0], [-100.0, -6.0, -5.9, -3.0, -2.0, 0.0, 4.0]),
+    "Adam at zero": ([0.0, -2.0], [-5.0, -1.0, -0.5, 0.0, 0.5, 9.0]),
+}
+
+
+@pytest.mark.parametrize("case", RANKED)
+def test_a_mixture_ranks_the_lower_loss_first_whatever_its_sign(case: str) -> None:
+    adam, ours = RANKED[case]
+    for other in (-5.0, 0.0, 3.0):
+        for order in (slice(None), slice(None, None, -1)):
+            found = [over_adam(list(zip([x, other][order], adam[order], strict=True))) for x in ours]
+            numbers = [x for x in found if x is not None]
+            assert len(numbers) == len(set(numbers)) == len(ours)
+            assert numbers == sorted(numbers)
+
+
+def test_of_positive_losses_it_is_the_geometric_mean_of_quotients() -> None:
+    assert over_adam([(1.0, 2.0), (4.0, 1.0)]) == pytest.approx(2.0**0.5)
+    assert over_adam([(1.0, 2.0), (None, 1.0)]) is over_adam([(1.0, None), (1.0, 1.0)]) is None
+    assert over_adam([(-3.0, -3.0), (1e-9, 1e-9)]) == 1.0
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from l2o.estimators import Backprop, Evolution, Mixed
+from l2o.estimators.episodes import signed_log
 from l2o.meta import MetaTraining
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.rules.elementwise import ElementwiseRule
@@ -95,6 +96,61 @@ def test_relative_losses_do_not_see_the_scale_of_a_task(make):
         g = generator()
         grads.append(estimator.estimate(theta, estimator.init(theta, g), g)[0]["log_lr"])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted(Quadratic):
+    """The same problem and gradients: losses that begin below zero, pass it, or begin next to it or there."""
+
+    shift: float = 0.0
+
+    def loss(self, params, buffers, data, batch):
+        loss, buffers = super().loss(params, buffers, data, batch)
+        return loss + self.shift * data["start"], buffers
+
+    def sample(self, generator, lanes):
+        data = super().sample(generator, lanes)
+        return data | {"start": (data["y"]).square().sum(-1)}  # the first loss of what begins at zero
+
+
+SHIFTS = [-9.0, -0.9, -1.0 + 1e-4, -1.0, -1.1]
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("meta_loss", ["log", "relative"])
+@pytest.mark.parametrize("make", BOTH)
+def test_no_meta_loss_rewards_a_rise_of_losses_of_whatever_sign(make, meta_loss, shift):
+    rule, found = SGD(lr=1e-3), {}
+    theta = rule.init_theta(generator())
+    for kind in ("mean", meta_loss):
+        family = Shifted(init_scale=0.0, shift=shift)
+        estimator = make(rule, family, lanes=8, horizon=8, truncation=4, meta_loss=kind)
+        g = generator()
+        grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        assert metrics["lanes_masked"] == metrics["lanes_broken"] == 0
+        found[kind] = grads["log_lr"]
+    assert found[meta_loss] * found["mean"] > 0
+
+
+def test_a_logarithm_of_any_loss_rises_as_steeply_above_zero_as_below():
+    losses = torch.tensor([-5.0, -1e-3, -0.0, 0.0, 1e-3, 5.0], requires_grad=True)
+    found = signed_log(losses, torch.tensor(0.5))
+    (slope,) = torch.autograd.grad(found.sum(), losses)
+    torch.testing.assert_close(slope, 1.0 / (losses.detach().abs() + 0.5))
+    assert found[3:].equal((losses[3:] + 0.5).log())
+    torch.testing.assert_close(found[:3].flip(0) + found[3:], torch.full((3,), 2 * math.log(0.5)))
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_copies_of_a_problem_explode_at_one_limit(make):
+    """The first loss says little of losses that pass zero, the lowest more; one that is not finite, nothing."""
+    estimator = make(SGD(), Quadratic(), lanes=4, explosion=2.0)
+    losses = torch.tensor([[0.1, 0.1, 0.0, -0.0], [-5.0, 0.3, math.inf, 1.9], [9.0, 11.0, -math.inf, 2.1]])
+    limit = estimator.limit(losses, losses[0])
+    assert limit.tolist() == pytest.approx([10.0, 10.0 if make is Evolution else 0.2, 2.0, 2.0])
+    lost = estimator.exploded(losses, losses[0])
+    assert lost[2].tolist() == [False, True, True, True]
+    assert lost[1].tolist() == [False, make is Backprop, True, False]
 
 
 class Flat(Quadratic):

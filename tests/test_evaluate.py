@@ -71,7 +71,9 @@ def settings(monkeypatch, command):
 
     def settings(*arguments: str):
         seen = []
-        monkeypatch.setattr(evaluate, "evaluate", lambda config, line: seen.extend(evaluate.make_settings(config)))
+        monkeypatch.setattr(
+            evaluate, "evaluate", lambda config, line: seen.extend(evaluate.make_settings(config).values())
+        )
         assert command(*arguments) == 0
         return {setting.name: setting for setting in seen}
 
@@ -91,8 +93,56 @@ def test_a_small_run_leaves_its_report_and_nothing_else(command, capsys):
     for part in ("device cpu, ", f"torch {torch.__version__}", "Wall time", "task.dim=3 steps=12", "Date", "## Cost"):
         assert part in text
     shown = capsys.readouterr().out
-    assert "learned SGD" in shown
+    assert " sgd " in shown
     assert "out/report.md" in shown
+
+
+SMALL = ("task=quadratic", "steps=3", "seeds=2", "baselines=[adam,adamw]", "cost=false")
+
+
+def test_several_learned_optimizers_stand_in_one_table(command):
+    l2o.hub.save("faster", SGD(lr=0.1), SGD(lr=0.1).init_theta(torch.Generator()))
+    assert command("source=[sgd,faster]", *SMALL) == 0
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["source"] == "sgd, faster"
+    optimizers = results["settings"][0]["optimizers"]
+    assert [(key, o["label"]) for key, o in optimizers.items()][:3] == [
+        ("learned", "sgd"),
+        ("learned faster", "faster"),
+        ("adam", "Adam"),
+    ]
+    assert {"Learned optimizer sgd", "Learned optimizer faster"} <= results["facts"].keys()
+    assert [found["name"] for found in results["overall"]] == ["learned", "learned faster"]
+
+
+def test_an_interrupted_evaluation_keeps_what_is_done_and_says_how_to_go_on(command, monkeypatch, capsys):
+    def interrupted(setting, *arguments):
+        if setting.name == "b":
+            raise KeyboardInterrupt
+        return compare(setting, *arguments)
+
+    compare = evaluate.compare
+    monkeypatch.setattr(evaluate, "compare", interrupted)
+    assert command(*SMALL, "settings={a: {}, b: {}, c: {}}") == 130
+    results = json.loads(Path("out/results.json").read_text())
+    assert [setting["name"] for setting in results["settings"]] == ["a"]
+    assert results["facts"]["Settings done"] == "1 of 3"
+    assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "curves.png"}
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted after 1 of 3 settings; ")
+    assert "only=[b,c]" in said
+    monkeypatch.setattr(evaluate, "compare", compare)
+    assert command(*SMALL, "settings={a: {}, b: {}, c: {}}", "only=[b,c]", "out=rest") == 0
+    rest = json.loads(Path("rest/results.json").read_text())["settings"]
+    assert [setting["name"] for setting in rest] == ["b", "c"]
+
+
+def test_an_evaluation_that_is_interrupted_at_once_says_so(command, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command(*SMALL) == 130
+    assert capsys.readouterr().err == (
+        "interrupted after 0 of 1 settings; nothing is kept; the same command begins again\n"
+    )
 
 
 def test_results_can_be_recorded_in_the_card(command):
@@ -140,7 +190,8 @@ def test_own_rules_and_tasks_go_by_import_path(command, monkeypatch):
     assert command(*own, "steps=3", "seeds=2", "baselines=[adam]", "cost=false") == 0
     text = Path("out/report.md").read_text()
     assert "Task(dim=2, noise=0.5" in text
-    assert "learned Rule" in text
+    assert "| mine |" in text
+    assert "Rule(lr=" in text
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -212,6 +263,12 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["settings.wide.stps=3"], ["settings.wide", "'stps'", "'steps'"]),
         (["settings=3"], ["settings=3", "mapping"]),
         (["settings.wide.task=3"], ["settings.wide.task=3", "{width: 128}"]),
+        (["only=[wid]", "settings={wide: {}, long: {}}"], ["unknown setting 'wid'", "'wide'", "long"]),
+        (["only=wide", "settings={wide: {}}"], ["only='wide'", "a list, such as [wide]"]),
+        (["source=[sgd,sgd]"], ["source=['sgd', 'sgd']", "several different ones"]),
+        (["source=3"], ["'3'"]),
+        (["source=[]"], ["source=[]", "a name"]),
+        (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),
         (["device=gpu"], ["device='gpu'", "auto, cpu or cuda"]),
         (["out=sgd/card.json/x"], ["out='sgd/card.json/x'", "name a folder"]),

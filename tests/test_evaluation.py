@@ -13,15 +13,29 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import l2o.meta
-from l2o.evaluation import BASELINES, Setting, baselines, run, run_baseline, run_learned, step_cost
+from l2o.evaluation import (
+    BASELINES,
+    Baseline,
+    Setting,
+    TorchEntrant,
+    baselines,
+    run,
+    run_baseline,
+    run_entrant,
+    run_learned,
+    step_cost,
+)
+from l2o.evaluation.baselines import Scheduled, adamw, cosine, linear, muon
 from l2o.evaluation.curves import evaluation_steps
 from l2o.optim import LearnedOptimizer
-from l2o.rules import SGD
-from l2o.tasks import ImageMLP, Quadratic, Repeated
+from l2o.rules import MLP, SGD, VeLO
+from l2o.tasks import GradientNoise, ImageMLP, ModuleTask, Quadratic, Repeated
 from l2o.types import ConfigurationError, UnknownNameError
 
 NOISY = Setting("noisy", Quadratic(dim=3, noise=0.1), steps=21, seeds=3, window=1)
 
+GRIDS = {name: entrant for name, entrant in BASELINES.items() if isinstance(entrant, Baseline)}
+UNTUNED = sorted(BASELINES.keys() - GRIDS.keys())
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "momentum": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
@@ -94,7 +108,7 @@ class HostReads(TorchDispatchMode):
 
 
 def test_a_run_does_not_wait_for_the_device():
-    baseline = BASELINES["adam_cosine"]
+    baseline = GRIDS["adam_cosine"]
     theta = baseline.thetas(torch.Generator())
     with HostReads() as reads:
         family = Repeated(ImageMLP(width=4), len(baseline.grid))
@@ -128,16 +142,16 @@ def one_by_one(name: str, rate: float, seed: int) -> list[float]:
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        if BASELINES[name].cosine:
+        if GRIDS[name].cosine:
             optimizer.param_groups[0]["lr"] = rate * l2o.meta.warmup_cosine(step, NOISY.steps, NOISY.steps // 20)
         optimizer.step()
     return losses
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", GRIDS)
 def test_the_lanes_of_a_grid_are_single_runs_of_torch(name):
     grid = (1e-3, 1e-2)
-    trials = run_baseline(dataclasses.replace(BASELINES[name], grid=grid), NOISY)
+    trials = run_baseline(dataclasses.replace(GRIDS[name], grid=grid), NOISY)
     singly = [[one_by_one(name, rate, seed) for rate in grid] for seed in range(NOISY.seeds)]
     np.testing.assert_allclose(trials.train, np.array(singly).transpose(2, 0, 1), rtol=2e-5)
 
@@ -148,7 +162,7 @@ def test_the_lanes_of_a_grid_are_single_runs_of_torch(name):
 @pytest.mark.parametrize("name", ["sgd", "adam", "adam_cosine"])
 def test_a_learned_rule_meets_the_problems_of_the_baselines(family, name):
     setting = Setting("same", family, steps=12, seeds=3)
-    baseline = BASELINES[name]
+    baseline = GRIDS[name]
     grid = run_baseline(baseline, setting)
     rule = dataclasses.replace(baseline.rule, lr=baseline.grid[3])
     once = run_learned(rule, theta_of(rule), setting)
@@ -160,10 +174,104 @@ def test_a_learned_rule_meets_the_problems_of_the_baselines(family, name):
         np.testing.assert_allclose(grid.valid[..., 3], once.valid[..., 0], rtol=1e-4)
 
 
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
+
+
+X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+FAMILIES = {
+    "quadratic": Quadratic(dim=3, noise=0.1),
+    "digits": ImageMLP(width=8, batch_size=16),
+    "buffers": ModuleTask(normed, nn.functional.mse_loss, (X, X[:, :1]), (X, X[:, :1]), batch_size=8),
+    "changed gradients": GradientNoise(Quadratic(dim=3)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_rule_and_the_torch_optimizer_of_that_name_get_the_same_curves(name, family):
+    setting = Setting("same", family, steps=12, seeds=2)
+    grid = (1e-3, 1e-2)
+    make = TORCH[name]
+    entrant = TorchEntrant(name, lambda p, lr: [make(p, lr=lr)], cosine if GRIDS[name].cosine else None, grid)
+    ours, torchs = (run_entrant(e, setting) for e in (dataclasses.replace(GRIDS[name], grid=grid), entrant))
+    np.testing.assert_array_equal(ours.train[0], torchs.train[0])
+    np.testing.assert_allclose(ours.train, torchs.train, rtol=5e-4)
+    np.testing.assert_allclose(ours.valid, torchs.valid, rtol=5e-4)
+    assert (torchs.rates, torchs.valid_steps) == (ours.rates, ours.valid_steps)
+
+
+@pytest.mark.parametrize("name", UNTUNED)
+def test_untuned_baselines_have_one_trial_on_the_problems_of_all(name):
+    setting = Setting("same", ImageMLP(width=8), steps=30, seeds=2)
+    trials, adam = run_entrant(BASELINES[name], setting), run_entrant(GRIDS["adam"], setting)
+    assert (trials.rates, trials.train.shape, trials.valid.shape) == ((None,), (30, 2, 1), (20, 2, 1))
+    np.testing.assert_array_equal(trials.train[0, :, 0], adam.train[0, :, 0])
+    assert (trials.valid[-1] < trials.valid[0]).all()
+
+
+def test_the_untuned_baselines_are_those_that_their_names_say():
+    matrix, vector = nn.Parameter(torch.eye(3, 4)), nn.Parameter(torch.ones(4))
+    for rate, lr in ((None, 3e-3), (0.01, 0.01)):
+        matrices, rest = muon([matrix, vector], rate)
+        assert (type(matrices), type(rest)) == (torch.optim.Muon, torch.optim.Adam)
+        assert ([matrices.param_groups[0]["lr"], rest.param_groups[0]["lr"]]) == pytest.approx([3.5 * lr, lr])
+    assert [type(o) for o in muon([vector])] == [torch.optim.Adam]
+    before = matrix.detach().clone()
+    matrix.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    matrices = muon([matrix])[0]
+    matrices.step()
+    # In the mean: the five steps of Newton and Schulz leave singular values between 0.7 and 1.2.
+    size = (matrix.detach() - before).square().mean().sqrt() / (0.7 * 3e-3)
+    assert 0.6 * 0.75**0.5 < size < 1.3
+    assert [adamw(1e-3)([vector], rate)[0].param_groups[0]["lr"] for rate in (None, 0.1)] == [1e-3, 0.1]
+    assert [linear(step, 4) for step in (0, 2, 4)] == [1.0, 0.5, 0.0]
+    assert [cosine(step, 40) for step in (0, 1, 2, 21, 40)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+
+
+class Replacing(torch.optim.Optimizer):
+    """SGD that puts new tensors into its parameters."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data - self.param_groups[0]["lr"] * p.grad
+
+
+def test_optimizers_may_replace_what_a_parameter_holds():
+    ours, plain = (
+        TorchEntrant("", lambda p, lr, make=make: [make(p, lr=lr)], None, (0.01,))
+        for make in (Replacing, torch.optim.SGD)
+    )
+    np.testing.assert_allclose(run_entrant(ours, NOISY).valid, run_entrant(plain, NOISY).valid, rtol=1e-5)
+
+
+def test_what_is_done_of_all_runs_is_told():
+    for entrant in (
+        dataclasses.replace(GRIDS["adam"], grid=(0.1, 1.0)),
+        TorchEntrant("both", adamw(0.1), None, (0.1, 1.0)),
+    ):
+        told: list[int] = []
+        run_entrant(entrant, NOISY, advance=told.append)
+        assert (len(told), sum(told)) == (20, 21 * 3 * 2)
+
+
 def test_grids_have_at_least_eight_rates_half_a_decade_apart():
-    for baseline in BASELINES.values():
+    for baseline in GRIDS.values():
         assert len(baseline.grid) >= 8
         np.testing.assert_allclose(np.diff(np.log10(baseline.grid)), 0.5)
+
+
+@pytest.mark.parametrize("rule", [SGD(), MLP(), VeLO()], ids=lambda rule: type(rule).__name__)
+def test_a_scheduled_rule_gets_what_its_rule_needs(rule):
+    scheduled = Scheduled(rule)
+    assert (scheduled.needs_loss, scheduled.learned_init) == (rule.needs_loss, rule.learned_init)
+    setting = Setting("same", Quadratic(dim=3), steps=3, seeds=2)
+    found = run_learned(scheduled, theta_of(scheduled), setting).train
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[0], run_learned(rule, theta_of(rule), setting).train[0])
 
 
 def test_baselines_go_by_name():

@@ -16,7 +16,7 @@ import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 
-SUPPORT = {"types", "_checks", "_files", "_names", "_resources", "download", "draws", "ranks"}
+SUPPORT = {"types", "_checks", "_contract", "_files", "_names", "_resources", "download", "draws", "ranks"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "_remote", "hub", "optim"}
 UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "interop", "integrations"}
@@ -26,6 +26,7 @@ UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "interop", "integra
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "_checks": {"types"},
+    "_contract": {"types"},
     "_files": {"types"},
     "_names": {"types"},
     "_resources": {"types"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"types", "_checks", "_files", "ops", "draws"},
     "rules": {"types", "_checks", "ops", "kernels"},
     "tasks": SUPPORT | {"kernels"},
-    "unroll": {"types", "_checks", "ops"},
+    "unroll": {"types", "_contract", "ops"},
     "estimators": SUPPORT | {"ops", "tasks", "unroll"},
     "meta": SUPPORT | {"ops", "estimators"},
     "_shelf": SUPPORT,

@@ -6,11 +6,10 @@ import pytest
 import torch
 from tables import generator, identical
 from test_kernel_unroll import CASES, FAMILY, LANES, RULE, STEPS, batches, problem
-from test_kernels import as_double, assert_close
+from test_kernels import as_double, assert_close, derivatives_twice
 from torch.utils._pytree import tree_leaves, tree_map
 
 from l2o import unroll as engine
-from l2o.types import L2OError
 from l2o.unroll import unroll
 
 
@@ -96,9 +95,14 @@ def test_the_end_does_not_keep_the_steps():
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in moving(end))
 
 
-def test_a_second_differentiation_is_refused():
-    theta, problems, state = problem(RULE, FAMILY)
-    leaves = {name: t.requires_grad_() for name, t in theta.items()}
-    _, losses = unroll(RULE, leaves, problems, state, STEPS, batches())
-    with pytest.raises(L2OError, match=r"unrolls of perceptrons has first derivatives only; L2O_KERNELS=0"):
-        torch.autograd.grad(losses.sum(), list(leaves.values()), create_graph=True)
+@pytest.mark.parametrize(("rule", "family"), CASES.values(), ids=CASES.keys())
+def test_a_derivative_can_be_differentiated_again(monkeypatch, rule, family):
+    theta, problems, state = midway(rule, family)
+    found = []
+    for of in (lambda t: t, as_double):
+        own, start = tree_map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, of((theta, state)))
+        end, losses = unroll(rule, own, problems, start, STEPS, batches())
+        assert (losses.grad_fn.name() == "_DerivativeBackward") == (losses.dtype == torch.float32)
+        found.append(derivatives_twice([losses, *moving(end)], [*own.values(), *moving(start)]))
+        monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
+    assert_close(*found, rtol=1e-2)

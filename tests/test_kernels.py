@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tables import generator, identical
+from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -165,12 +166,29 @@ def test_what_a_kernel_does_not_fit_is_left_to_torch():
         family.fused_gradient(params, {}, data, {**batch, "y": batch["y"] + 10})
 
 
-def test_a_second_differentiation_is_refused():
-    args = arguments(MLP(), 1)
-    args[0]["b0"].requires_grad_()
-    updates, _ = fused(MLP(), *args)
-    with pytest.raises(L2OError, match=r"first derivatives only; L2O_KERNELS=0"):
-        torch.autograd.grad(updates["vector"].sum(), args[0]["b0"], create_graph=True)
+def derivatives_twice(outputs, inputs):
+    """By ``inputs``: of a random combination of ``outputs``, and of one of the results."""
+    g, found = generator(3), []
+    for create_graph in (True, False):
+        outputs = [t for t in outputs if t.requires_grad]
+        weights = [torch.randn(t.shape, generator=g).to(t.dtype) for t in outputs]
+        settings = {"create_graph": create_graph, "materialize_grads": True}
+        outputs = torch.autograd.grad(outputs, inputs, weights, **settings)
+        found += outputs
+    return found
+
+
+@every_network
+def test_a_derivative_can_be_differentiated_again(rule):
+    """Also where gradients are computed from parameters, and these from θ."""
+    found = []
+    for update, tree in ((fused, lambda t: t), (reference, as_double)):
+        theta, grads, state, params, clock = tree(arguments(rule, 2))
+        leaves = [t.requires_grad_() for t in (*theta.values(), *params.values())]
+        moved = {k: p * theta["b0"].mean() for k, p in params.items()}
+        updates, after = update(rule, theta, {k: g * moved[k] for k, g in grads.items()}, state, moved, clock)
+        found.append(derivatives_twice([*updates.values(), *tree_leaves(after)], leaves))
+    assert_close(*found, 1e-3)
 
 
 def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
@@ -187,6 +205,23 @@ def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
         results.append((state.params, losses, grads, metrics))
     for got, want in zip(*map(tree_leaves, results), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its forward mode
+@pytest.mark.parametrize("setting", ["1", "0"])
+def test_forward_mode_is_backward_mode_whatever_the_kernels(monkeypatch, setting):
+    monkeypatch.setenv("L2O_KERNELS", setting)
+    rule, family, g = MLP(hidden=(8,)), ImageMLP(width=8, batch_size=16), generator(1)
+    theta = expand_theta(rule.init_theta(g), 3)
+    direction = {name: torch.randn(t.shape, generator=g) for name, t in theta.items()}
+    state = start(rule, theta, family, torch.full((3,), 4), g)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(t, direction[name]) for name, t in theta.items()}
+        slope = forward_ad.unpack_dual(unroll(rule, dual, family, state, 4, generator(3))[1]).tangent
+    leaves = [t.requires_grad_() for t in theta.values()]
+    grads = torch.autograd.grad(unroll(rule, theta, family, state, 4, generator(3))[1].sum(), leaves)
+    along = sum((g * d).sum() for g, d in zip(grads, direction.values(), strict=True))
+    torch.testing.assert_close(slope.sum(), along, rtol=1e-4, atol=1e-6)
 
 
 class Number(ctypes.Structure):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tables import generator, identical
-from test_kernels import as_double, assert_close
+from test_kernels import as_double, assert_close, derivatives_twice
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
@@ -13,7 +13,7 @@ from l2o.estimators import Backprop
 from l2o.kernels import perceptron
 from l2o.rules import MLP, Adam
 from l2o.tasks import ImageMLP
-from l2o.types import L2OError, TaskFamily
+from l2o.types import TaskFamily
 from l2o.unroll import expand_theta, inner_step, start
 
 SIZES = [(32, 1, 128), (7, 3, 5), (1, 0, 1), (50, 2, 9)]
@@ -136,12 +136,22 @@ def test_a_diverged_lane_is_nan_alone(activation):
     assert all(t[1:].equal(want[k][1:]) for k, t in got.items())
 
 
-def test_a_second_differentiation_is_refused():
-    family, params, batch, _ = problem("relu", (4, 1, 3), 1)
-    params = leaves(params)
-    losses, _, _ = family.fused_gradient(params, {}, {}, batch)
-    with pytest.raises(L2OError, match=r"perceptrons has first derivatives only; L2O_KERNELS=0"):
-        torch.autograd.grad(losses.sum(), list(params.values()), create_graph=True)
+@every_activation
+def test_a_derivative_can_be_differentiated_again(activation):
+    family, params, batch, _ = problem(activation, (4, 2, 3), 2)
+    found = []
+    for kernel, tree in ((True, params), (False, as_double(params))):
+        tree = leaves(tree)
+        if kernel:
+            losses, _, grads = family.fused_gradient(tree, {}, {}, batch)
+            assert losses.grad_fn.name() == "_DerivativeBackward"
+        else:
+            losses, _ = vmap(family.loss)(tree, {}, {}, batch)
+            grads = dict(
+                zip(tree, torch.autograd.grad(losses.sum(), list(tree.values()), create_graph=True), strict=True)
+            )
+        found.append(derivatives_twice([losses, *(grads[name] for name in tree)], list(tree.values())))
+    assert_close(*found, rtol=1e-4)
 
 
 def loss_after_two_steps(rule, family, theta, state, batches):

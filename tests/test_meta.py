@@ -349,3 +349,19 @@ def test_a_broken_state_is_refused_and_nothing_changes(broken):
 
 def test_the_public_estimators_are_listed():
     assert estimators.__all__ == ["Backprop", "Evolution", "Mixed"]
+
+
+class Global(Quadratic):
+    """Draws its tasks from torch's global generator."""
+
+    def sample(self, generator, lanes):
+        data = super().sample(generator, lanes)
+        return data | {"y": torch.randn(data["y"].shape)}
+
+
+def test_a_task_that_draws_from_a_global_generator_is_told_once():
+    run = training(SGD(lr=0.01), family=Global())
+    torch.rand(3)  # of one's own, between the steps
+    with pytest.warns(UserWarning, match="neither repeats nor resumes"):
+        run.outer_step()
+    run.outer_step()

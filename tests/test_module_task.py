@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.utils import parametrizations
 
 from l2o.tasks import ModuleTask
 
@@ -83,6 +85,23 @@ def dense(norm: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3))
 
 
+def normed(norm: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """Between the direction and the size of the weights of a layer; the older of torch's functions says it is old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return dense(norm(nn.Linear(6, 6), **options))
+
+
+def padded(module: nn.Module, x: Tensor) -> Tensor:
+    padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+    padding[:, 3:] = True
+    return module.layer(x, src_key_padding_mask=padding)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 2)
+
+
 VECTOR, SEQUENCE, IMAGE = (4,), (5, 4), (2, 4, 4)
 # name -> (module, shape of an example). The output is compared with zeros, squared.
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -104,6 +123,16 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "causal, scaled attention": (partial(Attention, is_causal=True, scale=0.3), SEQUENCE),
     "masked attention": (partial(Attention, attn_mask=torch.ones(5, 5).tril(-1) > 0), SEQUENCE),
     "transformer layer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), SEQUENCE),
+    "padded transformer": (lambda: Calls(padded, encoder()), SEQUENCE),
+    "weight norm": (lambda: normed(parametrizations.weight_norm), VECTOR),
+    "weight norm of one size": (lambda: normed(parametrizations.weight_norm, dim=None), VECTOR),
+    "weight norm by column": (lambda: normed(parametrizations.weight_norm, dim=1), VECTOR),
+    "weight norm by hooks": (lambda: normed(nn.utils.weight_norm), VECTOR),
+    "orthogonal weights": (lambda: normed(parametrizations.orthogonal), VECTOR),
+    "sparse embedding": (
+        lambda: Calls(lambda self, x: x * self.layer((x > 0).long()).sum(-1), nn.Embedding(2, 3, sparse=True)),
+        VECTOR,
+    ),
     "GRU": (lambda: first(nn.GRU(4, 3, num_layers=2, batch_first=True)), SEQUENCE),
     "LSTM": (lambda: first(nn.LSTM(4, 3, num_layers=2, bidirectional=True)), SEQUENCE),
     "RNN": (lambda: first(nn.RNN(4, 3, bias=False, bidirectional=True, batch_first=True)), SEQUENCE),
@@ -163,6 +192,17 @@ def plain_steps(module: nn.Module, batches: list[dict[str, Tensor]], k: int) -> 
 
 
 def test_lanes_train_as_plain_modules_do(task: ModuleTask) -> None:
+    assert_trains_as_plain_modules(task)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_lanes_under_a_spectral_norm_do(norm: Callable[..., nn.Module]) -> None:
+    """Its second derivative is not that of the loss, see test_contracts.py; once it can be differentiated."""
+    data = examples(VECTOR)
+    assert_trains_as_plain_modules(ModuleTask(lambda: normed(norm).double(), energy, data, data, batch_size=BATCH))
+
+
+def assert_trains_as_plain_modules(task: ModuleTask) -> None:
     """Parameters and buffers after three steps, and the loss in evaluation."""
     params, buffers, data = start(task)
     modules = [task.module() for _ in range(LANES)]

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
 import torch
 from torch import nn
 
@@ -17,9 +19,11 @@ from l2o.evaluation import (
     Baseline,
     Comparison,
     Report,
+    RuleEntrant,
     Setting,
     Trials,
     compare,
+    plots,
     print_tables,
     score,
     speed_up,
@@ -28,8 +32,9 @@ from l2o.evaluation import (
 )
 from l2o.evaluation.compare import LEARNED
 from l2o.evaluation.plots import curves_png
-from l2o.evaluation.report import as_markdown, prepare_folder, table_row, verdict
+from l2o.evaluation.report import as_markdown, prepare_folder
 from l2o.evaluation.scores import best_trial, bootstrap_interval, diverged, final_losses, smooth
+from l2o.evaluation.verdicts import overall, overall_text, summary_table, table_row, verdict
 from l2o.rules import SGD, Adam
 from l2o.tasks import Quadratic
 from l2o.types import ConfigurationError
@@ -60,6 +65,10 @@ def test_smoothing_looks_back_only():
         ([4.0, NAN, 1.0, 1.0], INF, True),
         ([4.0, 1.0, INF], INF, True),
         ([NAN, NAN, NAN], INF, True),
+        ([-4.0, -3.0, -7.0], -5.0, False),
+        ([-4.0, -3.0, -2.0], -2.5, True),
+        ([0.0, 0.1, 0.3], 0.2, False),  # of what begins at zero nothing is above the beginning
+        ([0.0, 0.1, INF], INF, True),
     ],
 )
 def test_final_loss_and_divergence(curve, final, lost):
@@ -109,11 +118,22 @@ def theta_of(rule):
     return rule.init_theta(torch.Generator())
 
 
+def figure_of(result: Comparison) -> list:
+    """The panels of its picture."""
+    figure = plots.new_figure(7.0, 4.0)
+    plots._draw(figure.subplots(), result, "loss")
+    return figure.axes
+
+
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
 def comparison(lr: float, grid: tuple[float, ...] = (1e-3, 1e-2, 1e-1), setting: Setting = NOISY) -> Comparison:
-    return compare(setting, SGD(lr=lr), theta_of(SGD(lr=lr)), {"adam": Baseline("Adam", Adam(), grid)})
+    return compare(setting, {LEARNED: learned(lr), "adam": Baseline("Adam", Adam(), grid)})
+
+
+def learned(lr: float) -> RuleEntrant:
+    return RuleEntrant("mine", SGD(lr=lr), theta_of(SGD(lr=lr)))
 
 
 def report(*comparisons: Comparison) -> Report:
@@ -147,7 +167,7 @@ def test_divergence_is_counted_and_written_down(tmp_path):
 
 
 def test_without_adam_nothing_is_claimed():
-    alone = compare(NOISY, SGD(), theta_of(SGD()), {})
+    alone = compare(NOISY, {LEARNED: learned(1e-2)})
     assert verdict(alone).startswith("adam is not among the baselines")
     assert table_row(alone, LEARNED)[-1] == "no reference"
 
@@ -178,6 +198,108 @@ def test_every_run_is_in_the_results(tmp_path):
     ]
     best = [r["final"] for r in adam["runs"] if r["trial"] == adam["best"]]
     assert best == adam["final"] == result.scores["adam"].final.tolist()
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale"), [(0.0, "log"), (-1e3, "linear"), (-5.0, "linear"), (-math.inf, "log"), (math.nan, "log")]
+)
+def test_losses_of_any_sign_are_in_the_picture(shift, scale):
+    result = comparison(1e-2)
+    moved = {k: dataclasses.replace(s, curve=s.curve + shift) for k, s in result.scores.items()}
+    (panel,) = figure_of(result._replace(scores=moved))
+    assert panel.get_yscale() == scale
+    low, high = panel.get_ylim()
+    for line, s in zip(panel.lines, [moved["adam"], moved[LEARNED]], strict=True):
+        seen = np.median(s.curve, 1)
+        inside = np.isfinite(seen)
+        np.testing.assert_allclose(line.get_ydata()[inside], seen[inside])
+        assert ((low <= seen) & (seen <= high))[inside].all()
+
+
+@pytest.mark.parametrize("curve", [[0.0, 0.0, 0.0], [0.0, 0.1, 0.4], [-1.0, -1.0, -1.0]])
+def test_a_loss_that_begins_at_its_lowest_is_in_the_picture(curve):
+    made_up = score(trials_of(curve), window=1)
+    setting = dataclasses.replace(NOISY, steps=3, seeds=1)
+    (panel,) = figure_of(Comparison(setting, {}, {LEARNED: made_up, "adam": made_up}))
+    low, high = panel.get_ylim()
+    assert low <= min(curve) <= max(curve) <= high
+
+
+def made(name: str, **finals: tuple[float, float]) -> Comparison:
+    """A setting of 4 steps: final training and validation loss of each optimizer, to which it gets by halves of 8."""
+    curves = {key: [8.0, max(4.0, train), max(2.0, train), train] for key, (train, _) in finals.items()}
+    trials = {
+        key.replace("_", " "): trials_of(curve, key)._replace(valid=np.full((1, 1, 1), finals[key][1]))
+        for key, curve in curves.items()
+    }
+    setting = dataclasses.replace(NOISY, name=name, steps=4, seeds=1)
+    return Comparison(setting, trials, {key: score(t, window=1) for key, t in trials.items()})
+
+
+SEVERAL = [
+    made("hit", learned=(1.0, 1.0), learned_other=(2.0, 2.0), adam=(2.0, 1.0), adamw=(4.0, 2.0)),
+    made("miss", learned=(4.0, 3.0), learned_other=(9.0, 9.0), adam=(2.0, 1.0), adamw=(2.0, 2.0)),
+    made("overfits", learned=(2.0, 1.2), learned_other=(4.0, 0.5), adam=(2.0, 1.0), adamw=(8.0, 2.0)),
+]
+
+
+def test_several_settings_are_summed_up_misses_first():
+    headings, *rows = summary_table(SEVERAL)
+    assert headings == (
+        *("task", "target", "speed-up", "validation", "learned", "learned_other", "adam", "adamw"),
+        "seconds",
+    )
+    assert rows == [
+        ("miss", "missed", "0×", "3/1", "4", "9 (1 lost)", "2", "2", "0"),
+        ("overfits", "overfits", "1.33×", "1.2/1", "2", "4", "2", "8", "0"),
+        ("hit", "reached", "1.33×", "1/1", "1", "2", "2", "4", "0"),
+    ]
+
+
+def test_each_learned_optimizer_is_judged_over_all_settings():
+    first, other = overall(SEVERAL)
+    assert (first.name, first.settings, first.reached, first.worst) == ("learned", 3, 2, (2.0, "miss"))
+    assert (first.speed_up, first.overfitted, first.diverged) == (pytest.approx(4 / 3), ("overfits",), ())
+    assert (other.name, other.reached, other.speed_up) == ("learned other", 1, 0.0)
+    assert (other.worst, other.diverged) == ((4.5, "miss"), ("miss",))
+    assert overall_text(first) == (
+        "learned: at or under best-of-grid Adam's final training loss in 2 of 3 settings; median speed-up 1.33 (a miss "
+        "counts 0). At worst 2 times the loss of untuned AdamW at 0.001 (miss). Overfitting: overfits. Diverged: never."
+    )
+    assert overall([]) == []
+
+
+def test_two_lost_runs_are_not_hidden_by_having_no_ratio():
+    lost = made("lost", learned=(NAN, NAN), adam=(1.0, 1.0), adamw=(NAN, NAN))
+    assert overall([lost])[0].worst == (INF, "lost")
+
+
+def test_a_verdict_names_overfitting_and_the_usual_choice():
+    hit, miss, overfits = map(verdict, SEVERAL)
+    assert "Validation loss: 1.2 against 1, far above: overfitting. No seed" in overfits
+    assert "Untuned AdamW at 0.001 ends at 8 (0.25 times it). Validation" in overfits
+    assert "overfitting" not in hit + miss
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_tables_fit_the_terminal(monkeypatch, capsys, width):
+    console = partial(rich.console.Console, width=width)
+    monkeypatch.setattr("rich.console.Console", lambda **_: console(highlight=False, force_terminal=False))
+    print_tables(report(*SEVERAL))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    summed = lines[next(i for i, line in enumerate(lines) if "All settings" in line) :]
+    assert any(line.split()[:5] == ["miss", "missed", "0×", "3/1", "4"] for line in summed)
+    assert "…" not in "".join(summed)
+
+
+def test_the_summary_and_every_learned_optimizer_stand_at_the_head_of_a_report(tmp_path):
+    write(report(*SEVERAL), tmp_path)
+    head, _, _ = (tmp_path / "report.md").read_text().partition("curves.png")
+    assert head.index("- learned: at or under") < head.index("- learned_other: ") < head.index("| miss | missed |")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [found["reached"] for found in results["overall"]] == [2, 1]
+    assert results["settings"][0]["seconds"] == 0.0
 
 
 @pytest.mark.parametrize(("package", "function"), [("matplotlib", curves_png), ("rich", print_tables)])

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from l2o._checks import real
 from l2o.draws import LaneGenerator
+from l2o.estimators.curvature import check_curvature
 from l2o.estimators.episodes import Episodes, along, lane_metrics, lane_sums, reduce_rows
 from l2o.types import InnerState, Metrics, Theta
 from l2o.unroll import detach, expand_theta, initialise, reset, unroll
@@ -35,6 +36,9 @@ class Backprop(Episodes):
 
     The first loss after a truncation, which its last update decides, is a constant in the next one: the bias of
     truncation. Lanes that exploded, or whose gradient is not finite, are masked, counted and reset.
+
+    With ``second_order``, `init` raises `ConfigurationError` for a loss that torch cannot differentiate twice, or does
+    so wrongly as finite differences show (see `l2o.estimators.curvature`).
     """
 
     second_order: bool = True
@@ -49,7 +53,10 @@ class Backprop(Episodes):
         real("clip", self.clip, above=0.0)
 
     def init(self, theta: Theta, generator: torch.Generator) -> BackpropState:
-        return BackpropState(self.begin(theta, generator), torch.zeros((), dtype=torch.long, device=generator.device))
+        inner = self.begin(theta, generator)
+        if self.second_order:
+            check_curvature(self.rule, theta, self.family, inner)
+        return BackpropState(inner, torch.zeros((), dtype=torch.long, device=generator.device))
 
     def estimate(
         self, theta: Theta, state: BackpropState, generator: torch.Generator

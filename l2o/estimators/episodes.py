@@ -21,6 +21,8 @@ Horizon = int | tuple[int, int]
 
 META_LOSSES = ("mean", "log", "relative")
 WINDOWS = ("mean", "linear", "last")
+NOTHING = 1e-6
+"""A first loss under it is zero but for rounding: no multiple of it says what is much."""
 
 
 class Streams(NamedTuple):
@@ -46,14 +48,16 @@ class Episodes(MetaGradient):
     stagger: spread the ages of lanes evenly, so that each estimate sees all phases of a run.
     meta_loss: ``mean`` of the losses; of their logarithms (``log``), which weighs late progress as much as early and is
         blind to the scale of a task (cf. Lv et al. 2017, arXiv 1703.03633, on scale); or of the losses divided by the
-        run's first (``relative``), which is blind to the scale alone. The latter two are for losses that are positive.
+        run's first (``relative``), which is blind to the scale alone. Either rises with every loss, of whatever sign,
+        see `signed_log` and `scale`; what it weighs most, though, lies near zero, so that ``mean`` suits losses that
+        pass it as likelihoods do.
     window: what a step counts within its run: all the same (``mean``), in proportion to its number (``linear``), or the
         last one alone (``last``). The weights of a run have the mean 1.
     valid_weight: of a loss on validation data (the batch of a fresh draw) in each step's loss; the training loss has
         the rest. With 0 no validation data are drawn.
     log_floor: fraction of a lane's first loss that ``log`` adds, so that what is solved already earns little more;
         without it, a rule pays for the last digits of easy lanes with accidents on hard ones.
-    explosion: a lane whose loss passes this multiple of its first, or is not finite, is counted and reset.
+    explosion: a lane whose loss passes this multiple of its first, or is not finite, is counted and reset; see `limit`.
 
     A step's loss is the one before its update, so that the last update of a run is credited to nobody. A run that ends
     within a truncation stands still for the rest of it, which counts nothing; every step of a run counts the same
@@ -171,9 +175,9 @@ class Episodes(MetaGradient):
         The sum over a run's truncations, divided by their number, is the meta-loss of the run.
         """
         if self.meta_loss == "log":
-            losses = (losses + self.log_floor * first_loss).log()
+            losses = signed_log(losses, self.log_floor * scale(first_loss))
         elif self.meta_loss == "relative":
-            losses = losses / first_loss
+            losses = losses / scale(first_loss)
         # where, and not a product alone: a masked NaN must not come back as NaN * 0
         weights = self._weights(before, len(losses)).to(losses.dtype)
         return torch.where(weights > 0, losses * weights, 0.0).sum(0) / self.steps
@@ -187,8 +191,30 @@ class Episodes(MetaGradient):
         return torch.where(number <= total, 2.0 * number / (total + 1) if self.window == "linear" else 1.0, 0.0)
 
     def exploded(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        """Bool ``[steps, lanes]``: losses that are not finite, or too far above the first."""
-        return ~(losses.isfinite() & (losses <= self.explosion * first_loss.abs()))
+        """Bool ``[steps, lanes]``: losses that are not finite, or above the `limit`."""
+        return ~(losses.isfinite() & (losses <= self.limit(losses, first_loss)))
+
+    def limit(self, losses: Tensor, first_loss: Tensor) -> Tensor:
+        """``explosion`` times the size of the first loss, or of the lowest below zero where that is more, ``[lanes]``.
+
+        A run that passes zero may have begun next to it by chance. All copies of a problem have one limit.
+        """
+        depth = torch.where(losses.isfinite(), -losses, 0.0).amax(0)
+        depth = depth.view(-1, self.copies).amax(1).repeat_interleave(self.copies)
+        return self.explosion * torch.maximum(scale(first_loss), depth)
+
+
+def scale(first_loss: Tensor) -> Tensor:
+    """What the losses of a run are measured by: the size of its first, 1 where that is `NOTHING`."""
+    size = first_loss.abs()
+    return torch.where(size < NOTHING, 1.0, size)
+
+
+def signed_log(losses: Tensor, floor: Tensor) -> Tensor:
+    """``log(losses + floor)``, below zero its mirror image: the slope is ``1 / (abs(loss) + floor)`` everywhere."""
+    below = losses < 0
+    size = (torch.where(below, -losses, losses) + floor).log()
+    return torch.where(below, 2.0 * floor.log() - size, size)
 
 
 def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[Theta, dict[str, Tensor]]:

@@ -131,12 +131,12 @@ class Evolution(Episodes):
             self.rule, lane_theta, self.problems, before, self.steps, streams.batches, valid_weight=self.valid_weight
         )
         exploded = self.exploded(losses, after.first_loss)
-        limit = self.explosion * after.first_loss.abs()
+        limit = self.limit(losses, after.first_loss)
         counted = self.objective(torch.where(exploded, limit, losses), before, after.first_loss)
         unbroken = after.first_loss.isfinite()
         fitness = self._fitness(torch.where(unbroken, counted, 0.0))
         sums = lane_sums(losses, before, ~exploded.any(0), after.first_loss)
-        rows = {k: s * fitness.view(-1, *[1] * (s.ndim - 1)) for k, s in score.items()}
+        rows = {k: s * _like(fitness, s).to(s.dtype) for k, s in score.items()}
         grads, sums = reduce_rows(rows, unbroken[::2], sums)
         over = ((after.step >= after.total_steps) | exploded.any(0)).view(-1, 2).any(1).repeat_interleave(2)
         inner = reset(detach(after), over, lambda index: self.fresh(theta, index, streams.fresh, state.estimates))

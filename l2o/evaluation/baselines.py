@@ -1,4 +1,4 @@
-"""Hand-designed optimizers, each with the grid of learning rates that it is tuned over."""
+"""Hand-designed optimizers: with the grid of learning rates that they are tuned over, or untuned."""
 
 from __future__ import annotations
 
@@ -7,12 +7,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2o._names import choose
-from l2o.ops.schedules import warmup_cosine
+from l2o.evaluation.curves import Advance, Curves, run, silent
+from l2o.evaluation.entrants import Entrant, MakeOptimizers, Rates, TorchEntrant
+from l2o.meta import warmup_cosine
+from l2o.ops import schedules
 from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp
-from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
+from l2o.tasks import Repeated
+from l2o.types import (
+    Clock,
+    ConfigurationError,
+    Grads,
+    Kind,
+    OptState,
+    Params,
+    Stats,
+    TaskFamily,
+    Theta,
+    UpdateRule,
+    Updates,
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +36,14 @@ class Scheduled(UpdateRule):
     """``rule`` with its updates warmed up over 5% of the run, then following half a cosine to 0; θ is the rule's."""
 
     rule: UpdateRule
+
+    @property
+    def needs_loss(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the rule
+        return self.rule.needs_loss
+
+    @property
+    def learned_init(self) -> bool:  # type: ignore[override]
+        return self.rule.learned_init
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return self.rule.init_theta(generator)
@@ -34,15 +58,14 @@ class Scheduled(UpdateRule):
 
     def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
         updates = self.rule.apply(theta, state, stats, grads, params, clock)
-        factor = warmup_cosine(clock.step, clock.total_steps, warmup=clock.total_steps // 20)
+        factor = schedules.warmup_cosine(clock.step, clock.total_steps, warmup=clock.total_steps // 20)
         return {name: u * factor.to(u.dtype) for name, u in updates.items()}
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A rule and the learning rates that it is tried with.
+    """A rule and the learning rates that it is tried with, all in one vectorised run; an `Entrant`.
 
-    label: what reports call it.
     rule: has a field ``lr``, which the grid replaces; its other fields stay as they are in every trial.
     cosine: run it `Scheduled` instead of at a constant learning rate.
     """
@@ -51,6 +74,18 @@ class Baseline:
     rule: Any
     grid: tuple[float, ...]
     cosine: bool = False
+
+    @property
+    def rates(self) -> Rates:
+        return self.grid
+
+    def run(
+        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
+    ) -> Curves:
+        # Adjacent lanes share a seed's problem, and the grid runs fastest.
+        theta = {k: t.repeat(seeds, *[1] * (t.ndim - 1)) for k, t in self.thetas(generator).items()}
+        copies = Repeated(family, len(self.grid))
+        return run(self.scheduled_rule(), theta, copies, steps, generator, advance=advance)
 
     def scheduled_rule(self) -> UpdateRule:
         """The rule that is run; the learning rate is in its θ."""
@@ -67,21 +102,54 @@ def half_decades(first: float, last: float) -> tuple[float, ...]:
     return tuple(10.0 ** (first + i / 2) for i in range(round((last - first) * 2) + 1))
 
 
+def adamw(lr: float) -> MakeOptimizers:
+    """AdamW with torch's decay of weights, at ``lr`` where no trial has another."""
+    return lambda params, rate: [torch.optim.AdamW(params, lr=lr if rate is None else rate)]
+
+
+def muon(params: list[nn.Parameter], rate: float | None = None) -> list[torch.optim.Optimizer]:
+    """Orthogonalised momentum for what has two axes, with an RMS of 0.7 × ``rate`` (0.003); Adam for the rest."""
+    lr = 0.003 if rate is None else rate
+    matrices, rest = ([p for p in params if (p.ndim == 2) is is_matrix] for is_matrix in (True, False))
+    # "match_rms_adamw" is an RMS of 0.2 × lr.
+    settings: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=3.5 * lr, **settings))
+    if rest:
+        optimizers.append(torch.optim.Adam(rest, lr=lr))
+    return optimizers
+
+
+def cosine(step: int, total: int) -> float:
+    """The factor of `Scheduled`."""
+    return warmup_cosine(step, total, total // 20)
+
+
+def linear(step: int, total: int) -> float:
+    """A factor that falls from 1 to 0."""
+    return 1.0 - step / total
+
+
 _ADAM = half_decades(-4.0, 0.5)
 
-BASELINES: dict[str, Baseline] = {
+BASELINES: dict[str, Entrant] = {
     "sgd": Baseline("SGD", SGD(), half_decades(-4.0, 2.0)),
     "momentum": Baseline("Nesterov momentum", Momentum(nesterov=True), half_decades(-5.0, 0.0)),
     "rmsprop": Baseline("RMSProp", RMSProp(), half_decades(-4.0, 0.0)),
     "adagrad": Baseline("AdaGrad", AdaGrad(), half_decades(-3.5, 0.5)),
     "adam": Baseline("Adam", Adam(), _ADAM),
     "adam_cosine": Baseline("Adam, warm-up + cosine", Adam(), _ADAM, cosine=True),
+    "adamw": TorchEntrant("AdamW 0.001", adamw(1e-3)),
+    "adamw_cosine_fixed": TorchEntrant("AdamW 0.003, warm-up + cosine", adamw(3e-3), cosine),
+    "muon": TorchEntrant("Muon + Adam 0.003, linear decay", muon, linear),
 }
-"""By name. Grids are wide enough that the best rate lies inside them on the tasks shipped here; reports say so where it
-does not. Adam with warm-up and cosine is AdamW without weight decay."""
+"""By name. Those with a grid are tuned: it is wide enough that the best rate lies inside it on the tasks shipped here;
+reports say so where it does not. Adam with warm-up and cosine is AdamW without weight decay. The others have one trial,
+at the rate that a user would pick untuned."""
 
 
-def baselines(names: Iterable[str]) -> dict[str, Baseline]:
+def baselines(names: Iterable[str]) -> dict[str, Entrant]:
     """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names."""
     if isinstance(names, str):
         raise ConfigurationError(f"baselines={names!r}: expected a list, such as [{names}]")

@@ -1,50 +1,76 @@
-"""A learned optimizer beside its baselines in one setting."""
+"""Learned optimizers beside their baselines in one setting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from l2o.evaluation.baselines import Baseline
+from l2o.evaluation.entrants import Entrant
 from l2o.evaluation.scores import Score, score, speed_up
-from l2o.evaluation.trials import Setting, Trials, run_baseline, run_learned
-from l2o.types import Theta, UpdateRule
+from l2o.evaluation.trials import Setting, Trials, run_entrant
 
 LEARNED = "learned"
-"""Name of the learned optimizer among the trials and scores of a comparison."""
+"""Name of the learned optimizer that verdicts are about; the names of further ones begin with it."""
 REFERENCE = "adam"
 """Name of the baseline that speed-ups and verdicts refer to."""
+USUAL = "adamw"
+"""Name of the untuned baseline that no optimizer should be much worse than."""
 
 
 class Comparison(NamedTuple):
-    """What was run in a setting and how it is judged, by name: ``LEARNED`` first, then the baselines in their order."""
+    """What was run in a setting and how it is judged, by name: ``LEARNED`` first, then the others in their order."""
 
     setting: Setting
     trials: dict[str, Trials]
     scores: dict[str, Score]
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all runs."""
+        return sum(trials.seconds for trials in self.trials.values())
+
     def speed_up(self, name: str) -> float | None:
         """Of an optimizer over the reference; None where the reference was not run."""
         return speed_up(self.scores[name], self.scores[REFERENCE]) if REFERENCE in self.scores else None
 
+    def ratio(self, name: str, other: str) -> float | None:
+        """Final training loss over that of another optimizer, ``inf`` or NaN where one of them has no finite loss.
+
+        None where the other was not run.
+        """
+        if other not in self.scores:
+            return None
+        ours, theirs = self.scores[name].mean, self.scores[other].mean
+        return ours / theirs if theirs > 0 else 1.0 if ours <= theirs else float("inf")
+
+    def reached(self, name: str) -> bool:
+        """Whether it ends at or under the final training loss of the reference; False where that was not run."""
+        ours = self.scores[name].mean
+        return REFERENCE in self.scores and ours < float("inf") and ours <= self.scores[REFERENCE].mean
+
+
+def is_learned(name: str) -> bool:
+    """Whether this is the name of a learned optimizer in a comparison."""
+    return name.split()[0] == LEARNED
+
 
 def compare(
     setting: Setting,
-    rule: UpdateRule,
-    theta: Theta,
-    baselines: Mapping[str, Baseline],
+    entrants: Mapping[str, Entrant],
     device: torch.device | str = "cpu",
     report: Callable[[Trials], None] = lambda trials: None,
+    advance: Callable[[str, int], None] = lambda label, steps: None,
 ) -> Comparison:
-    """Run a learned rule once a seed, and every baseline over its grid, on the same problems.
+    """Run every trial of every optimizer on the same problems.
 
-    theta: ``[...]``, without lanes.     report: called with the trials of each optimizer as soon as they are done.
+    entrants: by name, ``LEARNED`` first.     report: called with the trials of each as soon as they are done.
+    advance: called with the label of the one that is running and how many further steps of its runs are done.
     """
-    trials = {LEARNED: run_learned(rule, theta, setting, device, label=f"learned {type(rule).__name__}")}
-    report(trials[LEARNED])
-    for name, baseline in baselines.items():
-        trials[name] = run_baseline(baseline, setting, device)
+    trials = {}
+    for name, entrant in entrants.items():
+        trials[name] = run_entrant(entrant, setting, device, partial(advance, entrant.label))
         report(trials[name])
     return Comparison(setting, trials, {name: score(t, setting.smoothing) for name, t in trials.items()})

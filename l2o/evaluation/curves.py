@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,12 @@ from l2o._checks import whole
 from l2o.types import InnerState, TaskFamily, Theta, UpdateRule
 from l2o.unroll import start, unroll
 
+Train = Callable[[InnerState, int], tuple[InnerState, Tensor]]
+"""So many inner steps of every lane: the new state, and the losses before each update ``[steps, lanes]``."""
+Advance = Callable[[int], None]
+"""Called with how many further steps of every lane are done."""
+
+EVALUATIONS = 20
 VALID_BATCHES = 4
 """Batches of the ``valid`` split that are averaged into one validation loss."""
 
@@ -31,33 +38,58 @@ class Curves(NamedTuple):
     valid_steps: list[int]
 
 
+def silent(steps: int) -> None:
+    """An `Advance` that tells nobody."""
+
+
 def run(
     rule: UpdateRule,
     theta: Theta,
     family: TaskFamily,
     horizon: int,
     generator: torch.Generator,
-    evaluations: int = 20,
+    evaluations: int = EVALUATIONS,
+    advance: Advance = silent,
 ) -> Curves:
     """Train every lane for ``horizon`` steps; the validation loss is measured at ``evaluations`` evenly spread points.
 
     theta: ``[lanes, ...]`` on the generator's device.     horizon: also the ``total_steps`` that the rule is told.
 
-    Training draws from ``generator`` exactly what it would without validation, so that rules which are run from equal
-    generators meet the same tasks, initialisations and batches. The host waits for the device nowhere in here.
+    Training draws from ``generator`` exactly what it would without validation, so that optimizers which are run from
+    equal generators meet the same tasks, initialisations and batches. The host waits for the device nowhere in here.
     Raises `ConfigurationError` for a horizon or a number of evaluations that is not a positive whole number.
     """
     points = evaluation_steps(whole("horizon", horizon), whole("evaluations", evaluations))
-    held_out = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ _VALID_SEED)
     lanes = len(next(iter(theta.values())))
-    train, valid = [], []
     with torch.no_grad():
         state = start(rule, theta, family, torch.full((lanes,), horizon, device=generator.device), generator)
-        for before, point in zip([0, *points], points, strict=False):
-            state, losses = unroll(rule, theta, family, state, point - before, generator)
-            train.append(losses)
-            valid.append(validation_loss(family, state, held_out))
-    return Curves(torch.cat(train), torch.stack(valid), points)
+
+        def train(state: InnerState, steps: int) -> tuple[InnerState, Tensor]:
+            return unroll(rule, theta, family, state, steps, generator)
+
+        return trace(train, state, family, points, generator, advance)
+
+
+def trace(
+    train: Train,
+    state: InnerState,
+    family: TaskFamily,
+    points: list[int],
+    generator: torch.Generator,
+    advance: Advance = silent,
+) -> Curves:
+    """Train ``state`` up to the last of ``points`` (numbers of steps), and measure the validation loss at each of them.
+
+    generator: the one that ``train`` draws from; validation batches come from another of the same seed.
+    """
+    held_out = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ _VALID_SEED)
+    losses, valid = [], []
+    for before, point in zip([0, *points], points, strict=False):
+        state, loss = train(state, point - before)
+        losses.append(loss)
+        valid.append(validation_loss(family, state, held_out))
+        advance(point - before)
+    return Curves(torch.cat(losses), torch.stack(valid), points)
 
 
 def evaluation_steps(horizon: int, evaluations: int) -> list[int]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2o.evaluation.compare import LEARNED, Comparison
+from l2o.evaluation.compare import LEARNED, Comparison, is_learned
 from l2o.evaluation.extras import require
 from l2o.evaluation.scores import Score
 from l2o.evaluation.trials import Array
 
 LEARNED_COLOUR = "#D55E00"
+LEARNED_COLOURS = (LEARNED_COLOUR, "#882255", "#332288", "#117733")
+"""Of several learned optimizers, from Tol's palette; then from the first again."""
 # The rest of Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#666666")
 _DASHES = ("-", "--", "-.")
@@ -23,6 +26,15 @@ _FLOOR = 1e-9
 """Losses under it, exact zeros among them, are drawn here: float32 has little to say of them."""
 _MANY_SEEDS = 10
 """Beyond these a band of quartiles says more than one of the range, which grows with the number of seeds."""
+
+
+class _View(NamedTuple):
+    """scale: of the axis of losses.  floor: what is lower is drawn there.  ceiling: top of the panel.  off: over it."""
+
+    scale: str
+    floor: float
+    ceiling: float
+    off: float
 
 
 def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training loss") -> bytes:
@@ -40,9 +52,10 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
     for panel in panels[len(comparisons) :]:
         panel.remove()
     handles, labels = panels[0].get_legend_handles_labels()
-    # The learned optimizer is drawn last, over the others, and named first.
-    handles, labels = handles[-1:] + handles[:-1], labels[-1:] + labels[:-1]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
+    # The learned optimizers are drawn last, over the others, the first one on top, and named first.
+    learned = sum(map(is_learned, comparisons[0].scores))
+    handles, labels = (x[: -learned - 1 : -1] + x[:-learned] for x in (handles, labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), max(2, columns)), frameon=False)
     return png(figure)
 
 
@@ -72,14 +85,16 @@ def frame(panel: Any) -> None:
 
 def _draw(panel: Any, comparison: Comparison, loss_label: str) -> None:
     setting, scores = comparison.setting, comparison.scores
-    ceiling = 3.0 * max(float(s.curve[0].max()) for s in scores.values())
+    view = _view([s.curve for s in scores.values()])
     styles = [(c, d) for d in _DASHES for c in COLOURS]
-    usual = [s for name, s in scores.items() if name != LEARNED]
+    usual = [s for name, s in scores.items() if not is_learned(name)]
     for (colour, dashes), s in zip(styles, usual, strict=False):
-        _line(panel, s, ceiling, color=colour, linestyle=dashes, linewidth=1.3, zorder=2)
-    _line(panel, scores[LEARNED], ceiling, color=LEARNED_COLOUR, linewidth=2.6, zorder=3)
-    panel.set(xlabel="inner training step", ylabel=loss_label, yscale="log", xlim=(0, setting.steps))
-    panel.set_ylim(top=ceiling)
+        _line(panel, s, view, color=colour, linestyle=dashes, linewidth=1.3, zorder=2)
+    learned = [(name, s) for name, s in scores.items() if is_learned(name)]
+    for (name, s), colour in reversed(list(zip(learned, itertools.cycle(LEARNED_COLOURS)))):
+        _line(panel, s, view, color=colour, linewidth=2.6 if name == LEARNED else 1.9, zorder=3)
+    panel.set(xlabel="inner training step", ylabel=loss_label, yscale=view.scale, xlim=(0, setting.steps))
+    panel.set_ylim(top=view.ceiling)
     spread = "quartiles" if setting.seeds > _MANY_SEEDS else "range"
     panel.set_title(f"{setting.name}\n", fontsize=11, fontweight="bold")
     subtitle = f"{setting.steps:,} steps; line and band: median and {spread} of {setting.seeds} seeds"
@@ -87,17 +102,32 @@ def _draw(panel: Any, comparison: Comparison, loss_label: str) -> None:
     frame(panel)
 
 
-def _line(panel: Any, score: Score, ceiling: float, **style: Any) -> None:
-    low, middle, high = _band(score.curve, ceiling)
+def _view(curves: Sequence[Array]) -> _View:
+    """Logarithmic up to three times the first loss; of losses that pass zero, or begin there, linear.
+
+    Then from the lowest to as far above the first, or, where the first is the lowest, to the highest.
+    """
+    losses = np.concatenate([curve.ravel() for curve in curves])
+    first, finite = np.concatenate([curve[0] for curve in curves]), losses[np.isfinite(losses)]
+    top = max(first[np.isfinite(first)], default=1.0)
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    if low >= 0 and top > 0:
+        return _View("log", _FLOOR, 3.0 * top, 30.0 * top)
+    ceiling = 2.0 * top - low if top > low else max(high, low + 1.0)
+    return _View("linear", low, ceiling, ceiling + 10.0 * (ceiling - low))
+
+
+def _line(panel: Any, score: Score, view: _View, **style: Any) -> None:
+    low, middle, high = _band(score.curve, view)
     steps = np.arange(1, len(middle) + 1)
     tried = "untuned" if score.rate is None else f"best of {score.trials} learning rates"
     panel.plot(steps, middle, label=f"{score.label} ({tried})", **style)
     panel.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=style["zorder"] - 1)
 
 
-def _band(curve: Array, ceiling: float) -> tuple[Array, Array, Array]:
+def _band(curve: Array, view: _View) -> tuple[Array, Array, Array]:
     """Lower edge, median and upper edge over seeds; a loss that is not finite lies off the top of the panel."""
-    shown = np.clip(np.where(np.isfinite(curve), curve, np.inf), _FLOOR, 10.0 * ceiling)
+    shown = np.clip(np.where(np.isfinite(curve), curve, np.inf), view.floor, view.off)
     edge = 0.25 if curve.shape[1] > _MANY_SEEDS else 0.0
     low, middle, high = np.quantile(shown, [edge, 0.5, 1.0 - edge], axis=1)
     return low, middle, high

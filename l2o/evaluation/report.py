@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,29 +12,42 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2o._files import atomic_write, try_folder
-from l2o.evaluation.compare import LEARNED, REFERENCE, Comparison
+from l2o.evaluation.compare import Comparison, is_learned
 from l2o.evaluation.cost import YARDSTICK, Cost
 from l2o.evaluation.extras import require
 from l2o.evaluation.plots import curves_png
-from l2o.evaluation.scores import Score, diverged, final_losses
+from l2o.evaluation.scores import diverged, final_losses
 from l2o.evaluation.trials import Trials
+from l2o.evaluation.verdicts import (
+    COLUMNS,
+    OVERFITTED,
+    SUMMARY_NOTE,
+    misses_first,
+    number,
+    overall,
+    overall_text,
+    summary_table,
+    table_row,
+    verdict,
+)
 from l2o.types import ConfigurationError
 
 FORMAT_VERSION = 1
-COLUMNS = ("optimizer", "trials", "best lr", "training loss [95%]", "validation", "diverged", "speed-up")
 _PLAIN_WIDTH = 110
 """Characters a line where the output is no terminal."""
 _PROTOCOL = (
     "- Every optimizer meets the same tasks, initialisations and batches.",
-    "- The learned optimizer: one run a seed, from its θ and the number of steps alone; nothing was tuned.",
-    "- A baseline: every learning rate of its grid on every seed. Reported is the one with the lowest seed-mean of the",
-    "  final training loss; a run with a loss that is not finite counts as infinitely bad.",
+    "- A learned optimizer: one run a seed, from its θ and the number of steps alone; nothing was tuned.",
+    "- A tuned baseline: every learning rate of its grid on every seed. Reported is that with the lowest seed-mean of",
+    "  the final training loss; a run with a loss that is not finite counts as infinitely bad.",
+    "- An untuned baseline: one run a seed, of torch's own optimizer, at the rate that stands in its name.",
     "- Adam, warm-up + cosine: AdamW without weight decay; warm-up over 5% of the run, then half a cosine down to 0.",
     "- Training loss: seed-mean of the final one, with a 95% interval (bootstrap over seeds).",
     "- Validation: seed-mean of the loss on held-out data after the last step.",
     "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
     "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
     "  training loss of tuned Adam; 0 if it never is.",
+    f"- Overfitting: that loss is reached, and validation is over {OVERFITTED} times that of tuned Adam.",
 )
 
 
@@ -67,79 +81,63 @@ def write(report: Report, folder: Path) -> None:
 
     Raises `ConfigurationError` where matplotlib is missing.
     """
-    atomic_write(folder / "results.json", json.dumps(as_json(report), indent=1, allow_nan=False).encode())
-    atomic_write(folder / "report.md", as_markdown(report).encode())
+    write_text(report, folder)
     atomic_write(folder / "curves.png", curves_png(report.comparisons, report.loss_label))
 
 
-def print_tables(report: Report) -> None:
-    """A table a setting on the terminal, and the verdict under it; `ConfigurationError` where rich is missing."""
-    require("rich")
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+def write_text(report: Report, folder: Path) -> None:
+    """Write ``results.json`` and ``report.md``, which is quickly done."""
+    atomic_write(folder / "results.json", json.dumps(as_json(report), indent=1, allow_nan=False).encode())
+    atomic_write(folder / "report.md", as_markdown(report).encode())
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PLAIN_WIDTH)
+
+def print_tables(report: Report) -> None:
+    """A table a setting on the terminal, and the verdict under it; then all settings; needs rich as `require` says."""
+    console = new_console()
     for comparison in report.comparisons:
         setting = comparison.setting
         title = f"{setting.name}: {setting.steps} steps, {setting.seeds} seeds"
-        table = Table(*COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-        for name in comparison.scores:
-            table.add_row(*table_row(comparison, name), style="bold" if name == LEARNED else None)
-        console.print(table)
+        bold = [is_learned(name) for name in comparison.scores]
+        _print_table(console, title, [COLUMNS, *(table_row(comparison, name) for name in comparison.scores)], bold)
         console.print(verdict(comparison), markup=False, end="\n\n")
+    if len(report.comparisons) > 1:
+        _print_table(console, "All settings, misses first", _shown(summary_table(report.comparisons), console.width))
+        console.print(SUMMARY_NOTE, end="\n\n")
+        for found in overall(report.comparisons):
+            console.print(overall_text(found), markup=False, end="\n\n")
 
 
-def verdict(comparison: Comparison) -> str:
-    """In words: whether the learned optimizer ends at or under the reference, by what ratio, and the validation."""
-    learned, lost = comparison.scores[LEARNED], int(comparison.scores[LEARNED].diverged.sum())
-    failures = f" It diverged on {lost} of {len(learned.diverged)} seeds." if lost else " No seed diverged."
-    if REFERENCE not in comparison.scores:
-        return f"{REFERENCE} is not among the baselines, so there is nothing to compare with.{failures}"
-    adam = comparison.scores[REFERENCE]
-    ends = f"the learned optimizer ends at a training loss of {number(learned.mean)}"
-    tuned = f"best-of-grid {adam.label}'s {number(adam.mean)}"
-    reached = learned.mean <= adam.mean and math.isfinite(learned.mean)
-    head = f"Target reached: {ends}, at or under" if reached else f"Target missed: {ends}, above"
-    valid = f" Validation loss: {number(valid_loss(learned))} against {number(valid_loss(adam))}."
-    return f"{head} {tuned} ({_ratio(learned.mean, adam.mean)}).{valid}{failures}"
+def new_console() -> Any:
+    """Where tables are printed. Raises `ConfigurationError` where rich is missing."""
+    require("rich")
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
 
 
-def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
-    """The cells of ``COLUMNS`` for one optimizer."""
-    score = comparison.scores[name]
-    low, high = score.interval
-    return (
-        score.label,
-        str(score.trials),
-        "untuned" if score.rate is None else f"{number(score.rate)}{' (edge of the grid)' * score.at_edge}",
-        f"{number(score.mean)} [{number(low, 2)}, {number(high, 2)}]",
-        number(valid_loss(score)),
-        f"{int(score.diverged.sum())} of {len(score.diverged)}",
-        _speed_up(comparison.speed_up(name)),
-    )
+def _print_table(console: Any, title: str, table: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> None:
+    """table: headings, then rows.     bold: which of the rows are."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading, *cells in zip(*table, strict=True):
+        shown.add_column(heading, min_width=max(map(_widest, (heading, *cells))))
+    for row, is_bold in itertools.zip_longest(table[1:], bold):
+        shown.add_row(*row, style="bold" if is_bold else None)
+    console.print(shown)
 
 
-def valid_loss(score: Score) -> float:
-    """Seed-mean of the validation loss at the end of the run; ``inf`` where that of a seed is not finite."""
-    return float(np.where(np.isfinite(score.valid), score.valid, np.inf).mean())
+def _shown(table: Sequence[Sequence[str]], width: int) -> Sequence[Sequence[str]]:
+    """As many columns, from the first, as fit into lines of ``width`` characters; ``report.md`` has them all."""
+    needed = itertools.accumulate(2 + max(map(_widest, column)) for column in zip(*table, strict=True))
+    fitting = max(1, sum(total < width for total in needed))
+    return [row[:fitting] for row in table]
 
 
-def number(x: float, digits: int = 3) -> str:
-    """Significant digits, or words."""
-    return f"{x:.{digits}g}" if math.isfinite(x) else "not finite"
-
-
-def _ratio(a: float, b: float) -> str:
-    return f"{a / b:.3g} times it" if math.isfinite(a) and math.isfinite(b) and b > 0 else "no ratio"
-
-
-def _speed_up(x: float | None) -> str:
-    if x is None or math.isnan(x):
-        return "no reference"
-    return f"{x:.3g}×" if x > 0 else "0 (miss)"
+def _widest(cell: str) -> int:
+    return max(map(len, cell.split()))
 
 
 def as_markdown(report: Report) -> str:
@@ -148,8 +146,13 @@ def as_markdown(report: Report) -> str:
 
 
 def _head(report: Report) -> Iterator[str]:
-    yield f"# `{report.source}`, untuned, against tuned baselines\n"
-    yield from (f"- **{c.setting.name}**: {verdict(c)}" for c in report.comparisons)
+    yield f"# `{report.source}`, untuned, beside its baselines\n"
+    yield from (f"- {overall_text(found)}" for found in overall(report.comparisons))
+    yield f"\n{SUMMARY_NOTE}\n"
+    headings, *rows = summary_table(report.comparisons)
+    yield from _table(headings, rows)
+    yield ""
+    yield from (f"- **{c.setting.name}**: {verdict(c)}" for c in misses_first(report.comparisons))
     yield "\n![smoothed training loss over steps](curves.png)\n"
 
 
@@ -207,6 +210,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "format_version": FORMAT_VERSION,
             "source": report.source,
             "facts": dict(report.facts),
+            "overall": [found._asdict() for found in overall(report.comparisons)],
             "settings": [_setting_json(comparison) for comparison in report.comparisons],
             "costs": {name: cost._asdict() for name, cost in report.costs.items()},
         }
@@ -224,7 +228,7 @@ def summary(report: Report) -> dict[str, Any]:
             )
             for name in ("runs", "final", "seconds", "best"):
                 del optimizer[name]
-    return {name: short[name] for name in ("settings", "facts", "costs")}
+    return {name: short[name] for name in ("overall", "settings", "facts", "costs")}
 
 
 def _setting_json(comparison: Comparison) -> dict[str, Any]:
@@ -233,6 +237,7 @@ def _setting_json(comparison: Comparison) -> dict[str, Any]:
         **{k: v for k, v in vars(setting).items() if k != "family"},
         "task": str(setting.family),
         "window": setting.smoothing,
+        "seconds": comparison.seconds,
         "verdict": verdict(comparison),
         "optimizers": {name: _optimizer_json(comparison, name) for name in comparison.scores},
     }

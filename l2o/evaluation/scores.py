@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from l2o.estimators.episodes import NOTHING
 from l2o.evaluation.trials import Array, Trials
 
 RESAMPLES = 10_000
@@ -16,8 +17,8 @@ RESAMPLES = 10_000
 class Score:
     """How an optimizer did with the best of its trials.
 
-    trials: learning rates that were tried; 1 for a learned optimizer.     best: index of the one scored here.
-    rate: its learning rate, None for a learned optimizer.
+    trials: learning rates that were tried; 1 for an untuned optimizer.     best: index of the one scored here.
+    rate: its learning rate, None for an untuned optimizer.
     at_edge: the best rate is the first or last of its grid, so that a better one may lie outside.
     final: training loss of each seed ``[seeds]``, ``inf`` where a loss of the run was not finite.
     interval: 95% bootstrap interval over seeds of the mean of ``final``.
@@ -74,8 +75,12 @@ def final_losses(losses: Array, window: int) -> Array:
 
 
 def diverged(losses: Array, window: int) -> Array:
-    """Bool ``[seeds, trials]``: a loss was not finite, or the final one is above the one at initialisation."""
-    return ~(final_losses(losses, window) <= losses[0])
+    """Bool ``[seeds, trials]``: a loss was not finite, or the final one is above the one at initialisation.
+
+    Where that is zero but for rounding, as of adapters on a solved problem, the former alone.
+    """
+    final = final_losses(losses, window)
+    return ~(final <= np.where(np.abs(losses[0]) < NOTHING, np.finfo(np.float64).max, losses[0]))
 
 
 def best_trial(finals: Array) -> int:

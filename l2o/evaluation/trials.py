@@ -1,4 +1,4 @@
-"""What is run for a comparison: a learned rule once, a baseline over its grid, on the same problems."""
+"""What is run for a comparison: every trial of an optimizer, on the same problems."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 
 from l2o import _checks
 from l2o._checks import whole
-from l2o.evaluation.baselines import Baseline
-from l2o.evaluation.curves import run
-from l2o.tasks import Repeated
+from l2o.evaluation.curves import Advance, silent
+from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
-from l2o.unroll import expand_theta
 
 Array = NDArray[Any]
 
@@ -53,48 +51,45 @@ class Setting:
 class Trials(NamedTuple):
     """All runs of one optimizer in one setting.
 
-    rates: the learning rate of each trial, None for a learned rule, which has one trial and none.
+    rates: the learning rate of each trial, None for an untuned optimizer, which has one trial and none.
     train: float64 ``[steps, seeds, trials]``.     valid: float64 ``[points, seeds, trials]``, at ``valid_steps``.
     seconds: wall-clock time of all runs together.
     """
 
     label: str
-    rates: tuple[float | None, ...]
+    rates: Rates
     train: Array
     valid: Array
     valid_steps: list[int]
     seconds: float
 
 
-def run_baseline(baseline: Baseline, setting: Setting, device: torch.device | str = "cpu") -> Trials:
-    """Every learning rate of the grid on every seed: one vectorised run of ``seeds * len(grid)`` lanes."""
+def run_entrant(
+    entrant: Entrant, setting: Setting, device: torch.device | str = "cpu", advance: Advance = silent
+) -> Trials:
+    """Every trial of an optimizer on every seed.  advance: told how many steps of all runs together are done."""
+    started = time.perf_counter()
     generator = torch.Generator(device).manual_seed(setting.seed)
-    # Adjacent lanes share a seed's problem, and the grid runs fastest.
-    theta = {k: t.repeat(setting.seeds, *[1] * (t.ndim - 1)) for k, t in baseline.thetas(generator).items()}
-    return _run(baseline.label, baseline.scheduled_rule(), theta, baseline.grid, setting, generator)
+    trials = len(entrant.rates)
+
+    def of_all(steps: int) -> None:
+        advance(steps * setting.seeds * trials)
+
+    curves = entrant.run(setting.family, setting.steps, setting.seeds, generator, of_all)
+    train, valid = (_per_trial(losses, trials) for losses in (curves.train, curves.valid))
+    return Trials(entrant.label, entrant.rates, train, valid, curves.valid_steps, time.perf_counter() - started)
+
+
+def run_baseline(baseline: Entrant, setting: Setting, device: torch.device | str = "cpu") -> Trials:
+    """Every learning rate of the grid on every seed: one vectorised run of ``seeds * len(grid)`` lanes."""
+    return run_entrant(baseline, setting, device)
 
 
 def run_learned(
     rule: UpdateRule, theta: Theta, setting: Setting, device: torch.device | str = "cpu", label: str = "learned"
 ) -> Trials:
     """The learned rule on every seed, once and untuned.  theta: ``[...]``, without lanes, on any device."""
-    generator = torch.Generator(device).manual_seed(setting.seed)
-    lanes = expand_theta({name: t.to(device) for name, t in theta.items()}, setting.seeds)
-    return _run(label, rule, lanes, (None,), setting, generator)
-
-
-def _run(
-    label: str,
-    rule: UpdateRule,
-    theta: Theta,
-    rates: tuple[float | None, ...],
-    setting: Setting,
-    generator: torch.Generator,
-) -> Trials:
-    started = time.perf_counter()
-    curves = run(rule, theta, Repeated(setting.family, len(rates)), setting.steps, generator)
-    train, valid = (_per_trial(losses, len(rates)) for losses in (curves.train, curves.valid))
-    return Trials(label, rates, train, valid, curves.valid_steps, time.perf_counter() - started)
+    return run_entrant(RuleEntrant(label, rule, theta), setting, device)
 
 
 def _per_trial(losses: torch.Tensor, trials: int) -> Array:

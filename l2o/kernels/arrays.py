@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from l2o.types import L2OError
+from torch.autograd import forward_ad
 
 Int64s, Floats, Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
 """Fields of a structure that keep the array they are given."""
 
 
 def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
-    """Whether all are float32 tensors that have memory, and no transform of torch is watching.
+    """Whether all are float32 tensors that have memory, and no transform of torch is watching, forward mode included.
 
     anywhere: on any device, not on the CPU alone.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or watched:
         return False
     ordinary = (Tensor, torch.nn.Parameter)
     return all(type(t) in ordinary and t.dtype == torch.float32 and (anywhere or t.is_cpu) for t in tensors)
 
 
-def first_derivative_only(kernel: str) -> None:
-    """For ``backward`` of a kernel's function. Raises `L2OError` where its result is to be differentiated again.
+def derivative_with_a_graph(
+    reference: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """For ``backward`` of a kernel's function where grad mode is on, since its result is to be differentiated again.
 
-    Not torch's once_differentiable, which drops second derivatives silently where what comes in is constant.
+    reference: what the kernel computes, in torch's operations: the outputs that ``cotangents`` belong to, from
+        ``inputs``, those of the function as it was given them.
     """
-    if torch.is_grad_enabled():
-        raise L2OError(
-            f"create_graph=True: the CPU kernel of {kernel} has first derivatives only; L2O_KERNELS=0 has all"
+    # Views, so that what an input was itself computed from other inputs by is not differentiated here.
+    leaves = [t.view_as(t) for t in inputs]
+    outputs = [(out, d) for out, d in zip(reference(*leaves), cotangents, strict=True) if out.requires_grad]
+    moving = [t for t in leaves if t.requires_grad]
+    grads = iter(
+        torch.autograd.grad(
+            [out for out, _ in outputs], moving, [d for _, d in outputs], create_graph=True, materialize_grads=True
         )
+    )
+    return [next(grads) if t.requires_grad else None for t in leaves]
 
 
 def dense_lanes(t: Tensor) -> Tensor:

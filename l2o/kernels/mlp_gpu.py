@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from l2o.kernels.build import setting
@@ -10,7 +12,13 @@ from l2o.types import Grads, L2OError, OptState, Params, Theta, Updates
 
 
 def update(
-    constants: Constants, theta: Theta, grads: Grads, state: OptState, params: Params, time: Tensor
+    constants: Constants,
+    theta: Theta,
+    grads: Grads,
+    state: OptState,
+    params: Params,
+    time: Tensor,
+    reference: Any = None,
 ) -> tuple[Updates, OptState] | None:
     """As `l2o.kernels.mlp_rule.update`; None also where something is to be differentiated.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from l2o.kernels.arrays import (
     Int64s,
     Pointers,
     dense_lanes,
-    first_derivative_only,
+    derivative_with_a_graph,
     floats,
     plain,
     pointers,
@@ -55,18 +55,31 @@ class _Derivative(ctypes.Structure):
 
 
 def update(
-    constants: Constants, theta: Theta, grads: Grads, state: OptState, params: Params, time: Tensor
+    constants: Constants,
+    theta: Theta,
+    grads: Grads,
+    state: OptState,
+    params: Params,
+    time: Tensor,
+    reference: Callable[[Theta, Grads, OptState, Params], tuple[Updates, OptState]],
 ) -> tuple[Updates, OptState] | None:
     """All lanes' update, every tensor ``[lanes, ...]``; None where the kernel does not fit or cannot be had.
 
     theta: as `l2o.rules.MLP` has it.    time: ``[lanes, k]``, the last inputs of each entry, taken as constants.
-    Differentiable once. The same bits whatever the number of threads.
+    reference: the same in torch's operations. Differentiable, by a kernel the first time, then by ``reference``.
+    The same bits whatever the number of threads.
     """
     tensors = Tensors.of(theta, grads, state, params)
     if not (fits(constants, tensors, time) and available("mlp_rule")):
         return None
     if tensors.differentiable:
-        return named(params, _Update.apply(constants, time, len(params), *tensors.all))
+        names = list(params)
+
+        def again(*tensors: Tensor) -> list[Tensor]:
+            updates, state = reference(*Tensors.split(tensors, len(names)).by_name(names))
+            return [*(updates[name] for name in names), *(state.per_param[name]["m"] for name in names)]
+
+        return named(params, _Update.apply(constants, time, len(params), again, *tensors.all))
     updates, momenta, _ = _forward(constants, dense(tensors), time.contiguous())
     return named(params, [*updates, *momenta])
 
@@ -99,6 +112,12 @@ class Tensors(NamedTuple):
             list(params.values()),
             [state.per_param[name]["m"] for name in params],
         )
+
+    def by_name(self, names: Sequence[str]) -> tuple[Theta, Grads, OptState, Params]:
+        """What `of` takes, but for the order.  names: of the parameters."""
+        theta = {f"{'wb'[i % 2]}{i // 2}": t for i, t in enumerate(self.theta)}
+        grads, params, momenta = (dict(zip(names, group, strict=True)) for group in self[1:])
+        return theta, grads, OptState({name: {"m": m} for name, m in momenta.items()}, {}), params
 
     @property
     def all(self) -> list[Tensor]:
@@ -191,23 +210,32 @@ class _Update(torch.autograd.Function):
     """`_forward` with its derivative; the tensors of ``Tensors`` one after the other, updates then momenta out."""
 
     @staticmethod
-    def forward(ctx: Any, constants: Constants, time: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, time = dense(Tensors.split(tensors, count)), time.contiguous()
-        results = _forward(constants, inputs, time)
-        ctx.constants, ctx.count = constants, count
-        kept = [t for group in inputs[:3] for t in group]  # the old momenta are not needed, the new ones are
-        ctx.save_for_backward(time, results.scales, *kept, *results.momenta)
+    def forward(
+        ctx: Any,
+        constants: Constants,
+        time: Tensor,
+        count: int,
+        reference: Callable[..., list[Tensor]],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        time = time.contiguous()
+        results = _forward(constants, dense(Tensors.split(tensors, count)), time)
+        ctx.constants, ctx.count, ctx.reference = constants, count, reference
+        ctx.save_for_backward(time, results.scales, *results.momenta, *tensors)
         return (*results.updates, *results.momenta)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        first_derivative_only("the MLP rule")
-        time, scales, *tensors = ctx.saved_tensors
-        inputs = Tensors.split(tensors, ctx.count)
+        time, scales, *saved = ctx.saved_tensors
+        momenta, tensors = saved[: ctx.count], saved[ctx.count :]
+        if torch.is_grad_enabled():
+            return (None, None, None, None, *derivative_with_a_graph(ctx.reference, tensors, gradients))
+        # The old momenta are not needed, the new ones are.
+        inputs = dense(Tensors.split(tensors, ctx.count)._replace(momenta=momenta))
         d_updates, d_momenta = ([g.contiguous() for g in gs] for gs in (gradients[: ctx.count], gradients[ctx.count :]))
         # Of theta densely, also where lanes share it: each lane has a gradient of its own.
         d = Tensors(*([torch.empty_like(t, memory_format=torch.contiguous_format) for t in g] for g in inputs))
         arrays = (d_updates, d_momenta, d.theta, d.grads, d.params, d.momenta)
         step = describe(ctx.constants, inputs, time, Results(d_updates, inputs.momenta, scales))
         run("mlp_rule", "l2o_mlp_derivative", step, _Derivative(*map(pointers, arrays)))
-        return (None, None, None, *(t for group in d for t in group))
+        return (None, None, None, None, *(t for group in d for t in group))

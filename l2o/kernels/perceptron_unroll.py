@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2o.kernels import mlp_rule, perceptron
-from l2o.kernels.arrays import Pointers, first_derivative_only, plain, pointers
+from l2o.kernels.arrays import Pointers, derivative_with_a_graph, plain, pointers
 from l2o.kernels.build import available, run
-from l2o.types import InnerState, OptState, PerceptronBatches, Theta
+from l2o.types import Clock, Grads, InnerState, OptState, Params, PerceptronBatches, Theta, Updates
 
 
 class _Unroll(ctypes.Structure):
@@ -62,14 +62,23 @@ class _Arrays(NamedTuple):
     left: Tensor
 
 
+Update = Callable[[Theta, Grads, OptState, Params, Clock], tuple[Updates, OptState]]
+
+
 def unroll(
-    constants: mlp_rule.Constants, theta: Theta, state: InnerState, batches: PerceptronBatches, time: Tensor
+    constants: mlp_rule.Constants,
+    theta: Theta,
+    state: InnerState,
+    batches: PerceptronBatches,
+    time: Tensor,
+    update: Update,
 ) -> tuple[InnerState, Tensor] | None:
     """The state after the batches' steps and the losses before each, ``[steps, lanes]``; None where the kernel does not
     fit or cannot be had.
 
     theta: ``[lanes, ...]``.     time: ``[steps, lanes, k]``, the last inputs of each entry, taken as constants.
-    Differentiable once where grad mode is on, by theta, parameters and momenta; all steps' are then kept.
+    update: of all lanes, in torch's operations, by which what has been differentiated once can be again.
+    Differentiable where grad mode is on, by theta, parameters and momenta; all steps' are then kept.
     The same bits whatever the number of threads. A thread takes whole lanes, so there have to be as many.
     """
     names = [name for layer in batches.layers for name in layer]
@@ -89,9 +98,33 @@ def unroll(
         return None
     results = [losses, *(t[-1] for t in (*arrays.params, *arrays.momenta))]
     if differentiable:
-        results = _Derivative.apply(settings, arrays, results, *inputs.theta, *params, *momenta)
+
+        def again(*tensors: Tensor) -> list[Tensor]:
+            # There are no gradients among them; parameters and momenta move up by a place.
+            split = mlp_rule.Tensors.split((*tensors, *tensors[-len(names) :]), len(names))
+            theta, params, opt, _ = split.by_name(names)
+            return _step_by_step(update, theta, state._replace(params=params, opt=opt), batches)
+
+        results = _Derivative.apply(settings, arrays, results, again, *inputs.theta, *params, *momenta)
     losses, params, momenta = results[0], results[1 : 1 + len(names)], results[1 + len(names) :]
     return _after(state, names, params, momenta, losses), losses
+
+
+def _step_by_step(update: Update, theta: Theta, state: InnerState, batches: PerceptronBatches) -> list[Tensor]:
+    """What the kernel does, in torch's operations: losses, then parameters and momenta in the end, by layers."""
+    names = [name for layer in batches.layers for name in layer]
+    params, opt, step, losses = state.params, state.opt, state.step, []
+    for rows in batches.rows.repeat_interleave(batches.copies, 1):
+        layers = [(params[weight], params[bias]) for weight, bias in batches.layers]
+        result = perceptron.closed_form(batches.activation, layers, batches.x[rows], batches.y[rows])
+        assert result is not None  # whatever the kernel takes has one
+        losses.append(result[0])
+        grads = dict(zip(names, [g for layer in result[1] for g in layer], strict=True))
+        moves, opt = update(theta, grads, opt, params, Clock(step, state.total_steps))
+        ahead = step < state.total_steps
+        params = {k: p + torch.where(ahead.view(-1, *[1] * (p.ndim - 1)), moves[k], 0.0) for k, p in params.items()}
+        step = step + ahead
+    return [torch.stack(losses), *(params[n] for n in names), *(opt.per_param[n]["m"] for n in names)]
 
 
 def _fits(batches: PerceptronBatches, steps: int, lanes: int) -> bool:
@@ -160,18 +193,26 @@ class _Derivative(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: _Settings, arrays: _Arrays, results: list[Tensor], *inputs: Tensor
+        ctx: Any,
+        settings: _Settings,
+        arrays: _Arrays,
+        results: list[Tensor],
+        reference: Callable[..., list[Tensor]],
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.settings = settings
+        ctx.settings, ctx.reference, ctx.count = settings, reference, len(inputs)
         saved, ctx.structure = tree_flatten(arrays)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*inputs, *saved)
         # Clones: whoever keeps the end should not have to keep all steps.
         return results[0], *(t.clone() for t in results[1:])
 
     @staticmethod
     def backward(ctx: Any, d_losses: Tensor, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        first_derivative_only("unrolls of perceptrons")
-        arrays = tree_unflatten(list(ctx.saved_tensors), ctx.structure)
+        inputs, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        if torch.is_grad_enabled():
+            grads = derivative_with_a_graph(ctx.reference, inputs, (d_losses, *cotangents))
+            return (None, None, None, None, *grads)
+        arrays = tree_unflatten(list(saved), ctx.structure)
         # Clones, in which the kernel works.
         d = [t.clone(memory_format=torch.contiguous_format) for t in cotangents]
         d_params, d_momenta = d[: len(arrays.params)], d[len(arrays.params) :]
@@ -181,7 +222,7 @@ class _Derivative(torch.autograd.Function):
         d_losses = d_losses.contiguous()
         work = _UnrollDerivative(d_losses.data_ptr(), *map(pointers, (d_params, d_momenta, d_theta)))
         run("perceptron_unroll_derivative", "l2o_perceptron_unroll_derivative", *described, work)
-        return (None, None, None, *d_theta, *d)
+        return (None, None, None, None, *d_theta, *d)
 
 
 def _after(

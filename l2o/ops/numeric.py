@@ -49,6 +49,17 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
+def over_root(x: Tensor, squares: Tensor) -> Tensor:
+    """``x / sqrt(squares)``, and 0, with derivative 0, where ``squares`` is 0: no epsilon, so no scale is too small."""
+    positive = squares > 0
+    return x * torch.where(positive, torch.where(positive, squares, 1.0).rsqrt(), 0.0)
+
+
+def unit(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """``x`` over its norm along ``axes``; zeros stay zero."""
+    return over_root(x, x.square().sum(axes, keepdim=True))
+
+
 def safe_rsqrt(x: Tensor) -> Tensor:
     """``1 / sqrt(x)``, ``x > 0``, whose derivative is 0 where the true one would overflow float32.
 

@@ -1,22 +1,100 @@
-"""Orthogonalisation of matrices by Newton-Schulz iterations (Muon, Jordan 2024, kellerjordan.github.io/posts/muon)."""
+"""Directions that a matrix gives whatever its scale: orthogonalised, or with rows and columns of unit size."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
-from l2o.ops.numeric import safe_sqrt
+from l2o.ops.numeric import over_root, safe_sqrt, unit
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; tuned for speed, singular values end between about 0.7 and 1.2."""
+"""Of the quintic iteration (Muon, Jordan 2024, kellerjordan.github.io/posts/muon); tuned for speed, singular values end
+between about 0.7 and 1.2."""
+
+_LONG, _LONG_BFLOAT16 = 2.5, 16.0
+"""Columns over rows from which the iteration is cheaper on the Gram matrix: two products with all columns instead of
+two a step, but four small ones a step, which are float32 also where the others are bfloat16."""
+_LARGE = 128
+"""Rows from which products take longer than to begin them."""
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-8) -> Tensor:
     """``[..., rows, columns]`` with the singular values of each matrix brought near one; a zero matrix stays zero."""
+    x = _wide(matrices)
+    x = newton_schulz(x / (safe_sqrt(x.square().sum((-2, -1), keepdim=True)) + eps), steps)
+    return x if _is_wide(matrices) else x.mT
+
+
+def polar(matrices: Tensor, steps: int) -> Tensor:
+    """`orthogonalize` in the cheapest form, and without an epsilon, so that no scale is too small.
+
+    matrices: ``[..., rows, columns]``. Large ones in float32 are multiplied as bfloat16 where the device has units for
+    it and nothing is differentiated; Muon does so everywhere.
+    """
+    x = unit(_wide(matrices), (-2, -1))
+    rows, columns = x.shape[-2:]
+    x = x.to(_product_dtype(x))
+    long = _LONG_BFLOAT16 if x.dtype == torch.bfloat16 else _LONG
+    x = newton_schulz_gram(x, steps) if columns > long * rows else newton_schulz(x, steps)
+    return (x if _is_wide(matrices) else x.mT).to(matrices.dtype)
+
+
+def newton_schulz(x: Tensor, steps: int) -> Tensor:
+    """``x <- a x + (b x xᵀ + c (x xᵀ)²) x``.  x: ``[..., rows, columns]``, rows <= columns, of norm at most one."""
     a, b, c = COEFFICIENTS
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
-    x = x / (safe_sqrt(x.square().sum((-2, -1), keepdim=True)) + eps)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+    return x
+
+
+def newton_schulz_gram(x: Tensor, steps: int) -> Tensor:
+    """`newton_schulz` with one product of all columns in and one out.
+
+    Each step multiplies from the left by a polynomial ``q`` of ``g = x xᵀ``; all of these commute, so that ``x <- q x``
+    is ``g <- q q g``.
+    """
+    a, b, c = COEFFICIENTS
+    gram = x @ x.mT
+    gram = gram.float() if x.dtype == torch.bfloat16 else gram
+    product = identity = torch.eye(x.shape[-2], dtype=gram.dtype, device=x.device)
+    for _ in range(steps):
+        q = a * identity + b * gram + c * gram @ gram
+        product, gram = q @ product, q @ q @ gram
+    return product.to(x.dtype) @ x
+
+
+def row_column_scales(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """``[..., rows]`` and ``[..., columns]``: factors that make the rows of a matrix, then its columns of one norm.
+
+    Its mean square is then one; rows and columns of zeros have the factor 0. One round of the iteration of Scetbon et
+    al. 2025 (arXiv 2502.06742).
+    """
+    one = matrices.new_ones(())
+    row = over_root(one, matrices.square().sum(-1))
+    columns = (matrices * row.unsqueeze(-1)).square().sum(-2)
+    col = over_root(one, columns)
+    count = (columns * col.square()).sum(-1, keepdim=True)  # of columns that are not zero
+    return row, col * over_root(one * (matrices.shape[-2] * matrices.shape[-1]) ** 0.5, count)
+
+
+def _is_wide(matrices: Tensor) -> bool:
+    return matrices.shape[-2] <= matrices.shape[-1]
+
+
+def _wide(matrices: Tensor) -> Tensor:
+    return matrices if _is_wide(matrices) else matrices.mT
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    large = x.dtype == torch.float32 and x.shape[-2] >= _LARGE
+    return torch.bfloat16 if large and not torch.is_grad_enabled() and _has_bfloat16_units(x.device.type) else x.dtype
+
+
+@functools.cache
+def _has_bfloat16_units(device: str) -> bool:
+    if device == "cpu":  # products in AVX-512's bfloat16 are not known to be faster than those in float32
+        return torch.cpu._is_amx_tile_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

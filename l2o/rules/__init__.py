@@ -17,6 +17,7 @@ from l2o.rules.rnn_mlp import RNNMLP
 from l2o.rules.rnnprop import RNNprop
 from l2o.rules.sgd import SGD
 from l2o.rules.star import STAR
+from l2o.rules.steered import Steered
 from l2o.rules.velo import VeLO
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "NNAdam",
     "RMSProp",
     "RNNprop",
+    "Steered",
     "VeLO",
 ]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from l2o._checks import each, real, whole
 from l2o.kernels import mlp_gpu, mlp_rule, perceptron_unroll
@@ -110,7 +111,11 @@ class MLP(UpdateRule):
         lanes = Clock(*(t.unsqueeze(-1) for t in clock))
         time = _TIME[self.time][1](lanes, theta["b0"])
         kernel = mlp_gpu if theta["b0"].is_cuda else mlp_rule
-        return kernel.update(self._constants, theta, grads, state, params, time)
+
+        def reference(theta: Theta, grads: Grads, state: OptState, params: Params) -> tuple[Updates, OptState]:
+            return self._update_lanes(theta, grads, state, params, clock)
+
+        return kernel.update(self._constants, theta, grads, state, params, time, reference)
 
     def fused_unroll(
         self, theta: Theta, state: InnerState, batches: PerceptronBatches
@@ -121,7 +126,13 @@ class MLP(UpdateRule):
         # As in the engine, a clock stands still at the horizon.
         step = torch.minimum(state.step.unsqueeze(-1) + ahead, state.total_steps.unsqueeze(-1))
         time = _TIME[self.time][1](Clock(step, state.total_steps.unsqueeze(-1)), theta["b0"])
-        return perceptron_unroll.unroll(self._constants, theta, state, batches, time)
+        return perceptron_unroll.unroll(self._constants, theta, state, batches, time, self._update_lanes)
+
+    def _update_lanes(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock
+    ) -> tuple[Updates, OptState]:
+        """``update`` of all lanes, without a kernel."""
+        return vmap(self.update)(theta, grads, state, params, clock)
 
     @property
     def _constants(self) -> mlp_rule.Constants:

@@ -12,6 +12,7 @@ from l2o.tasks.lora import ImageLoRA
 from l2o.tasks.module import ModuleTask
 from l2o.tasks.quadratic import Quadratic
 from l2o.tasks.repeated import Repeated
+from l2o.tasks.tables import DiabetesMLP
 
 __all__ = [
     "Bfloat16Gradients",
@@ -20,6 +21,7 @@ __all__ = [
     "ConvexQuadratic",
     "CoordinateMLP",
     "DelayedGradients",
+    "DiabetesMLP",
     "GradientNoise",
     "ImageAutoencoder",
     "ImageConv",

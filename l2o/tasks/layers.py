@@ -51,8 +51,8 @@ def init_norm(kind: str, name: str, lanes: int, features: int, device: torch.dev
     if kind == "none":
         return {}
     return {
-        f"{name}.gain": torch.ones(lanes, features, device=device),
-        f"{name}.offset": torch.zeros(lanes, features, device=device),
+        f"{name}.gain": torch.ones(lanes, features, dtype=torch.float32, device=device),
+        f"{name}.offset": torch.zeros(lanes, features, dtype=torch.float32, device=device),
     }
 
 

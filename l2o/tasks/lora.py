@@ -72,7 +72,7 @@ class ImageLoRA(ImageClassifier):
         for layer, (fan_in, fan_out) in enumerate(pairwise(self._sizes())):
             bound = fan_in**-0.5
             params[f"{layer}.a"] = uniform(generator, lanes, self.rank, fan_in, low=-bound, high=bound)
-            params[f"{layer}.b"] = torch.zeros(lanes, fan_out, self.rank, device=generator.device)
+            params[f"{layer}.b"] = torch.zeros(lanes, fan_out, self.rank, dtype=torch.float32, device=generator.device)
         return params
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
@@ -110,7 +110,7 @@ def _fitted(dataset: str, half: str, pool: int, activation: str, sizes: tuple[in
     for layer, (fan_in, fan_out) in enumerate(pairwise(sizes[:-1])):
         # Variances are kept through layers of ReLU (He et al. 2015, arXiv 1502.01852, section 2.2).
         params[f"{layer}.weight"] = normal(generator, fan_out, fan_in) * (2.0 / fan_in) ** 0.5
-        params[f"{layer}.bias"] = torch.zeros(fan_out)
+        params[f"{layer}.bias"] = torch.zeros(fan_out, dtype=torch.float32)
         x = ACTIVATIONS[activation](x @ params[f"{layer}.weight"].double().T)
     weight, bias = linear_discriminant(x, labels, sizes[-1])
     last = len(sizes) - 2

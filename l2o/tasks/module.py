@@ -6,19 +6,24 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from l2o._checks import whole
-from l2o.draws import keys
+from l2o._contract import check_scalar, check_trainable, vectorised
+from l2o.draws import LaneGenerator, keys
 from l2o.tasks.sources import Examples, Source, as_source
 from l2o.tasks.stateless import Stateless, seeded
 from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ModuleTask(TaskFamily):
     """Train ``module`` on ``train`` to a low ``criterion``; lanes differ in their initialisation, batches and dropout.
 
@@ -35,8 +40,11 @@ class ModuleTask(TaskFamily):
     validation batches have none and evaluate. Frozen parameters (``requires_grad=False``) travel with the buffers.
     Attention and recurrent layers run unfused (see `l2o.tasks.stateless`).
 
-    Raises `ConfigurationError` for data that do not follow this, for a module that draws random numbers other than by
-    dropout, and for one that `torch.func.vmap` cannot vectorise, as with control flow that depends on data.
+    Raises `ConfigurationError` for data that do not follow this; for parameters that are not all float32 or all
+    float64; for a module that writes to them in ``forward``, draws random numbers other than by dropout, or is
+    scripted, lazy, on the meta device or replicated over devices; and, when it first runs, for one that
+    `torch.func.vmap` cannot vectorise, as with control flow that depends on data. Inputs that a module writes to in
+    place are copies.
     """
 
     module: nn.Module | Callable[[], nn.Module]
@@ -50,9 +58,17 @@ class ModuleTask(TaskFamily):
     def __post_init__(self) -> None:
         if self.batch_size is not None:
             whole("batch_size", self.batch_size)
-        if not any(p.requires_grad for p in self._template.parameters()):
-            raise ConfigurationError(f"module: this {self._name} has no parameters to train")
+        _check_module(self._template)
+        check_trainable(f"module: this {self._name}", (p for p in self._template.parameters() if p.requires_grad))
         self._sources  # noqa: B018  made now, so that unusable data are refused now
+        self._written  # noqa: B018  likewise modules
+
+    def __repr__(self) -> str:
+        """What logs, cards and reports say: no tensors."""
+        count = sum(p.numel() for p in self._template.parameters() if p.requires_grad)
+        criterion = getattr(self.criterion, "__name__", type(self.criterion).__name__)
+        data = "".join(f", {name}={source!r}" for name, source in self._sources.items())
+        return f"ModuleTask({self._name} of {count} parameters, {criterion}{data}, batch_size={self.batch_size})"
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"lane": torch.arange(lanes, device=generator.device)}
@@ -76,19 +92,20 @@ class ModuleTask(TaskFamily):
         return batch | {"key": keys(generator, lanes)} if split == "train" else batch
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
-        module = self._template.train("key" in batch)
+        batch = {name: t.clone() if name in self._written else t for name, t in batch.items()}
         # Clones, because BatchNorm writes its running statistics in place; functional_call leaves the new ones here.
         # Detached, because it has no derivative in them and refuses those that could have one (torch 2.13).
         tensors = {**params, **{name: b.detach().clone() for name, b in buffers.items()}}
-        inputs = tuple(batch[f"input.{i}"] for i in range(sum(name.startswith("input.") for name in batch)))
-        try:
-            with Stateless(batch.get("key")):
-                loss = self.criterion(functional_call(module, tensors, inputs), batch["target"])
-        except RuntimeError as error:
-            raise self._explain(error) from error
-        if loss.ndim:
-            raise ConfigurationError(f"criterion: a loss of shape {list(loss.shape)}, expected 0-d; take its mean")
+        with vectorised(self._name):
+            loss = self._run(self._template, tensors, batch)
+        check_scalar("criterion", loss)
         return loss, {name: tensors[name] for name in buffers}
+
+    def _run(self, module: nn.Module, tensors: dict[str, Tensor], batch: Batch) -> Tensor:
+        inputs = tuple(batch[f"input.{i}"] for i in range(sum(name.startswith("input.") for name in batch)))
+        with Stateless(batch.get("key")):
+            output = functional_call(module.train("key" in batch), tensors, inputs)
+            return self.criterion(output, batch["target"])
 
     @property
     def _name(self) -> str:
@@ -97,13 +114,48 @@ class ModuleTask(TaskFamily):
     @cached_property
     def _template(self) -> nn.Module:
         """A module that no one else sees, into which parameters are put for the time of a call."""
-        if isinstance(self.module, nn.Module):
-            return copy.deepcopy(self.module)
         with seeded(0, torch.device("cpu")):
-            made = self.module()
+            made = _copied(self.module) if isinstance(self.module, nn.Module) else self.module()
         if not isinstance(made, nn.Module):
             raise ConfigurationError(f"module: the function made a {type(made).__name__}, expected an nn.Module")
         return made
+
+    @cached_property
+    def _written(self) -> set[str]:
+        """Tensors of a batch that the module writes to in place, found by running it once on each split.
+
+        Raises `ConfigurationError` where it writes to parameters. Whatever else goes wrong, the first step reports.
+        """
+        module, written = self._template, set()
+        held = dict((*module.named_parameters(), *module.named_buffers()))
+        for split, source in self._sources.items():
+            batch = self.batch({"lane": torch.zeros(1)}, split, LaneGenerator(source.device))  # type: ignore[arg-type]
+            batch = {name: t[0].clone() for name, t in batch.items()}
+            given = {name: t.detach().to(source.device, copy=True) for name, t in held.items()}
+            watched = {name: t for name, t in given.items() if held[name].requires_grad} | batch
+            before, after = {name: t._version for name, t in watched.items()}, dict(given)
+            self._try(after, batch)
+            written |= {name for name, t in watched.items() if t._version != before[name]}
+            written |= {name for name in watched.keys() & given.keys() if after[name] is not given[name]}
+        if own := sorted(written & held.keys()):
+            raise ConfigurationError(
+                f"module: forward of this {self._name} writes to its parameter {own[0]} in place (max_norm, clipping), "
+                "which a loss must not; compute a new tensor from it instead, as torch.nn.utils.parametrize does"
+            )
+        return written
+
+    def _try(self, tensors: dict[str, Tensor], batch: Batch) -> None:
+        try:
+            with torch.no_grad(), seeded(0, batch["target"].device):
+                self._run(self._template, tensors, batch)
+        except Exception as error:  # but for dtypes, the first step will say more
+            if isinstance(error, RuntimeError) and ("dtype" in str(error) or "scalar type" in str(error)):
+                dtype = next(p.dtype for p in self._template.parameters() if p.requires_grad)
+                came = ", ".join(f"{name} {t.dtype}" for name, t in batch.items() if name != "key")
+                raise ConfigurationError(
+                    f"module: this {self._name}, in {dtype}, does not run on {came} ({error}); .float() or .double() "
+                    "one of them"
+                ) from error
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
@@ -116,20 +168,46 @@ class ModuleTask(TaskFamily):
             module = _redrawn(self.module) if isinstance(self.module, nn.Module) else self.module()
         return {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
 
-    def _explain(self, error: RuntimeError) -> Exception:
-        if "vmap" not in str(error):
-            return error
-        return ConfigurationError(
-            f"torch.func.vmap cannot vectorise {self._name} over lanes: {error}\n"
-            "Write control flow that depends on data with torch.where, and leave out .item() and data-dependent shapes"
-        )
+
+def _copied(module: nn.Module) -> nn.Module:
+    _check_module(module)
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # whatever a user's module raises, the answer is the same
+        raise ConfigurationError(
+            f"module: this {type(module).__name__} cannot be copied ({error}); hand over a function that makes one"
+        ) from error
+
+
+def _check_module(module: nn.Module) -> None:
+    """Raises `ConfigurationError` for modules that cannot be run as a function of their parameters."""
+    for part in module.modules():
+        name = f"module: {type(part).__name__}"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ConfigurationError(f"{name} is scripted or traced; hand over the module that it was made from")
+        if isinstance(part, DataParallel | DistributedDataParallel):
+            raise ConfigurationError(f"{name} is replicated over devices; hand over its .module, lanes take the device")
+        own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        if any(is_lazy(t) for t in own):
+            raise ConfigurationError(f"{name} does not know its shapes yet; run it once on an example, or state them")
+        if any(t.is_meta for t in own):
+            raise ConfigurationError(f"{name} is on the meta device, without values; make it on the CPU")
 
 
 def _redrawn(module: nn.Module) -> nn.Module:
     """A copy with new parameters; children first, as some parents (nn.MultiheadAttention) then refine theirs."""
-    fresh = copy.deepcopy(module)
+    fresh = _copied(module)
     for part in reversed(list(fresh.modules())):
         reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
         if reset is not None:
-            reset()
+            _reset(part, reset)
     return fresh
+
+
+def _reset(part: nn.Module, reset: Callable[[], Any]) -> None:
+    """Call ``reset``; what it drew for a parametrized tensor, in place of the value, becomes what it is made from."""
+    with parametrize.cached():
+        drawn = {name: getattr(part, name) for name in getattr(part, "parametrizations", ())}
+        reset()
+    for name, value in drawn.items():
+        setattr(part, name, value)

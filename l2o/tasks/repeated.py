@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l2o._checks import whole
+from l2o._contract import checked_batch, checked_init, checked_sample
 from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, PerceptronBatches, Split, TaskData, TaskFamily
 
 
@@ -32,14 +33,14 @@ class Repeated(TaskFamily):
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         if lanes % self.copies:
             raise ConfigurationError(f"lanes={lanes}: expected a multiple of copies={self.copies}")
-        return self._repeat(self.family.sample(generator, lanes // self.copies))
+        return self._repeat(checked_sample(self.family, generator, lanes // self.copies))
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
-        params, buffers = self.family.init(self._once(data), generator)
+        params, buffers = checked_init(self.family, self._once(data), generator)
         return self._repeat(params), self._repeat(buffers)
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        return self._repeat(self.family.batch(self._once(data), split, generator))
+        return self._repeat(checked_batch(self.family, self._once(data), split, generator))
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)

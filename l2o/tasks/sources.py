@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,14 +13,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from l2o.draws import integers, keys
-from l2o.tasks.stateless import seeded
+from l2o.tasks.stateless import reseed, seeded, untouched
 from l2o.types import ConfigurationError
+
+_TRIED = 8
+"""Examples of a dataset that are read a second time."""
 
 Examples = Sequence[Tensor] | Dataset[Any] | DataLoader[Any]
 
 
 class Source(abc.ABC):
-    """Examples, drawn with replacement."""
+    """Examples, drawn with replacement; ``device`` is where they lie."""
+
+    device = torch.device("cpu")
 
     @abc.abstractmethod
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
@@ -30,8 +37,12 @@ class TensorSource(Source):
 
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int | None) -> None:
         self._batch_size = batch_size
-        self._by_device = {tensors[0].device: tensors}
+        self.device = tensors[0].device
+        self._by_device = {self.device: tensors}
         self._host = tensors
+
+    def __repr__(self) -> str:
+        return " ".join(f"{list(t.shape)}" for t in self._host)
 
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
         tensors = self._on(generator.device)
@@ -50,7 +61,8 @@ class LoaderSource(Source):
     """The dataset and ``collate_fn`` of a ``DataLoader``; a batch is gathered on the host, which waits for the device.
 
     Its sampler, shuffling and workers are not used: the order comes from the run's generator, so that a resumed run
-    goes on as it would have. Random transforms of the dataset (torch's generator) are seeded from there, too.
+    goes on as it would have. Random transforms of the dataset (by the global generators of torch, NumPy or Python) are
+    seeded from there, too; one that draws otherwise is warned of at the first batch.
     """
 
     def __init__(self, name: str, loader: DataLoader[Any], batch_size: int) -> None:
@@ -58,16 +70,25 @@ class LoaderSource(Source):
         self._dataset: Any = loader.dataset
         self._collate = loader.collate_fn
         self._batch_size = batch_size
+        self._tried = False
+
+    def __repr__(self) -> str:
+        return f"{type(self._dataset).__name__} of {len(self._dataset)}"
 
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
         index = integers(generator, len(self._dataset), lanes, self._batch_size).tolist()
-        own = keys(generator, lanes)
-        batches = [self._gather(row, int(key), generator.device) for row, key in zip(index, own, strict=True)]
+        own = [int(key) for key in keys(generator, lanes)]
+        with untouched(generator.device):
+            batches = [self._gather(row, key, generator.device) for row, key in zip(index, own, strict=True)]
+            if not self._tried:
+                again = [self._gather(row, key, generator.device) for row, key in zip(index, own, strict=True)]
+                _warn_unless_same(self._name, self._dataset, chain(*batches), chain(*again))
+            self._tried = True
         return tuple(torch.stack(each).to(generator.device) for each in zip(*batches, strict=True))
 
     def _gather(self, rows: list[int], seed: int, device: torch.device) -> tuple[Tensor, ...]:
-        with seeded(seed, device):
-            return _items(self._name, self._collate([self._dataset[i] for i in rows]))
+        reseed(seed, device)
+        return _items(self._name, self._collate([self._dataset[i] for i in rows]))
 
 
 def as_source(name: str, examples: Examples, batch_size: int | None) -> Source:
@@ -93,24 +114,38 @@ def _stack(name: str, examples: Sequence[Tensor] | Dataset[Any]) -> tuple[Tensor
     """All examples as tensors, checked. A dataset's random transforms are drawn once, here."""
     if isinstance(examples, TensorDataset):
         examples = examples.tensors
-    if isinstance(examples, Dataset):
-        examples = _collate_all(name, examples)
-    tensors = _items(name, examples)
+    tensors = _items(name, _read(name, examples) if isinstance(examples, Dataset) else examples)
     lengths = [len(t) if t.ndim else 0 for t in tensors]
     if min(lengths) == 0 or min(lengths) != max(lengths):
         raise ConfigurationError(f"{name}: tensors with {lengths} entries, expected as many in each, and at least one")
+    if isinstance(examples, Dataset):
+        _warn_unless_same(name, examples, (t[:_TRIED] for t in tensors), _items(name, _read(name, examples, _TRIED)))
     return tensors
 
 
-def _collate_all(name: str, dataset: Any) -> Any:
+def _read(name: str, dataset: Any, most: int | None = None) -> Any:
+    """The first examples, collated: at most ``most``, or all."""
     try:
         with seeded(0, torch.device("cpu")):
-            return default_collate([dataset[i] for i in range(len(dataset))])
+            return default_collate([dataset[i] for i in range(len(dataset))[:most]])
     except (TypeError, RuntimeError, IndexError) as error:
         raise ConfigurationError(
             f"{name}: the examples of this {type(dataset).__name__} cannot be stacked to tensors ({error}); "
             "hand over a DataLoader with a collate_fn that can"
         ) from error
+
+
+def _warn_unless_same(name: str, dataset: Any, first: Iterable[Tensor], again: Iterable[Tensor]) -> None:
+    """Warns of a dataset that gives other tensors when it is read a second time from one seed."""
+    if all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(first, again, strict=True)):
+        return
+    warnings.warn(
+        f"{name}: this {type(dataset).__name__} gave other tensors when read again with the same seed, so that a run "
+        "neither repeats nor resumes; random transforms have to draw from the global generators of torch, NumPy or "
+        "Python, which are seeded here, not from one of their own",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _items(name: str, items: Any) -> tuple[Tensor, ...]:

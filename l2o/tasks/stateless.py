@@ -7,11 +7,13 @@ cannot pass, while a module runs.
 from __future__ import annotations
 
 import contextlib
+import random
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,15 +29,35 @@ _BITS = 24
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run code that draws from the global generators of the CPU and of ``device``, seeded; they come back untouched."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda, device_type="cuda"):
-        # Not torch.manual_seed, which reseeds every device there is.
-        torch.default_generator.manual_seed(seed)
-        for each in cuda:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
+    """Run code that draws from global generators, seeded by `reseed`; they come back untouched, see `untouched`."""
+    with untouched(device):
+        reseed(seed, device)
         yield
+
+
+@contextlib.contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """Leave the global generators of torch (CPU and ``device``), NumPy and Python as they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Seed the global generators of torch (CPU and ``device``), NumPy and Python, each to a stream of its own."""
+    # Not torch.manual_seed, which reseeds every device there is.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    # All three are the Mersenne Twister: from one key they would draw the same numbers.
+    low, high = seed % 2**32, seed // 2**32 % 2**32
+    random.seed(low + 2**32 * high)
+    np.random.seed([low, high, 1])  # noqa: NPY002
 
 
 def keep_mask(key: Tensor, call: int, shape: tuple[int, ...], p: float) -> Tensor:
@@ -60,10 +82,12 @@ class Stateless(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        # vmap has no rule for out=, by which spectral norm writes its buffers.
+        out = kwargs.pop("out") if isinstance(kwargs.get("out"), Tensor) else None
         replacement = _REPLACEMENTS.get(func)
-        if replacement is None:
-            return func(*args, **(kwargs or {}))
-        return replacement(self, *args, **(kwargs or {}))
+        result = func(*args, **kwargs) if replacement is None else replacement(self, *args, **kwargs)
+        return result if out is None else out.copy_(result)
 
     def keep(self, shape: tuple[int, ...], p: float) -> Tensor:
         """The mask of the next call, see `keep_mask`."""
@@ -152,6 +176,33 @@ def _recurrent_cell(cell: Any, mode: Stateless, *args: Any, **kwargs: Any) -> An
     return run_cell(cell, *args, **kwargs)
 
 
+def _embedding(
+    mode: Stateless,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """With a dense gradient: sparse ones have neither lanes nor second derivatives."""
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse=False)
+
+
+def _weight_norm(mode: Stateless, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / |v|``, by its formula: the derivative of torch's own is wrong when differentiated again (torch 2.13)."""
+    if dim == -1:  # one size for all of it
+        return v * (g / torch.linalg.vector_norm(v))
+    sizes = torch.linalg.vector_norm(v.transpose(0, dim).reshape(v.shape[dim], -1), dim=1)
+    return v * (g / sizes.view([-1 if axis == dim else 1 for axis in range(v.ndim)]))
+
+
+def _not_left_aligned(mode: Stateless, *args: Any, **kwargs: Any) -> bool:
+    """Keeps nn.TransformerEncoder off nested tensors, which cannot be vectorised."""
+    return False
+
+
 def _refuse_packing(mode: Stateless, *args: Any, **kwargs: Any) -> NoReturn:
     raise ConfigurationError("packed sequences cannot be vectorised over lanes; hand the padded ones to the layer")
 
@@ -183,6 +234,9 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **{getattr(torch, name): partial(_recurrent, cell) for name, cell in CELLS.items()},
     **{getattr(torch, f"{name}_cell"): partial(_recurrent_cell, cell) for name, cell in CELLS.items()},
     torch._pack_padded_sequence: _refuse_packing,
+    torch._weight_norm: _weight_norm,
+    F.embedding: _embedding,
+    torch._nested_tensor_from_mask_left_aligned: _not_left_aligned,
     F.dropout: _dropout,
     F.dropout1d: partial(_channel_dropout, 2),
     F.dropout2d: partial(_channel_dropout, -1),  # torch, too, takes 3 axes for batch, channel and length

@@ -1,0 +1,135 @@
+"""What can be judged: a rule of this library, vectorised over lanes, or any torch optimizer; on the same problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from l2o._checks import whole
+from l2o.evaluation.curves import EVALUATIONS, Advance, Curves, evaluation_steps, run, silent, trace
+from l2o.tasks import Repeated
+from l2o.types import Grads, InnerState, OptState, Params, TaskFamily, Theta, UpdateRule
+from l2o.unroll import expand_theta, gradients
+
+Rates = tuple[float | None, ...]
+MakeOptimizers = Callable[[list[nn.Parameter], float | None], Sequence[Optimizer]]
+"""The optimizers that share the parameters of one run, at a learning rate; None for their own."""
+UNTUNED: Rates = (None,)
+
+
+class Entrant(Protocol):
+    """An optimizer, and all that is tried of it.
+
+    label: what reports call it.     rates: the learning rate of each trial; `UNTUNED` where there is one and none.
+    """
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def rates(self) -> Rates: ...
+
+    def run(
+        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
+    ) -> Curves:
+        """Every trial on every seed: curves of ``seeds * len(rates)`` lanes, of which adjacent ones share a seed."""
+        ...
+
+
+@dataclass(frozen=True)
+class RuleEntrant:
+    """A rule with its θ, which is without lanes (``[...]``) and on any device: one run a seed, untuned."""
+
+    label: str
+    rule: UpdateRule
+    theta: Theta
+
+    @property
+    def rates(self) -> Rates:
+        return UNTUNED
+
+    def run(
+        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
+    ) -> Curves:
+        theta = expand_theta({name: t.to(generator.device) for name, t in self.theta.items()}, seeds)
+        return run(self.rule, theta, family, steps, generator, advance=advance)
+
+
+@dataclass(frozen=True)
+class TorchEntrant:
+    """Torch optimizers, one set for every lane, on gradients that are those of a rule.
+
+    make: see ``MakeOptimizers``.     schedule: factor of learning rates at a step of so many; None for constant ones.
+    """
+
+    label: str
+    make: MakeOptimizers
+    schedule: Callable[[int, int], float] | None = None
+    rates: Rates = UNTUNED
+
+    def run(
+        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
+    ) -> Curves:
+        points = evaluation_steps(whole("steps", steps), EVALUATIONS)
+        copies = Repeated(family, len(self.rates))
+        state = _start(copies, torch.full((seeds * len(self.rates),), steps, device=generator.device), generator)
+        lanes = [self._lane(state.params, lane, steps) for lane in range(len(state.step))]
+        with torch.no_grad():
+            return trace(partial(_train, lanes, copies, generator), state, copies, points, generator, advance)
+
+    def _lane(self, stacked: Params, lane: int, steps: int) -> Lane:
+        params = {name: nn.Parameter(p[lane].clone()) for name, p in stacked.items()}
+        optimizers = self.make(list(params.values()), self.rates[lane % len(self.rates)])
+        schedule = self.schedule
+        if schedule is None:
+            return Lane(params, optimizers, [])
+        return Lane(params, optimizers, [LambdaLR(o, lambda step: schedule(step, steps)) for o in optimizers])
+
+
+class Lane(NamedTuple):
+    """One run: its parameters, and what trains them."""
+
+    params: dict[str, nn.Parameter]
+    optimizers: Sequence[Optimizer]
+    schedulers: Sequence[LambdaLR]
+
+    def step(self, grads: Grads) -> None:
+        """Move the parameters.  grads: of this lane."""
+        for name, p in self.params.items():
+            p.grad = grads[name]
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+
+def _start(family: TaskFamily, horizon: Tensor, generator: torch.Generator) -> InnerState:
+    """The problems of every lane, drawn as `l2o.unroll.start` draws them."""
+    data = family.sample(generator, len(horizon))
+    params, buffers = family.init(data, generator)
+    first_loss = torch.full(horizon.shape, torch.nan, device=horizon.device)
+    return InnerState(data, params, buffers, OptState({}, {}), torch.zeros_like(horizon), horizon, first_loss)
+
+
+def _train(
+    lanes: Sequence[Lane], family: TaskFamily, generator: torch.Generator, state: InnerState, steps: int
+) -> tuple[InnerState, Tensor]:
+    losses = []
+    for _ in range(steps):
+        batch = family.batch(state.data, "train", generator)
+        loss, buffers, grads, _ = gradients(family, state, batch)
+        grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
+        for i, lane in enumerate(lanes):
+            lane.step({name: g[i] for name, g in grads.items()})
+        # Not views into which the optimizers write: some put another tensor into a parameter.
+        params = {name: torch.stack([lane.params[name] for lane in lanes]) for name in state.params}
+        state = state._replace(params=params, buffers=buffers, step=state.step + 1)
+        losses.append(loss)
+    return state, torch.stack(losses)

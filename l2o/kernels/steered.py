@@ -1,0 +1,102 @@
+"""`l2o.rules.Steered` over the entries of all tensors, in place: one lane, float32, on the CPU.
+
+What is not about entries (controller, schedule, orthogonalisation) stays in torch, between the kernel's three passes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2o.kernels.arrays import plain
+from l2o.kernels.build import available, run
+
+PATHS = ("adam", "normalized", "orthogonal")
+_POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
+_SUMS = 4
+
+
+class _Tensor(ctypes.Structure):
+    """``Tensor`` of steered.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("path", "rows", "cols")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_double) for name in ("lr", "keep", "scale")),
+        ("sums", ctypes.c_double * _SUMS),
+    )
+
+
+class _Step(ctypes.Structure):
+    """``Step`` of steered.cpp. Keeps the array of tensors, but not their memory."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tensors", "threads")),
+        *((name, ctypes.c_double) for name in ("momentum", "beta1", "beta2")),
+        ("tensor", ctypes.POINTER(_Tensor)),
+    )
+
+
+class Entries(NamedTuple):
+    """A tensor as a matrix of ``shape`` on one of ``PATHS``, and the slots that `l2o.rules.Steered` has for it.
+
+    factors: ``lr, keep`` of ``param <- keep param + lr update``.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    grad: Tensor
+    param: Tensor
+    slots: Mapping[str, Tensor]
+    factors: tuple[float, float]
+
+    def description(self) -> _Tensor:
+        """For the kernel."""
+        arrays = {"grad": self.grad, "param": self.param, **self.slots}
+        arrays["second"] = arrays.get("d", arrays.get("v", self.param))
+        pointers = [arrays[name].data_ptr() if name in arrays else None for name in _POINTERS]
+        return _Tensor(PATHS.index(self.path), *self.shape, *pointers, *self.factors)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel would stay inside its arrays."""
+        tensors = [self.grad, self.param, *self.slots.values()]
+        same = self.grad.shape == self.param.shape == self.slots["m"].shape
+        return same and plain(tensors) and all(t.is_contiguous() for t in tensors)
+
+
+class FusedSteps:
+    """One step of some tensors. The methods are called in their order, and write to the tensors."""
+
+    def __init__(self, tensors: Sequence[Entries], decays: Sequence[float]) -> None:
+        self._tensors = (_Tensor * len(tensors))(*(t.description() for t in tensors))
+        self._step = _Step(len(tensors), torch.get_num_threads(), *decays, self._tensors)
+
+    def look(self) -> Tensor:
+        """Sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction, parameter."""
+        run("steered", "l2o_steered_look", self._step)
+        return torch.tensor([list(t.sums) for t in self._tensors], dtype=torch.float64).T
+
+    def advance(self, scales: Sequence[float]) -> None:
+        """Moments, and ``param <- keep param + lr scale direction`` but for orthogonal matrices.
+
+        These find Nesterov's momentum in the slot ``d``, where their new direction is to be before `finish`.
+        """
+        for tensor, scale in zip(self._tensors, scales, strict=True):
+            tensor.scale = tensor.lr * scale
+        run("steered", "l2o_steered_advance", self._step)
+
+    def finish(self) -> None:
+        """Brings the directions of orthogonal matrices to size, and moves their parameters."""
+        run("steered", "l2o_steered_finish", self._step)
+
+
+def fused_steps(tensors: Sequence[Entries], decays: Sequence[float]) -> FusedSteps | None:
+    """The kernel for one step, or None where it does not fit or cannot be had.  decays: momentum, beta1, beta2."""
+    if not (all(t.fits for t in tensors) and available("steered")):
+        return None
+    return FusedSteps(tensors, decays)

@@ -1,0 +1,72 @@
+"""A controller of the step that needs no loss: does the fresh gradient agree with the step just taken?
+
+The derivative of the loss along the last step, as a cosine over all tensors: positive where the step could have been
+longer, negative where it was too long (hypergradient descent; Almeida et al. 1998, Baydin et al. 2018, arXiv
+1703.04782).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from l2o.ops.numeric import log_of, over_root, scalar_like
+from l2o.types import Clock, Slots, Theta
+
+_START = {
+    "gain": 30.0,  # of the log step, a run; at most _FASTEST a step
+    "slope": 6.0,  # of tanh
+    "band_up": 0.06,  # a cosine under this is noise: the step does not grow
+    "band_down": 0.05,  # one over minus this is too: it does not shrink
+    "fast": 5.0,  # steps that the means go over
+    "slow": 20.0,
+    "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks
+    "range": 5.0,  # of the log step
+    "leak": 3.0,  # of the log step, a run: what it loses where nothing pushes
+}
+"""Hand-set; all positive, θ has their logarithms."""
+_FASTEST = 0.1
+_VARIANCE = 1e-8
+
+
+def init_controller(generator: torch.Generator) -> Theta:
+    """θ of the controller, ``log_*``, 0-d."""
+    return {f"log_{name}": scalar_like(log_of(name, value), generator) for name, value in _START.items()}
+
+
+def init_alignment(like: Tensor) -> Slots:
+    """Shared slots, 0-d zeros: ``log_step``, and running means of the cosine (``fast, slow``) and its square."""
+    return {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square")}
+
+
+def cosine(dots: Tensor, norms: Tensor) -> Tensor:
+    """``sum(dots) / sum(norms)`` over tensors, 0 without norms.  dots, norms: ``[tensors]``, of gradient and step."""
+    total = norms.sum()
+    return dots.sum() / torch.where(total > 0, total, 1.0)
+
+
+def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, clock: Clock) -> Slots:
+    """The slots once the 0-d ``cosine`` of the gradient at ``clock.step`` and the step before is known.
+
+    The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
+    its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
+    which noise does not show to be too much, leaks away.
+    """
+    value = {name: theta[f"log_{name}"].exp() for name in _START}
+    step, total = (t.to(cosine.dtype) for t in clock)
+    keep = {name: torch.exp(-1.0 / value[name]) for name in ("fast", "slow")}
+    seen = {"fast": ("fast", cosine), "slow": ("slow", cosine), "square": ("slow", cosine.square())}
+    new = {name: torch.lerp(x, slots[name], keep[pace]) for name, (pace, x) in seen.items()}
+    mean = {name: new[name] / (1.0 - keep[pace] ** step.clamp(min=1.0)) for name, (pace, _) in seen.items()}
+    deviation = (mean["square"] - mean["slow"].square()).clamp(min=0.0) + _VARIANCE
+    error = 0.5 * (mean["fast"] + mean["slow"])
+    error = torch.relu(error - value["band_up"]) - torch.relu(-error - value["band_down"])
+    sure = (over_root(-mean["slow"], deviation) - value["sure"]).clamp(0.0, 1.0)
+    push = torch.tanh(value["slope"] * error) * torch.where(error < 0, sure, 1.0)
+    gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
+    leak = (value["leak"] / total).clamp(max=_FASTEST)
+    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * push, -value["range"], value["range"])
+    moved = {"log_step": log_step, **new}
+    return {name: torch.where(step > 0, x, slots[name]) for name, x in moved.items()}

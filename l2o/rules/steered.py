@@ -1,0 +1,266 @@
+"""Momentum of which only the direction counts, under a schedule and a controller that needs no loss."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from l2o._checks import real, whole
+from l2o.kernels.steered import Entries, fused_steps
+from l2o.ops.alignment import control, cosine, init_alignment, init_controller
+from l2o.ops.moments import bias_correction, decay, ema
+from l2o.ops.numeric import log_of, logit_of, over_root, safe_sqrt, scalar_like
+from l2o.ops.orthogonal import polar, row_column_scales
+from l2o.ops.schedules import linear_warmup, power_decay
+from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+
+Direction = Literal["orthogonal", "normalized", "adam"]
+Controller = Literal["alignment", "none"]
+Schedule = Literal["decay", "constant"]
+
+_FAN_IN = 64.0
+"""Inputs of the matrix whose step has no factor."""
+_LEAST_LIMIT = 3e-4
+"""Of the root mean square of a matrix' step, so that matrices of zeros get on."""
+_FLOOR = 0.01
+"""Share of the step that is left at the end of the run, and after it."""
+
+
+class _Group(NamedTuple):
+    """The tensors of one shape, one operation for all.  names: of ``k`` tensors.  Others: ``[k, *shape]``."""
+
+    names: Sequence[str]
+    grad: Tensor
+    slots: Slots
+
+
+@dataclass(frozen=True)
+class Steered(UpdateRule):
+    """``update = -lr * factor * schedule(t / T) * exp(z) * direction``, whatever the scale of the gradients.
+
+    direction: of tensors of two and more axes, as matrices of the first by the others; its root mean square is one.
+        ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
+        ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
+        ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
+    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0.
+    schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
+        at 0.01; ``constant``: warm-up alone.
+    iterations: of Newton-Schulz.
+    lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.
+    matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
+    relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
+    θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
+    log_power`` that the parts need, and those of the controller, ``log_*``; all 0-d.
+    Slots: ``m, d`` (direction) of an orthogonal matrix, ``m, row, col`` (scales) of a normalized one, else
+    ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
+    Needs whole matrices, and sums over all tensors.
+    """
+
+    direction: Direction = "orthogonal"
+    controller: Controller = "alignment"
+    schedule: Schedule = "decay"
+    iterations: int = 3
+    lr: float = 3e-3
+    matrix: float = 0.7
+    momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.99
+    fan_in: float = 0.05
+    relative: float = 0.03
+    warmup: float = 0.03
+    power: float = 1.0
+
+    learned_init = False
+    rests = True
+
+    def __post_init__(self) -> None:
+        for name, literal in {"direction": Direction, "controller": Controller, "schedule": Schedule}.items():
+            value, valid = getattr(self, name), get_args(literal)
+            if value not in valid:
+                raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
+        whole("iterations", self.iterations)
+        real("fan_in", self.fan_in)
+        self.init_theta(torch.Generator())  # the transforms know what they take
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
+        shares = ("momentum", "beta1", "beta2", "warmup")
+        start |= {f"logit_{name}": logit_of(name, getattr(self, name)) for name in shares} | {"fan_in": self.fan_in}
+        unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
+        unused += ["log_power"] if self.schedule == "constant" else []
+        theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
+        return theta | (init_controller(generator) if self.controller == "alignment" else {})
+
+    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+        slots = {name: self._init_slots(p) for name, p in params.items()}
+        return OptState(slots, init_alignment(next(iter(params.values()))) if self.controller == "alignment" else {})
+
+    def _init_slots(self, param: Tensor) -> Slots:
+        m = torch.zeros_like(param)
+        match self._path(param.shape):
+            case "orthogonal":
+                return {"m": m, "d": torch.zeros_like(m)}
+            case "normalized":
+                rows, columns = _as_matrix(param.shape)
+                return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
+        return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
+
+    def _path(self, shape: Sequence[int]) -> Direction:
+        """The direction of a tensor: a row, a column or nothing at all is no matrix."""
+        return self.direction if min(_as_matrix(shape)) > 1 else "adam"
+
+    def accumulate(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+    ) -> tuple[OptState, Stats]:
+        groups = _groups(grads, state)
+        slots: dict[str, Slots] = {name: {} for name in grads}
+        for group in groups:
+            for slot, values in self._advance(theta, group.grad, group.slots).items():
+                for name, value in zip(group.names, values.unbind(), strict=True):
+                    slots[name][slot] = value
+        sums = [self._alignment(theta, group) for group in groups] if self.controller == "alignment" else []
+        return OptState(slots, self._control(theta, state.shared, sums, clock)), {}
+
+    def _alignment(self, theta: Theta, group: _Group) -> tuple[Tensor, Tensor]:
+        """Products of gradients and the step before, and those of their norms, ``[k]``, but for a factor of all."""
+        shape = group.grad.shape
+        g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, shape))
+        norms = safe_sqrt(g.square().sum(1)) * safe_sqrt(d.square().sum(1))
+        factor = self._factor(theta, shape[1:])
+        return factor * (g * d).sum(1), factor * norms
+
+    def _control(self, theta: Theta, shared: Slots, sums: Sequence[tuple[Tensor, Tensor]], clock: Clock) -> Slots:
+        if self.controller == "none":
+            return shared
+        dots, norms = (torch.cat(parts) for parts in zip(*sums, strict=True))
+        return control(theta, shared, cosine(dots, norms), clock)
+
+    def _advance(self, theta: Theta, grad: Tensor, slots: Slots) -> Slots:
+        """New slots.  All ``[k, *shape]``."""
+        match self._path(grad.shape[1:]):
+            case "orthogonal":
+                m = ema(slots["m"], grad, theta["logit_momentum"])
+                d = polar(_matrices(ema(m, grad, theta["logit_momentum"])), self.iterations)
+                d = torch.where(_matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
+                return {"m": m, "d": over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)}
+            case "normalized":
+                m = ema(slots["m"], grad, theta["logit_momentum"])
+                row, col = row_column_scales(_matrices(m))
+                return {"m": m, "row": row, "col": col}
+        m = ema(slots["m"], grad, theta["logit_beta1"])
+        v = ema(slots["v"], grad.square(), theta["logit_beta2"])
+        return {"m": m, "v": v, "count": slots["count"] + 1.0}
+
+    def _direction(self, theta: Theta, slots: Slots, shape: Sequence[int]) -> Tensor:
+        """Of slots ``[k, *shape]``; 0 before the first gradient."""
+        match self._path(shape[1:]):
+            case "orthogonal":
+                return slots["d"]
+            case "normalized":
+                return (_matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)).view(shape)
+        count = slots["count"].view(-1, *[1] * (len(shape) - 1)).clamp(min=1.0)
+        m = slots["m"] / bias_correction(theta["logit_beta1"], count)
+        return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
+
+    def _factor(self, theta: Theta, shape: Sequence[int]) -> Tensor:
+        """0-d, of a tensor's step."""
+        if self._path(shape) == "adam":
+            return torch.ones_like(theta["log_lr"])
+        return torch.exp(theta["log_matrix"] - math.log(_as_matrix(shape)[1] / _FAN_IN) * theta["fan_in"])
+
+    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
+        size = self._size(theta, state.shared, clock)
+        updates: Updates = {}
+        for group in _groups(grads, state):
+            squares = _flat(_stack([params[name] for name in group.names])).square().sum(1)
+            d = self._direction(theta, group.slots, group.grad.shape)
+            scale = self._scale(theta, size, squares, group.grad.shape[1:]).view(-1, *[1] * (d.ndim - 1))
+            updates.update(zip(group.names, (-scale * d).unbind(), strict=True))
+        return {name: updates[name] for name in grads}
+
+    def _scale(self, theta: Theta, size: Tensor, squares: Tensor, shape: Sequence[int]) -> Tensor:
+        """``[k]``, of the directions of tensors of one shape.  squares: ``[k]``, sums over their parameters."""
+        scale = (size * self._factor(theta, shape)).expand_as(squares)
+        if self._path(shape) == "adam":
+            return scale
+        limit = theta["log_relative"].exp() * safe_sqrt(squares / math.prod(shape)) + _LEAST_LIMIT
+        return scale / (1.0 + (scale / limit).square()).sqrt()
+
+    def fused_step(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        clock: Clock,
+        factors: Mapping[str, tuple[float, float]],
+    ) -> OptState | None:
+        decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
+        momentum = decay(theta["logit_momentum"]) if self.direction != "adam" else decays[0]
+        tensors = [
+            Entries(self._path(p.shape), _as_matrix(p.shape), grads[name], p, state.per_param[name], factors[name])
+            for name, p in params.items()
+        ]
+        steps = fused_steps(tensors, [float(d) for d in (momentum, *decays)])
+        if steps is None:
+            return None
+        dots, gradients, directions, squares = steps.look().to(theta["log_lr"].dtype)
+        weights = torch.stack([self._factor(theta, p.shape) for p in params.values()])
+        sums = [(weights * dots, weights * safe_sqrt(gradients) * safe_sqrt(directions))]
+        shared = self._control(theta, state.shared, sums, clock)
+        size = self._size(theta, shared, clock)
+        steps.advance(
+            [-float(self._scale(theta, size, s, p.shape)) for s, p in zip(squares, params.values(), strict=True)]
+        )
+        if self.direction == "orthogonal":
+            for group in _groups(grads, state):
+                if "d" in group.slots:
+                    d = polar(_matrices(group.slots["d"]), self.iterations).view_as(group.grad)
+                    torch._foreach_copy_([state.per_param[name]["d"] for name in group.names], list(d.unbind()))
+            steps.finish()
+        return OptState(state.per_param, shared)
+
+    def _size(self, theta: Theta, shared: Slots, clock: Clock) -> Tensor:
+        """0-d, of the step of all tensors."""
+        step, total = (t.to(theta["log_lr"].dtype) for t in clock)
+        schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"]))
+        if self.schedule == "decay":
+            schedule = schedule * power_decay(step, total, theta["log_power"].exp(), _FLOOR)
+        return schedule * (theta["log_lr"] + shared.get("log_step", 0.0)).exp()
+
+
+def _groups(grads: Grads, state: OptState) -> list[_Group]:
+    by_shape: dict[torch.Size, list[str]] = defaultdict(list)
+    for name, g in grads.items():
+        by_shape[g.shape].append(name)
+    groups = []
+    for names in by_shape.values():
+        slots = {slot: _stack([state.per_param[n][slot] for n in names]) for slot in state.per_param[names[0]]}
+        groups.append(_Group(names, _stack([grads[n] for n in names]), slots))
+    return groups
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``[k, *shape]``; a large tensor that is the only one of its shape is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def _flat(tensors: Tensor) -> Tensor:
+    """``[k, entries]`` of ``[k, *shape]``."""
+    return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))
+
+
+def _matrices(tensors: Tensor) -> Tensor:
+    """``[k, rows, columns]`` of ``[k, *shape]``."""
+    return tensors.reshape(len(tensors), *_as_matrix(tensors.shape[1:]))
