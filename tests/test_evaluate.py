@@ -270,6 +270,8 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["source=[]"], ["source=[]", "a name"]),
         (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),
+        (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),
+        (["out=~nobody-of-this-name/x"], ["out='~nobody-of-this-name/x': there is no such user"]),
         (["device=gpu"], ["device='gpu'", "auto, cpu or cuda"]),
         (["out=sgd/card.json/x"], ["out='sgd/card.json/x'", "name a folder"]),
         (["steps"], ["'steps'"]),
