@@ -93,9 +93,14 @@ class MetaTraining:
         self.optimizer = optimizer(list(self.theta.values()))
         self.generator = generator
         self.schedule = schedule
-        before = global_states()
+        drawn, before = generator.get_state(), global_states()
         self.inner = estimator.init(self.theta, generator)
         self._drew: bool | None = global_states() != before
+        if self._drew:  # once more: packages that a task imports may draw, but do so once
+            generator.set_state(drawn)
+            before = global_states()
+            self.inner = estimator.init(self.theta, generator)
+            self._drew = global_states() != before
         self.step = 0
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._average: Theta = {} if average is None else {k: t.clone() for k, t in self.theta.items()}
