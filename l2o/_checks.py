@@ -19,6 +19,13 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+def seed(name: str, value: Any) -> int:
+    """``value`` as an int, if it is one of 0 to 2^63 - 1; torch takes a bit more, to which outer steps are added."""
+    if whole(name, value, 0) >= 2**63:
+        raise ConfigurationError(f"{name}={value}: expected a seed of at most 63 bits, {2**63 - 1}")
+    return int(value)
+
+
 def real(name: str, value: Any, least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> float:
     """``value`` as a float, if it is finite, at least ``least``, over ``above`` and under ``below``; else an error."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,8 +1,9 @@
-"""Files that are whole or absent: atomic writes, and nested states in one safetensors file."""
+"""Paths as users type them; files that are whole or absent; nested states in one safetensors file."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from l2o.types import ResumeError
+from l2o.types import ConfigurationError, ResumeError
 
 FORMAT = "l2o.tree"
 VERSION = 1
@@ -26,6 +27,38 @@ VERSION = 1
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _WAY_OUT = "continue from an undamaged copy, or start anew"
+
+
+def user_path(path: str | os.PathLike[str], name: str = "") -> Path:
+    """What a path that a user has typed means, ``~`` and ``~user`` written out; all of them come through here.
+
+    name: of the setting, for messages.
+    Raises `ConfigurationError` for what can be no path: ``~`` of nobody, a name that is too long, a zero byte.
+    """
+    start = f"{name}=" if name else ""
+    text = os.path.expanduser(path)
+    if text.startswith("~"):
+        raise ConfigurationError(
+            f"{start}{os.fspath(path)!r}: there is no such user, or no home folder (HOME is not set); "
+            "write the whole path, or ./~ for a name that begins so"
+        )
+    try:
+        os.lstat(text)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigurationError(f"{start}{text[:40]!r}…: can be no path ({reason}); give a shorter one") from error
+    found = Path(text)
+    return found.absolute() if str(found).startswith("~") else found  # it was ./~, and may come here again
+
+
+def cache_folder() -> Path:
+    """Where downloads and kernels are kept: ``$L2O_CACHE_DIR``, else ``l2o`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    own, base = os.environ.get("L2O_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return user_path(own) if own else user_path(base or "~/.cache") / "l2o"
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the cache: {error}; name its folder in L2O_CACHE_DIR") from error
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
@@ -42,7 +75,8 @@ def atomic_writes(files: Mapping[Path, bytes]) -> None:
     try:
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporaries.append(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"))
+            # Of a name that is as long as can be there is a part: 60 characters have at most 240 bytes.
+            temporaries.append(path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.tmp"))
             _write_through(temporaries[-1], data)
         for temporary, path in zip(temporaries, files, strict=True):
             os.replace(temporary, path)

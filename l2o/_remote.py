@@ -1,9 +1,11 @@
-"""Checkpoints at an address: fetched once into the cache, compared with their pin at every use.
+"""Checkpoints and weights at an address: fetched once into the cache, compared with their pin at every use.
 
 ``https://host/folder#sha256=…``  the folder has `CARD` and `THETA`, like any checkpoint; the pin is that of its card
 ``hf:owner/name@commit``          a repository of huggingface.co (or of ``$HF_ENDPOINT``) with these two files
 
-The card holds size and SHA-256 of θ, so that the one number, or the commit, covers everything.
+The card holds size and SHA-256 of θ, so that the one number, or the commit, covers everything. Weights of others have
+no card: ``https://host/file#sha256=…``, the pin being that of the file, and ``hf:owner/name@commit/file``, or without a
+file the first of `WEIGHTS` that is there.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -24,10 +27,14 @@ MAX_CARD = 2**20
 MAX_THETA = 2**30
 """Bytes. The largest θ of the field, VeLO's, has 9e6."""
 
-_RECORD = "card.sha256"
-"""Beside a card whose address does not state its checksum: that of the card that came first, for ``sha256sum -c``."""
+WEIGHTS = ("theta.state", "model.safetensors", "pytorch_model.bin")
+"""Names that other projects give to the file of their weights."""
+
+_RECORD = ".sha256"
+"""Beside a file whose address does not state its checksum: that of the one that came first, for ``sha256sum -c``."""
 _HEX = r"[0-9a-f]{64}"
 _HUB = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+_HUB_FILE = re.compile(r"(hf:[^@]*@\w[\w.-]*)((?:/\w[\w.-]*)*)", re.ASCII)
 _UNPINNED = "#unpinned"
 
 
@@ -54,9 +61,7 @@ def fetch_checkpoint(source: str) -> Path:
     does not say which θ belongs to it).
     """
     address = parse(source)
-    key = hashlib.sha256(f"{address.folder}#{address.sha256}".encode()).hexdigest()
-    name = re.sub(r"[^\w.%-]", "_", urlsplit(address.folder).path.rpartition("/")[2], flags=re.ASCII)
-    folder = cache_folder() / "checkpoints" / f"{name[:64]}-{key[:32]}"
+    folder = _place("checkpoints", address)
     try:
         _fetch_card(address, folder)
         entry = _theta_entry(folder / CARD)
@@ -64,7 +69,7 @@ def fetch_checkpoint(source: str) -> Path:
     except DownloadError as error:
         anew = (
             f"; to take what is there now, remove {folder}"
-            if source.endswith(_UNPINNED) and (folder / _RECORD).exists()
+            if source.endswith(_UNPINNED) and _record(folder / CARD).exists()
             else ""
         )
         raise DownloadError(
@@ -74,23 +79,77 @@ def fetch_checkpoint(source: str) -> Path:
     return folder
 
 
+def fetch_weights(source: str) -> Path:
+    """The file in the cache with the weights of another project at an address, downloaded where it is not there.
+
+    Raises `ConfigurationError` (no address, or one without a pin) and `DownloadError`.
+    """
+    address, names = parse_weights(source)
+    failures = []
+    for name in names:
+        path = _place("weights", address) / name.rpartition("/")[2]
+        try:
+            _fetch_first(address.file(name), path, address.sha256, MAX_THETA)
+            return path
+        except DownloadError as error:
+            failures.append(str(error))
+    raise DownloadError("\n".join([f"source={source!r}:", *failures, "Check the address, its file and its pin"]))
+
+
 def parse(source: str) -> Address:
     """What an address means; raises `ConfigurationError` for one that says nothing, or does not say which content."""
+    location, sha256, marked = _pin(source, f"its {CARD}")
+    folder, fixed = _hub_folder(source, location) if location.startswith("hf:") else (_web_folder(source, location), "")
+    if not marked and not fixed:
+        raise _unpinned(source, location, f"its {CARD}")
+    return Address(folder, sha256)
+
+
+def parse_weights(source: str) -> tuple[Address, tuple[str, ...]]:
+    """The folder of a file of weights, and what the file may be called."""
+    location, sha256, marked = _pin(source, "the file")
+    if not location.startswith("hf:"):
+        if not marked:
+            raise _unpinned(source, location, "the file")
+        parts = urlsplit(location)
+        path, _, name = parts.path.rpartition("/")
+        if not parts.netloc or not name:
+            raise ConfigurationError(f"source={source!r}: expected the address of a file of weights")
+        return Address(urlunsplit(parts._replace(path=path)), sha256), (name,)
+    match = _HUB_FILE.fullmatch(location if "@" in location else f"{location}@main")
+    if not match:
+        raise ConfigurationError(f"source={source!r}: expected hf:owner/name@commit, or with /FILE behind it")
+    folder, fixed = _hub_folder(source, match[1])
+    if not marked and not fixed:
+        raise _unpinned(source, location, "the file")
+    return Address(folder, sha256), (match[2].lstrip("/"),) if match[2] else WEIGHTS
+
+
+def _pin(source: str, what: str) -> tuple[str, str | None, bool]:
+    """An address without its end, the SHA-256 stated there, and whether there is an end.  what: is of that sum."""
     location, mark, fragment = source.partition("#")
     pin = re.fullmatch(f"sha256=({_HEX})", fragment.lower())
     if mark and not pin and mark + fragment != _UNPINNED:
         raise ConfigurationError(
             f"source={source!r}: it ends in {mark + fragment!r}, expected #sha256= and 64 hexadecimal digits, the "
-            f"SHA-256 of its {CARD}, or {_UNPINNED}"
+            f"SHA-256 of {what}, or {_UNPINNED}"
         )
-    folder, fixed = _hub_folder(source, location) if location.startswith("hf:") else (_web_folder(source, location), "")
-    if not mark and not fixed:
-        wanted = "a full commit, @ and 40 hexadecimal digits" if location.startswith("hf:") else "#sha256=…"
-        raise ConfigurationError(
-            f"source={source!r}: it may serve something else tomorrow. Pin it with {wanted}, or by the SHA-256 of its "
-            f"{CARD}, {location}#sha256=…; or take what is there now, once and for all: {location}{_UNPINNED}"
-        )
-    return Address(folder, pin[1] if pin else None)
+    return location, pin[1] if pin else None, bool(mark)
+
+
+def _unpinned(source: str, location: str, what: str) -> ConfigurationError:
+    wanted = "a full commit, @ and 40 hexadecimal digits" if location.startswith("hf:") else "#sha256=…"
+    return ConfigurationError(
+        f"source={source!r}: it may serve something else tomorrow. Pin it with {wanted}, or by the SHA-256 of {what}, "
+        f"{location}#sha256=…; or take what is there now, once and for all: {location}{_UNPINNED}"
+    )
+
+
+def _place(kind: str, address: Address) -> Path:
+    """The folder in the cache for what is at an address."""
+    key = hashlib.sha256(f"{address.folder}#{address.sha256}".encode()).hexdigest()
+    name = re.sub(r"[^\w.%-]", "_", urlsplit(address.folder).path.rpartition("/")[2], flags=re.ASCII)
+    return cache_folder() / kind / f"{name[:64]}-{key[:32]}"
 
 
 def _hub_folder(source: str, location: str) -> tuple[str, bool]:
@@ -118,14 +177,24 @@ def _web_folder(source: str, location: str) -> str:
 
 
 def _fetch_card(address: Address, folder: Path) -> None:
-    url, path, record = address.file(CARD), folder / CARD, folder / _RECORD
-    pin = address.sha256 or _recorded(record)
-    if pin:
-        fetch([url], path, pin, MAX_CARD)
-        return
-    fetch([url], path, None, MAX_CARD)
-    _theta_entry(path)  # before it counts: it may be the page of a network that one has to log in to
-    _files.atomic_write(record, f"{_files.sha256(path)}  {CARD}\n".encode())
+    # Before it counts it is looked at: it may be the page of a network that one has to log in to.
+    _fetch_first(address.file(CARD), folder / CARD, address.sha256, MAX_CARD, _theta_entry)
+
+
+def _fetch_first(
+    url: str, path: Path, sha256: str | None, max_bytes: int, check: Callable[[Path], object] = lambda path: None
+) -> None:
+    """Have the file with this SHA-256, or the one that came first where none is stated; ``check`` sees the latter."""
+    record = _record(path)
+    pin = sha256 or _recorded(record)
+    fetch([url], path, pin, max_bytes)
+    if not pin:
+        check(path)
+        _files.atomic_write(record, f"{_files.sha256(path)}  {path.name}\n".encode())
+
+
+def _record(path: Path) -> Path:
+    return path.with_suffix(_RECORD)
 
 
 def _recorded(record: Path) -> str | None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from l2o._files import user_path
 from l2o._names import unknown
 from l2o._resources import resource
 from l2o.types import CheckpointError, ConfigurationError, UnknownNameError
@@ -28,12 +29,20 @@ def aliases() -> dict[str, str]:
     return read_json(path) if path.is_file() else {}
 
 
+def is_shipped(folder: Path) -> bool:
+    """Whether this is the folder of a checkpoint that came with l2o, by whatever path."""
+    return folder.resolve().parent == _pretrained().resolve()
+
+
 def resolve(source: Source) -> Path:
     """The folder that ``source`` means; its files are not looked at. Raises as `l2o.load` does."""
     if not isinstance(source, str | os.PathLike):
         raise ConfigurationError(f"source={source!r}: expected a name or a path, got {type(source).__name__}")
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    try:
+        path = user_path(text, "source")
+    except ConfigurationError as error:
+        raise UnknownNameError(str(error)) from error
     folder = path.parent if path.name == THETA else path
     # A user's own checkpoint comes before one of ours of that name, an unrelated folder does not.
     if text and (folder / CARD).is_file():
@@ -44,6 +53,13 @@ def resolve(source: Source) -> Path:
     if text and folder.is_dir():
         return folder
     raise UnknownNameError(_not_found(text))
+
+
+def name_of(source: Source) -> str:
+    """What messages call a checkpoint: a pretrained one by its own name, whatever alias led to it."""
+    text = os.fspath(source)
+    alias = isinstance(source, str) and text in aliases() and resolve(source).parent == _pretrained()
+    return aliases()[text] if alias else text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,4 +96,4 @@ def _named(name: str) -> Path | None:
 
 def _not_found(name: str) -> str:
     names = unknown("checkpoint", name, {*list_pretrained(), *aliases()})
-    return f"{names}; and there is no folder of that name"
+    return f"{names}; and there is no folder of that name; start with 'default'"

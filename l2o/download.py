@@ -15,18 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from l2o import _files
+from l2o._files import cache_folder as cache_folder
 from l2o.types import DownloadError
 
 _CHUNK = 2**16
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: ``$L2O_CACHE_DIR``, else ``l2o`` in ``$XDG_CACHE_HOME``, else ``~/.cache/l2o``."""
-    if own := os.environ.get("L2O_CACHE_DIR"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "l2o"
 
 
 def fetch(urls: Sequence[str], path: Path, sha256: str | None, max_bytes: int, timeout: float = 30.0) -> Path:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 import l2o.rules
-from l2o._files import atomic_write, atomic_writes, to_bytes, try_folder
+from l2o._files import atomic_write, atomic_writes, to_bytes, try_folder, user_path
 from l2o._remote import fetch_checkpoint, is_address
-from l2o._shelf import CARD, THETA, Source, read, read_json, resolve
+from l2o._shelf import CARD, THETA, Source, is_shipped, read, read_json, resolve
 from l2o._shelf import list_pretrained as list_pretrained
+from l2o._shelf import name_of as name_of
 from l2o.types import CheckpointError, ConfigurationError, Theta, UpdateRule
 
 FORMAT_VERSION = 1
@@ -52,7 +53,7 @@ def save(path: Source, rule: UpdateRule, theta: Theta, card: Mapping[str, Any] |
     single = {name: tensor.to(torch.float32) for name, tensor in check_theta(rule, theta).items()}
     data = to_bytes(check_theta(rule, single))  # again: float64 has larger numbers than float32
     text = _card_text(rule, data, card or {})
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     atomic_writes({folder / THETA: data, folder / CARD: text.encode()})
     return folder
 
@@ -61,7 +62,7 @@ def annotate(source: Source, entries: Mapping[str, Any]) -> None:
     """Add entries to a checkpoint's card, or replace those that are there: measured results, a licence. θ stays.
 
     Errors as for `load`, `ConfigurationError` for entries that are `save`'s own or that JSON cannot hold and for a
-    checkpoint at an address, and OSError where the disk does not take the card.
+    checkpoint at an address or one that came with l2o, and OSError where the disk does not take the card.
     """
     folder = _own_folder(source)
     card = _read_card(folder)
@@ -72,7 +73,8 @@ def annotate(source: Source, entries: Mapping[str, Any]) -> None:
 def check_writable(source: Source) -> None:
     """See whether `annotate` could write a card, before there is anything to write.
 
-    Errors as for `load`, and `ConfigurationError` where the folder takes no files or is a copy of what is elsewhere.
+    Errors as for `load`, and `ConfigurationError` where the folder takes no files, is a copy of what is elsewhere, or
+    came with l2o.
     """
     folder = _own_folder(source)
     try:
@@ -136,6 +138,11 @@ def _own_folder(source: Source) -> Path:
     if is_address(source):
         raise ConfigurationError(
             f"source={source!r}: its card stays as it was published; copy the folder {folder}, and name the copy"
+        )
+    if is_shipped(folder):
+        raise ConfigurationError(
+            f"source={os.fspath(source)!r}: it was installed with l2o, and its card is not written to; copy the folder "
+            f"{folder}, and name the copy"
         )
     return folder
 

@@ -89,13 +89,18 @@ class MetaTraining:
         self.average = None if average is None else real("average", average, above=0.0, below=1.0)
         self.estimator = estimator
         self.theta: Theta = {k: t.detach().to(generator.device, copy=True) for k, t in theta.items()}
-        _try_optimizer(optimizer, self.theta)
+        self._slots = _try_optimizer(optimizer, self.theta)
         self.optimizer = optimizer(list(self.theta.values()))
         self.generator = generator
         self.schedule = schedule
-        before = global_states()
+        drawn, before = generator.get_state(), global_states()
         self.inner = estimator.init(self.theta, generator)
         self._drew: bool | None = global_states() != before
+        if self._drew:  # once more: packages that a task imports may draw, but do so once
+            generator.set_state(drawn)
+            before = global_states()
+            self.inner = estimator.init(self.theta, generator)
+            self._drew = global_states() != before
         self.step = 0
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._average: Theta = {} if average is None else {k: t.clone() for k, t in self.theta.items()}
@@ -166,7 +171,7 @@ class MetaTraining:
         structure = tree_flatten(self.inner)[1]
         state = self._checked(_copied(state), tree_flatten(gather(self.inner))[0])
         device = self.generator.device
-        self._load_optimizer({int(k): slots for k, slots in state["optimizer"].items()}, state["groups"])
+        self._load_optimizer(state["optimizer"], state["groups"])
         for ours, saved in ((self.theta, state["theta"]), (self._average, state["average"])):
             for name, tensor in ours.items():
                 tensor.copy_(saved[name])
@@ -174,14 +179,19 @@ class MetaTraining:
         self.generator.set_state(state["generator"])
         self.step = state["step"]
 
-    def _load_optimizer(self, slots: dict[int, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    def _load_optimizer(self, saved_state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+        # Parameters have numbers; a `LearnedOptimizer` also has entries of other names.
+        slots = {int(k) if k.isdecimal() else k: value for k, value in saved_state.items()}
         own = self.optimizer.state_dict()["param_groups"]
         merged = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": merged})
+        try:
+            self.optimizer.load_state_dict({"state": slots, "param_groups": merged})
+        except ValueError as error:
+            raise ResumeError(f"optimizer: {error}") from error
         tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-        for index, saved in slots.items():
-            loaded = self.optimizer.state[tensors[index]]
-            for name, value in saved.items():
+        for index, tensor in enumerate(tensors):
+            loaded = self.optimizer.state.get(tensor, {})
+            for name, value in slots.get(index, {}).items():
                 if isinstance(value, Tensor):  # torch has cast it to the dtype of its parameter
                     loaded[name] = value.to(loaded[name].device)
 
@@ -196,6 +206,13 @@ class MetaTraining:
                 f"optimizer: the saved state has {len(state['groups'])} groups of parameters, this run has "
                 f"{len(self.optimizer.param_groups)}; continue it with the configuration it was started with"
             )
+        for index, names in enumerate(self._slots):
+            saved = state["optimizer"].get(str(index))
+            if saved and not names <= saved.keys():
+                raise ResumeError(
+                    f"optimizer: the saved state has {sorted(saved)}, a {type(self.optimizer).__name__} keeps "
+                    f"{sorted(names)}; continue it with the configuration it was started with"
+                )
         _same_shapes("theta", self.theta, state["theta"])
         _same_shapes("average of theta", self._average, state["average"])
         _same_shapes("inner problems", dict(enumerate(leaves)), dict(enumerate(state["inner"])))
@@ -203,19 +220,28 @@ class MetaTraining:
         return state
 
 
-def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], theta: Theta) -> None:
-    """One step on a copy of θ, since what an optimizer cannot do shows there only."""
+def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], theta: Theta) -> list[set[str]]:
+    """One step on a copy of θ, since what an optimizer cannot do shows there only; the names of its slots by tensor."""
     copies = [tensor.clone() for tensor in theta.values()]
     for tensor in copies:
         tensor.grad = torch.zeros_like(tensor)
     trial = make(copies)
+    held = [p for group in getattr(trial, "param_groups", ()) for p in group["params"]]
+    if not isinstance(trial, torch.optim.Optimizer) or not {id(p) for p in held} <= {id(t) for t in copies}:
+        raise ConfigurationError(
+            f"optimizer made a {type(trial).__name__} of {len(held)} tensors: expected a function from the tensors of "
+            "θ to a torch.optim.Optimizer that moves them"
+        )
     try:
         trial.step()
-    except (TypeError, ValueError, RuntimeError) as error:
+        [group["lr"] for group in trial.param_groups]  # which schedules are factors on
+    except Exception as error:  # whatever an optimizer may raise on what it was not made for
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigurationError(
-            f"optimizer: {type(trial).__name__} cannot move θ ({error}); expected one that steps without a closure on "
-            "dense gradients, such as Adam"
+            f"optimizer: {type(trial).__name__} cannot move θ ({reason}); expected one with a rate lr that steps "
+            "without a closure on dense gradients, such as Adam"
         ) from error
+    return [set(trial.state.get(p, {})) for p in held]
 
 
 def _kept(group: dict[str, Any]) -> dict[str, Any]:

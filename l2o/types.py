@@ -108,6 +108,9 @@ class UpdateRule(abc.ABC):
     """Whether ``accumulate`` reads ``loss``; the plug-in then asks for one."""
     learned_init: ClassVar[bool] = True
     """Whether ``init`` may depend on ``theta``, which meta-training then differentiates; False saves a little time."""
+    rests: ClassVar[bool] = False
+    """Whether the update of an entry whose gradients were all 0 is 0; where not, the plug-in keeps a mask and sees to
+    it (padding, pruned weights)."""
 
     @abc.abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from meta_train._config import EXTRA
+from meta_train._config import EXTRA, INSTALL
 
 try:
     from meta_train.train import main
 except ModuleNotFoundError as error:
     if str(error.name).split(".")[0] not in EXTRA:
         raise
-    sys.exit(f"error: {error.name} is not installed; the commands need: pip install l2o[train]")
+    sys.exit(f"error: {error.name} is not installed; the commands need: {INSTALL}")
 
 main()

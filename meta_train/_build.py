@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from l2o._contract import checked_batch, checked_init, checked_sample
+from l2o._files import sha256
 from l2o._names import unknown
 from l2o.types import ConfigurationError, L2OError, Split, TaskFamily, UnknownNameError
 from l2o.unroll import lane_losses
@@ -111,6 +113,15 @@ def _not_importable(path: Any, what: str, error: Exception) -> str:
     if valid:
         return f"{what}: {unknown(f'name in {module}', name, valid)}"
     return f"{what}: cannot import {path!r} ({one_line(error)}); expected module.Class, found from this folder"
+
+
+def source_digest(*made: object) -> str:
+    """Hex digest of the source files of the classes of these objects, and of their bases."""
+    digests = set()
+    for cls in (cls for each in made for cls in type(each).__mro__ if cls.__module__ != "l2o.types"):
+        with contextlib.suppress(OSError, TypeError):  # built-in ones, and those typed into an interpreter, have none
+            digests.add(sha256(inspect.getfile(cls)))
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 def probe(family: TaskFamily, splits: Iterable[Split], device: torch.device) -> None:

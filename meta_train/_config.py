@@ -7,7 +7,10 @@ import errno
 import functools
 import os
 import re
+import shlex
+import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +20,17 @@ import torch
 from l2o._names import unknown
 from l2o._resources import resource
 from l2o.types import ConfigurationError, L2OError, WriteError
+from meta_train import stop_early
 
 if TYPE_CHECKING:
     from hydra.errors import HydraException
 
 EXTRA = ("hydra", "omegaconf", "yaml", "rich", "matplotlib", "sklearn", "wandb", "higher")
 """Packages of the extra ``train`` that a command may find missing."""
+INSTALL = "pip install 'l2o[train]'"
+
+_ANEW = "nothing was written; the same command starts anew"
+_kept = [_ANEW]
 
 
 def config_path() -> str:
@@ -33,10 +41,12 @@ def config_path() -> str:
 def open_settings(arguments: Iterable[str], nodes: Sequence[str]) -> list[str]:
     """A command line on which settings under ``nodes``, such as ``task.width=3``, need no ``+``.
 
-    What they may be is known by the class that they are for, not by the YAML.
+    What they may be is known by the class that they are for, not by the YAML. A value that begins with ``~``, which
+    Hydra does not read, is quoted.
     """
     opened = re.compile(rf"({'|'.join(nodes)})(\.[\w.]+=|={{)")
-    return [f"++{argument}" if opened.match(argument) else argument for argument in arguments]
+    quoted = [re.sub(r"^([\w./@]+)=(~[^\"',]*)$", r'\1="\2"', argument) for argument in arguments]
+    return [f"++{argument}" if opened.match(argument) else argument for argument in quoted]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -53,14 +63,22 @@ def resolve_device(name: str) -> torch.device:
 def main_guard(command: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command: errors of the user's input become one line on stderr and exit status 2, others keep their trace.
 
-    The environment variable ``HYDRA_FULL_ERROR=1`` shows the trace of all of them.
+    The environment variable ``HYDRA_FULL_ERROR=1`` shows the trace of all of them. Ctrl-C is a line, too, that of
+    `if_interrupted`, and exit status 130.
     """
 
     @functools.wraps(command)
     def guarded() -> None:
+        if signal.getsignal(signal.SIGINT) is stop_early:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if_interrupted(_ANEW)
+        os.environ["MPLBACKEND"] = "agg"  # pictures go to files; what is set, for a notebook say, may not exist here
         try:
             with _hydra_raises() as full:
                 command()
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: {_kept[0]}", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except Exception as error:
             message = _message(error)
             if full or message is None:
@@ -69,6 +87,11 @@ def main_guard(command: Callable[[], None]) -> Callable[[], None]:
             sys.exit(2)
 
     return guarded
+
+
+def if_interrupted(text: str) -> None:
+    """From now on Ctrl-C says this: what is kept, and how to go on.  It lasts to the end of the command."""
+    _kept[0] = text
 
 
 @contextlib.contextmanager
@@ -104,7 +127,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, L2OError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in EXTRA:
-        return f"{error.name} is not installed; the commands need: pip install l2o[train]"
+        return f"{error.name} is not installed; the commands need: {INSTALL}"
     if "hydra" not in sys.modules:
         return None
     from hydra.errors import HydraException
@@ -116,13 +139,25 @@ def _message(error: Exception) -> str | None:
 
 
 def _composition_message(error: HydraException) -> str:
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
+    if isinstance(error, OverrideParseException):
+        reason = one_line(error).partition(" See https")[0]
+        return f"{error.override!r} cannot be read ({reason}); {_quoting(str(error.override))}"
     if not isinstance(error, MissingConfigException) or error.missing_cfg_file is None:
         return _unknown_key(error.__cause__) or " ".join(one_line(e) for e in (error, error.__cause__) if e)
     group, _, name = error.missing_cfg_file.rpartition("/")
     choices = error.options or [path.stem for path in Path(config_path(), group).glob("*.yaml")]
     return unknown(group or "config", name, choices)
+
+
+def _quoting(argument: str) -> str:
+    """How to write an argument that Hydra cannot read: its values have a grammar, the shell another."""
+    key, _, value = argument.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return "expected key=value; what has one of = # , : ( [ { or spaces in it is quoted twice, as in " + (
+        shlex.quote(f'{key}="{escaped or "a name"}"')
+    )
 
 
 def _unknown_key(error: BaseException | None) -> str | None:
@@ -133,6 +168,12 @@ def _unknown_key(error: BaseException | None) -> str | None:
     if not isinstance(error, ConfigAttributeError | ConfigKeyError) or not parent:
         return None
     return unknown("setting", str(error.key), [str(key) for key in parent if key != "hydra"])
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Text in lines of 80 columns, all but the first of which are indented; a word that is longer stays whole."""
+    spaces = " " * indent
+    return textwrap.fill(text, 80, subsequent_indent=spaces, break_long_words=False, break_on_hyphens=False)
 
 
 def one_line(error: BaseException) -> str:

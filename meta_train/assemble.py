@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from l2o._checks import whole
+from l2o._checks import seed, whole
 from l2o.estimators import Mixed
 from l2o.evaluation.trials import Setting
 from l2o.hub import load
 from l2o.meta import MetaTraining, Schedule
 from l2o.ranks import ranks
 from l2o.types import ConfigurationError, MetaGradient, Mixture, TaskFamily, Theta, UpdateRule
-from meta_train._build import make, partial, probe, refused
+from meta_train._build import make, partial, probe, refused, source_digest
 from meta_train._config import resolve_device
 from meta_train.held_out import HeldOut
 from meta_train.processes import Follower
@@ -36,6 +36,7 @@ def make_session(folder: RunFolder) -> Session | Follower:
     _check_numbers(config)
     device = resolve_device(config["device"])
     rule, problems = make(config["rule"], "rule", UpdateRule), make(config["task"], "task", TaskFamily, Mixture)
+    folder.compare_sources({"rule": source_digest(rule), "task": source_digest(*families(problems).values())})
     estimator = _make_estimator(config["estimator"], rule, problems)
     held_out = HeldOut(rule, _held_out_settings(config, estimator), device)
     for family in families(problems).values():
@@ -48,7 +49,7 @@ def make_session(folder: RunFolder) -> Session | Follower:
     if config["init_from"] and folder.state is None:
         theta = _warm_start(config["init_from"], rule)
     optimizer, schedule = partial(config["outer"], "outer", "params"), partial(config["schedule"], "schedule", "step")
-    _check_schedule(config, schedule)
+    _check_schedule(folder, schedule)
     with refused("meta"):
         training = MetaTraining(estimator, theta, optimizer, generator, schedule, **config["meta"])
     if folder.state is not None:
@@ -111,13 +112,15 @@ def _warm_start(source: str, rule: UpdateRule) -> Theta:
 def _check_numbers(config: dict[str, Any]) -> None:
     for name, least in LEAST.items():
         whole(name, config[name], least)
+    seed("seed", config["seed"])
 
 
-def _check_schedule(config: dict[str, Any], schedule: Schedule) -> None:
+def _check_schedule(folder: RunFolder, schedule: Schedule) -> None:
     """Outer steps at a learning rate of 0 would only look like training."""
-    last = config["steps"] - 1
-    if not schedule(0) > 0.0 or not schedule(last) > 0.0:
+    steps = folder.config["steps"]
+    if not schedule(0) > 0.0 or not schedule(steps - 1) > 0.0:
+        begun = "" if folder.state is None else " in another run=; this one keeps the schedule that it began with"
         raise ConfigurationError(
-            f"steps={config['steps']}: the schedule has the outer learning rate at 0 by then; "
-            f"give schedule.total={config['steps']}, or a schedule.floor"
+            f"steps={steps}: the schedule has the outer learning rate at 0 by then; "
+            f"give schedule.total={steps}, or a schedule.floor{begun}"
         )

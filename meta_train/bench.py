@@ -7,6 +7,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from l2o._checks import each, real, whole
-from l2o._files import atomic_write
+from l2o._files import atomic_write, user_path
 from l2o._names import choose
 from l2o.evaluation.engine import Engine, measure, measure_checkpointing, measure_sharing
 from l2o.ranks import ranks
 from l2o.types import ConfigurationError
 from meta_train._build import refused
-from meta_train._config import config_path, main_guard, resolve_device
+from meta_train._config import config_path, if_interrupted, main_guard, open_settings, resolve_device, wrapped
 from meta_train.card import commit, hardware
 from meta_train.processes import joined
 
@@ -34,6 +35,7 @@ def main() -> None:
     """The command."""
     import hydra
 
+    sys.argv[1:] = open_settings(sys.argv[1:], ["engines"])
     composed: list[Any] = []
     # Hydra only composes: where what it runs fails, it adds a message of its own.
     compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="bench")
@@ -50,12 +52,15 @@ def bench(config: Any) -> list[Record]:
     real("seconds", plain["seconds"], above=0.0)
     suite = choose("suite", plain["suite"], SUITES)
     device = resolve_device(plain["device"])
+    out = None if plain["out"] is None else user_path(plain["out"], "out")
     about = {"hardware": hardware(device), "commit": commit(), "date": datetime.date.today().isoformat()}
     records = []
     for record in suite(plain, str(device)):
         records.append({**record, **about})
         print(_line(record), flush=True)
-        _write(plain["out"], records)  # after each, so that an interrupted suite has left what it found
+        _write(out, records)  # after each, so that an interrupted suite has left what it found
+        if out:
+            if_interrupted(f"{out} has the first {len(records)} records; the same command measures them anew")
     return records
 
 
@@ -93,7 +98,17 @@ SUITES: dict[str, Callable[[Mapping[str, Any], str], Iterator[Record]]] = {
 def _alone(work: Callable[..., Record], *arguments: Any) -> Record:
     """``work`` in a process of its own, whose memory is its alone."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process' to answer
+        try:
+            started = pool.submit(work, *arguments)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        try:
+            return started.result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
 
 
 @contextlib.contextmanager
@@ -110,17 +125,19 @@ def _empty_cache() -> Iterator[None]:
                 os.environ["L2O_CACHE_DIR"] = before
 
 
-def _write(out: str | None, records: list[Record]) -> None:
+def _write(out: Path | None, records: list[Record]) -> None:
     if out is None or not records:
         return
     try:
-        atomic_write(Path(out), (json.dumps(records, indent=2) + "\n").encode())
+        atomic_write(out, (json.dumps(records, indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigurationError(f"out={out} cannot be written ({error.strerror}); name another file") from error
 
 
 def _line(record: Record) -> str:
-    return "  ".join(f"{key} {_show(value)}" for key, value in record.items() if not isinstance(value, list))
+    """A paragraph; what belongs to a number stays on its line."""
+    items = (f"{key} {_show(value)}" for key, value in record.items() if not isinstance(value, list))
+    return wrapped("  ".join(item if "(" in item else item.replace(" ", "\0") for item in items), 2).replace("\0", " ")
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Turn weights of other projects into a checkpoint: ``python -m meta_train.convert FILE --to FOLDER --licence MIT``."""
+"""Turn weights of others into a checkpoint: ``python -m meta_train.convert hf:owner/name@commit --to FOLDER``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import l2o
+from l2o._remote import is_address
 from l2o.interop.convert import convert
 from l2o.types import ConfigurationError
-from meta_train._config import main_guard, writing
+from meta_train._config import if_interrupted, main_guard, wrapped, writing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,10 +21,17 @@ def parser() -> argparse.ArgumentParser:
         description="Turn the meta-parameters of a learned optimizer that other code has written into a checkpoint: a "
         "flax theta.state, or state dicts of PyLO (.safetensors, .pt; both files of VeLO). Nothing is unpickled.",
     )
-    made.add_argument("files", nargs="+", metavar="FILE", help="what to read; its tensors say what it is")
+    made.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="what to read; its tensors say what it is. Or an address: hf:owner/name@COMMIT, with /FILE behind it "
+        "where it has none of the usual names, or 'https://host/file#sha256=…'",
+    )
     made.add_argument("--to", required=True, metavar="FOLDER", help="where the checkpoint goes")
     made.add_argument(
-        "--licence", required=True, help="under which the weights are given: an SPDX name such as MIT, or a text"
+        "--licence",
+        help="under which the weights are given: an SPDX name such as MIT, or a text; an address stands for itself",
     )
     made.add_argument(
         "--set",
@@ -52,13 +60,18 @@ def setting(text: str) -> tuple[str, Any]:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Convert, and say what came out."""
-    given = parser().parse_args(arguments)
+    made = parser()
+    given = made.parse_args(arguments)
+    if given.licence is None and not all(map(is_address, given.files)):
+        made.error("the following arguments are required: --licence")
+    licence = given.licence or f"not stated when converted; see {' '.join(given.files)}"
+    if_interrupted("no checkpoint was written; the same command goes on, also with a download that broke off")
     with writing(f"to={given.to!r}"):
-        folder = convert(given.files, given.to, given.licence, dict(map(setting, given.set)), given.name)
+        folder = convert(given.files, given.to, licence, dict(map(setting, given.set)), given.name)
     rule, theta = l2o.load(folder)
     origin = l2o.read_card(folder)["origin"]
     size = sum(tensor.numel() for tensor in theta.values())
-    print(f"{origin['name']}: {rule!r}, size of θ: {size:,}, licence: {given.licence}")
+    print(wrapped(f"{origin['name']}: {rule!r}, size of θ: {size:,}, licence: {licence}", 2))
     for name in origin["fits_also"]:
         print(f"  has the same tensors: --as {name}")
     for name, value in origin["settings"].items():

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l2o._files import user_path
 from l2o._names import choose, unknown
 from l2o.evaluation import (
     LEARNED,
@@ -78,7 +79,7 @@ def evaluate(config: DictConfig, command: str) -> Report:
     first = learned[LEARNED]
     if config.record:
         check_writable(first.label)
-    out = Path(config.out)
+    out = user_path(config.out, "out")
     prepare_folder(out)
     facts = _facts(learned.values(), device, command)
     report = Report(", ".join(e.label for e in learned.values()), [], facts, {}, config.loss_label)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from l2o._files import atomic_write
+from l2o._checks import seed
+from l2o._files import atomic_write, user_path
 from l2o._names import choose
 from l2o.evaluation.extras import require
 from l2o.evaluation.findings import Finding, findings
@@ -22,7 +23,7 @@ from l2o.hub import known_rules, load
 from l2o.tasks import ImageConv, ImageMLP, Quadratic
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
 from meta_train._build import import_classes
-from meta_train._config import main_guard, resolve_device
+from meta_train._config import main_guard, resolve_device, wrapped
 
 TASKS: dict[str, type[TaskFamily]] = {"digits_mlp": ImageMLP, "digits_conv": ImageConv, "quadratic": Quadratic}
 _ROWS = 5
@@ -54,16 +55,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     require("matplotlib")
     family = choose("task", given.task, TASKS)()
-    generator = torch.Generator(resolve_device(given.device)).manual_seed(given.seed)
+    generator = torch.Generator(resolve_device(given.device)).manual_seed(seed("seed", given.seed))
     rule, theta = find(given.source, import_classes(given.rules, "rules", UpdateRule), given.seed)
-    out = Path(given.out or f"inspect-{Path(given.source).name}.png")
+    out = user_path(given.out or f"inspect-{Path(given.source).name}.png", "out")
     if out.suffix.lower() != ".png":
         raise ConfigurationError(f"out={str(out)!r}: expected the name of a .png file")
     prepare_folder(out.parent)
     theta = {name: t.to(generator.device) for name, t in theta.items()}
     inspection = inspect(rule, theta, family, given.steps, generator, given.lanes)
     atomic_write(out, inspection_png(inspection, f"{given.source} on {given.task}, {given.steps} steps"))
-    print(f"{given.source}: {rule!r}, on {given.task}, {given.steps} steps\n")
+    print(wrapped(f"{given.source}: {rule!r}, on {given.task}, {given.steps} steps", 2) + "\n")
     print_findings(findings(inspection))
     print_rates(inspection)
     print_sensitivity(inspection)
@@ -83,18 +84,18 @@ def print_findings(found: Sequence[Finding]) -> None:
     """A line each."""
     width = max(len(f.answer) for f in found)
     for f in found:
-        print(f"{f.topic:<10} {f.answer:<{width}} {f.number:>9.3g}  {f.sentence}")
+        print(wrapped(f"{f.topic:<10} {f.answer:<{width}} {f.number:>9.3g}  {f.sentence}", 10 + width + 13))
 
 
 def print_rates(inspection: Inspection) -> None:
     """Effective learning rates at a few steps, beside Adam's."""
     columns = ("step", "loss", "rms(u)/rms(g)", "-<u,g>/<g,g>", f"Adam, lr {ADAM_LR:g}", "-<u,g>/<g,g>")
-    print(f"\n{columns[0]:>6}" + "".join(f"{column:>16}" for column in columns[1:]))
+    print(f"\n{columns[0]:>5}" + "".join(f"{column:>15}" for column in columns[1:]))
     run, adam = inspection.run, inspection.adam
     last = len(run.losses) - 1
     for step in dict.fromkeys(round(i * last / (_ROWS - 1)) for i in range(_ROWS)):
         values = (run.losses[step].mean(), run.rates[step], run.descent[step], adam.rates[step], adam.descent[step])
-        print(f"{step:>6}" + "".join(f"{float(value):>16.3g}" for value in values))
+        print(f"{step:>5}" + "".join(f"{float(value):>15.3g}" for value in values))
 
 
 def print_sensitivity(inspection: Inspection) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -16,8 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from l2o.types import ConfigurationError
-from meta_train._config import writing
+from meta_train._config import one_line, writing
 
+RECORDS = ("metrics.jsonl", "timing.jsonl")
+"""What a continued run repeats bit for bit, and what it cannot: seconds."""
 Values = Mapping[str, float | None]
 """Numbers by name; None stands for one that is not finite, which JSON cannot say."""
 
@@ -68,7 +74,7 @@ class Wandb:
     """Weights & Biases: online with an account, else offline in the run's folder (``wandb sync`` uploads it later).
 
     mode: as in ``wandb.init``; it, or the variable ``WANDB_MODE``, overrides that choice.
-    A run that is continued keeps its id.
+    A run that is continued keeps its id; offline, its folder has all of it from the first step on.
     """
 
     project: str = "l2o"
@@ -83,16 +89,32 @@ class Wandb:
         except ImportError as error:
             raise _missing("wandb", "train") from error
         self._wandb: Any = wandb
+        own: dict[str, Any] = {"mode": self.mode} if self.mode else {}
+        with _said_by_wandb():
+            wandb.Settings(**own).update_from_env_vars(dict(os.environ))
 
     def start(self, folder: Path, config: Mapping[str, Any], run_id: str, step: int) -> None:
         wandb, where = self._wandb, {"project": self.project, "entity": self.entity, "group": self.group}
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, init_timeout=30)
         run = {**where, "name": self.name, "id": run_id, "resume": "allow", "config": dict(config), "dir": folder}
-        try:
-            self._run = wandb.init(**run, mode=self._choose_mode(), settings=quiet)
-        except wandb.errors.Error as error:
-            print(f"wandb: {error}; recording offline in {folder / 'wandb'}", file=sys.stderr)
-            self._run = wandb.init(**run, mode="offline", settings=quiet)
+        with _said_by_wandb():
+            try:
+                self._run = wandb.init(**run, mode=self._choose_mode(), settings=quiet)
+            except wandb.errors.Error as error:
+                print(f"wandb: {error}; recording offline in {folder / 'wandb'}", file=sys.stderr)
+                self._run = wandb.init(**run, mode="offline", settings=quiet)
+        here = Path(self._run.dir).parent
+        self._offline = here if here.name.startswith("offline-run-") else None
+        if self._offline and step:
+            self._repeat(folder)
+            for earlier in here.parent.glob(f"offline-run-*-{run_id}*"):
+                if earlier != here:
+                    shutil.rmtree(earlier)
+
+    def _repeat(self, folder: Path) -> None:
+        """Record anew what the run has recorded so far: offline, wandb goes on with no run, and begins another."""
+        for row in sorted(_rows(folder), key=itemgetter("step")):
+            self.log(row.pop("step"), row)
 
     def _choose_mode(self) -> str | None:
         if self.mode or "WANDB_MODE" in os.environ:
@@ -108,6 +130,8 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+        if self._offline:
+            print(f"wandb: recorded offline; to upload it: wandb sync {shlex.quote(str(self._offline))}")
 
 
 @dataclass
@@ -138,8 +162,30 @@ class TensorBoard:
 
 def _missing(package: str, extra: str) -> ConfigurationError:
     return ConfigurationError(
-        f"logger={package} is not installed: pip install l2o[{extra}], or go without: logger=none"
+        f"logger={package} is not installed: pip install 'l2o[{extra}]', or go without: logger=none"
     )
+
+
+@contextlib.contextmanager
+def _said_by_wandb() -> Iterator[None]:
+    """What wandb has against its settings, which the environment may hold, becomes a line."""
+    try:
+        yield
+    except Exception as error:  # its own, pydantic's, the disk's
+        reason = one_line(error).partition(" For further information")[0]
+        raise ConfigurationError(
+            f"wandb: {reason}; mend or unset the variable of the environment (WANDB_…, HOME), or go "
+            "without: logger=none"
+        ) from error
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run, by file."""
+    for name in RECORDS:
+        for line in (folder / name).read_text().splitlines():
+            row = json.loads(line)
+            row.pop("seconds", None)  # which is no metric
+            yield row
 
 
 class Terminal:

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE, TensorError, read_trace, replay
 from l2o.types import L2OError
+from meta_train._config import main_guard, wrapped
 
-_COLUMNS = "{:<28} {:>16} {:>10} {:>10}  {}"
+_COLUMNS = "{:<26} {:>16} {:>8} {:>8}  {}"
+_NAME = 26
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Replay and print; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m meta_train.replay",
         description="Replay recorded runs of public learned optimizers.",
@@ -36,18 +38,28 @@ def _replay_file(path: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     errors = replay(trace)
-    print(f"{path}: {trace.rule!r}, {len(trace.losses)} updates")
+    print(wrapped(f"{path}: {trace.rule!r}, {len(trace.losses)} updates", 2))
     _print_table(errors)
     return 0 if all(error.within for error in errors) else 1
 
 
 def _print_table(errors: Sequence[TensorError]) -> None:
-    print(_COLUMNS.format("tensor", "shape", "params", "step", ""))
+    print(_COLUMNS.format("tensor", "shape", "params", "step", "").rstrip())
     for error in errors:
         verdict = "" if error.within else "over tolerance"
         numbers = (f"{error.params:.1e}", f"{error.step:.1e}")
-        print(_COLUMNS.format(error.tensor, str(error.shape), *numbers, verdict).rstrip())
+        name = error.tensor
+        if len(name) > _NAME:  # a line of its own
+            print(name)
+            name = ""
+        print(_COLUMNS.format(name, str(error.shape), *numbers, verdict).rstrip())
+
+
+@main_guard
+def main() -> None:
+    """The command."""
+    sys.exit(run())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
-from l2o._files import atomic_write, load_tree, remove_leftovers, save_tree
+from l2o._files import atomic_write, load_tree, remove_leftovers, save_tree, user_path
 from l2o.types import ConfigurationError, ResumeError, RunConflictError
 from meta_train._config import writing
 
@@ -51,14 +51,17 @@ class RunFolder:
     config: what the run goes by: the saved configuration where there is one, with the free keys of the request.
     state: of the last checkpoint, None where there is none.        id: names the run, also towards loggers.
     command: the one given now.        header: what ``config.yaml`` says besides, with the command that began the run.
+    changed: what it is made of whose source is another than when it began.
 
     Raises RunConflictError if the request differs from the saved configuration, ResumeError for a damaged folder.
     """
 
     def __init__(self, request: Request) -> None:
-        if not request.config["run"]:
-            raise ConfigurationError("run= is empty; expected the path of a folder")
-        self.path = Path(str(request.config["run"]))
+        run = request.config["run"]
+        if isinstance(run, list | dict) or not str("" if run is None else run).strip():
+            what = "is empty" if not run or isinstance(run, str) else f"is {run}"
+            raise ConfigurationError(f"run= {what}; expected the path of a folder")
+        self.path = user_path(str(run), "run")
         saved = _read_config(self.path)
         self.command = request.command
         self.id: str = saved["id"] if saved else uuid.uuid4().hex[:8]
@@ -66,6 +69,17 @@ class RunFolder:
         self.state = self._read_state() if saved else None
         first = saved or {"command": request.command, "choices": request.choices}
         self.header = {"version": VERSION, "id": self.id, "command": first["command"], "choices": first["choices"]}
+        self._sources = saved.get("sources") if saved else None
+        self.changed: list[str] = []
+
+    def compare_sources(self, sources: Mapping[str, str]) -> None:
+        """Note which digests of source files, by what they are of, are not those that the run began with: ``changed``.
+
+        A run that has noted none takes these.
+        """
+        began = self._sources if isinstance(self._sources, dict) else dict(sources)
+        self.changed = [name for name, digest in sources.items() if began.get(name, digest) != digest]
+        self.header["sources"] = began
 
     def begin(self) -> None:
         """Make the folder, keep other processes out of it, and write ``config.yaml``."""

@@ -12,18 +12,15 @@ from typing import Any
 import torch
 
 from l2o.estimators import Mixed
-from l2o.hub import save
+from l2o.hub import load, read_card, save
 from l2o.meta import MetaTraining
 from l2o.types import ConfigurationError, L2OError, Metrics, ResumeError
 from meta_train._config import writing
 from meta_train.best import Best
 from meta_train.card import make_card
 from meta_train.held_out import HeldOut, describe, finite
-from meta_train.loggers import JsonLines, Logger, Terminal, Values
+from meta_train.loggers import RECORDS, JsonLines, Logger, Terminal, Values
 from meta_train.run import RunFolder
-
-RECORDS = ("metrics.jsonl", "timing.jsonl")
-"""What a continued run repeats bit for bit, and what it cannot: seconds."""
 
 
 class Session:
@@ -63,6 +60,19 @@ class Session:
         """The folder of the checkpoint that the plug-in loads."""
         return self.folder.path / "checkpoint"
 
+    @property
+    def finished(self) -> bool:
+        """Whether all outer steps are done, and the θ they led to is measured and left as the checkpoint."""
+        if self.step < self.config["steps"]:
+            return False
+        try:
+            _, theta = load(self.checkpoint, rules=(type(self.held_out.rule),))
+            card = read_card(self.checkpoint)
+        except L2OError:
+            return False
+        same = all(torch.equal(tensor.cpu(), theta[name]) for name, tensor in self.training.theta_average.items())
+        return same and (bool(card.get("results")) or not self.config["evaluate_every"])
+
     def begin(self) -> None:
         """Make the folder, put the best θ and the records back to the saved step, start the loggers."""
         self.folder.begin()
@@ -74,6 +84,14 @@ class Session:
             self._open.callback(logger.close)
         self.terminal = Terminal(self.step, self.config["steps"])
         self._open.callback(self.terminal.close)
+        if self.step:
+            self.terminal.say(f"run={self.folder.path} goes on from outer step {self.step} of {self.config['steps']}")
+        for name in self.folder.changed:
+            self._warn(
+                f"source of {name}",
+                f"the source of the {name} has changed since the run began: what follows may fit neither version; to "
+                "begin with the new one, name another run=",
+            )
         self._since = time.monotonic()
 
     def outer_step(self) -> None:
@@ -108,16 +126,22 @@ class Session:
         self._log(self.step, results)
         self.terminal.say(f"step {self.step}: {describe(results)}")
         self._lap()
-        self.best.offer(self.training.theta_average, results, self.save_checkpoint(results))
+        card = self._card(results)
+        self.best.offer(self.training.theta_average, results, card)
+        self._save_checkpoint(card)  # last: by it an evaluation is known to be whole
 
-    def save_checkpoint(self, results: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write θ and its card for the plug-in; returns the card."""
+    def save_checkpoint(self) -> None:
+        """Write θ and its card for the plug-in, without a measurement."""
+        self._save_checkpoint(self._card({}))
+
+    def _card(self, results: Mapping[str, Any]) -> dict[str, Any]:
         compute = {"outer_steps": self.step, "inner_steps": self.inner_steps, "seconds": round(self.seconds, 1)}
         card = make_card(self.config, self.folder.header["command"], self.training)
-        card |= {"compute": compute, "results": dict(results or {})}
+        return card | {"compute": compute, "results": dict(results)}
+
+    def _save_checkpoint(self, card: Mapping[str, Any]) -> None:
         with writing(self.checkpoint):
             save(self.checkpoint, self.held_out.rule, self.training.theta_average, card)
-        return card
 
     def save(self) -> None:
         """Save the whole outer state, once the records that belong to it are on disk."""

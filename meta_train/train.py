@@ -61,6 +61,8 @@ def read_request(config: DictConfig, context: Any) -> Request:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ConfigurationError(f"{error.full_key} has no default: give it, as in {error.full_key}=...") from error
+    if plain["schedule"].get("total", ...) is None:
+        plain["schedule"]["total"] = plain["steps"]
     said = [override.removeprefix("++") for override in overrides]
     if "run" not in explicit:
         said.append(f"run={plain['run']}")
@@ -70,6 +72,10 @@ def read_request(config: DictConfig, context: Any) -> Request:
 def train(request: Request) -> int:
     """Meta-train, or go on, until ``steps`` or a signal to stop; the exit status, 128 + number for a signal."""
     session = make_session(RunFolder(request))
+    if agreed(isinstance(session, Session) and session.finished):
+        if isinstance(session, Session):
+            print(_finished(session))
+        return 0
     wait_for_all()  # until then nobody writes, so that all have read the same
     with StopRequest() as stop:
         try:
@@ -103,6 +109,16 @@ def _finish(session: Session | Follower) -> None:
         session.evaluate()
     else:
         session.save_checkpoint()
+
+
+def _finished(session: Session) -> str:
+    steps = session.config["steps"]
+    return (
+        f"run={session.folder.path} is finished, all {session.step} outer steps, and nothing was trained\n"
+        f"checkpoint: {session.checkpoint}\n"
+        f"to train on, raise steps=, as in steps={max(session.step, steps) * 2}; to begin anew, name another run=\n"
+        f"to measure it: python -m meta_train.evaluate source={shlex.quote(str(session.checkpoint))}"
+    )
 
 
 def _farewell(session: Session) -> str:

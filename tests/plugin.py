@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
 import torch
-from tables import generator
-from torch import Tensor
+from tables import RULES, generator
+from torch import Tensor, nn
 
 from l2o.optim import LearnedOptimizer
 from l2o.rules import SGD
@@ -29,7 +32,7 @@ class Mixing(UpdateRule):
     memory: int = 3
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        return {"log_lr": torch.tensor(-2.0)}
+        return {"log_lr": torch.tensor(-2.0, dtype=torch.float32)}
 
     def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
         kind = {n: p.new_full((), KINDS.index(kinds[n])) for n, p in params.items()}
@@ -59,6 +62,11 @@ def make(params: Any, rule: UpdateRule | None = None, **settings: Any) -> Learne
     return LearnedOptimizer(params, source(rule or SGD(lr=0.1)), **{"total_steps": TOTAL, **settings})
 
 
+def untouched(optimizer: LearnedOptimizer) -> bool:
+    """Whether its state is that of before the first step."""
+    return optimizer.state.keys() == {"clock", "origin"} and optimizer.state["clock"] == {"step": 0, "skipped": 0}
+
+
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     """0-d, 1-d, 2-d, 4-d, channels-last, empty, and a transposed one, whose strides are not those of its shape."""
     g = generator(1)
@@ -83,3 +91,21 @@ def train(optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
         set_gradients(params, step)
         optimizer.step(lambda step=step: torch.tensor(1.0 / (1 + step)))
     return [p.detach().clone() for p in params]
+
+
+every_rule = pytest.mark.parametrize("rule", [*RULES.values(), Mixing()], ids=[*RULES, "Mixing"])
+
+
+def through_a_file(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def copies(params: Sequence[Tensor]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return copy.deepcopy(optimizer.state_dict())

@@ -73,7 +73,7 @@ def test_digits_are_scaled_and_loaded_once() -> None:
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"pip install l2o\[train\]"):
+    with pytest.raises(DataError, match=r"pip install 'l2o\[train\]"):
         data.IMAGE_SETS["digits"].load()
 
 
@@ -90,6 +90,14 @@ def test_mnist_files_become_tensors(folder: Path) -> None:
 def test_unknown_names(names: tuple[str, str, str]) -> None:
     with pytest.raises(UnknownNameError, match="valid: "):
         image_split(*names, "cpu")
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_too_few_images_to_be_split_are_refused(folder: Path, n: int) -> None:
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(IMAGES[:n]))
+    (folder / NAME).write_bytes(packed(idx(LABELS[:n])))
+    with pytest.raises(DataError, match=rf"t10k-images-idx3-ubyte: shape \({n}, .*n at least 4"):
+        load_mnist("t10k")
 
 
 def test_a_set_data_folder_is_never_filled_silently(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from server import Page, Server
 
 from l2o.download import _Redirects, cache_folder, fetch
-from l2o.types import DownloadError
+from l2o.types import ConfigurationError, DownloadError
 
 BODY = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -48,6 +48,14 @@ def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch, variables: di
     for name, value in {"L2O_CACHE_DIR": "", "XDG_CACHE_HOME": "", "HOME": "/home/someone", **variables}.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(expected)
+
+
+def test_without_a_home_folder_the_cache_wants_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("L2O_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody is known
+    with pytest.raises(ConfigurationError, match="name its folder in L2O_CACHE_DIR"):
+        cache_folder()
 
 
 def test_a_file_is_fetched_once(server: Server, path: Path) -> None:

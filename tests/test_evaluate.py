@@ -167,7 +167,7 @@ def test_it_runs_as_a_module():
     module = [sys.executable, "-m", "meta_train.evaluate", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(module, capture_output=True, text=True, check=False, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "meta_train.evaluate: loading\n")
     assert Path("a b/report.md").is_file()
 
 
@@ -270,6 +270,8 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["source=[]"], ["source=[]", "a name"]),
         (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),
+        (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),
+        (["out=~nobody-of-this-name/x"], ["out='~nobody-of-this-name/x': there is no such user"]),
         (["device=gpu"], ["device='gpu'", "auto, cpu or cuda"]),
         (["out=sgd/card.json/x"], ["out='sgd/card.json/x'", "name a folder"]),
         (["steps"], ["'steps'"]),
@@ -301,7 +303,7 @@ def test_a_missing_extra_is_named_before_any_work(command, capfd, monkeypatch, p
     monkeypatch.setitem(sys.modules, package, None)
     assert command() == 2
     error = capfd.readouterr().err
-    assert re.fullmatch(rf"error: {package} .*: pip install l2o\[train\]\n", error)
+    assert re.fullmatch(rf"error: {package} .*: pip install 'l2o\[train\]'\n", error)
     assert not Path("out").exists()
 
 

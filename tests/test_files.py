@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from tables import identical
 
-from l2o._files import FORMAT, VERSION, atomic_write, load_tree, save_tree, sha256, to_bytes
+from l2o._files import FORMAT, VERSION, atomic_write, load_tree, save_tree, sha256, to_bytes, user_path
 from l2o._resources import resource
-from l2o.types import L2OError, ResumeError
+from l2o.types import ConfigurationError, L2OError, ResumeError
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -27,6 +29,34 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path):
         assert path.read_bytes() == data
         assert sha256(path) == hashlib.sha256(data).hexdigest()
     assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("~/a", "/home/me/a"), ("~", "/home/me"), ("./~/a", "/work/~/a"), ("a/~", "a/~"), ("a b=c", "a b=c"), ("", ".")],
+)
+def test_a_path_that_a_user_has_typed(monkeypatch, typed, meant):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(os, "getcwd", lambda: "/work")
+    assert user_path(typed) == Path(meant)
+    assert user_path(user_path(typed)) == Path(meant)
+
+
+@pytest.mark.parametrize("typed", ["~nobody-of-this-name/a", "~", "x" * 256, "a/" * 3000, "a\0b"])
+def test_what_can_be_no_path_is_one_line(monkeypatch, typed):
+    def nobody(who):
+        raise KeyError(who)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(ConfigurationError, match=r"no such user, or no home folder|can be no path") as caught:
+        user_path(typed)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_may_be_as_long_as_files_have_it(tmp_path):
+    atomic_write(tmp_path / ("ä" * 127), b"abc")
+    assert os.listdir(tmp_path) == ["ä" * 127]
 
 
 def test_files_have_the_permissions_of_any_new_file(tmp_path):

@@ -132,3 +132,13 @@ def test_rules_that_read_the_loss_are_refused():
     optimizer = l2o.LearnedOptimizer(module.parameters(), (Reads(), Reads().init_theta(generator())), total_steps=9)
     with pytest.raises(ConfigurationError, match="loss"), higher.innerloop_ctx(module, optimizer):
         pass
+
+
+def test_entries_that_never_had_a_gradient_stay_as_in_the_plugin():
+    rule, module = LSTM(hidden=(4,)), nn.Linear(3, 2).double()
+    optimizer = l2o.LearnedOptimizer(module.parameters(), (rule, random_theta(rule)), total_steps=STEPS)
+    with higher.innerloop_ctx(module, optimizer) as (fmodel, diffopt):
+        for x, y in batches():
+            diffopt.step(nn.functional.mse_loss(fmodel(x * torch.tensor([0.0, 1.0, 1.0])), y))
+        after = dict(fmodel.named_parameters())["weight"]
+    assert (after == module.weight).tolist() == [[True, False, False]] * 2

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_shelf": SUPPORT,
     "_remote": SUPPORT | {"_shelf"},
     "hub": SUPPORT | {"_shelf", "_remote", "rules"},
-    "interop": {"types", "_checks", "_files", "_names", "_shelf", "ops", "rules", "hub"},
+    "interop": {"types", "_checks", "_files", "_names", "_shelf", "_remote", "ops", "rules", "hub"},
     "optim": {"types", "_checks", "ops", "hub"},
     "evaluation": UNITS,
     "integrations": UNITS,

@@ -269,4 +269,4 @@ def test_without_matplotlib_the_extra_is_named(here, capsys, monkeypatch) -> Non
     with pytest.raises(SystemExit) as stopped:
         command.main()
     assert stopped.value.code == 2
-    assert "pip install l2o[train]" in capsys.readouterr().err
+    assert "pip install 'l2o[train]'" in capsys.readouterr().err

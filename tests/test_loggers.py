@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
@@ -31,7 +33,7 @@ def test_a_logger_that_is_not_installed_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert command(f"logger=[{logger}]") == 2
-    assert f"pip install l2o[{extra}]" in capsys.readouterr().err
+    assert f"pip install 'l2o[{extra}]'" in capsys.readouterr().err
     assert snapshot() == {}
 
 
@@ -55,11 +57,58 @@ def test_wandb_records_offline_where_there_is_no_account(here: Path) -> None:
     line = [sys.executable, "-m", "meta_train", *SMALL, "logger=[wandb]", "steps=2"]
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert done.stderr == "meta_train: loading\n"
     (recorded,) = Path("run/wandb").glob("offline-run-*")
     run_id = yaml.safe_load(Path("run/config.yaml").read_text())["id"]
     assert (recorded / f"run-{run_id}.wandb").stat().st_size
     assert {path.name for path in here.iterdir() if not path.name.startswith(".")} == {"run"}
+
+
+def test_wandb_offline_keeps_one_run_in_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in (2, 3, 5):
+        assert command(f"steps={steps}", "logger=[wandb]") == 0
+        (recorded,) = Path("run/wandb").glob("offline-run-*")
+        assert f"to upload it: wandb sync {recorded}\n" in capsys.readouterr().out
+
+
+def test_wandb_offline_records_a_continued_run_from_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[dict[int, dict[str, float]]] = []
+
+    def init(**given: Any) -> Any:
+        rows: dict[int, dict[str, float]] = {}
+        runs.append(rows)
+        folder = Path(given["dir"], "wandb", f"offline-run-{len(runs)}-{given['id']}", "files")
+        folder.mkdir(parents=True)
+
+        def log(values: dict[str, float], step: int) -> None:
+            rows.setdefault(step, {}).update(values)
+
+        return SimpleNamespace(dir=str(folder), log=log, finish=lambda: None)
+
+    monkeypatch.setattr("wandb.init", init)
+    for steps in (2, 3, 5):
+        assert command(f"steps={steps}", "logger=[wandb]", "evaluate_every=2") == 0
+    assert [list(run) for run in runs] == [[1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]
+    for row in records():
+        recorded = runs[-1][row["step"]]
+        assert row.items() <= {**recorded, "step": row["step"]}.items()
+        assert recorded.keys() >= {"meta_loss"}
+    assert "inner_steps_per_second" in runs[-1][2]
+    assert [path.name[:13] for path in Path("run/wandb").iterdir()] == ["offline-run-3"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"), [("WANDB_MODE", "mode Input should be 'online'"), ("WANDB_BASE_URL", "base_url Input should")]
+)
+def test_wandb_in_a_broken_environment_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, "nonsense")
+    assert command("logger=[wandb]") == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert snapshot() == {}
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import torch
 from tables import generator, identical
 from torch import Tensor
 
-from l2o import MetaTraining, warmup_exponential, warmup_linear
+from l2o import LearnedOptimizer, MetaTraining, warmup_exponential, warmup_linear
 from l2o._files import load_tree, save_tree
-from l2o.rules import MLP
+from l2o.rules import MLP, Celo
+from l2o.rules import Adam as Learned
 from l2o.tasks import Quadratic
 from l2o.types import ConfigurationError, MetaGradient, ResumeError, Theta
 
@@ -76,6 +77,9 @@ OPTIMIZERS: dict[str, Make] = {
     "RMSprop-centered": functools.partial(torch.optim.RMSprop, lr=0.01, momentum=0.9, centered=True),
     "Muon": _matrices,
     "AdamW-groups": _groups,
+    "LearnedOptimizer": functools.partial(
+        LearnedOptimizer, source=(Learned(), Learned().init_theta(generator())), total_steps=6, weight_decay=0.1
+    ),
     "Counting": functools.partial(Counting, lr=0.01),
 }
 
@@ -115,18 +119,62 @@ def test_the_table_has_all_of_torchs_optimizers() -> None:
     assert own - {"LBFGS", "SparseAdam"} <= OPTIMIZERS.keys()
 
 
-@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
-def test_an_optimizer_that_cannot_do_this_is_refused(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{name} cannot move θ"):
-        run(getattr(torch.optim, name))
+class Closing(torch.optim.SGD):
+    """One that insists on a closure by an assertion without words."""
+
+    def step(self, closure: Any = None) -> None:
+        if closure is None:
+            raise AssertionError
 
 
-@pytest.mark.parametrize("other", [{"make": _groups}, {"average": 0.9}])
-def test_a_state_of_other_settings_is_refused(other: dict[str, Any]) -> None:
-    training = run(**other)
+class Rateless(torch.optim.Optimizer):
+    """One without a rate for the schedule to change."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__(tensors, {})
+
+    def step(self, closure: Any = None) -> None:
+        """Nothing."""
+
+
+def _reading(tensors: list[Tensor]) -> torch.optim.Optimizer:
+    """A learned rule that wants to know the loss."""
+    return LearnedOptimizer(tensors, (Celo(), Celo().init_theta(generator())), total_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.LBFGS, "LBFGS cannot move θ .*closure"),
+        (torch.optim.SparseAdam, "SparseAdam cannot move θ .*dense"),
+        (Closing, r"Closing cannot move θ \(AssertionError\)"),
+        (Rateless, r"Rateless cannot move θ \('lr'\)"),
+        (_reading, "LearnedOptimizer cannot move θ .*reads the loss"),
+        (lambda tensors: None, "made a NoneType .*expected a function"),
+        (lambda tensors: torch.optim.SGD([torch.zeros(2)]), "made a SGD of 1 tensors: .*moves them"),
+    ],
+)
+def test_an_optimizer_that_cannot_do_this_is_refused(make: Make, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^optimizer.*{message}.*$"):
+        run(make)
+
+
+def test_a_state_of_another_learned_optimizer_is_refused() -> None:
+    other = functools.partial(LearnedOptimizer, source="mlp-digits", total_steps=6)
+    training = run(other)
     before = training.state_dict()
+    with pytest.raises(ResumeError, match=r"optimizer: .*this optimizer has mlp-digits"):
+        training.load_state_dict(run(OPTIMIZERS["LearnedOptimizer"]).state_dict())
+    assert identical(training.state_dict(), before)
+
+
+@pytest.mark.parametrize("other", [{"make": _groups}, {"average": 0.9}, {"make": OPTIMIZERS["SGD-momentum"]}])
+def test_a_state_of_other_settings_is_refused(other: dict[str, Any]) -> None:
+    training, saved = run(**other), run()
+    before = training.state_dict()
+    steps(saved, 1)
     with pytest.raises(ResumeError, match="the saved state has"):
-        training.load_state_dict(run().state_dict())
+        training.load_state_dict(saved.state_dict())
     assert identical(training.state_dict(), before)
 
 

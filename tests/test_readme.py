@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from hydra import compose, initialize_config_dir
 from torch import nn
+
+from l2o import _remote
+from meta_train._config import config_path, open_settings
+from meta_train.convert import parser
+from meta_train.train import OPEN
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.finditer(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
@@ -56,6 +62,29 @@ def run_commands(code, line):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+
+
+DOCUMENTS = {
+    f"{path.name}: {line}": shlex.split(line)
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    for code in re.findall(r"^```bash\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
+    for line in code.replace("\\\n", " ").splitlines()
+}
+
+
+@pytest.mark.parametrize("words", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_the_commands_of_the_documents_are_read(words):
+    """They want a network, a cluster or hours: what they say is understood, as far as that goes without."""
+    assert words[0] == "torchrun" or words[:2] == ["python", "-m"]
+    module, *arguments = words[words.index("-m") + 1 :]
+    if module == "meta_train.convert":
+        addresses = parser().parse_args(arguments).files
+        assert all(_remote.parse_weights(address) for address in addresses)
+        return
+    assert module == "meta_train"
+    one_of_a_sweep = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", each) for each in arguments if each != "-m"]
+    with initialize_config_dir(config_path(), version_base="1.3"):
+        compose("train", open_settings(one_of_a_sweep, OPEN))
 
 
 def test_the_readme_has_both_set_up_commands_and_no_other_languages():

@@ -13,7 +13,7 @@ from l2o.interop.traces import read_trace, replay
 from l2o.ops.kinds import default_kinds
 from l2o.rules import MLP
 from l2o.types import CheckpointError, Clock
-from meta_train.replay import main
+from meta_train.replay import run
 
 SMALL_FC = ROOT / "tests" / "golden" / "adafac_mlp_lopt.npz"
 SHAPES = {"0.weight": (2, 1, 3, 2, 2), "empty": (0, 3), "b/ias": (1,), "τ": ()}
@@ -59,7 +59,7 @@ def test_a_run_of_other_shapes_names_and_settings_is_rebuilt(tmp_path, capsys):
     assert trace.rule == rule
     assert trace.total_steps == TOTAL
     assert {e.tensor: (e.shape, e.params, e.step) for e in replay(trace)} == {k: (s, 0, 0) for k, s in SHAPES.items()}
-    assert main([path, str(SMALL_FC)]) == 0
+    assert run([path, str(SMALL_FC)]) == 0
     assert "(2, 1, 3, 2, 2)" in capsys.readouterr().out
 
 
@@ -73,7 +73,7 @@ def test_a_first_layer_cut_into_groups_is_put_together(tmp_path, arrays):
 @pytest.mark.parametrize(("group", "factor"), [("params", 1 + 2e-5), ("step", 1 + 2e-4), ("step", np.nan)])
 def test_what_is_over_tolerance_is_marked_and_decides_the_exit_status(tmp_path, arrays, capsys, group, factor):
     arrays[f"{group}/tall"] = arrays[f"{group}/tall"] * np.float32(factor)
-    assert main([str(SMALL_FC), write(tmp_path / "run.npz", arrays)]) == 1
+    assert run([str(SMALL_FC), write(tmp_path / "run.npz", arrays)]) == 1
     marked = [line for line in capsys.readouterr().out.splitlines() if "over tolerance" in line]
     assert [line.split()[0] for line in marked] == ["tall"]
 
@@ -116,7 +116,7 @@ def test_bad_files_are_one_clear_line(tmp_path, arrays, capsys, message, change)
     path = write(tmp_path / "run.npz", arrays)
     with pytest.raises(CheckpointError, match=message):
         read_trace(path)
-    assert main([path, str(SMALL_FC)]) == 2
+    assert run([path, str(SMALL_FC)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {path}: ")
 
 

@@ -170,11 +170,24 @@ def test_what_converts_is_in_the_tables_of_the_converter() -> None:
 def test_the_command_prints_a_line_or_writes_the_document(here, capsys) -> None:
     arguments = ["--only", "SGD", "--golden", str(GOLDEN)]
     assert command.run(arguments) == 0
-    assert "| `SGD` | Gradient descent" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["rule", "SGD"]
+    assert max(map(len, said)) <= 80
     assert command.run([*arguments, "--out", "rules.md"]) == 0
     assert capsys.readouterr().out == ""
     written, committed = (text.partition("\n| ")[0] for text in ((here / "rules.md").read_text("utf-8"), DOCUMENT))
     assert re.sub(r"of \d+ recorded", "", written) == re.sub(r"of \d+ recorded", "", committed)
+
+
+def test_without_recorded_runs_the_published_ones_count(capsys, monkeypatch) -> None:
+    """As in a wheel; a row has them as the document does."""
+    monkeypatch.setattr(command, "_folders", list)
+    assert command.run(["--only", "VeLO", "--only", "AdaGrad"]) == 0
+    said = capsys.readouterr().out
+    assert "as published with this version" in said
+    assert TABLE["VeLO"][3] in said
+    assert {name for name, line in TABLE.items() if line[3] != "not recorded"} == set(command.published())
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_the_command_fails_where_a_rule_does(monkeypatch, capsys) -> None:

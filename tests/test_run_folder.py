@@ -83,6 +83,26 @@ def test_a_planted_configuration_is_refused(capsys: pytest.CaptureFixture[str], 
     assert "only where the command line names it" in capsys.readouterr().err
 
 
+def test_a_rule_whose_source_has_changed_is_told(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(here)
+    for text, steps, said in ((OWN_RULE, 2, 0), (OWN_RULE, 3, 0), (OWN_RULE + "# new", 4, 1), (OWN_RULE, 5, 0)):
+        (here / "edited.py").write_text(text)
+        assert command(f"steps={steps}", "rule._target_=edited.Own") == 0
+        assert capsys.readouterr().out.count("warning: the source of the rule has changed since the run began") == said
+
+
+def test_a_home_folder_holds_all_of_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    for run in ("~/first", "'~/second'"):
+        assert command("steps=2", f"run={run}") == 0
+    names = {"config.yaml", "state.safetensors", "metrics.jsonl", "timing.jsonl", "checkpoint", ".lock", "best"}
+    for run in ("first", "second"):
+        assert {path.name for path in (here / "home" / run).iterdir()} == names
+    assert [path.name for path in here.iterdir()] == ["home"]
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 

@@ -36,6 +36,21 @@ def test_names_and_aliases_of_pretrained_checkpoints(shelf):
     assert identical(hub.load("default")[1], hub.load(shelf / "mlp-small")[1])
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x", "a\0b"])
+def test_what_can_be_no_path_is_no_name_either(shelf, name):
+    with pytest.raises(UnknownNameError, match="source="):
+        hub.load(name)
+
+
+def test_what_came_with_l2o_is_not_written_to(shelf):
+    before = (shelf / "mlp-small" / "card.json").read_bytes()
+    for name in ("default", "mlp-small", shelf / "mlp-small", "../pretrained/mlp-small/theta.safetensors"):
+        for write in (hub.check_writable, lambda name: hub.annotate(name, {"licence": "MIT"})):
+            with pytest.raises(ConfigurationError, match=r"installed with l2o.*name the copy"):
+                write(name)
+    assert (shelf / "mlp-small" / "card.json").read_bytes() == before
+
+
 def test_a_folder_comes_before_a_name_only_if_it_is_a_checkpoint(shelf):
     Path("default").mkdir()
     assert hub.load("default")[0] == MLP(hidden=(4,))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from training import OWN_RULE, SMALL, command, outcome, records
+from training import OWN_RULE, SMALL, command, outcome, records, snapshot
 
 import l2o
 from l2o import MetaTraining
@@ -149,7 +149,7 @@ def test_a_process_that_is_told_to_stop_can_be_continued(here: Path) -> None:
             time.sleep(0.05)
         run.send_signal(number)
         out, err = run.communicate()
-        assert (run.returncode, err) == (128 + number, "")
+        assert (run.returncode, err) == (128 + number, "meta_train: loading\n")
         assert "to continue" in out
         size = metrics.stat().st_size
     steps = f"steps={load_tree('run/state.safetensors')[0]['training']['step'] + 2}"
@@ -157,6 +157,42 @@ def test_a_process_that_is_told_to_stop_can_be_continued(here: Path) -> None:
         done = subprocess.run(**_line(steps, folder), check=True)
         assert "rules=[Own]" in done.stdout
     assert outcome() == outcome("whole")
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_finished_run_typed_again_says_so_and_changes_nothing(capsys: pytest.CaptureFixture[str], every: int) -> None:
+    line = ["steps=3", f"evaluate_every={every}"]
+    assert command(*line) == 0
+    before = snapshot()
+    for again in (line, ["steps=2", line[1]]):
+        capsys.readouterr()
+        assert command(*again) == 0
+        said = capsys.readouterr().out
+        assert "run=run is finished, all 3 outer steps, and nothing was trained" in said
+        assert "raise steps=, as in steps=6" in said
+        assert snapshot() == before
+    assert command("steps=4", line[1]) == 0
+    assert "run=run goes on from outer step 3 of 4" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_before_its_last_evaluation_is_not_finished() -> None:
+    for folder in ("run", "whole"):
+        assert command("steps=2", "evaluate_every=2", f"run={folder}") == 0
+    Path("run/checkpoint/theta.safetensors").unlink()
+    assert command("steps=2") == 0
+    assert outcome() == outcome("whole")
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "exponential"])
+def test_a_schedule_alone_has_the_length_that_the_run_begins_with(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert command("steps=3", f"schedule=warmup_{name}") == 0
+    assert command("steps=3", f"schedule=warmup_{name}", "schedule.total=3", "run=named") == 0
+    assert outcome() == outcome("named")
+    floor = name == "exponential"  # which never is 0
+    assert command("steps=5") == (0 if floor else 2)
+    assert floor or "in another run=; this one keeps the schedule that it began with" in capsys.readouterr().err
 
 
 def test_evaluation_and_logging_do_not_touch_training() -> None:

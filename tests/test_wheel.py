@@ -5,7 +5,9 @@ Installing needs a package index (or pip's cache of one), as the set-up of the r
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -70,10 +72,42 @@ def test_it_carries_code_types_configs_and_pretrained(wheel: Path) -> None:
         for path in (ROOT / here).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    files.add("meta_train/docs/rules.md")
     assert {"l2o/py.typed", "meta_train/py.typed", "meta_train/configs/train.yaml"} <= files
     assert any(name.startswith("l2o/pretrained/") and name.endswith("/theta.safetensors") for name in files)
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert carried == files
+
+
+def test_the_description_has_no_links_into_the_repository(wheel: Path) -> None:
+    """A package index has nothing there."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(name).decode()
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert text.count("```python") > 3
+    assert targets
+    assert not [target for target in targets if not target.startswith("https://")]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (None, "see figures (`pretrained/README.md`), [x](https://a.b)\n"),
+        (
+            "https://s",
+            "![p](https://s/raw/main/d.png)\n\nsee [figures](https://s/blob/main/pretrained/README.md), [x](https://a.b)\n",
+        ),
+    ],
+)
+def test_links_are_absolute_where_the_repository_has_an_address(source: str | None, expected: str) -> None:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "![p](d.png)\n\nsee [figures](pretrained/README.md), [x](https://a.b)\n"
+    assert module.description(text, source) == expected
 
 
 def test_meta_train_runs(python: Path, tmp_path: Path) -> None:
@@ -81,6 +115,13 @@ def test_meta_train_runs(python: Path, tmp_path: Path) -> None:
     settings = ["rule=sgd", "task=quadratic", "steps=2", f"run={tmp_path / 'run'}", "logger=none"]
     _run(python, "-m", "meta_train", *settings, cwd=tmp_path)
     assert [path.name for path in (tmp_path / "run").rglob("theta.safetensors")]
+
+
+def test_the_table_of_rules_has_the_recorded_runs_that_the_wheel_has_not(python: Path, tmp_path: Path) -> None:
+    said = _run(python, "-m", "meta_train.rules_table", "--only", "SGD", "--only", "AdaGrad", cwd=tmp_path)
+    replays = {line.split()[0]: line for line in said.splitlines() if line.startswith(("SGD ", "AdaGrad "))}
+    assert "not recorded" in replays["AdaGrad"]
+    assert "(1 run)" in replays["SGD"]
 
 
 def test_the_default_checkpoint_loads_and_steps(python: Path, tmp_path: Path) -> None:

@@ -14,5 +14,5 @@ def require(*packages: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise ConfigurationError(
-                f"{package} cannot be imported ({error}); reports need: pip install l2o[train]"
+                f"{package} cannot be imported ({error}); reports need: pip install 'l2o[train]'"
             ) from error

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 
+from l2o import _checks
 from l2o._checks import whole
 from l2o.evaluation.curves import Advance, silent
 from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
@@ -37,6 +38,7 @@ class Setting:
         bounds = {"steps": 1, "seeds": 1, "seed": 0} | ({} if self.window is None else {"window": 1})
         for name, least in bounds.items():
             whole(name, getattr(self, name), least)
+        _checks.seed("seed", self.seed)
         if self.window is not None and self.window > self.steps:
             raise ConfigurationError(f"window={self.window}: expected at most steps={self.steps}")
 

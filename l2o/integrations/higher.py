@@ -21,6 +21,7 @@ from torch import Tensor
 
 from l2o.ops.kinds import default_kinds
 from l2o.optim import LearnedOptimizer
+from l2o.optim.guard import rest
 from l2o.types import Clock, ConfigurationError, OptState
 
 
@@ -28,7 +29,8 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     """`l2o.LearnedOptimizer` as a differentiable optimizer of `higher`; starts with fresh state at step 0.
 
     ``override={"theta": [theta]}`` gives the meta-parameters to differentiate (default: the optimizer's own), and
-    ``override={"lr": ...}`` works as for every optimizer of `higher`. Frozen and unused parameters stay as they are.
+    ``override={"lr": ...}`` works as for every optimizer of `higher`. Frozen and unused parameters stay as they are,
+    and so do entries that never had a gradient, as in the plug-in.
     Raises `ConfigurationError` for rules that read the loss, which `higher` does not hand to its optimizers.
     """
 
@@ -39,6 +41,7 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         self._rule, self._total_steps, self._steps = other.rule, other.total_steps, 0
         self._default_theta = other.theta
         self._opt = OptState({}, {})
+        self._seen: dict[str, Tensor] = {}
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         theta = self.param_groups[0].get("theta", self._default_theta)
@@ -54,6 +57,10 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         device = next((p.device for p in params.values()), None)
         clock = Clock(*(torch.full((), n, device=device) for n in (self._steps, self._total_steps)))
         updates, self._opt = self._rule.update(theta, grads, state, params, clock)
+        if not self._rule.rests:
+            seen = {key: self._seen.get(key, torch.zeros_like(g, dtype=torch.bool)) for key, g in grads.items()}
+            updates, now = rest(updates, grads, seen)
+            self._seen |= now
         for key, (group, j) in places.items():
             keep = math.exp(-group["weight_decay"] * group["lr"] / self._total_steps)
             group["params"][j] = keep * params[key] + group["lr"] * updates[key]

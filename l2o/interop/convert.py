@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from l2o import hub
+from l2o._files import user_path
 from l2o._names import choose
+from l2o._remote import fetch_weights, is_address
 from l2o._shelf import CARD
 from l2o.interop import pylo
 from l2o.interop.files import Foreign, read_foreign
@@ -28,7 +30,9 @@ def convert(
 ) -> Path:
     """Write the learned optimizer in ``files`` to the checkpoint ``to``, a folder, which is returned.
 
-    files: one of flax's, or of PyLO's (safetensors, or PyTorch's own); both of VeLO's networks there.
+    files: one of flax's, or of PyLO's (safetensors, or PyTorch's own); both of VeLO's networks there. A string may be
+        an address, pinned as for `l2o.load`: ``"hf:owner/name@commit/theta.state"``, where without a file the usual
+        names are tried, or ``"https://host/theta.state#sha256=…"``, the SHA-256 of the file.
     licence: under which the weights are given, an SPDX expression where there is one; it goes onto the card.
     settings: hyperparameters that the tensors do not tell, under the original's names, such as ``{"step_mult": 0.01}``,
         and for weights of µLO ``{"mup": True}``; and meta-parameters that PyLO does not keep in its files, such as
@@ -37,17 +41,17 @@ def convert(
         has, the error says what keeps them from being this one.
 
     The card says where θ comes from: ``origin`` has the original's name, others with these tensors, the settings, and
-    of each file name, size and SHA-256.
+    of each file name, address, size and SHA-256.
     Raises `CheckpointError` (a file that cannot be read, tensors of nothing that is known here, a setting that the
-    optimizer does not have) and `ConfigurationError` (a licence that is none, a setting's value that makes no sense, a
-    folder that has a checkpoint already).
+    optimizer does not have), `DownloadError`, and `ConfigurationError` (an address without a pin, a licence that is
+    none, a setting's value that makes no sense, a folder that has a checkpoint already).
     """
-    folder = Path(to).expanduser()
+    folder = user_path(to, "to")
     if not licence.strip():
         raise ConfigurationError(f"licence={licence!r}: expected the one that the weights' owner gives, such as MIT")
     if (folder / CARD).exists():
         raise ConfigurationError(f"to={str(to)!r}: a checkpoint is there already; name another folder")
-    sources = [read_foreign(file) for file in files]
+    sources = [_read(file) for file in files]
     tensors = _together(sources)
     beside = {**pylo.assumed(tensors), **(settings or {})}
     theirs, hyper = _with_decays(pylo.original_names(tensors), beside)
@@ -62,6 +66,13 @@ def convert(
         theta,
         {"licence": licence, "origin": {"name": chosen, "fits_also": others, "settings": beside, "files": facts}},
     )
+
+
+def _read(file: str | Path) -> Foreign:
+    if not is_address(file):
+        return read_foreign(file)
+    tensors, facts = read_foreign(fetch_weights(str(file)))
+    return Foreign(tensors, {"address": str(file), **facts})
 
 
 def _names(theta: Theta, settings: Mapping[str, Any], name: str | None) -> list[str]:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from l2o._files import user_path
 from l2o.interop.msgpack import Ext, unpack
 from l2o.types import CheckpointError
 
@@ -46,7 +47,7 @@ def read_foreign(path: str | Path) -> Foreign:
 
     Arrays of flax are little-endian and row-major, as it writes them whatever the machine.
     """
-    path = Path(path)
+    path = user_path(path)
     data = _read(path)
     name, read = _format(data)
     try:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from l2o._checks import whole
+from l2o._files import user_path
 from l2o._names import unknown
 from l2o.interop.reference import Reference
 from l2o.interop.references import REFERENCES
@@ -69,7 +70,7 @@ class TensorError(NamedTuple):
 def read_trace(path: str | Path) -> Trace:
     """Read a trace and rebuild its rule; raises `CheckpointError`, naming the file, for anything that is amiss."""
     try:
-        arrays = _arrays(Path(path))
+        arrays = _arrays(user_path(path))
         meta = _meta(arrays)
         return _trace(_groups(arrays), arrays.get("losses"), meta)
     except L2OError as error:

@@ -23,7 +23,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from l2o._files import atomic_write
+from l2o import _files
 from l2o.types import ConfigurationError, L2OError
 
 SOURCES = Path(__file__).parent
@@ -89,7 +89,7 @@ def _load(source: str) -> ctypes.CDLL | str:
     """The library, or why there is none."""
     try:
         return ctypes.CDLL(str(build(source)))
-    except (L2OError, OSError, RuntimeError) as error:  # the last where there is no home folder
+    except (L2OError, OSError) as error:
         return str(error)
 
 
@@ -107,14 +107,13 @@ def build(source: str) -> Path:
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch) / "kernels.so"
             _run([*compiler, *FLAGS, *LINK, str(SOURCES / f"{source}.cpp"), "-o", str(built)])
-            atomic_write(path, built.read_bytes())
+            _files.atomic_write(path, built.read_bytes())
     return path
 
 
 def cache_folder() -> Path:
     """The folder of compiled kernels, ours alone: whoever can write to it decides what runs here."""
-    home = os.environ.get("L2O_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2o"
-    folder = Path(home) / "kernels"
+    folder = _files.cache_folder() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -17,10 +17,10 @@ BLOCK = 1 << 16
 
 def init_linear(generator: torch.Generator, fan_in: int, fan_out: int) -> tuple[Tensor, Tensor]:
     """Weight ``[fan_in, fan_out]``, truncated normal of deviation ``1/sqrt(fan_in)``, and zero bias (as in Haiku)."""
-    weight = torch.empty(fan_in, fan_out, device=generator.device)
+    weight = torch.empty(fan_in, fan_out, dtype=torch.float32, device=generator.device)
     std = 1.0 / math.sqrt(fan_in)
     torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-    return weight, torch.zeros(fan_out, device=generator.device)
+    return weight, torch.zeros(fan_out, dtype=torch.float32, device=generator.device)
 
 
 def init_mlp(generator: torch.Generator, sizes: Sequence[int]) -> Theta:

@@ -18,7 +18,7 @@ from l2o.types import Slots, Theta
 def init_tensor_lstm(generator: torch.Generator, fan_in: int, hidden: int) -> Theta:
     """As Haiku initialises; the first state is zero, and learned."""
     weight, bias = init_linear(generator, fan_in + hidden, 4 * hidden)
-    zeros = torch.zeros(hidden, device=generator.device)
+    zeros = torch.zeros(hidden, dtype=torch.float32, device=generator.device)
     return {"lstm_w": weight, "lstm_b": bias, "lstm_h": zeros, "lstm_c": zeros.clone()}
 
 

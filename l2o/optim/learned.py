@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import math
-import numbers
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.utils._pytree import tree_map_only
 
 from l2o import hub
-from l2o._checks import real, whole
-from l2o.optim.members import Member, check_params, checked_gradient, kinds, label
-from l2o.types import (
-    Clock,
-    ConfigurationError,
-    Grads,
-    Kind,
-    L2OError,
-    OptState,
-    Params,
-    ResumeError,
-    Slots,
-    Theta,
-    UpdateRule,
-    Updates,
-)
+from l2o.optim import resume, slots
+from l2o.optim.apply import Inputs, apart, in_place, updated, write
+from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
+from l2o.optim.inputs import length, resolved, scalar
+from l2o.optim.members import Member, check_params, checked_gradient, kinds, label, settings
+from l2o.types import Clock, ConfigurationError, L2OError, OptState, Params, Slots, Theta, UpdateRule
 
-_WORTH_A_KERNEL = 10**8
-"""Updates of single entries in a run, which torch's operations take some 10 s longer for than a kernel, on a CPU."""
+_LOOK = 1000
+"""Steps between two looks at the number of skipped ones, on devices that have to be waited for."""
+_COUNTED = "nothing has changed by it. optimizer.skipped_steps counts such steps, of which no more is said"
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -53,15 +41,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         lr 1 (AdamW's ``lr * weight_decay * steps``). Each step: ``p <- p exp(-λ lr / total_steps)``.
     rules: classes of rules of your own that the checkpoint may name.
 
-    Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision. All groups
-    go through the rule together; parameters without a gradient stay as they are. ``state[p]`` has the rule's slots from
-    p's first gradient on, ``state["shared"]`` those of no single parameter, ``state["clock"]["step"]`` the number of
-    steps taken. Where the rule has a kernel, long runs use it (``L2O_KERNELS=0``: never), with equal steps but for
-    rounding. ``state_dict()`` is a snapshot: later steps replace its tensors. ``total_steps`` is not in it, so that
-    a run can be resumed with another length.
+    Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision and
+    autocast. All groups go through the rule together; parameters without a gradient stay as they are, and so do entries
+    that never had one other than 0 (padding, pruned weights), but for ``weight_decay``. A step is skipped as a whole
+    where a gradient, the loss that the rule reads or an update is not finite, or its square is not: nothing but
+    `skipped_steps` changes, the rule's clock does not advance, and a warning says so once.
 
-    Raises `ConfigurationError`, `ParameterError` (not floating point, sparse, or on several devices), and what
-    `l2o.load` raises.
+    ``state[p]`` has the rule's slots from p's first gradient on, ``state["shared"]`` those of no single parameter,
+    ``state["clock"]`` the numbers of steps that were called and, of these, skipped; ``state["origin"]`` names rule and
+    θ. What other code keeps there stays. Where the rule has a kernel, long runs use it (``L2O_KERNELS=0``: never), with
+    equal steps but for rounding. ``state_dict()`` is a snapshot, which later steps leave as it is. ``total_steps`` is
+    not in it, so that a run can be resumed with another length.
+
+    Raises `ConfigurationError`, `ParameterError` (not floating point, sparse, expanded, made in inference mode, or on
+    several devices), and what `l2o.load` raises.
     """
 
     state: defaultdict[Any, Any]
@@ -69,20 +62,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        source: hub.Source | tuple[UpdateRule, Theta],
+        source: hub.Source | tuple[UpdateRule, Theta] | None = None,
         *,
-        total_steps: int,
+        total_steps: int | None = None,
         lr: float = 1.0,
         weight_decay: float = 0.0,
         rules: Sequence[type[UpdateRule]] = (),
     ) -> None:
-        self.total_steps = whole("total_steps", total_steps)
-        defaults = {"lr": real("lr", lr, least=0.0), "weight_decay": real("weight_decay", weight_decay, least=0.0)}
-        self.rule, self.theta = _resolve(source, rules)
-        self._theta_on: dict[tuple[torch.dtype, torch.device], Theta] = {}
-        self._warned = False
+        name, self.rule, self.theta = resolved(source, rules)
+        self.total_steps = length(total_steps)
+        defaults = settings({"lr": lr, "weight_decay": weight_decay})
+        self._origin = resume.origin(name, self.rule, self.theta)
+        self._warned: set[str] = set()
+        self._forget()
         super().__init__(params, defaults)
-        self.state["clock"] = {"step": 0}  # from the start, so that each state_dict of ours shows whose it is
+        self._count(0, called=0)  # from the start, so that each state_dict of ours shows whose it is
+
+    def _forget(self) -> None:
+        """Forget what is kept for speed alone."""
+        self._theta_on: dict[tuple[torch.dtype, torch.device], Theta] = {}
+        self._places: list[tuple[int, ...]] = []
+        self._all: list[Member] = []
+        self._layouts: dict[str, resume.Layout] = {}
+        self._lent = True  # others may hold the state's tensors, which steps in place would write to
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters get their state with their first gradient."""
@@ -90,13 +92,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         try:
             group = self.param_groups[-1]
             # As Python's floats: torch.load(weights_only=True) would not read numpy's in a state_dict.
-            group.update({name: real(name, group[name], least=0.0) for name in ("lr", "weight_decay")})
-            if group.get("kind", "vector") not in get_args(Kind):
-                raise ConfigurationError(f"kind={group['kind']!r}: expected one of {', '.join(get_args(Kind))}")
+            group.update(settings(group))
             check_params(self._members())
         except L2OError:
             self.param_groups.pop()
             raise
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped, because something was not finite. Waits for the device."""
+        return int(slots.counts(self.state)[1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
@@ -107,6 +112,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises `GradientError`, `ParameterError` or `ConfigurationError` before a parameter or any state is written.
         """
+        if closure is not None and not callable(closure):
+            raise ConfigurationError(
+                f"step got a {type(closure).__name__} as closure, expected a function; a loss goes by name: "
+                "step(loss=loss)"
+            )
         if closure is not None and loss is not None:
             raise ConfigurationError("step got a closure and loss=; the closure returns the loss, so leave loss= out")
         if self.rule.needs_loss and closure is None and loss is None:
@@ -116,48 +126,82 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         members = [member for member in self._members() if member.param.grad is not None]
         if members:
-            self._step(members, loss)
+            with plain(members[0].param.device):
+                self._step(members, loss)
         return loss
 
     def _step(self, members: Sequence[Member], loss: Any) -> None:
+        self._look()
         check_params(members)
-        grads = {m.key: checked_gradient(m) for m in members}
-        dtype, device = self._dtype(), members[0].param.device
-        theta = self._theta(dtype, device)
-        params = {m.key: m.param.detach().to(dtype) for m in members}
-        state = self._opt_state(theta, members, params)
-        seen = _scalar(loss, dtype, device) if self.rule.needs_loss else None
-        grads = {key: g.to(dtype) for key, g in grads.items()}
-        updates, state = self._update(theta, grads, state, params, self._clock(device), seen)
-        self._store(members, params, state)
-        self._write(members, params, updates)
+        factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
+        inputs = self._inputs(members, loss)
+        if self._stepped_in_place(members, inputs, factors):
+            return
+        grads, old, loss = inputs.grads, inputs.state, inputs.loss
+        updates, new = updated(self.rule, inputs, self.total_steps)
+        if not self.rule.rests:
+            seen = {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
+            updates, now = rest(updates, grads, seen)
+            old, new = beside(old, seen), beside(new, now)
+        ok = finite([*grads.values(), *updates.values(), *([] if loss is None else [loss])])
+        if not readable(ok.device):
+            updates, new = masked(ok, updates, new, old)
+        elif not ok:
+            self._skip(culprit(members, grads, updates, loss))
+            return
+        slots.store(self.state, members, inputs.params, new)
+        write(members, inputs.params, updates, factors, None if readable(ok.device) else ok)
+        self._count(0 if readable(ok.device) else (~ok).long())
 
-    def _update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[Updates, OptState]:
-        """The rule's update, by its kernel where there is one and the run is worth the seconds of compiling it."""
-        inputs = (theta, grads, state, params, clock, loss)
-        entries = sum(p.numel() for p in params.values())
-        if (
-            type(self.rule).fused_update is not UpdateRule.fused_update
-            and entries * self.total_steps >= _WORTH_A_KERNEL
-        ):
-            fused = self.rule.fused_update(*tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs))
-            if fused is not None:
-                return cast("tuple[Updates, OptState]", tree_map_only(Tensor, lambda t: t.squeeze(0), fused))
-        return self.rule.update(*inputs)
+    def _stepped_in_place(
+        self, members: Sequence[Member], inputs: Inputs, factors: Mapping[int, tuple[float, float]]
+    ) -> bool:
+        """Take or skip the step by the rule's kernel, if that writes to the parameters themselves."""
+        if not (readable(members[0].param.device) and in_place(self.rule, inputs, members, self.total_steps)):
+            return False
+        if not finite(list(inputs.grads.values())):
+            self._skip(culprit(members, inputs.grads, {}, None))
+            return True
+        inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
+        new = self.rule.fused_step(*inputs[:-1], {m.key: factors[id(m.group)] for m in members})
+        if new is not None:
+            slots.keep(self.state, members, new)
+            self._lent = False
+            self._count(0)
+        return new is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and a snapshot: later steps leave its tensors as they are."""
+        self._lent = True
+        return super().state_dict()
+
+    def _inputs(self, members: Sequence[Member], loss: Any) -> Inputs:
+        """What the rule gets, all of it checked and in one dtype."""
+        dtype, device = self._dtype(), members[0].param.device
+        grads = slots.cast({m.key: checked_gradient(m) for m in members}, dtype)
+        params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
+        loss = scalar(loss, dtype, device) if self.rule.needs_loss else None
+        theta = self._theta(dtype, device)
+        return Inputs(theta, grads, self._opt_state(theta, members, params), params, self._clock(device), loss)
+
+    def _factors(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """On the updates of a group's parameters, and on the parameters."""
+        now = settings(group)
+        return now["lr"], math.exp(-now["weight_decay"] * now["lr"] / self.total_steps)
 
     def _members(self) -> list[Member]:
         """Every parameter once, also one that a group has twice."""
-        unique: dict[int, Member] = {}
-        pairs = ((p, group) for group in self.param_groups for p in group["params"])
-        for i, (p, group) in enumerate(pairs):
-            unique.setdefault(id(p), Member(str(i), p, group))
-        return list(unique.values())
+        places = [(id(group), *map(id, group["params"])) for group in self.param_groups]
+        if places != self._places:
+            unique: dict[int, Member] = {}
+            for i, (group, p) in enumerate((g, p) for g in self.param_groups for p in g["params"]):
+                unique.setdefault(id(p), Member(str(i), p, group))
+            self._places, self._all, self._layouts = places, list(unique.values()), {}
+        return self._all
 
     def _dtype(self) -> torch.dtype:
         """Of the arithmetic; asked at each step, because modules are also converted after their optimizer was made."""
-        float64 = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        float64 = any(m.param.dtype == torch.float64 for m in self._members())
         return torch.float64 if float64 else torch.float32
 
     def _theta(self, dtype: torch.dtype, device: torch.device) -> Theta:
@@ -168,55 +212,68 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _opt_state(self, theta: Theta, members: Sequence[Member], params: Params) -> OptState:
         """The state of ``members``, and what the rule starts with for those that have none. Nothing is written."""
         dtype = next(iter(params.values())).dtype
-        old = {m.key: _cast(self.state[m.param], dtype) for m in members if self.state.get(m.param)}
+        old = {m.key: slots.cast(own, dtype) for m in members if (own := self._own(m))}
         new = [m for m in members if m.key not in old]
         fresh = self.rule.init(theta, {m.key: params[m.key] for m in new}, kinds(new)) if new else OptState({}, {})
         per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
-        return OptState(per_param, _cast(self.state.get("shared") or fresh.shared, dtype))
+        return OptState(per_param, slots.cast(self.state.get("shared") or fresh.shared, dtype))
+
+    def _layout(self, member: Member) -> resume.Layout:
+        if member.key not in self._layouts:
+            theta = self._theta(self._dtype(), member.param.device)
+            params = {member.key: member.param.detach().to(self._dtype())}
+            start = self.rule.init(theta, params, kinds([member])).per_param[member.key]
+            self._layouts[member.key] = {name: tuple(t.shape) for name, t in start.items()}
+        return self._layouts[member.key]
+
+    def _own(self, member: Member) -> Slots:
+        """The rule's slots of a parameter, without what other code keeps beside them; none before its first step."""
+        kept = self.state.get(member.param)
+        return slots.own(kept, self._layout(member)) if kept else {}
 
     def _clock(self, device: torch.device) -> Clock:
-        step = self._steps_taken()
-        if step >= self.total_steps and not self._warned:
-            self._warned = True
-            message = f"step {step + 1} of a run of total_steps={self.total_steps}: the rule was told it would be over"
-            warnings.warn(message, UserWarning, stacklevel=6)  # the line that calls step
+        called, skipped = slots.counts(self.state)
         # Fills, not copies of host tensors: the host would wait for those.
-        return Clock(*(torch.full((), n, dtype=torch.int64, device=device) for n in (step, self.total_steps)))
+        step, total = (torch.full((), n, dtype=torch.int64, device=device) for n in (called, self.total_steps))
+        return Clock(step - skipped, total)
 
-    def _steps_taken(self) -> int:
-        return self.state["clock"]["step"] if "clock" in self.state else 0
+    def _count(self, skipped: int | Tensor, called: int = 1) -> None:
+        steps, before = slots.counts(self.state)
+        self.state["clock"] = {"step": steps + called, "skipped": before + skipped}
+        self.state["origin"] = self._origin
 
-    def _store(self, members: Sequence[Member], params: Params, state: OptState) -> None:
-        """Keep the new state. Dicts are replaced, not changed, so that ``state_dict()`` stays what it was."""
-        # A rule may return an input as a slot (the last gradient, say), and inputs are written to after this.
-        inputs = {_storage(t) for m in members for t in (params[m.key], m.param.grad) if t is not None}
-        for m in members:
-            self.state[m.param] = _apart(state.per_param[m.key], inputs)
-        if state.shared:
-            self.state["shared"] = _apart(state.shared, inputs)
-        self.state["clock"] = {"step": self._steps_taken() + 1}
+    def _skip(self, reason: str) -> None:
+        self._count(1)
+        skipped = f"step {slots.counts(self.state)[0]} was skipped: {reason} is not finite or its square is not"
+        self._warn("skipped", f"{skipped}; {_COUNTED}")
 
-    def _write(self, members: Sequence[Member], params: Params, updates: Updates) -> None:
-        for m in members:
-            lr, value = m.group["lr"], params[m.key]
-            keep = math.exp(-m.group["weight_decay"] * lr / self.total_steps)
-            if keep != 1.0:
-                value.mul_(keep)
-            value.add_(updates[m.key], alpha=lr)
-            if value.dtype != m.param.dtype:  # else it is the parameter itself
-                m.param.copy_(value)
+    def _look(self) -> None:
+        """Say when the run is over, and now and then whether steps were skipped, where it takes waiting."""
+        called, skipped = slots.counts(self.state)
+        if called >= self.total_steps:
+            end = f"step {called + 1} of a run of total_steps={self.total_steps}: the rule was told it would be over"
+            self._warn("over", end)
+        if isinstance(skipped, Tensor) and called % _LOOK == 0 and skipped:
+            self._warn("skipped", f"{int(skipped)} of {called} steps were skipped, not being finite; {_COUNTED}")
+
+    def _warn(self, what: str, message: str) -> None:
+        """Warn of ``what`` once."""
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, UserWarning, stacklevel=7)  # the line that calls step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict()`` returned, to the bit and in copies.
 
+        Where both sides have names, parameters and groups are found by them, whatever their order.
         Raises ValueError, as torch does, where groups differ in number or size, and `ResumeError` where the state is of
-        another rule or optimizer; both before anything is changed.
+        another rule, θ or optimizer, or a group lacks a setting; both before anything is changed.
         """
         loaded: dict[str, Any] = {}
 
-        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
-            loaded.update(final)
-            self._check_state(final)
+        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._checked(final))
+            return loaded
 
         # torch rounds the state of a bf16 parameter to bf16, so it is put in place once more. In hooks, because those
         # of users may exchange the dict before, and want to see the result after.
@@ -228,83 +285,32 @@ class LearnedOptimizer(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
-        saved, state = state_dict["param_groups"], state_dict["state"]
-        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
-            return  # torch has its error for that
-        clock = state.get("clock")
-        if not isinstance(clock, Mapping) or not isinstance(clock.get("step"), int):
-            raise ResumeError("state_dict has no state['clock']['step']: it is of another optimizer")
-        ids = list(chain.from_iterable(g["params"] for g in saved))
-        for member in self._members():
-            found = _shapes(state.get(ids[int(member.key)], {}))
-            expected = _shapes(self._initial_slots(member)) if found else found
-            if found != expected:
-                raise ResumeError(
-                    f"state_dict has the slots {found} for {label(member)}, {self.rule!r} has {expected}; "
-                    "make the optimizer with the rule and the model that were saved"
-                )
-
-    def _initial_slots(self, member: Member) -> Slots:
-        key, dtype = member.key, self._dtype()
-        theta = self._theta(dtype, member.param.device)
-        return self.rule.init(theta, {key: member.param.detach().to(dtype)}, kinds([member])).per_param[key]
+    def _checked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """``state_dict`` in the order of the optimizer; raises `ResumeError`."""
+        resume.check_origin(state_dict, self._origin)
+        resume.check_groups(state_dict["param_groups"])
+        groups, state = resume.in_order(self.param_groups, state_dict["param_groups"]), state_dict["state"]
+        if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
+            ids = list(chain.from_iterable(group["params"] for group in groups))
+            for m in self._members():
+                found = state.get(ids[int(m.key)], {})
+                resume.check_slots(found, self._layout(m), "origin" not in state, label(m), repr(self.rule))
+        return {**state_dict, "param_groups": groups}
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        """Copies of the state in ``state_dict``, in the dtypes that it has there."""
-        ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = [p for group in self.param_groups for p in group["params"]]
-        owners: dict[Any, Any] = dict(zip(ids, params, strict=True))
-        for key, slots in state_dict["state"].items():
-            self.state[owners.get(key, key)] = {
-                k: v.detach().to(params[0].device, copy=True) if isinstance(v, Tensor) else v for k, v in slots.items()
-            }
+        self.state.update(resume.copies(self.param_groups, state_dict))
+        called, skipped = slots.counts(self.state)
+        self.state.update(clock={"step": called, "skipped": int(skipped)}, origin=self._origin)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "_warned")}
+        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "_origin", "_warned")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict calls this too, with part of the state
-        self.__dict__.setdefault("_theta_on", {})
+        self._forget()
 
     def __repr__(self) -> str:
-        header = f"LearnedOptimizer (\n{self.rule!r}, step {self._steps_taken()} of {self.total_steps}"
+        what = dict.fromkeys([self._origin["checkpoint"], repr(self.rule)])  # once, where the rule was handed over
+        header = f"LearnedOptimizer (\n{', '.join(what)}, step {slots.counts(self.state)[0]} of {self.total_steps}"
         return super().__repr__().replace("LearnedOptimizer (", header, 1)
-
-
-def _resolve(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[UpdateRule, Theta]:
-    match source:
-        case str() | os.PathLike():
-            return hub.load(source, rules)
-        case (UpdateRule() as rule, Mapping() as theta):
-            return rule, {k: t.detach().clone() for k, t in hub.check_theta(rule, dict(theta)).items()}
-    # The types alone: θ printed would bury the message.
-    came = f"({', '.join(type(x).__name__ for x in source)})" if isinstance(source, tuple) else type(source).__name__
-    raise ConfigurationError(f"source={came}: expected a checkpoint's name, path or address, or a pair (rule, theta)")
-
-
-def _scalar(loss: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.detach().to(device, dtype, copy=True).reshape(())
-    if isinstance(loss, numbers.Real):
-        return torch.full((), float(loss), dtype=dtype, device=device)
-    got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-    raise ConfigurationError(f"loss is {got}: expected a 0-d tensor or a number, also from a closure")
-
-
-def _cast(slots: Slots, dtype: torch.dtype) -> Slots:
-    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in slots.items()}
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _apart(slots: Slots, inputs: set[int]) -> Slots:
-    """``slots``, copied where they are views of the storages ``inputs``."""
-    return {k: t.clone() if _storage(t) in inputs else t for k, t in slots.items()}
-
-
-def _shapes(slots: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    return {k: tuple(t.shape) if isinstance(t, Tensor) else None for k, t in slots.items()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from l2o._checks import real
 from l2o.ops.kinds import default_kinds
-from l2o.types import GradientError, Kind, ParameterError
+from l2o.types import ConfigurationError, GradientError, Kind, ParameterError
 
 
 class Member(NamedTuple):
@@ -21,15 +22,24 @@ class Member(NamedTuple):
 
 
 def check_params(members: Sequence[Member]) -> None:
-    """Raise `ParameterError` unless all are dense floating-point tensors on one device."""
+    """Raise `ParameterError` unless all are dense floating-point tensors on one device that can be written to."""
+    device = members[0].param.device if members else None
     for m in members:
-        p, device = m.param, members[0].param.device
+        p = m.param
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ParameterError(
                 f"{label(m)} is {p.dtype}, {p.layout}: expected dense and floating point; leave it out"
             )
         if p.device != device:
             raise ParameterError(f"{label(m)} is on {p.device}, others on {device}: make one optimizer for each device")
+        if p.is_inference():
+            raise ParameterError(
+                f"{label(m)} was made in inference mode and cannot be written to outside; make it under torch.no_grad()"
+            )
+        if not p.is_contiguous() and torch._debug_has_internal_overlap(p) == 1:
+            raise ParameterError(
+                f"{label(m)} is expanded: several of its entries are one number in memory; make it a clone()"
+            )
 
 
 def checked_gradient(member: Member) -> Tensor:
@@ -47,6 +57,23 @@ def checked_gradient(member: Member) -> Tensor:
             f"{p.device}; call zero_grad() and backward() once more after a parameter was resized or moved"
         )
     return grad.detach()
+
+
+def settings(group: Mapping[str, Any]) -> dict[str, float]:
+    """``lr`` and ``weight_decay`` of a group as Python's floats; raises `ConfigurationError`.
+
+    A 0-d tensor is read, for which a device is waited for.
+    """
+    for name in ("lr", "weight_decay"):
+        if name not in group:
+            raise ConfigurationError(f"a group of parameters has no {name!r}: set group[{name!r}] to a number")
+    if group.get("kind", "vector") not in get_args(Kind):
+        raise ConfigurationError(f"kind={group['kind']!r}: expected one of {', '.join(get_args(Kind))}")
+    return {name: real(name, _number(group[name]), least=0.0) for name in ("lr", "weight_decay")}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def label(member: Member) -> str:

@@ -63,7 +63,10 @@ class AdafacMLP(UpdateRule):
     def init_theta(self, generator: torch.Generator) -> Theta:
         inputs = 4 + 8 * len(self.momentum_decays) + len(TIMESCALES)
         theta = init_mlp(generator, [inputs, *self.hidden, self.outputs])
-        return theta | {name: torch.zeros(n, device=generator.device) for name, n in self._decay_counts().items()}
+        return theta | {
+            name: torch.zeros(n, dtype=torch.float32, device=generator.device)
+            for name, n in self._decay_counts().items()
+        }
 
     def _decay_counts(self) -> dict[str, int]:
         decays = len(self.momentum_decays)

@@ -19,6 +19,8 @@ class AdaGrad(ElementwiseRule):
     lr: float = 0.01
     eps: float = 1e-10
 
+    rests = True
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {
             "log_lr": scalar_like(log_of("lr", self.lr), generator),

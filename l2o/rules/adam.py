@@ -28,6 +28,8 @@ class Adam(ElementwiseRule):
     eps: float = 1e-8
     eps_root: float = 0.0
 
+    rests = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         real("eps_root", self.eps_root, least=0.0)

@@ -31,6 +31,7 @@ class CeloAdam(UpdateRule):
     """
 
     needs_loss: ClassVar[bool] = True
+    rests: ClassVar[bool] = True
 
     lstm_hidden: int = 64
     beta1: float = 0.9

@@ -24,6 +24,8 @@ class Momentum(ElementwiseRule):
     momentum: float = 0.9
     nesterov: bool = False
 
+    rests = True
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {
             "log_lr": scalar_like(log_of("lr", self.lr), generator),

@@ -65,6 +65,8 @@ class NNAdam(UpdateRule):
     beta2: float = 0.999
     eps: float = 1e-8
 
+    rests = True
+
     def __post_init__(self) -> None:
         whole("hidden", self.hidden)
         real("output_scale", self.output_scale, above=0.0)
@@ -78,9 +80,10 @@ class NNAdam(UpdateRule):
         starts = {"lr": self.lr, "beta1": 1.0 - self.beta1, "beta2": 1.0 - self.beta2, "eps": self.eps}
         theta = {f"raw_{name}": scalar_like(0.1 * math.log(value), generator) for name, value in starts.items()}
         theta |= init_tensor_lstm(generator, _INPUTS, self.hidden)
-        device = generator.device
-        w_out, b_out = torch.zeros(self.hidden, len(_VALUES), device=device), torch.zeros(len(_VALUES), device=device)
-        return theta | {"w_out": w_out, "b_out": b_out}
+        shapes = {"w_out": (self.hidden, len(_VALUES)), "b_out": (len(_VALUES),)}
+        return theta | {
+            name: torch.zeros(shape, dtype=torch.float32, device=generator.device) for name, shape in shapes.items()
+        }
 
     def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
         raw = {name: theta[name].clone() for name in _VALUES}

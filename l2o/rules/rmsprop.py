@@ -24,6 +24,8 @@ class RMSProp(ElementwiseRule):
     alpha: float = 0.99
     eps: float = 1e-8
 
+    rests = True
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {
             "log_lr": scalar_like(log_of("lr", self.lr), generator),

@@ -18,6 +18,8 @@ class SGD(ElementwiseRule):
 
     lr: float = 0.01
 
+    rests = True
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {"log_lr": scalar_like(log_of("lr", self.lr), generator)}
 

@@ -211,13 +211,17 @@ class Steered(UpdateRule):
         if steps is None:
             return None
         dots, gradients, directions, squares = steps.look().to(theta["log_lr"].dtype)
-        weights = torch.stack([self._factor(theta, p.shape) for p in params.values()])
+        shapes = {name: p.shape for name, p in params.items()}
+        factor = {shape: self._factor(theta, shape) for shape in set(shapes.values())}
+        weights = torch.stack([factor[shape] for shape in shapes.values()])
         sums = [(weights * dots, weights * safe_sqrt(gradients) * safe_sqrt(directions))]
         shared = self._control(theta, state.shared, sums, clock)
         size = self._size(theta, shared, clock)
-        steps.advance(
-            [-float(self._scale(theta, size, s, p.shape)) for s, p in zip(squares, params.values(), strict=True)]
-        )
+        scales = torch.empty_like(squares)
+        for shape in factor:
+            mask = torch.tensor([s == shape for s in shapes.values()])
+            scales[mask] = -self._scale(theta, size, squares[mask], shape)
+        steps.advance(scales.tolist())
         if self.direction == "orthogonal":
             for group in _groups(grads, state):
                 if "d" in group.slots:

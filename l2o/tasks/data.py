@@ -37,7 +37,7 @@ def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("dataset='digits' comes with scikit-learn: pip install l2o[train]") from error
+        raise DataError("dataset='digits' comes with scikit-learn: pip install 'l2o[train]'") from error
     digits = load_digits()
     return digits.data.astype(np.uint8), digits.target.astype(np.uint8)
 

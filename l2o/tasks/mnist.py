@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from l2o.download import cache_folder, fetch
-from l2o.types import DataError, DownloadError
+from l2o._files import cache_folder, user_path
+from l2o.download import fetch
+from l2o.types import ConfigurationError, DataError, DownloadError
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -27,6 +28,8 @@ SHA256 = {
 }
 MAX_BYTES = 16 * 2**20
 """The largest file has 9.9 MB."""
+LEAST = 4
+"""Images, one for each part of the set."""
 
 
 def load_mnist(part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -34,8 +37,8 @@ def load_mnist(part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     images_path = find(f"{part}-images-idx3-ubyte.gz")
     labels_path = find(f"{part}-labels-idx1-ubyte.gz")
     images, labels = read_idx(images_path), read_idx(labels_path)
-    if images.shape[1:] != (28, 28):
-        raise DataError(f"{images_path}: shape {images.shape}, expected [n, 28, 28]")
+    if images.shape[1:] != (28, 28) or len(images) < LEAST:
+        raise DataError(f"{images_path}: shape {images.shape}, expected [n, 28, 28], n at least {LEAST}")
     if labels.shape != images.shape[:1]:
         raise DataError(f"{labels_path}: shape {labels.shape}, expected one label for each of {len(images)} images")
     if labels.max(initial=0) > 9:
@@ -47,11 +50,11 @@ def find(name: str) -> Path:
     """Where the file ``name`` (``….gz``) lies: in ``$L2O_DATA_DIR/mnist``, or else in the cache, after a download."""
     root = os.environ.get("L2O_DATA_DIR")
     if root:
-        return _find_in(Path(root) / "mnist", name)
-    path = cache_folder() / "data" / "mnist" / name
+        return _find_in(user_path(root) / "mnist", name)
     try:
+        path = cache_folder() / "data" / "mnist" / name
         return fetch([mirror + name for mirror in MIRRORS], path, SHA256[name], MAX_BYTES)
-    except DownloadError as error:
+    except (ConfigurationError, DownloadError) as error:
         raise DataError(f"{error}\nOffline, set L2O_DATA_DIR to a folder that has mnist/{name}") from error
 
 

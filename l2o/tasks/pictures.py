@@ -38,7 +38,7 @@ def _load(name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
         from skimage import data
     except ImportError as error:
-        raise DataError("the pictures come with scikit-image: pip install l2o[train]") from error
+        raise DataError("the pictures come with scikit-image: pip install 'l2o[train]'") from error
     try:
         picture: np.ndarray[Any, np.dtype[np.uint8]] = getattr(data, name)()
     except (AttributeError, ImportError, OSError) as error:

@@ -1,0 +1,73 @@
+"""What keeps a step from doing harm: all of it is taken or nothing, and entries without gradients rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from l2o.optim.members import Member, label
+from l2o.types import Grads, OptState, Slots, Updates
+
+HAD_GRADIENT = "had_gradient"
+"""Beside the slots of a rule that does not rest by itself: bool ``[*shape]``, entries that have had a gradient."""
+
+
+@contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """Arithmetic as it is by itself, wherever ``step`` is called: no autocast, no inference mode, no graph."""
+    known = torch.amp.is_autocast_available(device.type)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type if known else "cpu", enabled=False):
+        yield
+
+
+def readable(device: torch.device) -> bool:
+    """Whether the host reads a tensor's value there without waiting."""
+    return device.type == "cpu"
+
+
+def finite(tensors: list[Tensor]) -> Tensor:
+    """Bool, 0-d: whether the sum of all squares is finite.  tensors: of one device, one at least.
+
+    Rules square what they see: a gradient of 1e20 is finite in float32, but its second moment would stay infinite.
+    """
+    return torch.stack(torch._foreach_norm(tensors)).square().sum().isfinite()
+
+
+def culprit(members: Sequence[Member], grads: Grads, updates: Updates, loss: Tensor | None) -> str:
+    """What is not `finite`; for the message, once it is known that something is not."""
+    if loss is not None and not finite([loss]):
+        return "the loss"
+    for what, tensors in (("gradient", grads), ("update", updates)):
+        for m in members:
+            if m.key in tensors and not finite([tensors[m.key]]):
+                return f"the {what} of {label(m)}"
+    return "the sum of all squared gradients and updates"
+
+
+def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
+    """Updates without those of entries that never had a gradient; and which have had one by now.
+
+    seen: bool ``[*shape]`` by parameter, which had one before.
+    """
+    seen = {key: old | (grads[key] != 0) for key, old in seen.items()}
+    return updates | {key: torch.where(had, updates[key], 0.0) for key, had in seen.items()}, seen
+
+
+def beside(state: OptState, seen: Slots) -> OptState:
+    """``state`` with the masks ``seen`` among the slots."""
+    slots = {key: {**state.per_param[key], HAD_GRADIENT: had} for key, had in seen.items()}
+    return OptState(state.per_param | slots, state.shared)
+
+
+def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[Updates, OptState]:
+    """``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host."""
+    updates = {key: torch.where(ok, u, 0.0) for key, u in updates.items()}
+    per_param = {key: _either(ok, slots, old.per_param[key]) for key, slots in new.per_param.items()}
+    return updates, OptState(per_param, _either(ok, new.shared, old.shared))
+
+
+def _either(ok: Tensor, new: Slots, old: Mapping[str, Tensor]) -> Slots:
+    return {name: torch.where(ok, t, old[name]) for name, t in new.items()}

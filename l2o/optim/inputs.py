@@ -1,0 +1,52 @@
+"""What a user hands to the plug-in, checked: the checkpoint, the length of the run, the loss."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2o import hub
+from l2o._checks import whole
+from l2o.types import ConfigurationError, Theta, UpdateRule
+
+_START = 'start with LearnedOptimizer(params, "default", total_steps=10_000)'
+
+
+def length(total_steps: Any) -> int:
+    """``total_steps`` as an int; raises `ConfigurationError`."""
+    if total_steps is None:
+        raise ConfigurationError(
+            "total_steps=None: expected how many steps the run will have, because rules plan by the share of it that "
+            f"is done (warm-up, smaller steps towards the end); {_START}"
+        )
+    return whole("total_steps", total_steps)
+
+
+def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, UpdateRule, Theta]:
+    """What messages call the checkpoint, its rule and its θ, in copies; raises `ConfigurationError`, or as `load`."""
+    match source:
+        case str() | os.PathLike():
+            return hub.name_of(source), *hub.load(source, rules)
+        case (UpdateRule() as rule, Mapping() as theta):
+            return repr(rule), rule, {k: t.detach().clone() for k, t in hub.check_theta(rule, dict(theta)).items()}
+    # The types alone: θ printed would bury the message.
+    came = f"({', '.join(type(x).__name__ for x in source)})" if isinstance(source, tuple) else type(source).__name__
+    raise ConfigurationError(
+        f"source={came}: expected a checkpoint's name (of {', '.join(hub.list_pretrained())}), path or address, or a "
+        f"pair (rule, theta); {_START}"
+    )
+
+
+def scalar(loss: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The loss as a 0-d tensor; raises `ConfigurationError`."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.detach().to(device, dtype, copy=True).reshape(())
+    if isinstance(loss, numbers.Real):
+        return torch.full((), float(loss), dtype=dtype, device=device)
+    got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    raise ConfigurationError(f"loss is {got}: expected a 0-d tensor or a number, also from a closure")

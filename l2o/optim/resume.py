@@ -1,0 +1,124 @@
+"""Whether a state that was saved is one of this optimizer: of its checkpoint, its groups, its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from l2o.optim.members import settings
+from l2o.types import ConfigurationError, ResumeError, Theta, UpdateRule
+
+Group = dict[str, Any]
+Layout = dict[str, tuple[int, ...]]
+"""The shapes of a rule's slots of one parameter."""
+
+
+def origin(name: str, rule: UpdateRule, theta: Theta) -> dict[str, str]:
+    """What a run's state says about where its steps come from: the checkpoint's name, the SHA-256 of rule and θ.
+
+    Hyperparameters at their defaults do not count, so that a rule may get new ones.
+    """
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
+    chosen = {f.name: getattr(rule, f.name) for f in fields if getattr(rule, f.name) != f.default}
+    digest = hashlib.sha256(repr((type(rule).__name__, sorted(chosen.items()))).encode())
+    for key in sorted(theta):
+        digest.update(key.encode() + theta[key].detach().float().cpu().contiguous().numpy().tobytes())
+    return {"checkpoint": name, "fingerprint": digest.hexdigest()}
+
+
+def check_origin(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> None:
+    """Raise `ResumeError` where ``state_dict`` is of no run of ours, or of one with another rule or θ than ``own``.
+
+    State of an older l2o does not say which it is of, and passes.
+    """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ResumeError("state_dict has no 'state' and 'param_groups': expected what state_dict() returned")
+    clock, saved = (state_dict["state"].get(name, {}) for name in ("clock", "origin"))
+    if not isinstance(clock, Mapping) or not _is_count(clock.get("step")) or not _is_count(clock.get("skipped", 0)):
+        raise ResumeError("state_dict has no numbers of steps in state['clock']: it is of another optimizer")
+    if isinstance(saved, Mapping) and saved.get("fingerprint", own["fingerprint"]) != own["fingerprint"]:
+        raise ResumeError(
+            f"state_dict is of a run with {saved['checkpoint']}, this optimizer has {own['checkpoint']}, another rule "
+            "or θ; make it with the one that was saved, or delete state_dict['state']['origin'] to go on with this one"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | Tensor) and int(value) >= 0
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raise `ResumeError` where a saved group lacks a setting, or has one that makes no sense."""
+    for i, group in enumerate(groups):
+        if "params" not in group:
+            raise ResumeError(f"state_dict['param_groups'][{i}] has no 'params': expected what state_dict() returned")
+        try:
+            settings(group)
+        except ConfigurationError as error:
+            raise ResumeError(f"state_dict['param_groups'][{i}]: {error}") from error
+
+
+def in_order(own: Sequence[Group], saved: list[Group]) -> list[Group]:
+    """``saved`` in the order of ``own``, groups and parameters, where both name all their parameters.
+
+    Names that are in the state alone or in the optimizer alone are taken by their place, as torch takes all, if the
+    others are where they were; else raises `ResumeError`.
+    """
+    if not all("param_names" in group for group in (*own, *saved)):
+        return saved
+    ours, theirs = ([group["param_names"] for group in groups] for groups in (own, saved))
+    by_names = {frozenset(names): group for names, group in zip(theirs, saved, strict=True)}
+    if sorted(sizes(own)) == sorted(sizes(saved)) and by_names.keys() == {frozenset(names) for names in ours}:
+        return [_sorted(by_names[frozenset(names)], names) for names in ours]
+    place, before = ({name: i for i, name in enumerate(chain.from_iterable(names))} for names in (ours, theirs))
+    moved = [name for name in place if before.get(name, place[name]) != place[name]]
+    if moved:
+        raise ResumeError(
+            f"state_dict has other named parameters, and {moved[0]!r} at another place; make the optimizer with the "
+            "parameters and groups that were saved"
+        )
+    return saved
+
+
+def _sorted(group: Group, names: Sequence[str]) -> Group:
+    ids = dict(zip(group["param_names"], group["params"], strict=True))
+    return {**group, "param_names": list(names), "params": [ids[name] for name in names]}
+
+
+def sizes(groups: Sequence[Group]) -> list[int]:
+    """How many parameters each group has."""
+    return [len(group["params"]) for group in groups]
+
+
+def check_slots(found: Mapping[str, Any], own: Layout, exact: bool, label: str, rule: str) -> None:
+    """Raise `ResumeError` unless the slots ``found`` of a parameter are all of the rule's, or none.
+
+    exact: whether others show that the state is of another rule; else they are of other code.
+    """
+    if not isinstance(found, Mapping):
+        raise ResumeError(f"state_dict has a {type(found).__name__} for {label}, expected slots by name")
+    shapes = {k: tuple(t.shape) if isinstance(t, Tensor) else None for k, t in found.items() if exact or k in own}
+    if shapes and shapes != own:
+        raise ResumeError(
+            f"state_dict has the slots {shapes} for {label}, {rule} has {own}; "
+            "make the optimizer with the rule and the model that were saved"
+        )
+
+
+def copies(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """The state in ``state_dict``, copied, in the dtypes that it has there, by the parameters of ``groups``."""
+    ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+    params = [p for group in groups for p in group["params"]]
+    owners: dict[Any, Any] = dict(zip(ids, params, strict=True))
+    return {
+        owners.get(key, key): {
+            k: v.detach().to(params[0].device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()
+        }
+        for key, kept in state_dict["state"].items()
+        if isinstance(kept, Mapping)  # else of other code, and torch has it
+    }

@@ -1,0 +1,98 @@
+"""The controller: the step grows where gradients agree, shrinks where it is sure that they do not, else it rests."""
+
+import math
+
+import pytest
+import torch
+from tables import generator
+
+from l2o.ops.alignment import control, cosine, init_alignment, init_controller
+from l2o.types import Clock
+
+T = 1000
+
+
+def log_steps(cosines, theta=None, total=T):
+    """``z`` after each of the ``cosines``, of the gradients at step 0, 1, ..."""
+    theta = theta or {k: t.double() for k, t in init_controller(generator()).items()}
+    slots, z = init_alignment(next(iter(theta.values()))), []
+    for step, c in enumerate(cosines):
+        c = torch.as_tensor(c, dtype=torch.float64)
+        slots = control(theta, slots, c, Clock(torch.tensor(step), torch.tensor(total)))
+        z.append(slots["log_step"])
+    return torch.stack(z)
+
+
+def noise(mean, deviation, steps=T):
+    return (mean + deviation * torch.randn(steps, generator=generator(), dtype=torch.float64)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("cosines", "low", "high"),
+    [
+        ([0.9] * T, 2.0, 5.0),  # the step is far too small
+        (noise(0.0, 0.03), -0.02, 0.02),  # nothing but noise
+        (noise(0.0, 0.3), -0.2, 0.3),
+        ([-0.9] * T, -5.0, -2.0),  # it bounces
+        (noise(-0.1, 0.5), -0.1, 0.3),  # below zero, but that may be chance
+        ([0.9] * 100 + [0.0] * 900, 0.0, 0.3),  # what the first steps made of it leaks away
+    ],
+    ids=["agree", "noise", "loud", "bounce", "unsure", "leak"],
+)
+def test_where_the_step_ends(cosines, low, high):
+    assert low < log_steps(cosines)[-1] < high
+
+
+def test_the_first_gradient_has_no_step_before_it():
+    assert log_steps([1.0])[0] == 0.0
+    assert log_steps([1.0, 1.0])[1] > 0.0
+
+
+def test_the_first_move_is_the_formula():
+    """At step 1 every mean is the cosine itself: 30 / T tanh(6 (c - 0.06)) (1 - 1 / T)."""
+    expected = 30 / T * math.tanh(6 * (0.5 - 0.06)) * (1 - 1 / T)
+    torch.testing.assert_close(log_steps([0.0, 0.5])[1].item(), expected, rtol=1e-6, atol=0.0)
+
+
+def test_gains_scale_with_the_length_of_the_run():
+    long, short = log_steps([0.5] * T), log_steps([0.5] * (T // 2), total=T // 2)
+    torch.testing.assert_close(long[-1], short[-1], rtol=0.02, atol=0.0)
+
+
+def test_the_step_stays_in_its_range_and_stands_still_after_the_run():
+    theta = {k: t.double() for k, t in init_controller(generator()).items()}
+    theta["log_gain"] = torch.tensor(9.0, dtype=torch.float64)
+    assert log_steps([0.9] * 400, theta, total=1000).max() == pytest.approx(5.0)
+    assert log_steps([-0.9] * 400, theta, total=1000).min() == pytest.approx(-5.0)
+    still = log_steps([0.9] * 12, theta | {"log_leak": torch.tensor(-50.0, dtype=torch.float64)}, total=10)
+    assert still[9] > 0.0
+    assert torch.equal(still[10], still[11])
+
+
+@pytest.mark.parametrize(
+    ("name", "cosines"),
+    [
+        *((name, [0.0, 0.3, 0.1, 0.2]) for name in ("gain", "slope", "band_up", "fast", "slow", "leak")),
+        *((name, [0.0, -0.2, -0.05, -0.11]) for name in ("band_down", "sure")),
+        ("range", [0.9] * 400),
+    ],
+)
+def test_every_constant_matters_as_finite_differences_say(name, cosines):
+    theta = {k: t.double() for k, t in init_controller(generator()).items()}
+    if name == "range":
+        theta["log_range"] = torch.tensor(-1.0, dtype=torch.float64)
+
+    def end(value):
+        return log_steps(cosines, theta | {f"log_{name}": value})[-1]
+
+    value = theta[f"log_{name}"].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(end(value), value)
+    numeric = (end(theta[f"log_{name}"] + 1e-6) - end(theta[f"log_{name}"] - 1e-6)) / 2e-6
+    assert slope != 0.0
+    torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-9)
+
+
+def test_the_cosine_weighs_tensors_and_is_0_without_gradients():
+    dots, norms = torch.tensor([3.0, -1.0]), torch.tensor([4.0, 4.0])
+    assert cosine(dots, norms) == 0.25
+    assert cosine(torch.zeros(2), torch.zeros(2)) == 0.0

@@ -1,0 +1,180 @@
+"""The kernel of Steered steps as the rule's update does, in place, the same on any number of threads."""
+
+import ctypes
+
+import pytest
+import torch
+from plugin import snapshot, source
+from tables import generator, identical
+from torch import nn
+
+from l2o.kernels import build, steered
+from l2o.ops.kinds import default_kinds
+from l2o.optim import LearnedOptimizer, apply
+from l2o.rules import Steered
+from l2o.types import Clock
+
+SHAPES = {"scalar": (), "vector": (5,), "row": (1, 7), "matrix": (30, 41), "conv": (7, 3, 2, 2), "empty": (0, 3)}
+SHAPES |= {"tall": (900, 70), "same": (900, 70)}  # of several blocks
+RULES = {
+    "orthogonal": Steered(),
+    "normalized": Steered(direction="normalized", fan_in=0.3),
+    "adam": Steered(direction="adam"),
+    "uncontrolled": Steered(controller="none", schedule="constant"),
+}
+every_direction = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+
+
+def tensors(seed, scale=1.0):
+    g = generator(seed)
+    return {name: scale * torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+
+
+def gradients(step):
+    """Without some entries and rows, and once without any."""
+    grads = tensors(100 + step, scale=0.0 if step == 3 else 1e-3)
+    grads["matrix"][3], grads["tall"][5, 7], grads["vector"][2] = 0.0, 0.0, 0.0
+    return grads
+
+
+def run(rule, factors, in_place, steps=6):
+    theta, params = rule.init_theta(generator()), tensors(0, scale=0.1)
+    state = rule.init(theta, params, default_kinds(params))
+    with torch.no_grad():
+        for step in range(steps):
+            args = (theta, gradients(step), state, params, Clock(torch.tensor(step), torch.tensor(20)))
+            if in_place:
+                state = rule.fused_step(*args, dict.fromkeys(params, factors))
+                assert state is not None
+            else:
+                updates, state = rule.update(*args)
+                params = {name: factors[1] * p + factors[0] * updates[name] for name, p in params.items()}
+    return params, state
+
+
+@every_direction
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (0.3, 0.98)])
+def test_the_kernel_steps_as_update_does(rule, factors):
+    (params, state), (expected, slots) = (run(rule, factors, in_place) for in_place in (True, False))
+    for name, p in expected.items():
+        torch.testing.assert_close(params[name], p, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(state.per_param[name], slots.per_param[name], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(state.shared, slots.shared, rtol=1e-2, atol=1e-5)
+
+
+@every_direction
+def test_entries_without_gradients_rest_to_the_bit(rule):
+    params, _ = run(rule, (1.0, 1.0), in_place=True)
+    for name, place in (("matrix", 3), ("tall", (5, 7)), ("vector", 2)):
+        assert torch.equal(params[name][place], tensors(0, scale=0.1)[name][place])
+
+
+@every_direction
+def test_the_number_of_threads_changes_no_bit(rule):
+    """But for products of matrices, which are torch's."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(rule, (1.0, 1.0), in_place=True, steps=2))
+    finally:
+        torch.set_num_threads(before)
+    if rule.direction == "orthogonal":
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=2e-5)
+    else:
+        assert identical(*results)
+
+
+@pytest.mark.parametrize("change", ["dtype", "strides", "shape"])
+def test_what_the_kernel_cannot_take_is_left_to_torch_with_nothing_written(change):
+    rule, params = Steered(), tensors(0)
+    theta, grads = rule.init_theta(generator()), gradients(0)
+    if change == "dtype":
+        params["matrix"], grads["matrix"] = params["matrix"].double(), grads["matrix"].double()
+    if change == "strides":
+        params["matrix"] = params["matrix"].T.contiguous().T
+    if change == "shape":
+        grads["matrix"] = grads["matrix"][:-1]
+    state, before = rule.init(theta, params, default_kinds(params)), {k: p.clone() for k, p in params.items()}
+    clock = Clock(torch.tensor(0), torch.tensor(20))
+    assert rule.fused_step(theta, grads, state, params, clock, dict.fromkeys(params, (1.0, 1.0))) is None
+    assert identical(params, before)
+
+
+def test_structures_are_laid_out_as_the_compiler_does(tmp_path):
+    """Drift would be memory corruption."""
+    (tmp_path / "sizes.cpp").write_text(
+        f'#include "{build.SOURCES / "steered.cpp"}"\n#include <cstddef>\n'
+        'extern "C" int64_t sizes(int64_t* out) {'
+        " out[0] = sizeof(Tensor); out[1] = offsetof(Tensor, sums);"
+        " out[2] = sizeof(Step); out[3] = offsetof(Step, tensor); return SUMS; }"
+    )
+    library = tmp_path / "sizes.so"
+    build._run([*build._compiler(), *build.FLAGS, *build.LINK, str(tmp_path / "sizes.cpp"), "-o", str(library)])
+    out = (ctypes.c_int64 * 4)()
+    assert ctypes.CDLL(str(library)).sizes(out) == len(steered._Tensor().sums)
+    tensor, step = steered._Tensor, steered._Step
+    assert list(out) == [ctypes.sizeof(tensor), tensor.sums.offset, ctypes.sizeof(step), step.tensor.offset]
+
+
+def trained(steps, rule, **settings):
+    """The optimizer of a small model, after some steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 2))
+    optimizer = LearnedOptimizer(model.parameters(), source(rule), total_steps=20, **settings)
+    for step in range(steps):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=generator(10 * step + i))
+        optimizer.step()
+    return optimizer
+
+
+def values(optimizer):
+    return [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+
+@pytest.fixture
+def worth(monkeypatch):
+    """Kernels in runs of any length; the steps that took one."""
+    taken, step = [], Steered.fused_step
+    monkeypatch.setattr(apply, "WORTH_A_KERNEL", 0)
+    monkeypatch.setattr(Steered, "fused_step", lambda *args: taken.append(1) or step(*args))
+    return taken
+
+
+@every_direction
+def test_the_plug_in_takes_the_kernel_where_a_run_is_worth_it(rule, request):
+    plain = trained(5, rule, lr=0.5, weight_decay=0.2)
+    taken = request.getfixturevalue("worth")
+    fused = trained(5, rule, lr=0.5, weight_decay=0.2)
+    assert len(taken) == 5
+    torch.testing.assert_close(values(fused), values(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_dict_stays_what_it_was_and_resumes(worth):
+    optimizer = trained(3, Steered())
+    saved, kept, start = optimizer.state_dict(), snapshot(optimizer), values(optimizer)
+    ends = []
+    for _ in range(2):
+        with torch.no_grad():
+            torch._foreach_copy_(optimizer.param_groups[0]["params"], start)
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        optimizer.step()
+        assert identical(saved, kept)
+        ends.append(values(optimizer))
+    assert identical(*ends)
+    assert len(worth) == 7
+
+
+@pytest.mark.filterwarnings("ignore:step 4 was skipped")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e20])
+def test_a_gradient_that_is_not_finite_is_skipped_in_place_too(bad, worth):
+    optimizer = trained(3, Steered())
+    state, start = snapshot(optimizer)["state"], values(optimizer)
+    optimizer.param_groups[0]["params"][1].grad[0] = bad
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert identical(values(optimizer), start)
+    now = snapshot(optimizer)["state"]
+    assert identical(*({k: v for k, v in s.items() if k != "clock"} for s in (now, state)))
