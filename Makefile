@@ -21,9 +21,10 @@ help:  ## list the targets
 
 setup: $(READY)  ## the environment alone
 
-demo: $(READY)  ## meta-train an optimizer on real images, then measure it against SGD and Adam
+demo: $(READY)  ## meta-train an optimizer on real images, then measure it and `default` against SGD and Adam
 	$(PY) -m meta_train experiment=digits_demo run=$(RUN)
-	$(PY) -m meta_train.evaluate experiment=digits_demo source=$(RUN)/checkpoint out=$(RUN)/evaluation
+	$(PY) -m meta_train.evaluate experiment=digits_demo 'source=[$(RUN)/checkpoint,default]' \
+		out=$(RUN)/evaluation
 
 test: lint  ## lint, then all tests
 	$(PYTEST)

@@ -30,6 +30,7 @@ import torch
 from l2o._files import atomic_write
 from l2o.evaluation import gpu
 from l2o.evaluation.checks import CHECKS
+from l2o.evaluation.steps import Shapes
 from meta_train._config import main_guard, resolve_device, writing
 from meta_train.card import commit, hardware
 
@@ -49,16 +50,16 @@ class Step(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """networks: arguments of `gpu.network`, by name.  seconds: of a block of calls.  job: seconds of meta-training."""
+    """networks: of `measure_steps`, by size.     seconds: of a block of calls.     job: seconds of meta-training."""
 
-    networks: dict[str, tuple[int, int, int]]
+    networks: dict[str, str | Shapes]
     lanes: tuple[int, ...]
     seconds: float
     job: float
 
 
-FULL = Sizes({"1M": (128, 4, 1700), "25M": (512, 6, 12000), "124M": (768, 12, 51281)}, (64, 512, 4096), 0.3, 60.0)
-SMALL = Sizes({"small": (8, 1, 50)}, (2, 4), 0.01, 1.0)
+FULL = Sizes({"1M": "transformer", "25M": "transformer-512", "124M": "gpt2-small"}, (64, 512, 4096), 0.3, 60.0)
+SMALL = Sizes({"small": [(16, 8), (8,)]}, (2, 4), 0.01, 1.0)
 
 
 class Run:
@@ -130,9 +131,9 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
     """All of them, what matters most and what is safest first."""
     for name, check in CHECKS.items():
         yield Step(f"check: {name}", 2.0, partial(check, device))
-    makers = gpu.optimizers()
-    for (size, shape), (name, make) in product(sizes.networks.items(), makers.items()):
-        yield Step(f"optimizer: {name}, {size}", 3.0, partial(gpu.step, make, shape, device))
+    sources = gpu.sources()
+    for (size, network), (name, source) in product(sizes.networks.items(), sources.items()):
+        yield Step(f"optimizer: {name}, {size}", 3.0, partial(gpu.step, source, network, device))
     yield Step("main job", sizes.job + 5.0, partial(gpu.main_job, sizes.job, device))
     for lanes, setup in product(sizes.lanes, ("pes", "tbptt")):
         yield Step(f"engine: {setup}, {lanes} lanes", 10.0, partial(gpu.engine, setup, lanes, sizes.seconds, device))
@@ -142,8 +143,8 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
     for lanes in sizes.lanes:
         work = partial(gpu.with_kernels, partial(gpu.engine, "pes", lanes, sizes.seconds, device))
         yield Step(f"engine: pes, {lanes} lanes, kernels", 10.0, work)
-    for size, shape in sizes.networks.items():
-        work = partial(gpu.step, makers["mlp-digits"], shape, device)
+    for size, network in sizes.networks.items():
+        work = partial(gpu.step, sources["mlp-digits"], network, device)
         yield Step(f"optimizer: mlp-digits, {size}, large blocks", 5.0, partial(gpu.with_large_blocks, work))
         yield Step(f"optimizer: mlp-digits, {size}, kernels", 5.0, partial(gpu.with_kernels, work))
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from l2o.evaluation import gpu
 from l2o.evaluation.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
-from l2o.evaluation.cost import step_cost
+from l2o.evaluation.steps import NETWORKS
 from l2o.kernels import mlp_gpu, mlp_triton
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, Steered
@@ -123,10 +123,8 @@ def test_the_whole_run(tmp_path: Path) -> None:
     assert left_out == {name for name in steps if "graph" in name}  # the only thing that a CPU has not
     assert {step["status"] for step in record["steps"]} == {"ok", "left out"}
     costs = {name: step for name, step in steps.items() if name.startswith("optimizer")}
-    assert costs.keys() >= {f"optimizer: {name}, small" for name in gpu.optimizers()}
-    for cost in costs.values():
-        assert cost["ratio"] == pytest.approx(cost["ms"] / cost["adamw_ms"])
-        assert cost["ns_per_parameter"] * cost["parameters"] == pytest.approx(cost["ms"] * 1e6)
+    assert costs.keys() >= {f"optimizer: {name}, small" for name in gpu.sources()}
+    assert all(cost["ms"] > 0 < cost["ratio_to_fused_adamw"] and len(cost["beside"]) == 3 for cost in costs.values())
     assert steps["main job"]["held_out_loss_after"] < steps["main job"]["held_out_loss_before"]
     assert all(step["steps_per_second"] > 0 for step in steps.values() if step["name"].startswith("engine"))
 
@@ -164,19 +162,9 @@ def test_no_time_at_all_is_a_whole_record(tmp_path: Path) -> None:
     assert {step["status"] for step in record["steps"]} == {"left out"}
 
 
-def test_muon_steps_every_tensor_once() -> None:
-    module = gpu.network(8, 1, 20)
-    costs = step_cost({"Muon": gpu.Muon}, module, rounds=1)
-    matrices, entries = (sum(p.numel() for p in module.parameters() if p.ndim > least) for least in (1, 0))
-    vectors = sum(p.ndim == 1 for p in module.parameters())
-    # A momentum of matrices; two moments, and a count, of vectors.
-    assert costs["Muon"].state_bytes * entries == 4 * matrices + 8 * (entries - matrices) + 4 * vectors
-
-
 def test_the_sizes_are_those_of_their_names() -> None:
-    with torch.device("meta"):
-        sizes = [sum(p.numel() for p in gpu.network(*s).parameters()) for s in FULL.networks.values()]
-    assert list(FULL.networks) == [f"{size / 1e6:.0f}M" for size in sizes]
+    sizes = {name: sum(map(math.prod, NETWORKS[network])) for name, network in FULL.networks.items()}
+    assert sizes == {name: pytest.approx(1e6 * int(name.removesuffix("M")), rel=0.15) for name in sizes}
 
 
 class Launches:

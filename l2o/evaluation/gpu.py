@@ -10,27 +10,24 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from l2o.estimators import Backprop
 from l2o.evaluation.checks import COMPILERS, Figures, distance
-from l2o.evaluation.cost import USUAL, YARDSTICK, MakeOptimizer, step_cost
-from l2o.evaluation.engine import FAMILY, HORIZON, RULES, Engine, measure, peak_memory_mb, seconds_a_call
+from l2o.evaluation.engine import FAMILY, HORIZON, RULES, Engine, measure, seconds_a_call
+from l2o.evaluation.memory import peak_memory_mb
 from l2o.evaluation.scores import score
+from l2o.evaluation.steps import Shapes, measure_steps
 from l2o.evaluation.trials import Setting, run_learned
 from l2o.hub import list_pretrained, load
 from l2o.meta import MetaTraining
 from l2o.ops import networks
-from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, Steered
 from l2o.tasks import ImageMLP
 from l2o.types import Clock, Grads, InnerState, OptState, Params, Theta, UpdateRule, Updates
 from l2o.unroll import expand_theta, inner_step, start
-
-_LONG = 10**6
-"""Steps of a run that is worth a kernel, whatever the size."""
 
 
 class LeftOut(Exception):
@@ -155,54 +152,19 @@ VARIANTS: dict[str, Callable[[int, torch.device], Advance]] = {
 """Ways to take the same inner step: torch's operations, those as a CUDA graph, compiled, and by a kernel."""
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon for tensors of two axes, and fused AdamW for the others, which Muon does not take."""
-
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        super().__init__([p for p in params if p.ndim == 2])
-        self.others = USUAL[YARDSTICK]([p for p in params if p.ndim != 2])
-        self.others.state = self.state
-
-    def step(self, closure: Any = None) -> Any:
-        self.others.step()
-        return super().step(closure)
-
-
-def optimizers() -> dict[str, MakeOptimizer]:
-    """Every shipped rule, the two forms of `Steered` that need no training, and Muon, by name."""
-    generator = torch.Generator().manual_seed(0)
-    untrained = {"Steered": Steered(), "Steered-normalized": Steered(direction="normalized")}
-    sources = {name: load(name) for name in list_pretrained()} | {
-        name: (rule, rule.init_theta(generator)) for name, rule in untrained.items()
+def sources() -> dict[str, tuple[UpdateRule, Theta]]:
+    """Every shipped rule, and the light form of `Steered`, which needs no training, by name."""
+    light = Steered(direction="normalized")
+    return {name: load(name) for name in list_pretrained()} | {
+        "Steered-normalized": (light, light.init_theta(torch.Generator()))
     }
-    made: dict[str, MakeOptimizer] = {
-        name: partial(LearnedOptimizer, source=source, total_steps=_LONG) for name, source in sources.items()
-    }
-    return made | {"Muon": Muon}
 
 
-def network(width: int, layers: int, vocabulary: int) -> nn.Module:
-    """The parameters of a transformer: an embedding, and by layer four matrices and eight vectors."""
-    of_a_layer = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-    shapes = [(vocabulary, width)] + layers * (of_a_layer + [(s[0],) for s in of_a_layer] + [(width,)] * 4)
-    return nn.ParameterList([torch.empty(shape).normal_(std=0.02) for shape in shapes])
-
-
-def step(make: MakeOptimizer, size: tuple[int, int, int], device: torch.device) -> Figures:
-    """A step of one optimizer beside fused AdamW, on `network` of that size."""
-    with device:
-        module = network(*size)
-    costs = step_cost({"own": make, YARDSTICK: USUAL[YARDSTICK]}, module)
-    entries, own, yardstick = sum(p.numel() for p in module.parameters()), costs["own"], costs[YARDSTICK]
-    return {
-        "parameters": entries,
-        "ms": own.seconds * 1e3,
-        "ns_per_parameter": own.seconds * 1e9 / entries,
-        "adamw_ms": yardstick.seconds * 1e3,
-        "ratio": own.seconds / yardstick.seconds,
-        "state_bytes_per_parameter": own.state_bytes,
-        "scratch_bytes_per_parameter": own.scratch_bytes,
-    }
+def step(source: tuple[UpdateRule, Theta], network: str | Shapes, device: torch.device) -> Figures:
+    """A step of a rule on one of `NETWORKS`, beside those of torch.  beside: nanoseconds of theirs, a parameter."""
+    own, *others = measure_steps({"own": source}, network, 0.0, str(device))
+    beside = {other["rule"]: other["wall_ns_per_parameter"] for other in others}
+    return {**own, "ms": own["wall_ns_per_parameter"] * own["parameters"] / 1e6, "beside": beside}
 
 
 def main_job(seconds: float, device: torch.device) -> Figures:
