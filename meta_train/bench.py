@@ -1,9 +1,10 @@
-"""``python -m meta_train.bench``: how fast this machine meta-trains, and what bounds it; figures as JSON records."""
+"""``python -m meta_train.bench``: how fast this machine meta-trains and steps; figures as JSON records."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,12 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from l2o._checks import each, real, whole
 from l2o._files import atomic_write, user_path
 from l2o._names import choose
 from l2o.evaluation.engine import Engine, measure, measure_checkpointing, measure_sharing
+from l2o.evaluation.steps import checked_shapes, measure_steps
+from l2o.hub import load
 from l2o.ranks import ranks
 from l2o.types import ConfigurationError
 from meta_train._build import refused
@@ -28,6 +33,7 @@ from meta_train.card import commit, hardware
 from meta_train.processes import joined
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @main_guard
@@ -54,10 +60,12 @@ def bench(config: Any) -> list[Record]:
     device = resolve_device(plain["device"])
     out = None if plain["out"] is None else user_path(plain["out"], "out")
     about = {"hardware": hardware(device), "commit": commit(), "date": datetime.date.today().isoformat()}
-    records = []
+    records: list[Record] = []
     for record in suite(plain, str(device)):
-        records.append({**record, **about})
-        print(_line(record), flush=True)
+        if suite is _step and not records:
+            print(_row({key: heading for key, (heading, _) in COLUMNS.items()}))
+        records.append({**about, **record})
+        print(_row(record) if suite is _step else _line(record), flush=True)
         _write(out, records)  # after each, so that an interrupted suite has left what it found
         if out:
             if_interrupted(f"{out} has the first {len(records)} records; the same command measures them anew")
@@ -88,14 +96,44 @@ def _sharing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
                 yield record
 
 
+def _step(config: Mapping[str, Any], device: str) -> Iterator[Record]:
+    each("threads", config["threads"], whole)
+    each("sources", config["sources"], lambda _, source: load(str(source)))
+    each("shapes", config["shapes"], checked_shapes)
+    for network, threads in itertools.product(config["shapes"], config["threads"] or [None]):
+        yield from _alone(_steps, config["sources"], network, threads, 5 * config["seconds"], device)
+
+
+def _steps(sources: list[Any], network: Any, threads: int | None, seconds: float, device: str) -> list[Record]:
+    """Records of one network, in a process whose number of threads they are free to set."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    about = {"hardware": hardware(torch.device(device))}
+    found = measure_steps({source: load(source) for source in map(str, sources)}, network, seconds, device)
+    return [{**record, **about} for record in found]
+
+
 SUITES: dict[str, Callable[[Mapping[str, Any], str], Iterator[Record]]] = {
     "engine": _engine,
     "checkpointing": _checkpointing,
     "sharing": _sharing,
+    "step": _step,
 }
+COLUMNS = {
+    "shapes": ("shapes", 11),
+    "threads": ("thr", 3),
+    "rule": ("rule", 16),
+    "path": ("path", 7),
+    "ns_per_parameter": ("ns/par", 7),
+    "ratio_to_fused_adamw": ("x AdamW", 7),
+    "ratio_to_muon": ("x Muon", 6),
+    "state_bytes_per_parameter": ("state", 5),
+    "scratch_bytes_per_parameter": ("scratch", 7),
+}
+"""Of the table of suite=step: heading and width."""
 
 
-def _alone(work: Callable[..., Record], *arguments: Any) -> Record:
+def _alone(work: Callable[..., T], *arguments: Any) -> T:
     """``work`` in a process of its own, whose memory is its alone."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process' to answer
@@ -138,6 +176,11 @@ def _line(record: Record) -> str:
     """A paragraph; what belongs to a number stays on its line."""
     items = (f"{key} {_show(value)}" for key, value in record.items() if not isinstance(value, list))
     return wrapped("  ".join(item if "(" in item else item.replace(" ", "\0") for item in items), 2).replace("\0", " ")
+
+
+def _row(record: Record) -> str:
+    """A line of the table of steps; memory is in bytes a parameter."""
+    return " ".join(f"{_show(record[key]):{width}.{width}}" for key, (_, width) in COLUMNS.items()).rstrip()
 
 
 def _show(value: Any) -> str:

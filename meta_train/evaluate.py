@@ -84,7 +84,7 @@ def evaluate(config: DictConfig, command: str) -> Report:
     facts = _facts(learned.values(), device, command)
     report = Report(", ".join(e.label for e in learned.values()), [], facts, {}, config.loss_label)
     report = _compare_all(report, settings, {**learned, **chosen}, device, out)
-    costs = optimizer_costs(first.rule, first.theta, device) if config.cost else {}
+    costs = optimizer_costs({n: (e.rule, e.theta) for n, e in learned.items()}, device) if config.cost else {}
     wall = {"Wall time": f"{time.perf_counter() - started:.0f} s"}
     report = report._replace(costs=costs, facts={**facts, **wall})
     write(report, out)

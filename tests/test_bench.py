@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from training import command
 
-from l2o.evaluation.engine import RULES, Engine, measure, measure_sharing, peak_memory_mb
+from l2o.evaluation.engine import RULES, Engine, measure, measure_sharing
+from l2o.evaluation.memory import peak_memory_mb, scratch_bytes
+from l2o.evaluation.steps import NETWORKS
 from l2o.types import ConfigurationError, UnknownNameError
 from meta_train.bench import _alone, main
 
@@ -46,6 +50,62 @@ def test_records_of_checkpointing(here: Path) -> None:
     assert parts["unroll_mb"] < 0.7 * whole["unroll_mb"]
 
 
+def test_records_of_a_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a rule with a kernel and one that has none, on shapes that are named and on shapes that are not."""
+    small = ["seconds=0.001", "sources=[default,lstm-quadratics]", "shapes=[[[8,4],[3]],[[5],[5]]]", "threads=[1,2]"]
+    assert bench("suite=step", *small, "out=records.json") == 0
+    records = read("records.json")
+    assert [record["rule"] for record in records[:5]] == [
+        "default",
+        "lstm-quadratics",
+        "AdamW (fused)",
+        "AdamW (foreach)",
+        "Muon + AdamW",
+    ]
+    assert [record["path"] for record in records[:5]] == ["kernel", "torch", "fused", "foreach", "loop"]
+    assert [(record["shapes"], record["threads"]) for record in records[::5]] == [
+        ("8x4, 3", 1),
+        ("8x4, 3", 2),
+        ("5, 5", 1),
+        ("5, 5", 2),
+    ]
+    for record in records:
+        assert record["hardware"]["threads"] == record["threads"]
+        assert record["clock"] == ("cpu" if record["threads"] == 1 else "wall")
+        assert record["ns_per_parameter"] > 0 < record["wall_ns_per_parameter"]
+        assert (record["parameters"], record["tensors"]) == ((35, 2) if record["shapes"] == "8x4, 3" else (10, 2))
+    assert records[2]["ratio_to_fused_adamw"] == records[4]["ratio_to_muon"] == 1.0
+    of_muon = 4 * 32 + (8 * 3 + 4)  # a momentum of the matrix; moments and a count of the vector
+    assert records[4]["state_bytes_per_parameter"] == pytest.approx(of_muon / 35)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + len(records)
+    assert max(map(len, table)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        ("matrix", 1_000_000),
+        ("perceptron", 4 * 1121 * 1120),
+        ("transformer", 2 * 256 * 128 + 256 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128),
+        ("small", 76_800),
+        ("vectors", 1_000_000),
+        ("gpt2-small", 124_439_808),  # as published
+    ],
+)
+def test_the_networks_have_their_numbers_of_parameters(network: str, parameters: int) -> None:
+    assert sum(math.prod(shape) for shape in NETWORKS[network]) == parameters
+
+
+def test_scratch_is_what_work_takes_while_it_is_done() -> None:
+    def work() -> Tensor:
+        return torch.ones(10_000_000)
+
+    kept = work()
+    assert scratch_bytes(work, kept.device) == pytest.approx(40e6, rel=0.05)
+    assert scratch_bytes(lambda: kept.mul_(2.0), kept.device) < 1e6
+
+
 def test_memory_is_that_of_the_process_alone() -> None:
     """Linux starts a process with its parent's `ru_maxrss`, which would hide all that a small measurement needs."""
     large = torch.ones(300_000_000)
@@ -73,6 +133,12 @@ def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -
         (["engines=[{setup: pess}]"], "unknown setup 'pess', did you mean 'pes'"),
         (["engines=[{setup: pes, lane: 4}]"], "engines: "),
         (["seconds=0"], "seconds=0"),
+        (["suite=step", "sources=default"], "sources='default' (str): expected a tuple or list"),
+        (["suite=step", "sources=[defaul]"], "'defaul'"),
+        (["suite=step", "threads=[0]"], "threads[0]=0"),
+        (["suite=step", "shapes=[matrx]"], "unknown shapes[0] 'matrx', did you mean 'matrix'"),
+        (["suite=step", "shapes=[[]]"], "shapes[0]=[]: expected a name, or a list of shapes"),
+        (["suite=step", "shapes=[[[3,-1]]]"], "shapes[0][0][1]=-1"),
     ):
         assert bench(*arguments) == 2
         error = capsys.readouterr().err

@@ -102,7 +102,7 @@ SMALL = ("task=quadratic", "steps=3", "seeds=2", "baselines=[adam,adamw]", "cost
 
 def test_several_learned_optimizers_stand_in_one_table(command):
     l2o.hub.save("faster", SGD(lr=0.1), SGD(lr=0.1).init_theta(torch.Generator()))
-    assert command("source=[sgd,faster]", *SMALL) == 0
+    assert command("source=[sgd,faster]", *SMALL, "cost=true") == 0
     results = json.loads(Path("out/results.json").read_text())
     assert results["source"] == "sgd, faster"
     optimizers = results["settings"][0]["optimizers"]
@@ -113,6 +113,7 @@ def test_several_learned_optimizers_stand_in_one_table(command):
     ]
     assert {"Learned optimizer sgd", "Learned optimizer faster"} <= results["facts"].keys()
     assert [found["name"] for found in results["overall"]] == ["learned", "learned faster"]
+    assert list(results["costs"]) == ["learned", "learned faster", "AdamW (fused)", "Adam"]
 
 
 def test_an_interrupted_evaluation_keeps_what_is_done_and_says_how_to_go_on(command, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from l2o.evaluation import (
     step_cost,
 )
 from l2o.evaluation.baselines import Scheduled, adamw, cosine, linear, muon
+from l2o.evaluation.cost import plug_in
 from l2o.evaluation.curves import evaluation_steps
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, VeLO
@@ -302,10 +303,13 @@ def test_the_cost_of_a_step():
     makers = {
         "plug-in": lambda params: LearnedOptimizer(params, (SGD(), theta_of(SGD())), total_steps=10),
         "Adam": torch.optim.Adam,
+        "two": lambda params: [torch.optim.Adam(params[:1]), torch.optim.SGD(params[1:])],
+        "reads the loss": lambda params: plug_in(VeLO(), theta_of(VeLO()), params),
     }
     module = nn.Linear(30, 30)
     before = module.weight.detach().clone()
     costs = step_cost(makers, module, rounds=3)
     assert (costs["plug-in"].state_bytes, costs["Adam"].state_bytes) == (0.0, pytest.approx(8.0, abs=0.1))
+    assert costs["two"].state_bytes == pytest.approx(8.0 * 900 / 930, abs=0.1)
     assert all(cost.seconds > 0 for cost in costs.values())
     assert torch.equal(module.weight, before)

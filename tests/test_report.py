@@ -95,6 +95,7 @@ def test_a_score_is_that_of_the_best_trial_and_says_where_it_lies():
         ([4.0, 2.0, 1.0, 0.5], [4.0, 3.0, 2.0, 2.0], 2.0),
         ([4.0, 3.0, 2.5, 2.0], [4.0, 3.0, 2.0, 2.0], 1.0),
         ([4.0, 3.0, 2.5, 2.1], [4.0, 3.0, 2.0, 2.0], 0.0),
+        ([4.0, 2.0, 3.0, 3.0], [4.0, 3.0, 2.0, 2.0], 2.0),  # it was there and left again
         ([4.0, NAN, NAN, NAN], [4.0, 3.0, 2.0, 2.0], 0.0),
         ([4.0, 3.0, 2.0, 2.0], [4.0, NAN, NAN, NAN], NAN),
     ],
@@ -305,7 +306,7 @@ def test_the_summary_and_every_learned_optimizer_stand_at_the_head_of_a_report(t
 @pytest.mark.parametrize(("package", "function"), [("matplotlib", curves_png), ("rich", print_tables)])
 def test_a_missing_package_names_its_extra(monkeypatch, package, function):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigurationError, match=rf"{package} cannot be imported .*pip install l2o\[train\]"):
+    with pytest.raises(ConfigurationError, match=rf"{package} cannot be imported .*pip install 'l2o\[train\]'"):
         function(None)
 
 

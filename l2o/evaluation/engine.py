@@ -6,15 +6,11 @@ The setup is fixed: an image MLP of 32 units on 8 × 8 digits, batches of 128, t
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +22,8 @@ from torch.nn.functional import cross_entropy
 from l2o._checks import whole
 from l2o._names import choose
 from l2o.estimators import Backprop, Evolution
+from l2o.evaluation.cost import wait
+from l2o.evaluation.memory import peak_memory_mb
 from l2o.meta import MetaTraining
 from l2o.ops.kinds import default_kinds
 from l2o.ranks import all_sum, ranks
@@ -77,7 +75,7 @@ def measure(engine: Engine, seconds: float, device: str, began: float) -> dict[s
     optimizer = partial(torch.optim.Adam, lr=1e-3)
     training = MetaTraining(engine.estimator(), rule.init_theta(generator), optimizer, generator)
     training.outer_step()
-    _wait(device)
+    wait(device)
     first = time.time() - began
     _block(training.outer_step, seconds, device)
     memory = peak_memory_mb()
@@ -102,16 +100,6 @@ def measure(engine: Engine, seconds: float, device: str, began: float) -> dict[s
     }
 
 
-def peak_memory_mb() -> float:
-    """Of this process so far: the largest resident set, in MB (10^6 bytes)."""
-    # Linux hands `ru_maxrss` on from the process that started this one; the address space's own mark begins at nought.
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
 def _in_turn(work: Mapping[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, list[float]]:
     """Of each: seconds of a call in five blocks, taken in turn: a machine whose speed changes slows them all."""
     rounds = [{name: _block(call, seconds, device) for name, call in work.items()} for _ in range(5)]
@@ -121,18 +109,13 @@ def _in_turn(work: Mapping[str, Callable[[], Any]], seconds: float, device: str)
 def _block(work: Callable[[], Any], seconds: float, device: str) -> float:
     """Seconds of one call of ``work``, in the mean of a block that takes ``seconds``, after one that is not counted."""
     work()
-    _wait(device)
+    wait(device)
     calls, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds or not calls:
         work()
-        _wait(device)
+        wait(device)
         calls += 1
     return (time.perf_counter() - start) / calls
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _shares(engine: Engine, training: MetaTraining, device: str, seconds: float) -> dict[str, float]:
@@ -223,7 +206,7 @@ def measure_checkpointing(steps: int, checkpoint: bool, device: str) -> dict[str
     state = estimator.init(theta, generator)
     start = time.perf_counter()
     estimator.estimate(theta, state, generator)
-    _wait(device)
+    wait(device)
     return {
         "setup": "checkpointing" if checkpoint else "whole graph",
         "unroll": steps,
