@@ -10,8 +10,10 @@ endif
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# What is small is done by one thread: several wait for each other, on a busy machine twenty times as long.
+ONE := OMP_NUM_THREADS=1 $(PY)
 # Two workers on two cores: threads inside each would only fight over them.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+PYTEST := $(ONE) -m pytest -n 2 --dist loadgroup
 
 .PHONY: help setup demo test soak gpu lint wheel clean
 .DEFAULT_GOAL := help
@@ -23,14 +25,14 @@ setup: $(READY)  ## the environment alone
 
 demo: $(READY)  ## meta-train an optimizer on real images, then measure it and `default` against SGD and Adam
 	$(PY) -m meta_train experiment=digits_demo run=$(RUN)
-	$(PY) -m meta_train.evaluate experiment=digits_demo 'source=[$(RUN)/checkpoint,default]' \
+	$(ONE) -m meta_train.evaluate experiment=digits_demo 'source=[$(RUN)/checkpoint,default]' \
 		out=$(RUN)/evaluation
 
 test: lint  ## lint, then all tests
 	$(PYTEST)
 
 soak: $(READY)  ## kill a run 50 times, which CI does 5 times
-	L2O_KILLS=50 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_kill.py
+	L2O_KILLS=50 $(ONE) -m pytest tests/test_kill.py
 
 gpu:  ## check and measure a GPU in eight minutes, with PY=python3 where that has torch; without one, small on the CPU
 	$(shell command -v $(PY) || echo $(PYTHON)) -m meta_train.gpu

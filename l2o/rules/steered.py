@@ -55,6 +55,7 @@ class Steered(UpdateRule):
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
+        Sine networks, whose weights are small for what they do, need it; to most others it makes no difference.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, ``m, row, col`` (scales) of a normalized one, else
@@ -211,23 +212,24 @@ class Steered(UpdateRule):
         if steps is None:
             return None
         dots, gradients, directions, squares = steps.look().to(theta["log_lr"].dtype)
-        shapes = {name: p.shape for name, p in params.items()}
-        factor = {shape: self._factor(theta, shape) for shape in set(shapes.values())}
-        weights = torch.stack([factor[shape] for shape in shapes.values()])
+        shapes = [p.shape for p in params.values()]
+        places = {shape: [i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)}
+        weights, scales = torch.empty_like(squares), torch.empty_like(squares)
+        for shape, at in places.items():
+            weights[at] = self._factor(theta, shape)
         sums = [(weights * dots, weights * safe_sqrt(gradients) * safe_sqrt(directions))]
         shared = self._control(theta, state.shared, sums, clock)
         size = self._size(theta, shared, clock)
-        scales = torch.empty_like(squares)
-        for shape in factor:
-            mask = torch.tensor([s == shape for s in shapes.values()])
-            scales[mask] = -self._scale(theta, size, squares[mask], shape)
+        for shape, at in places.items():
+            scales[at] = -self._scale(theta, size, squares[at], shape)
         steps.advance(scales.tolist())
-        if self.direction == "orthogonal":
-            for group in _groups(grads, state):
-                if "d" in group.slots:
-                    d = polar(_matrices(group.slots["d"]), self.iterations).view_as(group.grad)
-                    torch._foreach_copy_([state.per_param[name]["d"] for name in group.names], list(d.unbind()))
-            steps.finish()
+        slots = [state.per_param[name] for name in params]
+        for shape, at in places.items():
+            if self._path(shape) == "orthogonal":
+                nesterov = [slots[i]["d"] for i in at]
+                d = polar(_matrices(_stack(nesterov)), self.iterations)
+                torch._foreach_copy_(nesterov, list(d.reshape(-1, *shape).unbind()))
+        steps.finish()
         return OptState(state.per_param, shared)
 
     def _size(self, theta: Theta, shared: Slots, clock: Clock) -> Tensor:
