@@ -31,6 +31,7 @@ from l2o._files import atomic_write
 from l2o.evaluation import gpu
 from l2o.evaluation.checks import CHECKS
 from l2o.evaluation.steps import Shapes
+from l2o.hub import list_pretrained, load
 from meta_train._config import main_guard, resolve_device, writing
 from meta_train.card import commit, hardware
 
@@ -131,7 +132,7 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
     """All of them, what matters most and what is safest first."""
     for name, check in CHECKS.items():
         yield Step(f"check: {name}", 2.0, partial(check, device))
-    sources = gpu.sources()
+    sources = {name: load(name) for name in list_pretrained()}
     for (size, network), (name, source) in product(sizes.networks.items(), sources.items()):
         yield Step(f"optimizer: {name}, {size}", 3.0, partial(gpu.step, source, network, device))
     yield Step("main job", sizes.job + 5.0, partial(gpu.main_job, sizes.job, device))

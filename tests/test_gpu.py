@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from l2o.evaluation import gpu
 from l2o.evaluation.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
 from l2o.evaluation.steps import NETWORKS
+from l2o.hub import list_pretrained
 from l2o.kernels import mlp_gpu, mlp_triton
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, Steered
@@ -123,7 +123,7 @@ def test_the_whole_run(tmp_path: Path) -> None:
     assert left_out == {name for name in steps if "graph" in name}  # the only thing that a CPU has not
     assert {step["status"] for step in record["steps"]} == {"ok", "left out"}
     costs = {name: step for name, step in steps.items() if name.startswith("optimizer")}
-    assert costs.keys() >= {f"optimizer: {name}, small" for name in gpu.sources()}
+    assert costs.keys() >= {f"optimizer: {name}, small" for name in list_pretrained()}
     assert all(cost["ms"] > 0 < cost["ratio_to_fused_adamw"] and len(cost["beside"]) == 3 for cost in costs.values())
     assert steps["main job"]["held_out_loss_after"] < steps["main job"]["held_out_loss_before"]
     assert all(step["steps_per_second"] > 0 for step in steps.values() if step["name"].startswith("engine"))

@@ -21,10 +21,9 @@ from l2o.evaluation.memory import peak_memory_mb
 from l2o.evaluation.scores import score
 from l2o.evaluation.steps import Shapes, measure_steps
 from l2o.evaluation.trials import Setting, run_learned
-from l2o.hub import list_pretrained, load
 from l2o.meta import MetaTraining
 from l2o.ops import networks
-from l2o.rules import MLP, Steered
+from l2o.rules import MLP
 from l2o.tasks import ImageMLP
 from l2o.types import Clock, Grads, InnerState, OptState, Params, Theta, UpdateRule, Updates
 from l2o.unroll import expand_theta, inner_step, start
@@ -150,14 +149,6 @@ VARIANTS: dict[str, Callable[[int, torch.device], Advance]] = {
     "kernel": partial(_eager, RULES["mlp"]),
 }
 """Ways to take the same inner step: torch's operations, those as a CUDA graph, compiled, and by a kernel."""
-
-
-def sources() -> dict[str, tuple[UpdateRule, Theta]]:
-    """Every shipped rule, and the light form of `Steered`, which needs no training, by name."""
-    light = Steered(direction="normalized")
-    return {name: load(name) for name in list_pretrained()} | {
-        "Steered-normalized": (light, light.init_theta(torch.Generator()))
-    }
 
 
 def step(source: tuple[UpdateRule, Theta], network: str | Shapes, device: torch.device) -> Figures:
