@@ -100,8 +100,9 @@ class UpdateRule(abc.ABC):
     """A learned update rule: pure functions of tensors. Subclasses are frozen dataclasses of hyperparameters.
 
     Everything is written for one lane, without a lane axis, in the dtype of ``params`` (the caller sees to it that
-    θ, gradients and state have that dtype too). No method writes to its inputs, draws random numbers (``init_theta``
-    aside), logs, or reads a tensor's value on the host. Differentiable simply means that grad mode is on.
+    θ, gradients and state have that dtype too). No method but ``fused_step`` writes to its inputs or reads a tensor's
+    value on the host; none draws random numbers (``init_theta`` aside) or logs. Differentiable simply means that grad
+    mode is on.
     """
 
     needs_loss: ClassVar[bool] = False

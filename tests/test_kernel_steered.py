@@ -85,6 +85,41 @@ def test_the_number_of_threads_changes_no_bit(rule):
         assert identical(*results)
 
 
+@every_direction
+def test_weights_whose_channels_are_last_and_expanded_gradients_take_the_kernel(rule):
+    """A matrix whose columns lie in another order in memory is the same to every formula."""
+    theta = rule.init_theta(generator())
+    ends = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        g = generator()
+        params = {"conv": torch.randn(8, 6, 3, 3, generator=g), "bias": torch.randn(5, generator=g)}
+        params["conv"] = params["conv"].to(memory_format=memory)
+        state = rule.init(theta, params, default_kinds(params))
+        for step in range(4):
+            grads = {"conv": torch.randn(8, 6, 3, 3, generator=g), "bias": torch.tensor(0.3).expand(5)}
+            clock = Clock(torch.tensor(step), torch.tensor(20))
+            with torch.no_grad():
+                state = rule.fused_step(theta, grads, state, params, clock, dict.fromkeys(params, (1.0, 1.0)))
+            assert state is not None
+        ends.append({name: p.contiguous() for name, p in params.items()})
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_in_place_shows_in_the_version_of_tensors():
+    """So that a backward pass through what was changed raises, as after any optimizer of torch."""
+    weight = torch.randn(4, 4, generator=generator(), requires_grad=True)
+    loss = (weight * weight).sum()
+    rule = Steered()
+    with torch.no_grad():
+        params = {"weight": weight.detach()}
+        theta = rule.init_theta(generator())
+        state = rule.init(theta, params, default_kinds(params))
+        clock = Clock(torch.tensor(0), torch.tensor(20))
+        assert rule.fused_step(theta, {"weight": torch.ones(4, 4)}, state, params, clock, {"weight": (1.0, 1.0)})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("change", ["dtype", "strides", "shape"])
 def test_what_the_kernel_cannot_take_is_left_to_torch_with_nothing_written(change):
     rule, params = Steered(), tensors(0)
@@ -167,13 +202,24 @@ def test_a_state_dict_stays_what_it_was_and_resumes(worth):
     assert len(worth) == 7
 
 
-@pytest.mark.filterwarnings("ignore:step 4 was skipped")
+def test_the_default_device_does_not_matter(worth):
+    optimizer = trained(2, Steered())
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert len(worth) == 3
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e20])
 def test_a_gradient_that_is_not_finite_is_skipped_in_place_too(bad, worth):
     optimizer = trained(3, Steered())
     state, start = snapshot(optimizer)["state"], values(optimizer)
     optimizer.param_groups[0]["params"][1].grad[0] = bad
-    optimizer.step()
+    with pytest.warns(UserWarning, match="step 4 was skipped: the gradient of parameter 1 is not finite") as said:
+        optimizer.step()
+    assert said[0].filename == __file__
     assert optimizer.skipped_steps == 1
     assert identical(values(optimizer), start)
     now = snapshot(optimizer)["state"]

@@ -9,6 +9,9 @@
 #include <vector>
 
 #include <omp.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 namespace {
 
@@ -16,14 +19,14 @@ enum Path : int64_t { ADAM, NORMALIZED, ORTHOGONAL };
 
 // A tensor as a matrix.  grad, param, m: [rows, cols].  second: d of an orthogonal one, v on Adam's path.
 // row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
-// param <- keep param + scale direction; lr is for the caller.  sums, written: gradient times direction, and squares of gradient, direction and
-// parameter.
+// param <- keep param + scale direction.  sums, written: gradient times direction, and squares of gradient, direction
+// and parameter.
 constexpr int64_t SUMS = 4;
 struct Tensor {
     int64_t path, rows, cols;
     const float* grad;
     float *param, *m, *second, *row, *col, *count;
-    double lr, keep, scale;
+    double keep, scale;
     double sums[SUMS];
 };
 
@@ -33,19 +36,33 @@ struct Step {
     Tensor* tensor;
 };
 
-constexpr int64_t BLOCK = 1 << 15;  // entries
+constexpr int64_t BLOCK = 1 << 15, MOST = 32;  // entries of a block, or more where there would be more blocks
+constexpr int64_t PIECE = 1 << 12;             // entries of a sum in single precision
+constexpr double SMALL = 0.01;                 // as in l2o.ops.orthogonal
+
+int64_t block_rows(const Tensor& t) {
+    return std::max((t.rows + MOST - 1) / MOST, std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, t.cols)));
+}
+
+int64_t block_count(const Tensor& t) { return (t.rows + block_rows(t) - 1) / block_rows(t); }
+
+// Momentum of entries without gradients ends at 0, not among denormal numbers, which are slow.
+struct FlushDenormals {
+#if defined(__SSE__)
+    const unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#endif
+};
 
 // f(block, first, last) over blocks of rows, in parallel where there are several.
 template <class F> void blocks(const Step& s, const Tensor& t, F f) {
-    const int64_t rows = std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, t.cols));
-    const int64_t count = (t.rows + rows - 1) / rows;
+    const int64_t rows = block_rows(t), count = block_count(t);
 #pragma omp parallel for num_threads(s.threads) if (count > 1)
-    for (int64_t i = 0; i < count; i++) f(i, i * rows, std::min(t.rows, (i + 1) * rows));
-}
-
-int64_t block_count(const Tensor& t) {
-    const int64_t rows = std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, t.cols));
-    return (t.rows + rows - 1) / rows;
+    for (int64_t i = 0; i < count; i++) {
+        const FlushDenormals flush;
+        f(i, i * rows, std::min(t.rows, (i + 1) * rows));
+    }
 }
 
 inline float inverse_root(double x) { return x > 0 ? float(1 / std::sqrt(x)) : 0.f; }
@@ -60,35 +77,37 @@ inline float adam_scale(const Step& s, double count) {
 
 inline float over_root(float x, float squares) { return squares > 0 ? x / std::sqrt(squares) : 0.f; }
 
-// Adds the sums of n entries; the direction is factor * direction(i).
+// Adds the sums of n entries; the direction is factor * direction(i). In double precision over pieces.
 template <class F> void add_sums(const float* g, const float* p, int64_t n, double factor, double* sums, F direction) {
-    float dot = 0, gg = 0, dd = 0, pp = 0;
+    for (int64_t from = 0; from < n; from += PIECE) {
+        float dot = 0, gg = 0, dd = 0, pp = 0;
 #pragma omp simd reduction(+ : dot, gg, dd, pp)
-    for (int64_t i = 0; i < n; i++) {
-        const float d = direction(i);
-        dot += g[i] * d;
-        gg += g[i] * g[i];
-        dd += d * d;
-        pp += p[i] * p[i];
+        for (int64_t i = from; i < std::min(n, from + PIECE); i++) {
+            const float d = direction(i);
+            dot += g[i] * d;
+            gg += g[i] * g[i];
+            dd += d * d;
+            pp += p[i] * p[i];
+        }
+        sums[0] += factor * dot;
+        sums[1] += gg;
+        sums[2] += factor * factor * dd;
+        sums[3] += pp;
     }
-    sums[0] += factor * dot;
-    sums[1] += gg;
-    sums[2] += factor * factor * dd;
-    sums[3] += pp;
 }
 
 void look_rows(const Step& s, const Tensor& t, int64_t first, int64_t last, double* sums) {
-    const double adam = t.path == ADAM ? adam_scale(s, std::max(1.f, *t.count)) : 0;
-    for (int64_t r = first; r < last; r++) {
-        const int64_t at = r * t.cols;
-        const float *g = t.grad + at, *p = t.param + at, *m = t.m + at;
-        if (t.path == NORMALIZED) {
-            add_sums(g, p, t.cols, t.row[r], sums, [=, c = t.col](int64_t i) { return m[i] * c[i]; });
-        } else if (t.path == ORTHOGONAL) {
-            add_sums(g, p, t.cols, 1, sums, [d = t.second + at](int64_t i) { return d[i]; });
-        } else {
-            add_sums(g, p, t.cols, adam, sums, [=, v = t.second + at](int64_t i) { return over_root(m[i], v[i]); });
-        }
+    const int64_t from = first * t.cols, n = (last - first) * t.cols;
+    const float *g = t.grad + from, *p = t.param + from, *m = t.m + from;
+    if (t.path == ORTHOGONAL)
+        return add_sums(g, p, n, 1, sums, [d = t.second + from](int64_t i) { return d[i]; });
+    if (t.path == ADAM) {
+        const double scale = adam_scale(s, std::max(1.f, *t.count));
+        return add_sums(g, p, n, scale, sums, [=, v = t.second + from](int64_t i) { return over_root(m[i], v[i]); });
+    }
+    for (int64_t r = first, at = 0; r < last; r++, at += t.cols) {
+        const float *row = m + at, *col = t.col;
+        add_sums(g + at, p + at, t.cols, t.row[r], sums, [=](int64_t i) { return row[i] * col[i]; });
     }
 }
 
@@ -129,8 +148,8 @@ void orthogonal(const Step& s, Tensor& t) {
     });
 }
 
-// Momentum of a row, its scale, and its squares added to those of columns.
-float advance_row(const Step& s, const float* g, float* m, int64_t n, float* columns) {
+// Momentum of n entries, and the sum of its squares.
+float advance_row(const Step& s, const float* g, float* m, int64_t n) {
     const float b = s.momentum, a = 1 - s.momentum;
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -138,27 +157,47 @@ float advance_row(const Step& s, const float* g, float* m, int64_t n, float* col
         m[i] = b * m[i] + a * g[i];
         squares += m[i] * m[i];
     }
-    const float row = inverse_root(squares);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) columns[i] += (m[i] * row) * (m[i] * row);
-    return row;
+    return squares;
+}
+
+double sum(const float* x, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += x[i];
+    return total;
+}
+
+// Squared norms to factors that make the norms one, but for small ones; gives what is left of all squares together.
+double scales(float* squares, int64_t n) {
+    const double small = SMALL * sum(squares, n) / n;
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float scale = inverse_root(squares[i] + small);
+        total += double(squares[i]) * scale * scale;
+        squares[i] = scale;
+    }
+    return total;
 }
 
 void normalized(const Step& s, Tensor& t) {
-    std::vector<float> parts(block_count(t) * t.cols);
-    blocks(s, t, [&](int64_t i, int64_t first, int64_t last) {
-        for (int64_t r = first; r < last; r++)
-            t.row[r] = advance_row(s, t.grad + r * t.cols, t.m + r * t.cols, t.cols, &parts[i * t.cols]);
+    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) t.row[r] = advance_row(s, t.grad + r * t.cols, t.m + r * t.cols, t.cols);
     });
-    int64_t full = 0;  // columns that are not zero
-    for (int64_t c = 0; c < t.cols; c++) {
-        double squares = 0;
-        for (int64_t at = c; at < int64_t(parts.size()); at += t.cols) squares += parts[at];
-        t.col[c] = inverse_root(squares);
-        full += squares > 0;
-    }
-    const float size = full ? std::sqrt(double(t.rows) * t.cols / full) : 0.0;
-    for (int64_t c = 0; c < t.cols; c++) t.col[c] *= size;
+    scales(t.row, t.rows);
+    std::vector<float> parts(block_count(t) * t.cols);
+    blocks(s, t, [&](int64_t block, int64_t first, int64_t last) {
+        float* columns = &parts[block * t.cols];
+        for (int64_t r = first; r < last; r++) {
+            const float *m = t.m + r * t.cols, row = t.row[r];
+#pragma omp simd
+            for (int64_t i = 0; i < t.cols; i++) columns[i] += (m[i] * row) * (m[i] * row);
+        }
+    });
+    std::fill(t.col, t.col + t.cols, 0.f);
+    for (size_t at = 0; at < parts.size(); at += t.cols)
+        for (int64_t i = 0; i < t.cols; i++) t.col[i] += parts[at + i];
+    const double total = scales(t.col, t.cols);
+    const float size = total > 0 ? std::sqrt(double(t.rows) * t.cols / total) : 0.0;
+    for (int64_t i = 0; i < t.cols; i++) t.col[i] *= size;
     blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) {
             const float keep = t.keep, scale = float(t.scale) * t.row[r];

@@ -16,6 +16,8 @@ from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
 
 PATHS = ("adam", "normalized", "orthogonal")
+"""In the order of ``Path`` of steered.cpp."""
+_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, "orthogonal": {"m", "d"}}
 _POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
 _SUMS = 4
 
@@ -26,7 +28,7 @@ class _Tensor(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("path", "rows", "cols")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_double) for name in ("lr", "keep", "scale")),
+        *((name, ctypes.c_double) for name in ("keep", "scale")),
         ("sums", ctypes.c_double * _SUMS),
     )
 
@@ -57,37 +59,51 @@ class Entries(NamedTuple):
     def description(self) -> _Tensor:
         """For the kernel."""
         arrays = {"grad": self.grad, "param": self.param, **self.slots}
-        arrays["second"] = arrays.get("d", arrays.get("v", self.param))
+        arrays["second"] = arrays.get("d", arrays.get("v", self.slots["m"]))
         pointers = [arrays[name].data_ptr() if name in arrays else None for name in _POINTERS]
-        return _Tensor(PATHS.index(self.path), *self.shape, *pointers, *self.factors)
+        return _Tensor(PATHS.index(self.path), *self.shape, *pointers, self.factors[1])
 
     @property
     def fits(self) -> bool:
-        """Whether the kernel would stay inside its arrays."""
-        tensors = [self.grad, self.param, *self.slots.values()]
-        same = self.grad.shape == self.param.shape == self.slots["m"].shape
-        return same and plain(tensors) and all(t.is_contiguous() for t in tensors)
+        """Whether the kernel would stay inside its arrays, and see every entry at one place in all of them."""
+        rows, columns = self.shape
+        sizes = {"row": rows, "col": columns, "count": 1}
+        if self.slots.keys() != _SLOTS[self.path] or not plain([self.grad, self.param, *self.slots.values()]):
+            return False
+        entries = [self.grad, *(t for name, t in self.slots.items() if name not in sizes)]
+        others = [(t, sizes[name]) for name, t in self.slots.items() if name in sizes]
+        return (
+            _rows_first(self.param)
+            and all(t.shape == self.param.shape and t.stride() == self.param.stride() for t in entries)
+            and all(t.numel() == size and t.is_contiguous() for t, size in others)
+        )
+
+
+def _rows_first(t: Tensor) -> bool:
+    """Whether its matrix lies row by row in memory, in whatever order of columns, which no formula here sees."""
+    return t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
 class FusedSteps:
     """One step of some tensors. The methods are called in their order, and write to the tensors."""
 
     def __init__(self, tensors: Sequence[Entries], decays: Sequence[Tensor]) -> None:
+        self._rates = [t.factors[0] for t in tensors]
         self._tensors = (_Tensor * len(tensors))(*(t.description() for t in tensors))
         self._step = _Step(len(tensors), torch.get_num_threads(), *map(float, decays), self._tensors)
 
     def look(self) -> Tensor:
         """Sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction, parameter."""
         run("steered", "l2o_steered_look", self._step)
-        return torch.tensor([list(t.sums) for t in self._tensors], dtype=torch.float64).T
+        return torch.tensor([list(t.sums) for t in self._tensors], dtype=torch.float64, device="cpu").T
 
     def advance(self, scales: Sequence[float]) -> None:
         """Moments, and ``param <- keep param + lr scale direction`` but for orthogonal matrices.
 
         These find Nesterov's momentum in the slot ``d``, where their new direction is to be before `finish`.
         """
-        for tensor, scale in zip(self._tensors, scales, strict=True):
-            tensor.scale = tensor.lr * scale
+        for tensor, lr, scale in zip(self._tensors, self._rates, scales, strict=True):
+            tensor.scale = lr * scale
         run("steered", "l2o_steered_advance", self._step)
 
     def finish(self) -> None:

@@ -16,6 +16,9 @@ between about 0.7 and 1.2."""
 _LONG, _LONG_BFLOAT16 = 2.5, 16.0
 """Columns over rows from which the iteration is cheaper on the Gram matrix: two products with all columns instead of
 two a step, but four small ones a step, which are float32 also where the others are bfloat16."""
+_GRAM_STEPS = 3
+_SMALL = 0.01
+"""Squared norm of a row or column, relative to the mean, at which its factor is 0.7 of what makes it one."""
 _LARGE = 128
 """Rows from which products take longer than to begin them."""
 
@@ -30,8 +33,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-8) -> Tensor
 def polar(matrices: Tensor, steps: int) -> Tensor:
     """`orthogonalize` in the cheapest form, and without an epsilon, so that no scale is too small.
 
-    matrices: ``[..., rows, columns]``. Large ones in float32 are multiplied as bfloat16 where the device has units for
-    it and nothing is differentiated; Muon does so everywhere.
+    matrices: ``[..., rows, columns]``. In float32, those of 128 rows and columns and more are multiplied as bfloat16
+    where the device has units for it and nothing is differentiated, with an error of some 1%; Muon does so everywhere.
     """
     if len(matrices) == 1 and matrices.ndim == 3:  # a product of two matrices is faster than a batch of one
         return polar(matrices.squeeze(0), steps).unsqueeze(0)
@@ -53,11 +56,13 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz_gram(x: Tensor, steps: int) -> Tensor:
-    """`newton_schulz` with one product of all columns in and one out.
+    """`newton_schulz` with one product of all columns in and one out, every three steps.
 
     Each step multiplies from the left by a polynomial ``q`` of ``g = x xᵀ``; all of these commute, so that ``x <- q x``
-    is ``g <- q q g``.
+    is ``g <- q q g``. But for a fresh ``g``, what rounding put below 0 would grow by ``a²`` a step.
     """
+    if steps > _GRAM_STEPS:
+        return newton_schulz_gram(newton_schulz_gram(x, _GRAM_STEPS), steps - _GRAM_STEPS)
     a, b, c = COEFFICIENTS
     gram = x @ x.mT
     gram = gram.float() if x.dtype == torch.bfloat16 else gram
@@ -71,15 +76,17 @@ def newton_schulz_gram(x: Tensor, steps: int) -> Tensor:
 def row_column_scales(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """``[..., rows]`` and ``[..., columns]``: factors that make the rows of a matrix, then its columns of one norm.
 
-    Its mean square is then one; rows and columns of zeros have the factor 0. One round of the iteration of Scetbon et
-    al. 2025 (arXiv 2502.06742).
+    Its mean square is then one. One round of the iteration of Scetbon et al. 2025 (arXiv 2502.06742), but for rows and
+    columns far smaller than the others, which stay small: a row whose gradients have ended is to stop, not to go on at
+    full size for as long as its momentum can be told from 0.
     """
-    one = matrices.new_ones(())
-    row = over_root(one, matrices.square().sum(-1))
-    columns = (matrices * row.unsqueeze(-1)).square().sum(-2)
-    col = over_root(one, columns)
-    count = (columns * col.square()).sum(-1, keepdim=True)  # of columns that are not zero
-    return row, col * over_root(one * (matrices.shape[-2] * matrices.shape[-1]) ** 0.5, count)
+    one, entries = matrices.new_ones(()), matrices.shape[-2] * matrices.shape[-1]
+    squares = matrices.square().sum(-1)
+    row = over_root(one, squares + _SMALL * squares.mean(-1, keepdim=True))
+    squares = (matrices * row.unsqueeze(-1)).square().sum(-2)
+    col = over_root(one, squares + _SMALL * squares.mean(-1, keepdim=True))
+    total = (squares * col.square()).sum(-1, keepdim=True)
+    return row, col * over_root(one * entries**0.5, total)
 
 
 def _add_product(scale: float, x: Tensor, factor: float, left: Tensor, right: Tensor) -> Tensor:

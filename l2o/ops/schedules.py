@@ -19,7 +19,7 @@ def warmup_cosine(step: Tensor, total: Tensor, warmup: Tensor, floor: float = 0.
 
 
 def linear_warmup(step: Tensor, warmup: Tensor) -> Tensor:
-    """Linear from 0 over ``warmup`` steps, then 1; the first step is 0 and has the factor ``1 / warmup``.  All 0-d."""
+    """Linear from 0 over ``warmup`` steps, then 1; the first step is 0, its factor ``min(1, 1 / warmup)``.  All 0-d."""
     return ((step + 1.0) / warmup).clamp(max=1.0)
 
 

@@ -135,7 +135,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         check_params(members)
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         inputs = self._inputs(members, loss)
-        if self._stepped_in_place(members, inputs, factors):
+        in_place = self._stepped_in_place(members, inputs, factors)
+        if in_place is False:
+            self._skip(culprit(members, inputs.grads, {}, None))
+        if in_place is not None:
             return
         grads, old, loss = inputs.grads, inputs.state, inputs.loss
         updates, new = updated(self.rule, inputs, self.total_steps)
@@ -155,20 +158,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _stepped_in_place(
         self, members: Sequence[Member], inputs: Inputs, factors: Mapping[int, tuple[float, float]]
-    ) -> bool:
-        """Take or skip the step by the rule's kernel, if that writes to the parameters themselves."""
+    ) -> bool | None:
+        """Take the step by the rule's kernel: False where a gradient is not finite, None where there is no kernel."""
         if not (readable(members[0].param.device) and in_place(self.rule, inputs, members, self.total_steps)):
-            return False
+            return None
         if not finite(list(inputs.grads.values())):
-            self._skip(culprit(members, inputs.grads, {}, None))
-            return True
+            return False
         inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
         new = self.rule.fused_step(*inputs[:-1], {m.key: factors[id(m.group)] for m in members})
-        if new is not None:
-            slots.keep(self.state, members, new)
-            self._lent = False
-            self._count(0)
-        return new is not None
+        if new is None:
+            return None
+        slots.keep(self.state, members, new)
+        self._lent = False
+        self._count(0)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and a snapshot: later steps leave its tensors as they are."""

@@ -15,7 +15,7 @@ from l2o._checks import real, whole
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine, init_alignment, init_controller
 from l2o.ops.moments import bias_correction, decay, ema
-from l2o.ops.numeric import log_of, logit_of, over_root, safe_sqrt, scalar_like
+from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
 from l2o.ops.orthogonal import polar, row_column_scales
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
@@ -44,7 +44,8 @@ class _Group(NamedTuple):
 class Steered(UpdateRule):
     """``update = -lr * factor * schedule(t / T) * exp(z) * direction``, whatever the scale of the gradients.
 
-    direction: of tensors of two and more axes, as matrices of the first by the others; its root mean square is one.
+    direction: of tensors of two and more axes, as matrices of the first by the others; a row or column alone counts as
+        a vector. The root mean square of a matrix' direction is one, over all its rows, also where few have gradients.
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
@@ -60,7 +61,7 @@ class Steered(UpdateRule):
     log_power`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, ``m, row, col`` (scales) of a normalized one, else
     ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
-    Needs whole matrices, and sums over all tensors.
+    Needs whole matrices, and sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not lr=0.
     """
 
     direction: Direction = "orthogonal"
@@ -100,7 +101,7 @@ class Steered(UpdateRule):
 
     def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
         slots = {name: self._init_slots(p) for name, p in params.items()}
-        return OptState(slots, init_alignment(next(iter(params.values()))) if self.controller == "alignment" else {})
+        return OptState(slots, init_alignment(theta["log_lr"]) if self.controller == "alignment" else {})
 
     def _init_slots(self, param: Tensor) -> Slots:
         m = torch.zeros_like(param)
@@ -133,7 +134,7 @@ class Steered(UpdateRule):
         shape = group.grad.shape
         g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, shape))
         norms = safe_sqrt(g.square().sum(1)) * safe_sqrt(d.square().sum(1))
-        factor = self._factor(theta, shape[1:])
+        (factor,) = self._factors(theta, [shape[1:]])
         return factor * (g * d).sum(1), factor * norms
 
     def _control(self, theta: Theta, shared: Slots, sums: Sequence[tuple[Tensor, Tensor]], clock: Clock) -> Slots:
@@ -169,11 +170,17 @@ class Steered(UpdateRule):
         m = slots["m"] / bias_correction(theta["logit_beta1"], count)
         return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
 
-    def _factor(self, theta: Theta, shape: Sequence[int]) -> Tensor:
-        """0-d, of a tensor's step."""
-        if self._path(shape) == "adam":
-            return torch.ones_like(theta["log_lr"])
-        return torch.exp(theta["log_matrix"] - math.log(_as_matrix(shape)[1] / _FAN_IN) * theta["fan_in"])
+    def _factors(self, theta: Theta, shapes: Sequence[Sequence[int]]) -> Tensor:
+        """``[len(shapes)]``, of the steps of tensors."""
+        if self.direction == "adam":
+            return torch.ones_like(theta["log_lr"]).expand(len(shapes))
+        fans = constant([math.log(max(_as_matrix(shape)[1], 1) / _FAN_IN) for shape in shapes], theta["log_lr"])
+        factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
+        return torch.where(self._are_matrices(shapes, theta["log_lr"]), factors, 1.0)
+
+    def _are_matrices(self, shapes: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+        """Bool ``[len(shapes)]``: which do not follow Adam."""
+        return constant([float(self._path(shape) != "adam") for shape in shapes], like) > 0.0
 
     def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
         size = self._size(theta, state.shared, clock)
@@ -181,17 +188,19 @@ class Steered(UpdateRule):
         for group in _groups(grads, state):
             squares = _flat(_stack([params[name] for name in group.names])).square().sum(1)
             d = self._direction(theta, group.slots, group.grad.shape)
-            scale = self._scale(theta, size, squares, group.grad.shape[1:]).view(-1, *[1] * (d.ndim - 1))
-            updates.update(zip(group.names, (-scale * d).unbind(), strict=True))
+            scales = self._scales(theta, size, squares, [d.shape[1:]] * len(d)).view(-1, *[1] * (d.ndim - 1))
+            updates.update(zip(group.names, (-scales * d).unbind(), strict=True))
         return {name: updates[name] for name in grads}
 
-    def _scale(self, theta: Theta, size: Tensor, squares: Tensor, shape: Sequence[int]) -> Tensor:
-        """``[k]``, of the directions of tensors of one shape.  squares: ``[k]``, sums over their parameters."""
-        scale = (size * self._factor(theta, shape)).expand_as(squares)
-        if self._path(shape) == "adam":
-            return scale
-        limit = theta["log_relative"].exp() * safe_sqrt(squares / math.prod(shape)) + _LEAST_LIMIT
-        return scale / (1.0 + (scale / limit).square()).sqrt()
+    def _scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+        """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
+        scales = size * self._factors(theta, shapes)
+        if self.direction == "adam":
+            return scales
+        entries = constant([float(max(math.prod(shape), 1)) for shape in shapes], squares)
+        limits = theta["log_relative"].exp() * safe_sqrt(squares / entries) + _LEAST_LIMIT
+        limited = scales / (1.0 + (scales / limits).square()).sqrt()
+        return torch.where(self._are_matrices(shapes, size), limited, scales)
 
     def fused_step(
         self,
@@ -205,31 +214,27 @@ class Steered(UpdateRule):
         decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
         momentum = decay(theta["logit_momentum"]) if self.direction != "adam" else decays[0]
         tensors = [
-            Entries(self._path(p.shape), _as_matrix(p.shape), grads[name], p, state.per_param[name], factors[name])
-            for name, p in params.items()
+            Entries(self._path(p.shape), _as_matrix(p.shape), _like(grads[n], p), p, state.per_param[n], factors[n])
+            for n, p in params.items()
         ]
         steps = fused_steps(tensors, [momentum, *decays])
         if steps is None:
             return None
         dots, gradients, directions, squares = steps.look().to(theta["log_lr"].dtype)
         shapes = [p.shape for p in params.values()]
-        places = {shape: [i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)}
-        weights, scales = torch.empty_like(squares), torch.empty_like(squares)
-        for shape, at in places.items():
-            weights[at] = self._factor(theta, shape)
+        weights = self._factors(theta, shapes)
         sums = [(weights * dots, weights * safe_sqrt(gradients) * safe_sqrt(directions))]
         shared = self._control(theta, state.shared, sums, clock)
-        size = self._size(theta, shared, clock)
-        for shape, at in places.items():
-            scales[at] = -self._scale(theta, size, squares[at], shape)
-        steps.advance(scales.tolist())
-        slots = [state.per_param[name] for name in params]
-        for shape, at in places.items():
+        scales = self._scales(theta, self._size(theta, shared, clock), squares, shapes)
+        steps.advance((-scales).tolist())
+        for shape, names in _by_shape(params).items():
             if self._path(shape) == "orthogonal":
-                nesterov = [slots[i]["d"] for i in at]
+                nesterov = [state.per_param[name]["d"] for name in names]
                 d = polar(_matrices(_stack(nesterov)), self.iterations)
                 torch._foreach_copy_(nesterov, list(d.reshape(-1, *shape).unbind()))
         steps.finish()
+        slots = [t for name in params for t in state.per_param[name].values()]
+        torch.autograd.graph.increment_version([*params.values(), *slots])
         return OptState(state.per_param, shared)
 
     def _size(self, theta: Theta, shared: Slots, clock: Clock) -> Tensor:
@@ -241,12 +246,21 @@ class Steered(UpdateRule):
         return schedule * (theta["log_lr"] + shared.get("log_step", 0.0)).exp()
 
 
+def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:
+    names: dict[torch.Size, list[str]] = defaultdict(list)
+    for name, t in tensors.items():
+        names[t.shape].append(name)
+    return names
+
+
+def _like(grad: Tensor, param: Tensor) -> Tensor:
+    """``grad`` with its entries where ``param`` has them."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+
+
 def _groups(grads: Grads, state: OptState) -> list[_Group]:
-    by_shape: dict[torch.Size, list[str]] = defaultdict(list)
-    for name, g in grads.items():
-        by_shape[g.shape].append(name)
     groups = []
-    for names in by_shape.values():
+    for names in _by_shape(grads).values():
         slots = {slot: _stack([state.per_param[n][slot] for n in names]) for slot in state.per_param[names[0]]}
         groups.append(_Group(names, _stack([grads[n] for n in names]), slots))
     return groups
