@@ -68,15 +68,14 @@ class Entries(NamedTuple):
         """Whether the kernel would stay inside its arrays, and see every entry at one place in all of them."""
         rows, columns = self.shape
         sizes = {"row": rows, "col": columns, "count": 1}
-        if self.slots.keys() != _SLOTS[self.path] or not plain([self.grad, self.param, *self.slots.values()]):
+        layout = self.param.shape, self.param.stride()
+        if self.slots.keys() != _SLOTS[self.path] or (self.grad.shape, self.grad.stride()) != layout:
             return False
-        entries = [self.grad, *(t for name, t in self.slots.items() if name not in sizes)]
-        others = [(t, sizes[name]) for name, t in self.slots.items() if name in sizes]
-        return (
-            _rows_first(self.param)
-            and all(t.shape == self.param.shape and t.stride() == self.param.stride() for t in entries)
-            and all(t.numel() == size and t.is_contiguous() for t, size in others)
-        )
+        for name, t in self.slots.items():
+            fits = t.numel() == sizes[name] and t.is_contiguous() if name in sizes else (t.shape, t.stride()) == layout
+            if not fits:
+                return False
+        return _rows_first(self.param)
 
 
 def _rows_first(t: Tensor) -> bool:
@@ -116,6 +115,7 @@ def fused_steps(tensors: Sequence[Entries], decays: Sequence[Tensor]) -> FusedSt
 
     decays: momentum, beta1, beta2; 0-d.
     """
-    if not (all(t.fits for t in tensors) and available("steered")):
+    ordinary = plain(each for t in tensors for each in (t.grad, t.param, *t.slots.values()))
+    if not (ordinary and all(t.fits for t in tensors) and available("steered")):
         return None
     return FusedSteps(tensors, decays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ _FAN_IN = 64.0
 """Inputs of the matrix whose step has no factor."""
 _LEAST_LIMIT = 3e-4
 """Of the root mean square of a matrix' step, so that matrices of zeros get on."""
+_LARGE = 512
+"""Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
 _FLOOR = 0.01
 """Share of the step that is left at the end of the run, and after it."""
 
@@ -113,7 +116,7 @@ class Steered(UpdateRule):
                 return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
         return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
 
-    def _path(self, shape: Sequence[int]) -> Direction:
+    def _path(self, shape: tuple[int, ...]) -> Direction:
         """The direction of a tensor: a row, a column or nothing at all is no matrix."""
         return self.direction if min(_as_matrix(shape)) > 1 else "adam"
 
@@ -159,7 +162,7 @@ class Steered(UpdateRule):
         v = ema(slots["v"], grad.square(), theta["logit_beta2"])
         return {"m": m, "v": v, "count": slots["count"] + 1.0}
 
-    def _direction(self, theta: Theta, slots: Slots, shape: Sequence[int]) -> Tensor:
+    def _direction(self, theta: Theta, slots: Slots, shape: tuple[int, ...]) -> Tensor:
         """Of slots ``[k, *shape]``; 0 before the first gradient."""
         match self._path(shape[1:]):
             case "orthogonal":
@@ -170,7 +173,7 @@ class Steered(UpdateRule):
         m = slots["m"] / bias_correction(theta["logit_beta1"], count)
         return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
 
-    def _factors(self, theta: Theta, shapes: Sequence[Sequence[int]]) -> Tensor:
+    def _factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the steps of tensors."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
@@ -178,7 +181,7 @@ class Steered(UpdateRule):
         factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
         return torch.where(self._are_matrices(shapes, theta["log_lr"]), factors, 1.0)
 
-    def _are_matrices(self, shapes: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    def _are_matrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
         """Bool ``[len(shapes)]``: which do not follow Adam."""
         return constant([float(self._path(shape) != "adam") for shape in shapes], like) > 0.0
 
@@ -192,7 +195,7 @@ class Steered(UpdateRule):
             updates.update(zip(group.names, (-scales * d).unbind(), strict=True))
         return {name: updates[name] for name in grads}
 
-    def _scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+    def _scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
         scales = size * self._factors(theta, shapes)
         if self.direction == "adam":
@@ -229,13 +232,19 @@ class Steered(UpdateRule):
         steps.advance((-scales).tolist())
         for shape, names in _by_shape(params).items():
             if self._path(shape) == "orthogonal":
-                nesterov = [state.per_param[name]["d"] for name in names]
-                d = polar(_matrices(_stack(nesterov)), self.iterations)
-                torch._foreach_copy_(nesterov, list(d.reshape(-1, *shape).unbind()))
+                self._orthogonalise([state.per_param[name]["d"] for name in names])
         steps.finish()
         slots = [t for name in params for t in state.per_param[name].values()]
         torch.autograd.graph.increment_version([*params.values(), *slots])
         return OptState(state.per_param, shared)
+
+    def _orthogonalise(self, tensors: Sequence[Tensor]) -> None:
+        """In place, tensors of one shape: small ones in one batched product, large ones one by one."""
+        together = 1 if min(_as_matrix(tensors[0].shape)) >= _LARGE else len(tensors)
+        for first in range(0, len(tensors), together):
+            some = list(tensors[first : first + together])
+            d = polar(_matrices(_stack(some)), self.iterations)
+            torch._foreach_copy_(some, list(d.reshape(-1, *some[0].shape).unbind()))
 
     def _size(self, theta: Theta, shared: Slots, clock: Clock) -> Tensor:
         """0-d, of the step of all tensors."""
@@ -271,7 +280,8 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+@functools.lru_cache(maxsize=1024)  # asked several times a step of each tensor
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
