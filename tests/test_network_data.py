@@ -191,7 +191,7 @@ def test_sirens_start_as_the_paper_has_it() -> None:
     [
         (
             "skimage",
-            r"scikit-image: pip install l2o\[train\]",
+            r"scikit-image: pip install 'l2o\[train\]'",
             lambda: pictures.__wrapped__("meta_test", torch.device("cpu")),
         ),
         ("pydoc_data.topics", "standard library, which this Python lacks", _load_topics),
