@@ -14,7 +14,7 @@ from torch import nn
 
 from l2o.optim import LearnedOptimizer
 from l2o.optim.resume import origin
-from l2o.rules import LSTM, MLP, SGD, Adam
+from l2o.rules import LSTM, MLP, SGD, Adam, Steered
 from l2o.types import ResumeError
 
 
@@ -154,3 +154,14 @@ def test_other_names_at_the_same_places_do_not_matter():
         train(saved, range(1))
         fresh.load_state_dict(saved.state_dict())
         assert [*by_name(fresh).values()] == [*by_name(saved).values()]
+
+
+@pytest.mark.parametrize("change", [lambda s: s.pop("shared"), lambda s: s["shared"].pop("fast")])
+def test_a_state_without_what_all_parameters_share_is_refused(change):
+    """As tools save it that know of nothing but the state of parameters."""
+    optimizer, other = (make(parameters(), Steered()) for _ in range(2))
+    train(optimizer, range(2))
+    saved = snapshot(optimizer)
+    change(saved["state"])
+    with pytest.raises(ResumeError, match=r"state\['shared'\]"):
+        other.load_state_dict(saved)

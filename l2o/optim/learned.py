@@ -229,6 +229,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._layouts[member.key] = {name: tuple(t.shape) for name, t in start.items()}
         return self._layouts[member.key]
 
+    def _shared_layout(self) -> resume.Layout:
+        member = self._members()[0]
+        params = {member.key: member.param.detach().to(self._dtype())}
+        shared = self.rule.init(self._theta(self._dtype(), member.param.device), params, kinds([member])).shared
+        return {name: tuple(t.shape) for name, t in shared.items()}
+
     def _own(self, member: Member) -> Slots:
         """The rule's slots of a parameter, without what other code keeps beside them; none before its first step."""
         kept = self.state.get(member.param)
@@ -295,6 +301,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         groups, state = resume.in_order(self.param_groups, state_dict["param_groups"]), state_dict["state"]
         if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
             ids = list(chain.from_iterable(group["params"] for group in groups))
+            if any(state.get(ids[int(m.key)]) for m in self._members()):
+                resume.check_shared(state, self._shared_layout(), repr(self.rule))
             for m in self._members():
                 found = state.get(ids[int(m.key)], {})
                 resume.check_slots(found, self._layout(m), "origin" not in state, label(m), repr(self.rule))

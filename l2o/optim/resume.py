@@ -122,3 +122,14 @@ def copies(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -
         for key, kept in state_dict["state"].items()
         if isinstance(kept, Mapping)  # else of other code, and torch has it
     }
+
+
+def check_shared(state: Mapping[Any, Any], layout: Layout, rule: str) -> None:
+    """Raises `ResumeError` unless the slots that belong to no single parameter are those of the rule."""
+    found = state.get("shared") or {}
+    shapes = {k: tuple(t.shape) if isinstance(t, Tensor) else None for k, t in found.items()}
+    if shapes != layout:
+        raise ResumeError(
+            f"state_dict has state['shared'] {shapes or 'missing'}, {rule} has {layout or 'none'}; save and load what "
+            "state_dict() returns as a whole"
+        )
