@@ -114,7 +114,8 @@ class MetaTraining:
         """Estimate the meta-gradient over one truncation and move θ; metrics of the truncation, on the device.
 
         To the estimator's metrics come ``meta_grad_norm``, before clipping, and ``update_skipped``: 1 where that norm
-        is not finite, which leaves θ and the optimizer as they are, else 0. Waits for the device, to know which.
+        is not finite, or 0 because every lane was masked, which leaves θ and the optimizer as they are; else 0. Waits
+        for the device, to know which.
         """
         before = None if self._drew is None else global_states()
         grads, self.inner, metrics = self.estimator.estimate(self.theta, self.inner, self.generator)
@@ -122,6 +123,8 @@ class MetaTraining:
             self._tell_of_global_draws(before)
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         skipped = ~norm.isfinite()
+        if "meta_loss" in metrics:  # without a lane there is nothing to follow: weight decay alone would move θ
+            skipped |= (norm == 0) & ~metrics["meta_loss"].isfinite()
         if not skipped:
             self._move(grads if self.clip is None else _scaled(grads, (self.clip / norm).clamp(max=1.0)))
         self.step += 1
@@ -196,6 +199,8 @@ class MetaTraining:
                     loaded[name] = value.to(loaded[name].device)
 
     def _checked(self, state: dict[str, Any], leaves: list[Tensor]) -> dict[str, Any]:
+        if not isinstance(state, dict):
+            raise ResumeError(f"the saved state is a {type(state).__name__}: expected what state_dict() returned")
         missing = {"step", "theta", "average", "optimizer", "groups", "inner", "generator"} - state.keys()
         if missing:
             raise ResumeError(
@@ -206,11 +211,15 @@ class MetaTraining:
                 f"optimizer: the saved state has {len(state['groups'])} groups of parameters, this run has "
                 f"{len(self.optimizer.param_groups)}; continue it with the configuration it was started with"
             )
+        own = [_kept(group).keys() for group in self.optimizer.param_groups]
+        other = own != [group.keys() for group in state["groups"]]  # what groups of another optimizer have differs
         for index, names in enumerate(self._slots):
             saved = state["optimizer"].get(str(index))
-            if saved and not names <= saved.keys():
+            if (saved and (not names or not names <= saved.keys())) or (
+                names and not saved and other and state["step"]
+            ):
                 raise ResumeError(
-                    f"optimizer: the saved state has {sorted(saved)}, a {type(self.optimizer).__name__} keeps "
+                    f"optimizer: the saved state has {sorted(saved or ())}, a {type(self.optimizer).__name__} keeps "
                     f"{sorted(names)}; continue it with the configuration it was started with"
                 )
         _same_shapes("theta", self.theta, state["theta"])
@@ -225,7 +234,14 @@ def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], th
     copies = [tensor.clone() for tensor in theta.values()]
     for tensor in copies:
         tensor.grad = torch.zeros_like(tensor)
-    trial = make(copies)
+    try:
+        trial = make(copies)
+    except Exception as error:  # whatever an optimizer may raise on what it was not made for
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigurationError(
+            f"optimizer: no optimizer of θ can be made ({reason}); expected a function from tensors to an optimizer, "
+            "such as lambda theta: torch.optim.Adam(theta, lr=1e-3)"
+        ) from error
     held = [p for group in getattr(trial, "param_groups", ()) for p in group["params"]]
     if not isinstance(trial, torch.optim.Optimizer) or not {id(p) for p in held} <= {id(t) for t in copies}:
         raise ConfigurationError(

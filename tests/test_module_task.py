@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, TensorDataset
 
 from l2o.tasks import ModuleTask
+from l2o.types import ConfigurationError
 
 LANES, BATCH = 3, 6
 
@@ -239,3 +241,30 @@ def test_second_derivatives_agree_with_finite_differences(task: ModuleTask) -> N
     h = 1e-5
     difference = (loss_at(torch.full_like(t, h)) - loss_at(torch.full_like(t, -h))) / (2 * h)
     torch.testing.assert_close(derivative, difference.detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("module", "criterion", "message"),
+    [
+        (None, F.mse_loss, "module is a NoneType: expected an nn.Module"),
+        (torch.ones(2), F.mse_loss, "module is a Tensor: expected an nn.Module"),
+        (nn.Linear(2, 1), None, "criterion is a NoneType: expected a function"),
+        (nn.Linear(2, 1), "mse", "criterion is a str: expected a function"),
+    ],
+)
+def test_what_cannot_be_called_is_named(module: Any, criterion: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ModuleTask(module, criterion, (torch.ones(4, 2), torch.ones(4, 1)), batch_size=2)
+
+
+def test_pairs_in_a_list_are_counted_not_listed() -> None:
+    pairs = [(torch.ones(2), torch.ones(1))] * 5000
+    with pytest.raises(ConfigurationError, match=r"a list of 5000 \(tuple\)") as told:
+        ModuleTask(nn.Linear(2, 1), F.mse_loss, pairs, batch_size=2)
+    assert len(str(told.value)) < 300
+
+
+def test_a_loader_of_nothing_is_refused() -> None:
+    loader = DataLoader(TensorDataset(torch.ones(0, 2), torch.ones(0, 1)), batch_size=4)
+    with pytest.raises(ConfigurationError, match="empty, expected at least one example"):
+        ModuleTask(nn.Linear(2, 1), F.mse_loss, loader)

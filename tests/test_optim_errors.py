@@ -13,7 +13,7 @@ from torch import nn
 from l2o.optim import LearnedOptimizer
 from l2o.optim.members import Member, checked_gradient
 from l2o.rules import MLP, SGD, Adam
-from l2o.types import CheckpointError, ConfigurationError, GradientError, ParameterError, UnknownNameError
+from l2o.types import CheckpointError, ConfigurationError, GradientError, ParameterError, ResumeError, UnknownNameError
 
 
 @pytest.mark.parametrize(
@@ -152,3 +152,24 @@ def test_torchs_own_errors_stay():
         make([p * 2])
     with pytest.raises(TypeError, match="iterable"):
         make(p)
+
+
+def test_lazy_parameters_are_refused_whole():
+    optimizer = LearnedOptimizer([nn.Parameter(torch.ones(2))], "default", total_steps=9)
+    with pytest.raises(ParameterError, match="run its lazy module once"):
+        optimizer.add_param_group({"params": nn.LazyLinear(3).parameters()})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ParameterError, match="run its lazy module once"):
+        LearnedOptimizer(nn.LazyLinear(3).parameters(), "default", total_steps=9)
+
+
+def test_runs_have_an_end_that_int64_can_count():
+    with pytest.raises(ConfigurationError, match="at most 9,223,372,036,854,775,807"):
+        LearnedOptimizer([nn.Parameter(torch.ones(2))], "default", total_steps=10**20)
+
+
+@pytest.mark.parametrize("wrong", [None, [], "x", {"state": None, "param_groups": None}, {"state": {}}])
+def test_what_is_no_state_dict_is_refused(wrong):
+    optimizer = LearnedOptimizer([nn.Parameter(torch.ones(2))], "default", total_steps=9)
+    with pytest.raises(ResumeError, match=r"expected what state_dict\(\) returned"):
+        optimizer.load_state_dict(wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from l2o import LearnedOptimizer, MetaTraining, warmup_exponential, warmup_linear
 from l2o._files import load_tree, save_tree
+from l2o.estimators import Backprop
 from l2o.rules import MLP, Celo
 from l2o.rules import Adam as Learned
 from l2o.tasks import Quadratic
@@ -244,3 +246,48 @@ def test_schedules_warm_up_and_decay_to_their_floor(schedule: Callable[..., floa
     for wrong in ({"total": 3, "warmup": 3}, {"total": 3, "warmup": -1}, {"total": 3, "floor": -0.1}):
         with pytest.raises(ConfigurationError, match="expected"):
             schedule(0, **wrong)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Muon, torch.optim.Adam([torch.zeros(1)]), "Adam"])
+def test_what_makes_no_optimizer_of_theta_is_refused_in_one_line(make):
+    rule = Learned()
+    estimator = Backprop(rule, Quadratic(), lanes=2, horizon=4, truncation=2)
+    with pytest.raises(ConfigurationError, match="no optimizer of θ can be made"):
+        MetaTraining(estimator, rule.init_theta(generator()), make, generator())
+
+
+def training_by(optimizer):
+    rule = Learned()
+    estimator = Backprop(rule, Quadratic(), lanes=2, horizon=4, truncation=2)
+    return MetaTraining(estimator, rule.init_theta(generator()), optimizer, generator())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("Adam", "SGD"), ("SGD", "Adam"), ("Adagrad", "SGD"), ("Adam", "Adagrad"), ("SGD", "Adagrad")]
+)
+def test_a_run_does_not_go_on_with_another_outer_optimizer(before, after):
+    run, other = (training_by(functools.partial(getattr(torch.optim, name), lr=1e-3)) for name in (before, after))
+    run.outer_step()
+    with pytest.raises(ResumeError, match="optimizer: the saved state has"):
+        other.load_state_dict(run.state_dict())
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost(Quadratic):
+    """No loss is a number."""
+
+    def loss(self, params, buffers, data, batch):
+        loss, buffers = super().loss(params, buffers, data, batch)
+        return loss * math.nan, buffers
+
+
+def test_a_step_without_a_healthy_lane_is_skipped():
+    """Weight decay alone would move θ."""
+    rule = Learned()
+    estimator = Backprop(rule, Lost(), lanes=2, horizon=4, truncation=2, second_order=False)
+    adamw = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    run = MetaTraining(estimator, rule.init_theta(generator()), adamw, generator())
+    before = {name: t.clone() for name, t in run.theta.items()}
+    metrics = run.outer_step()
+    assert metrics["update_skipped"] == 1
+    assert identical(run.theta, before)

@@ -43,7 +43,7 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
     Raises `ConfigurationError` where matplotlib is missing.
     """
     require("matplotlib")
-    columns = min(_COLUMNS, len(comparisons))
+    columns = 2 if len(comparisons) == 4 else min(_COLUMNS, len(comparisons))
     rows = math.ceil(len(comparisons) / columns)
     figure = new_figure(max(5.0 * columns, 7.0), 4.0 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -17,6 +17,9 @@ from l2o.types import ConfigurationError, Theta, UpdateRule
 _START = 'start with LearnedOptimizer(params, "default", total_steps=10_000)'
 
 
+_MOST_STEPS = 2**63 - 1
+
+
 def length(total_steps: Any) -> int:
     """``total_steps`` as an int; raises `ConfigurationError`."""
     if total_steps is None:
@@ -24,7 +27,9 @@ def length(total_steps: Any) -> int:
             "total_steps=None: expected how many steps the run will have, because rules plan by the share of it that "
             f"is done (warm-up, smaller steps towards the end); {_START}"
         )
-    return whole("total_steps", total_steps)
+    if whole("total_steps", total_steps) > _MOST_STEPS:
+        raise ConfigurationError(f"total_steps={total_steps}: expected at most {_MOST_STEPS:,}, the largest int64")
+    return int(total_steps)
 
 
 def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, UpdateRule, Theta]:

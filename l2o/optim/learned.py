@@ -278,6 +278,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises ValueError, as torch does, where groups differ in number or size, and `ResumeError` where the state is of
         another rule, θ or optimizer, or a group lacks a setting; both before anything is changed.
         """
+        resume.check_kind(state_dict)
         loaded: dict[str, Any] = {}
 
         def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:

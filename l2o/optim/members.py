@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from l2o._checks import real
 from l2o.ops.kinds import default_kinds
@@ -23,9 +24,11 @@ class Member(NamedTuple):
 
 def check_params(members: Sequence[Member]) -> None:
     """Raise `ParameterError` unless all are dense floating-point tensors on one device that can be written to."""
-    device = members[0].param.device if members else None
+    device = members[0].param.device if members and not is_lazy(members[0].param) else None
     for m in members:
         p = m.param
+        if is_lazy(p):
+            raise ParameterError(f"{label(m)} has no shape yet: run its lazy module once, then make the optimizer")
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ParameterError(
                 f"{label(m)} is {p.dtype}, {p.layout}: expected dense and floating point; leave it out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import numbers
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -31,12 +32,18 @@ def origin(name: str, rule: UpdateRule, theta: Theta) -> dict[str, str]:
     return {"checkpoint": name, "fingerprint": digest.hexdigest()}
 
 
+def check_kind(state_dict: Any) -> None:
+    """Raise `ResumeError` for what is no dict."""
+    if not isinstance(state_dict, Mapping):
+        raise ResumeError(f"state_dict is a {type(state_dict).__name__}: expected what state_dict() returned")
+
+
 def check_origin(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> None:
     """Raise `ResumeError` where ``state_dict`` is of no run of ours, or of one with another rule or θ than ``own``.
 
     State of an older l2o does not say which it is of, and passes.
     """
-    if not {"state", "param_groups"} <= state_dict.keys():
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), list):
         raise ResumeError("state_dict has no 'state' and 'param_groups': expected what state_dict() returned")
     clock, saved = (state_dict["state"].get(name, {}) for name in ("clock", "origin"))
     if not isinstance(clock, Mapping) or not _is_count(clock.get("step")) or not _is_count(clock.get("skipped", 0)):
@@ -49,7 +56,8 @@ def check_origin(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | Tensor) and int(value) >= 0
+    whole = isinstance(value, numbers.Integral) or (isinstance(value, Tensor) and not value.is_floating_point())
+    return whole and int(value) >= 0
 
 
 def check_groups(groups: Sequence[Group]) -> None:

@@ -22,6 +22,11 @@ from l2o.tasks.sources import Examples, Source, as_source
 from l2o.tasks.stateless import Stateless, seeded
 from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
 
+_EXPECTED = {
+    "module": "an nn.Module, or a function that makes one",
+    "criterion": "a function of the module's output and the target, such as nn.functional.mse_loss",
+}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModuleTask(TaskFamily):
@@ -58,6 +63,10 @@ class ModuleTask(TaskFamily):
     def __post_init__(self) -> None:
         if self.batch_size is not None:
             whole("batch_size", self.batch_size)
+        for name in ("module", "criterion"):
+            if not callable(getattr(self, name)):
+                came = type(getattr(self, name)).__name__
+                raise ConfigurationError(f"{name} is a {came}: expected {_EXPECTED[name]}")
         _check_module(self._template)
         check_trainable(f"module: this {self._name}", (p for p in self._template.parameters() if p.requires_grad))
         self._sources  # noqa: B018  made now, so that unusable data are refused now
@@ -153,8 +162,8 @@ class ModuleTask(TaskFamily):
                 dtype = next(p.dtype for p in self._template.parameters() if p.requires_grad)
                 came = ", ".join(f"{name} {t.dtype}" for name, t in batch.items() if name != "key")
                 raise ConfigurationError(
-                    f"module: this {self._name}, in {dtype}, does not run on {came} ({error}); .float() or .double() "
-                    "one of them"
+                    f"module: this {self._name}, in {dtype}, does not run on {came} ({error}); .float(), .double() or, "
+                    "for classes, .long() one of them"
                 ) from error
 
     @cached_property

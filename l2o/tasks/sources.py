@@ -104,6 +104,8 @@ def as_source(name: str, examples: Examples, batch_size: int | None) -> Source:
 
 
 def _loader_batch_size(name: str, loader: DataLoader[Any], batch_size: int | None) -> int:
+    if not len(loader.dataset):  # type: ignore[arg-type]
+        raise ConfigurationError(f"{name}: the dataset of this DataLoader is empty, expected at least one example")
     size = batch_size or loader.batch_size
     if size is None:
         raise ConfigurationError(f"{name}: this DataLoader has no batch_size; give ModuleTask one")
@@ -151,7 +153,10 @@ def _warn_unless_same(name: str, dataset: Any, first: Iterable[Tensor], again: I
 def _items(name: str, items: Any) -> tuple[Tensor, ...]:
     if isinstance(items, tuple | list) and len(items) > 1 and all(isinstance(item, Tensor) for item in items):
         return tuple(items)
-    came = [type(item).__name__ for item in items] if isinstance(items, tuple | list) else type(items).__name__
+    came = type(items).__name__
+    if isinstance(items, tuple | list):
+        kinds = sorted({type(item).__name__ for item in items})
+        came = f"a {came} of {len(items)} ({', '.join(kinds)})"
     raise ConfigurationError(
         f"{name}: {came}, expected two or more tensors: the module's inputs in their order, then the target "
         "(a DataLoader's collate_fn can make them so)"
