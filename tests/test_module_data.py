@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -185,14 +186,23 @@ def test_several_inputs_go_to_the_module_in_order() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+class Attends(nn.Sequential):
+    """A layer, attention of the batch to itself, and normalisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear, attention, norm = self
+        h = linear(x)
+        return norm(attention(h, h, h, need_weights=False)[0])
+
+
 def test_an_instance_is_redrawn_for_every_lane_and_left_alone() -> None:
-    module = nn.Sequential(nn.Linear(2, 4), nn.MultiheadAttention(4, 2), nn.BatchNorm1d(4))
+    module = Attends(nn.Linear(2, 20), nn.MultiheadAttention(20, 2), nn.BatchNorm1d(20))
     before = {name: t.clone() for name, t in module.state_dict().items()}
     params, buffers = task(module=module).init({"lane": torch.arange(3)}, generator())
     for name in ("0.weight", "0.bias", "1.in_proj_weight", "1.out_proj.weight"):
         assert not torch.equal(params[name][0], params[name][1])
         assert not torch.equal(params[name][0], before[name])
-    assert torch.equal(params["1.out_proj.bias"], torch.zeros(3, 4))  # as nn.MultiheadAttention starts
+    assert torch.equal(params["1.out_proj.bias"], torch.zeros(3, 20))  # as nn.MultiheadAttention starts
     assert buffers["2.num_batches_tracked"].tolist() == [0, 0, 0]
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
 
@@ -279,11 +289,28 @@ def test_modules_that_cannot_be_vectorised(module: nn.Module, text: str) -> None
         vmap(family.loss)(params, buffers, {"lane": torch.arange(3)}, one_batch(family))
 
 
-def test_other_errors_of_a_module_come_through() -> None:
-    family = task(module=nn.Linear(3, 20))
-    params, buffers = family.init({"lane": torch.arange(3)}, generator())
-    with pytest.raises(RuntimeError, match="Expected size"):
-        vmap(family.loss)(params, buffers, {"lane": torch.arange(3)}, one_batch(family))
+class Pair(nn.Linear):
+    """A module that returns more than one tensor, as recurrent ones do."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"module": nn.Linear(3, 20)}, r"RuntimeError: mat1 and mat2 shapes cannot be multiplied \(5x2 and 3x20\)"),
+        ({"module": nn.Linear(2, 4)}, "IndexError: Target [0-9]+ is out of bounds"),
+        ({"module": Pair(2, 20)}, "(TypeError|AttributeError): "),
+        ({"criterion": lambda output: output.sum()}, "TypeError: .*takes 1 positional argument"),
+    ],
+)
+def test_what_does_not_run_is_refused_at_once(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"and its criterion do not run on input.0 \[5, 2\] torch.float32"
+    ) as told:
+        task(**settings)
+    assert re.search(reason, str(told.value))
 
 
 def test_a_criterion_that_does_not_reduce() -> None:
@@ -340,7 +367,7 @@ BAD_MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "bfloat16": (lambda: nn.Linear(2, 20).bfloat16(), r"bfloat16, expected .*\.float\(\).*autocast"),
     "half": (lambda: nn.Linear(2, 20).half(), "parameters of float16"),
     "two dtypes": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 20).double()), "of float32 and float64"),
-    "another dtype": (lambda: nn.Linear(2, 20).double(), r"in torch.float64, does not run on input.0 torch.float32"),
+    "another dtype": (lambda: nn.Linear(2, 20).double(), r"in torch.float64, and its criterion do not run on input.0"),
 }
 
 

@@ -20,7 +20,7 @@ from l2o._contract import check_scalar, check_trainable, vectorised
 from l2o.draws import LaneGenerator, keys
 from l2o.tasks.sources import Examples, Source, as_source
 from l2o.tasks.stateless import Stateless, seeded
-from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, L2OError, Params, Split, TaskData, TaskFamily
 
 _EXPECTED = {
     "module": "an nn.Module, or a function that makes one",
@@ -133,7 +133,7 @@ class ModuleTask(TaskFamily):
     def _written(self) -> set[str]:
         """Tensors of a batch that the module writes to in place, found by running it once on each split.
 
-        Raises `ConfigurationError` where it writes to parameters. Whatever else goes wrong, the first step reports.
+        Raises `ConfigurationError` where it writes to parameters or does not run.
         """
         module, written = self._template, set()
         held = dict((*module.named_parameters(), *module.named_buffers()))
@@ -157,14 +157,17 @@ class ModuleTask(TaskFamily):
         try:
             with torch.no_grad(), seeded(0, batch["target"].device):
                 self._run(self._template, tensors, batch)
-        except Exception as error:  # but for dtypes, the first step will say more
-            if isinstance(error, RuntimeError) and ("dtype" in str(error) or "scalar type" in str(error)):
-                dtype = next(p.dtype for p in self._template.parameters() if p.requires_grad)
-                came = ", ".join(f"{name} {t.dtype}" for name, t in batch.items() if name != "key")
-                raise ConfigurationError(
-                    f"module: this {self._name}, in {dtype}, does not run on {came} ({error}); .float(), .double() or, "
-                    "for classes, .long() one of them"
-                ) from error
+        except (L2OError, Warning):
+            return  # the first step says it, of all lanes
+        except Exception as error:  # whatever a user's module or criterion raises
+            dtype = next(p.dtype for p in self._template.parameters() if p.requires_grad)
+            came = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in batch.items() if name != "key")
+            reason = str(error).strip().partition("\n")[0]
+            ways = "; .float(), .double() or, for classes, .long() one of them" if "ype" in reason else ""
+            raise ConfigurationError(
+                f"module: this {self._name}, in {dtype}, and its criterion do not run on {came} "
+                f"({type(error).__name__}: {reason}){ways}"
+            ) from error
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
