@@ -215,9 +215,8 @@ class MetaTraining:
         other = own != [group.keys() for group in state["groups"]]  # what groups of another optimizer have differs
         for index, names in enumerate(self._slots):
             saved = state["optimizer"].get(str(index))
-            if (saved and (not names or not names <= saved.keys())) or (
-                names and not saved and other and state["step"]
-            ):
+            conflict = not names <= saved.keys() if saved and names else other and bool(saved) != bool(names)
+            if conflict and state["step"]:
                 raise ResumeError(
                     f"optimizer: the saved state has {sorted(saved or ())}, a {type(self.optimizer).__name__} keeps "
                     f"{sorted(names)}; continue it with the configuration it was started with"

@@ -164,7 +164,8 @@ class UpdateRule(abc.ABC):
     ) -> OptState | None:
         """``p <- keep p + lr update`` by a kernel, in place, also of the slots: what the plug-in asks for in long runs.
 
-        factors: ``lr, keep`` by parameter. Returns the new state; None, with nothing written, where there is no kernel.
+        factors: ``lr, keep`` by parameter. Returns the new state; None, with nothing written, where there is no kernel
+        or parameters or state are not finite.
         Equal to ``update`` but for rounding; never differentiated, and without a loss.
         """
         return None

@@ -224,3 +224,23 @@ def test_a_gradient_that_is_not_finite_is_skipped_in_place_too(bad, worth):
     assert identical(values(optimizer), start)
     now = snapshot(optimizer)["state"]
     assert identical(*({k: v for k, v in s.items() if k != "clock"} for s in (now, state)))
+
+
+def test_a_parameter_that_is_not_finite_spoils_no_other(worth):
+    optimizer = trained(3, Steered())
+    broken, *others = optimizer.param_groups[0]["params"]
+    broken.data[0, 0] = float("nan")
+    optimizer.step()
+    assert all(p.isfinite().all() for p in others)
+    assert optimizer.state["shared"]["log_step"].isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:step 4 was skipped")
+def test_a_state_that_is_not_finite_skips_the_step_with_nothing_written(worth):
+    """It would reach all tensors through the controller."""
+    optimizer = trained(3, Steered())
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["d"].data[0, 0] = float("nan")
+    start = values(optimizer)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert identical(values(optimizer), start)

@@ -47,6 +47,8 @@ class Entries(NamedTuple):
     """A tensor as a matrix of ``shape`` on one of ``PATHS``, and the slots that `l2o.rules.Steered` has for it.
 
     factors: ``lr, keep`` of ``param <- keep param + lr update``.
+
+    Channels may be last in memory; ``col`` is then in that order, and only the kernel's next step reads it.
     """
 
     path: str

@@ -221,19 +221,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
         return OptState(per_param, slots.cast(self.state.get("shared") or fresh.shared, dtype))
 
+    def _start(self, member: Member) -> OptState:
+        """What the rule would start with, had it this parameter alone."""
+        dtype = self._dtype()
+        params = {member.key: member.param.detach().to(dtype)}
+        return self.rule.init(self._theta(dtype, member.param.device), params, kinds([member]))
+
     def _layout(self, member: Member) -> resume.Layout:
         if member.key not in self._layouts:
-            theta = self._theta(self._dtype(), member.param.device)
-            params = {member.key: member.param.detach().to(self._dtype())}
-            start = self.rule.init(theta, params, kinds([member])).per_param[member.key]
-            self._layouts[member.key] = {name: tuple(t.shape) for name, t in start.items()}
+            self._layouts[member.key] = resume.layout(self._start(member).per_param[member.key])
         return self._layouts[member.key]
-
-    def _shared_layout(self) -> resume.Layout:
-        member = self._members()[0]
-        params = {member.key: member.param.detach().to(self._dtype())}
-        shared = self.rule.init(self._theta(self._dtype(), member.param.device), params, kinds([member])).shared
-        return {name: tuple(t.shape) for name, t in shared.items()}
 
     def _own(self, member: Member) -> Slots:
         """The rule's slots of a parameter, without what other code keeps beside them; none before its first step."""
@@ -303,7 +300,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
             ids = list(chain.from_iterable(group["params"] for group in groups))
             if any(state.get(ids[int(m.key)]) for m in self._members()):
-                resume.check_shared(state, self._shared_layout(), repr(self.rule))
+                shared = resume.layout(self._start(self._members()[0]).shared)
+                resume.check_shared(state, shared, repr(self.rule))
             for m in self._members():
                 found = state.get(ids[int(m.key)], {})
                 resume.check_slots(found, self._layout(m), "origin" not in state, label(m), repr(self.rule))

@@ -19,6 +19,11 @@ Layout = dict[str, tuple[int, ...]]
 """The shapes of a rule's slots of one parameter."""
 
 
+def layout(slots: Mapping[str, Tensor]) -> Layout:
+    """Their shapes."""
+    return {name: tuple(t.shape) for name, t in slots.items()}
+
+
 def origin(name: str, rule: UpdateRule, theta: Theta) -> dict[str, str]:
     """What a run's state says about where its steps come from: the checkpoint's name, the SHA-256 of rule and θ.
 
@@ -132,12 +137,12 @@ def copies(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -
     }
 
 
-def check_shared(state: Mapping[Any, Any], layout: Layout, rule: str) -> None:
+def check_shared(state: Mapping[Any, Any], own: Layout, rule: str) -> None:
     """Raises `ResumeError` unless the slots that belong to no single parameter are those of the rule."""
     found = state.get("shared") or {}
     shapes = {k: tuple(t.shape) if isinstance(t, Tensor) else None for k, t in found.items()}
-    if shapes != layout:
+    if shapes != own:
         raise ResumeError(
-            f"state_dict has state['shared'] {shapes or 'missing'}, {rule} has {layout or 'none'}; save and load what "
+            f"state_dict has state['shared'] {shapes or 'missing'}, {rule} has {own or 'none'}; save and load what "
             "state_dict() returns as a whole"
         )

@@ -223,12 +223,15 @@ class Steered(UpdateRule):
         steps = fused_steps(tensors, [momentum, *decays])
         if steps is None:
             return None
-        dots, gradients, directions, squares = steps.look().to(theta["log_lr"].dtype)
+        seen = steps.look()
+        dots, gradients, directions, squares = seen.to(theta["log_lr"].dtype)
         shapes = [p.shape for p in params.values()]
         weights = self._factors(theta, shapes)
         sums = [(weights * dots, weights * safe_sqrt(gradients) * safe_sqrt(directions))]
         shared = self._control(theta, state.shared, sums, clock)
         scales = self._scales(theta, self._size(theta, shared, clock), squares, shapes)
+        if not (seen.isfinite().all() and scales.isfinite().all()):
+            return None  # nothing is written yet, and `update` shows what is wrong
         steps.advance((-scales).tolist())
         for shape, names in _by_shape(params).items():
             if self._path(shape) == "orthogonal":
