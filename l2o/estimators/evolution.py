@@ -126,7 +126,7 @@ class Evolution(Episodes):
         streams = self.streams(generator)
         noise, score = self._perturb(theta, state, streams.noise)
         lane_theta = {k: torch.stack([t + noise[k], t - noise[k]], 1).flatten(0, 1) for k, t in theta.items()}
-        before = initialise(self.rule, lane_theta, state.inner)
+        before = initialise(self.rule, lane_theta, self.problems, state.inner)
         after, losses = unroll(
             self.rule, lane_theta, self.problems, before, self.steps, streams.batches, valid_weight=self.valid_weight
         )
