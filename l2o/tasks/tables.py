@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2o._checks import whole
-from l2o._names import choose
+from l2o.checks import check_int, lookup
 from l2o.tasks.data import HALVES, split_indices
 from l2o.tasks.module import ModuleTask
 from l2o.types import Batch, Buffers, DataError, Params, Split, TaskData, TaskFamily
@@ -42,9 +41,9 @@ class DiabetesMLP(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("half", self.half, HALVES)
+        lookup("half", self.half, HALVES)
         for name, least in {"batch_size": 1, "width": 1, "depth": 0}.items():
-            whole(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return self._task.sample(generator, lanes)

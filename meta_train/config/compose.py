@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from l2o._names import unknown
-from l2o._resources import resource
+from l2o.checks import unknown
+from l2o.disk import resource
 from l2o.types import ConfigurationError, L2OError, WriteError
 from meta_train import stop_early
 
@@ -35,7 +35,7 @@ _kept = [_ANEW]
 
 def config_path() -> str:
     """Absolute path of the folder of configs: inside the package in a wheel, at the top of an editable checkout."""
-    return str(resource(Path(__file__).resolve().parent, "configs"))
+    return str(resource(Path(__file__).resolve().parents[1], "configs"))
 
 
 def open_settings(arguments: Iterable[str], nodes: Sequence[str]) -> list[str]:
