@@ -14,7 +14,6 @@ from l2o.optim import LearnedOptimizer
 from l2o.rules.elementwise import ElementwiseRule
 from l2o.types import (
     CheckpointError,
-    Clock,
     ConfigurationError,
     DataError,
     DownloadError,
@@ -24,7 +23,10 @@ from l2o.types import (
     Mixture,
     OptState,
     ParameterError,
+    ParamInfo,
+    Reduce,
     ResumeError,
+    Run,
     RunConflictError,
     TaskFamily,
     UnknownNameError,
@@ -39,7 +41,6 @@ except PackageNotFoundError:  # a checkout on the path that was never installed
 
 __all__ = [
     "CheckpointError",
-    "Clock",
     "ConfigurationError",
     "DataError",
     "DownloadError",
@@ -51,8 +52,11 @@ __all__ = [
     "MetaTraining",
     "Mixture",
     "OptState",
+    "ParamInfo",
     "ParameterError",
+    "Reduce",
     "ResumeError",
+    "Run",
     "RunConflictError",
     "TaskFamily",
     "UnknownNameError",

@@ -203,8 +203,8 @@ class Warm(ElementwiseRule):
     def init_theta(self, generator):
         return {"start": torch.tensor(0.3)}
 
-    def init(self, theta, params, kinds):
-        state = super().init(theta, params, kinds)
+    def init(self, theta, params, infos):
+        state = super().init(theta, params, infos)
         return state._replace(per_param={k: {"m": theta["start"].expand_as(p)} for k, p in params.items()})
 
     def slots(self, param):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -66,17 +65,14 @@ class ChainStep(UpdateRule):
     def init_theta(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {"drive": torch.tensor(0.5)}
 
-    def init(self, theta: Any, params: Params, kinds: Mapping[str, Any]) -> OptState:
+    def init(self, theta: Any, params: Params, infos: Any) -> OptState:
         return OptState({"x": {}}, {})
 
-    def accumulate(self, theta, grads, state, params, clock, loss):
-        return state, {}
-
-    def apply(self, theta, state, stats, grads, params, clock):
+    def update(self, theta, grads, state, params, infos, run, reduce=None):
         x = params["x"]
         sign = torch.where(torch.arange(SIZE) < POSITIVE, 1.0, -1.0).to(x.dtype)
         above = torch.cat([x[1:], x.new_zeros(1)])
-        return {"x": 0.5 * x + 0.5 * above + theta["drive"] * sign - x}
+        return {"x": 0.5 * x + 0.5 * above + theta["drive"] * sign - x}, state
 
 
 THETA = {"drive": torch.tensor(0.5, dtype=torch.float64)}

@@ -18,7 +18,7 @@ def meta_loss(rule, theta, family, steps=3, lanes=TOTAL, batches=None, second_or
     g = batches or generator(5)
     state = start(rule, expand_theta(theta, lanes), family, torch.full((lanes,), steps), g)
     lane_theta = {k: t.expand(lanes, *t.shape) for k, t in theta.items()}
-    state = initialise(rule, lane_theta, state)  # some rules learn the state that they begin with
+    state = initialise(rule, lane_theta, family, state)  # some rules learn the state that they begin with
     _, losses = unroll(rule, lane_theta, family, state, steps, g, second_order)
     return losses.sum()
 
@@ -160,7 +160,7 @@ def test_nothing_is_read_on_the_host_inside_an_unroll(rule):
         for t in theta.values():
             t.requires_grad_()
         with HostReads() as reads:
-            _, losses = unroll(rule, theta, family, initialise(rule, theta, state), 4, g)
+            _, losses = unroll(rule, theta, family, initialise(rule, theta, family, state), 4, g)
             torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
         assert reads.count == 0
     with HostReads() as reads:  # the counter does count

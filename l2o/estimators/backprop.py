@@ -109,7 +109,7 @@ class Backprop(Episodes):
         self, theta: Theta, state: InnerState, steps: int, generator: LaneGenerator, first: bool
     ) -> tuple[InnerState, Tensor]:
         if first:
-            state = initialise(self.rule, theta, state)
+            state = initialise(self.rule, theta, self.family, state)
         return unroll(self.rule, theta, self.family, state, steps, generator, self.second_order, self.valid_weight)
 
 

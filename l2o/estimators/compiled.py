@@ -17,16 +17,19 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from l2o.ops.kinds import lane_infos
 from l2o.types import (
+    LOCAL,
     Batch,
     Buffers,
-    Clock,
     Grads,
+    Infos,
     Kind,
     OptState,
     Params,
+    Reduce,
+    Run,
     Split,
-    Stats,
     TaskData,
     TaskFamily,
     Theta,
@@ -36,40 +39,51 @@ from l2o.types import (
 
 
 class CompiledRule(UpdateRule):
-    """``rule``, whose update of all lanes is compiled; for unrolls without derivatives."""
+    """``rule``, whose update of all lanes is compiled; for unrolls without derivatives.  kinds: of the family."""
 
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule = rule
-        self.needs_loss, self.learned_init, self.rests = rule.needs_loss, rule.learned_init, rule.rests  # type: ignore[misc]
+    def __init__(self, rule: UpdateRule, kinds: Mapping[str, Kind]) -> None:
+        self.rule, self.kinds = rule, kinds
         self._update = _compiled(self._all)
+
+    @property
+    def learned_init(self) -> bool:
+        return self.rule.learned_init
+
+    @property
+    def needs_loss(self) -> bool:
+        return self.rule.needs_loss
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return self.rule.init_theta(generator)
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        return self.rule.init(theta, params, kinds)
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        return self.rule.init(theta, params, infos)
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        return self.rule.accumulate(theta, grads, state, params, clock, loss)
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        return self.rule.apply(theta, state, stats, grads, params, clock)
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        return self.rule.update(theta, grads, state, params, infos, run, reduce)
 
     def fused_update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
     ) -> tuple[Updates, OptState] | None:
-        return cast("tuple[Updates, OptState]", self._update(theta, grads, state, params, clock, loss))
+        return cast("tuple[Updates, OptState]", self._update(theta, grads, state, params, run))
 
-    def _all(self, *arguments: Any) -> Any:
+    def _all(self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
+        infos, needs_loss = lane_infos(params, self.kinds), self.needs_loss
+
+        def one(theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
+            return self.rule.update(theta, grads, state, params, infos, run if needs_loss else run._replace(loss=None))
+
         # Contiguous, as at the start of a run: with other strides all would be compiled again.
-        return tree_map(lambda t: t.contiguous(), vmap(self._one)(*arguments))
-
-    def _one(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor
-    ) -> tuple[Updates, OptState]:
-        return self.rule.update(theta, grads, state, params, clock, loss if self.needs_loss else None)
+        return tree_map(lambda t: t.contiguous(), vmap(one)(theta, grads, state, params, run))
 
 
 class CompiledFamily(TaskFamily):
@@ -78,6 +92,10 @@ class CompiledFamily(TaskFamily):
     def __init__(self, family: TaskFamily) -> None:
         self.family = family
         self._losses = _compiled(vmap(family.loss))
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:  # type: ignore[override]  # likewise
+        return self.family.kinds
 
     @property
     def keyed(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the family

@@ -136,7 +136,7 @@ class Evolution(Episodes):
         streams = self.streams(generator)
         noise, score = self._perturb(theta, state, streams.noise)
         lane_theta = {k: torch.stack([t + noise[k], t - noise[k]], 1).flatten(0, 1) for k, t in theta.items()}
-        before = initialise(self.rule, lane_theta, state.inner)
+        before = initialise(self.rule, lane_theta, self.problems, state.inner)
         after, losses = self._unroll(lane_theta, before, streams.batches)
         exploded = self.exploded(losses, after.first_loss)
         limit = self.limit(losses, after.first_loss)
@@ -164,7 +164,11 @@ class Evolution(Episodes):
     @cached_property
     def _parts(self) -> tuple[UpdateRule, TaskFamily]:
         """What is unrolled."""
-        return (CompiledRule(self.rule), CompiledFamily(self.problems)) if self.compile else (self.rule, self.problems)
+        return (
+            (CompiledRule(self.rule, self.family.kinds), CompiledFamily(self.problems))
+            if self.compile
+            else (self.rule, self.problems)
+        )
 
     def _unit(self, name: str) -> float:
         """What the gradient of a tensor is multiplied by."""

@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l2o._names import choose
 from l2o.evaluation.curves import Advance, Curves, run, silent
 from l2o.evaluation.entrants import Entrant, MakeOptimizers, Rates, TorchEntrant
 from l2o.meta import warmup_cosine
-from l2o.ops import schedules
-from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp
+from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp, Scheduled
 from l2o.tasks import Repeated
-from l2o.types import (
-    Clock,
-    ConfigurationError,
-    Grads,
-    Kind,
-    OptState,
-    Params,
-    Stats,
-    TaskFamily,
-    Theta,
-    UpdateRule,
-    Updates,
-)
-
-
-@dataclass(frozen=True)
-class Scheduled(UpdateRule):
-    """``rule`` with its updates warmed up over 5% of the run, then following half a cosine to 0; θ is the rule's."""
-
-    rule: UpdateRule
-
-    @property
-    def needs_loss(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the rule
-        return self.rule.needs_loss
-
-    @property
-    def learned_init(self) -> bool:  # type: ignore[override]
-        return self.rule.learned_init
-
-    def init_theta(self, generator: torch.Generator) -> Theta:
-        return self.rule.init_theta(generator)
-
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        return self.rule.init(theta, params, kinds)
-
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        return self.rule.accumulate(theta, grads, state, params, clock, loss)
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        updates = self.rule.apply(theta, state, stats, grads, params, clock)
-        factor = schedules.warmup_cosine(clock.step, clock.total_steps, warmup=clock.total_steps // 20)
-        return {name: u * factor.to(u.dtype) for name, u in updates.items()}
+from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
 
 
 @dataclass(frozen=True)

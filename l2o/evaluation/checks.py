@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,7 +24,7 @@ from l2o.kernels import mlp_gpu, mlp_rule
 from l2o.optim import LearnedOptimizer, learned
 from l2o.rules import MLP, Steered, VeLO
 from l2o.tasks import ImageMLP
-from l2o.types import Batch, Buffers, Clock, Grads, OptState, Params, Split, TaskData, TaskFamily, Theta, UpdateRule
+from l2o.types import Batch, Buffers, Grads, OptState, Params, Run, Split, TaskData, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta, initialise, start, unroll
 
 Figures = dict[str, Any]
@@ -206,7 +205,7 @@ def meta_gradient(
     state = start(rule, theta, family, torch.tensor([2, 9, 9], device=device), generator)
     leaves = {k: t.requires_grad_() for k, t in theta.items()}
     with guard():
-        _, losses = unroll(rule, leaves, family, initialise(rule, leaves, state), 4, generator)
+        _, losses = unroll(rule, leaves, family, initialise(rule, leaves, family, state), 4, generator)
         grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     return losses.detach(), dict(zip(leaves, grads, strict=True))
 
@@ -239,18 +238,18 @@ def trains_a_model(device: torch.device) -> Figures:
 def triton_kernels(rule: MLP, device: torch.device) -> Figures:
     """Updates and momenta of three lanes by the kernels are those of the rule in float64, and nothing waits."""
     arguments = _update_arguments(rule)
-    want = vmap(rule.update)(*tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments))
-    theta, grads, state, params, clock = tree_map_only(Tensor, lambda t: t.to(device), arguments)
+    want = rule.update_lanes(*tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments))
+    arguments = tree_map_only(Tensor, lambda t: t.to(device), arguments)
     with patch.dict(os.environ, L2O_KERNELS="1"), patch.object(mlp_rule, "update", mlp_gpu.update):
-        rule.fused_update(theta, grads, state, params, clock, None)
+        rule.fused_update(*arguments)
         guard = no_waiting(device) if device.type == "cuda" else contextlib.nullcontext()  # the interpreter reads
         with guard:
-            got = rule.fused_update(theta, grads, state, params, clock, None)
+            got = rule.fused_update(*arguments)
     assert got is not None, "the kernels do not take it"
     return _agreement(got, want, 1e-4)
 
 
-def _update_arguments(rule: MLP) -> tuple[Theta, Grads, OptState, Params, Clock]:
+def _update_arguments(rule: MLP) -> tuple[Theta, Grads, OptState, Params, Run]:
     generator = torch.Generator().manual_seed(0)
     theta = {k: t + 0.05 * torch.randn(3, *t.shape, generator=generator) for k, t in rule.init_theta(generator).items()}
     params, grads = (
@@ -258,7 +257,7 @@ def _update_arguments(rule: MLP) -> tuple[Theta, Grads, OptState, Params, Clock]
         for _ in range(2)
     )
     slots = {k: {"m": torch.randn(3, len(rule.decays), *p.shape[1:], generator=generator)} for k, p in params.items()}
-    return theta, grads, OptState(slots, {}), params, Clock(torch.tensor([0, 3, 9]), torch.tensor([10, 20, 30]))
+    return theta, grads, OptState(slots, {}), params, Run(torch.tensor([0, 3, 9]), torch.tensor([10, 20, 30]))
 
 
 _NETWORKS = {"32, 32": MLP(), "8, 8": MLP(hidden=(8, 8)), "7, 32, 3": MLP(hidden=(7, 32, 3), decays=())}

@@ -25,11 +25,11 @@ from l2o.estimators import Backprop, Evolution
 from l2o.evaluation.cost import wait
 from l2o.evaluation.memory import peak_memory_mb
 from l2o.meta import MetaTraining
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.ranks import all_sum, ranks
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
-from l2o.types import Batch, Clock, InnerState, MetaGradient, OptState, Theta, UpdateRule
+from l2o.types import Batch, InnerState, MetaGradient, OptState, Run, Theta, UpdateRule
 from l2o.unroll import expand_theta, gradients, unroll, updates
 
 RULES = {
@@ -139,7 +139,7 @@ def _shares(engine: Engine, training: MetaTraining, device: str, seconds: float)
             "unroll": lambda: unroll(rule, lane_theta, problems, state, TRUNCATION, generator),
             "data": lambda: problems.batch(state.data, "train", generator),
             "gradient": lambda: gradients(problems, state, batch),
-            "rule": lambda: updates(rule, lane_theta, grads, state._replace(params=params), loss),
+            "rule": lambda: updates(rule, lane_theta, grads, state._replace(params=params), loss, problems.kinds),
         }
         times = {name: statistics.median(blocks) for name, blocks in _in_turn(work, seconds / 5, device).items()}
     whole_share = min(times.pop("unroll") / times.pop("outer"), 1.0)
@@ -177,7 +177,8 @@ def _plain_backprop(rule: UpdateRule, theta: Theta, module: nn.Module, generator
 
 def _plain_unroll(rule: UpdateRule, theta: Theta, module: nn.Module, generator: torch.Generator) -> Tensor:
     params = {k: p.detach().clone() for k, p in module.named_parameters()}
-    state: OptState = rule.init(theta, params, default_kinds(params))
+    infos = infos_of(params)
+    state: OptState = rule.init(theta, params, infos)
     data, total = FAMILY.sample(generator, 1), torch.zeros((), device=generator.device)
     differentiable = torch.is_grad_enabled()
     for step in range(TRUNCATION):
@@ -186,8 +187,8 @@ def _plain_unroll(rule: UpdateRule, theta: Theta, module: nn.Module, generator: 
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
             loss = cross_entropy(functional_call(module, params, (batch["x"][0],)), batch["y"][0])
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=differentiable)
-        clock = Clock(*(torch.full((), n, device=generator.device) for n in (step, HORIZON)))
-        moves, state = rule.update(theta, dict(zip(params, grads, strict=True)), state, params, clock)
+        run = Run(*(torch.full((), n, device=generator.device) for n in (step, HORIZON)))
+        moves, state = rule.update(theta, dict(zip(params, grads, strict=True)), state, params, infos, run)
         params = {k: p + moves[k] for k, p in params.items()}
         total = total + (loss if differentiable else loss.detach())
     return total / TRUNCATION

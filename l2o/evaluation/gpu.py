@@ -10,8 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from l2o.estimators import Backprop
@@ -25,7 +23,7 @@ from l2o.meta import MetaTraining
 from l2o.ops import networks
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
-from l2o.types import Clock, Grads, InnerState, OptState, Params, Theta, UpdateRule, Updates
+from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, UpdateRule, Updates
 from l2o.unroll import expand_theta, inner_step, start
 
 
@@ -132,14 +130,14 @@ class Compiled(MLP):
     """The update of all lanes, compiled in the place of a kernel."""
 
     def fused_update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
     ) -> tuple[Updates, OptState]:
-        return _compiled(self, theta["b0"].device.type)(theta, grads, state, params, clock)
+        return _compiled(self, theta["b0"].device.type)(theta, grads, state, params, run)
 
 
 @cache
 def _compiled(rule: MLP, device: str) -> Any:
-    return torch.compile(lambda *arguments: vmap(rule.update)(*arguments), backend=COMPILERS[device])
+    return torch.compile(rule.update_lanes, backend=COMPILERS[device])
 
 
 VARIANTS: dict[str, Callable[[int, torch.device], Advance]] = {

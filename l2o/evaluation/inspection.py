@@ -7,17 +7,17 @@ the clock, a spike, gradients of zero. What changes in the update is what the ru
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from l2o._checks import whole
 from l2o.evaluation.recording import Moment, Recording, dot, double, entries, record, rerun
 from l2o.rules import Adam
-from l2o.types import Clock, OptState, Params, Slots, TaskFamily, Theta, UpdateRule, Updates
+from l2o.types import OptState, Params, Run, Slots, TaskFamily, Theta, UpdateRule, Updates
 
 MEMORY = 10
 """Updates that a past is made of in the experiments on momentum and decay."""
@@ -134,8 +134,8 @@ def response(rule: UpdateRule, theta: Theta, window: Sequence[Moment], points: i
     def update(past: Tensor, fraction: Tensor, value: Tensor) -> Tensor:
         def change(moment: Moment, back: int) -> Moment:
             shown = torch.where(chosen, value * size * (past if back else 1.0), moment.grads[tensor])
-            clock = _at(moment.clock, fraction, back)
-            return moment._replace(grads={**moment.grads, tensor: shown}, clock=clock)
+            run = _at(moment.run, fraction, back)
+            return moment._replace(grads={**moment.grads, tensor: shown}, run=run)
 
         return rerun(rule, theta, window, change)[tensor].flatten().index_select(0, entry.unsqueeze(0)).squeeze(0)
 
@@ -147,17 +147,16 @@ def response(rule: UpdateRule, theta: Theta, window: Sequence[Moment], points: i
     return Response(tensor, sweep, found[: len(PASTS)], found[len(PASTS) :])
 
 
-def _at(clock: Clock, fraction: Tensor | float, back: int) -> Clock:
+def _at(run: Run, fraction: Tensor | float, back: int) -> Run:
     """``back`` updates before ``fraction`` of the run."""
-    total = clock.total_steps
-    return Clock(((fraction * total).long() - back).clamp(min=0), total)
+    return run._replace(step=((fraction * run.total_steps).long() - back).clamp(min=0))
 
 
 def clock_response(rule: UpdateRule, theta: Theta, window: Sequence[Moment]) -> tuple[Tensor, float]:
     """``schedule`` and ``clock_change`` of `Inspection`."""
 
     def update(fraction: Tensor) -> Updates:
-        return rerun(rule, theta, window, lambda m, back: m._replace(clock=_at(m.clock, fraction, back)))
+        return rerun(rule, theta, window, lambda m, back: m._replace(run=_at(m.run, fraction, back)))
 
     moves = vmap(update, chunk_size=_CHUNK)(torch.tensor(FRACTIONS, dtype=torch.float64, device=_device(window)))
     moved = {name: u - u[:1] for name, u in moves.items()}
@@ -209,22 +208,22 @@ def sensitivity(rule: UpdateRule, theta: Theta, moment: Moment, generator: torch
         ends = []
         for side in (1.0, -1.0):
             moved = _shift(moment, direction, side)
-            ends.append((rerun(rule, theta, [moved], _same), moved.clock.step))
+            ends.append((rerun(rule, theta, [moved], _same), moved.run.step))
         (ahead, late), (behind, early) = ends
-        distance = (late - early) / moment.clock.total_steps if name == "clock" else 2.0 * EPSILON
+        distance = (late - early) / moment.run.total_steps if name == "clock" else 2.0 * EPSILON
         found[name] = float(_rms({k: ahead[k] - behind[k] for k in ahead}) / distance / unit)
     return found
 
 
 def directions(rule: UpdateRule, moment: Moment, generator: torch.Generator) -> Iterator[tuple[str, Moment]]:
     """Each input by name, and what a relative change of it adds: its entries with random signs, and 0 elsewhere."""
-    none: Moment = tree_map(torch.zeros_like, moment)
-    signed: Moment = tree_map(lambda x: x * _signs(x, generator) if x.is_floating_point() else 0 * x, moment)
+    none: Moment = tree_map_only(Tensor, torch.zeros_like, moment)
+    signed: Moment = tree_map_only(Tensor, lambda x: _signed(x, generator), moment)
     yield "gradient", none._replace(grads=signed.grads)
     yield "parameter", none._replace(params=signed.params)
     if rule.needs_loss:
-        yield "loss", none._replace(loss=signed.loss)
-    yield "clock", none._replace(clock=none.clock._replace(step=(moment.clock.total_steps // 20).clamp(min=1)))
+        yield "loss", none._replace(run=none.run._replace(loss=signed.run.loss))
+    yield "clock", none._replace(run=none.run._replace(step=(moment.run.total_steps // 20).clamp(min=1)))
     blank, noise = none.state, signed.state
     counts = channel_counts(moment.state, moment.params)
     parts = {name: _parts(slots, counts) for name, slots in noise.per_param.items()}
@@ -259,14 +258,19 @@ def _parts(slots: Slots, counts: dict[str, int]) -> dict[str, tuple[str, Tensor]
     return found
 
 
-def _signs(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(2, x.shape, generator=generator, device=x.device) * 2.0 - 1.0
+def _signed(x: Tensor, generator: torch.Generator) -> Tensor:
+    """``x`` with random signs; 0 where it counts something."""
+    if not x.is_floating_point():
+        return torch.zeros_like(x)
+    return x * (torch.randint(2, x.shape, generator=generator, device=x.device) * 2.0 - 1.0)
 
 
 def _shift(moment: Moment, direction: Moment, side: float) -> Moment:
     """``moment`` moved along ``direction``; the clock by whole steps, and not to before the start."""
 
-    def shift(x: Tensor, d: Tensor) -> Tensor:
+    def shift(x: Any, d: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         return x + side * EPSILON * d if x.is_floating_point() else (x + int(side) * d).clamp(min=0)
 
     return cast(Moment, tree_map(shift, moment, direction))
@@ -283,4 +287,4 @@ def _rms(tree: dict[str, Tensor], batch_axes: int = 0) -> Tensor:
 
 
 def _device(window: Sequence[Moment]) -> torch.device:
-    return window[0].loss.device
+    return window[0].run.step.device

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from l2o._checks import whole
-from l2o.types import Clock, ConfigurationError, Grads, InnerState, OptState, Params, TaskFamily, Theta, UpdateRule
+from l2o.ops.kinds import lane_infos
+from l2o.types import ConfigurationError, Grads, Infos, InnerState, OptState, Params, Run, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta, gradients, start, updates
 
 
@@ -21,8 +22,8 @@ class Moment(NamedTuple):
     state: OptState
     grads: Grads
     params: Params
-    clock: Clock
-    loss: Tensor
+    run: Run
+    infos: Infos
 
 
 class Recording(NamedTuple):
@@ -65,8 +66,8 @@ def record(
             loss, buffers, grads, _ = gradients(family, state, batch)
             grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
             if step in keep:
-                moments[step] = _moment(state, grads, loss)
-            moves, opt = updates(rule, many, grads, state, loss)
+                moments[step] = _moment(state, grads, loss, lane_infos(state.params, family.kinds))
+            moves, opt = updates(rule, many, grads, state, loss, family.kinds)
             rows.append(torch.stack([loss, dot(moves, moves, 1), dot(moves, grads, 1), dot(grads, grads, 1)]))
             params = {name: p + moves[name] for name, p in state.params.items()}
             state = state._replace(params=params, buffers=buffers, opt=opt, step=state.step + 1)
@@ -86,10 +87,10 @@ def _recording(rows: Tensor, moments: dict[int, Moment]) -> Recording:
     return Recording(losses, (moved / slope).sqrt(), -along / slope, moments)
 
 
-def _moment(state: InnerState, grads: Grads, loss: Tensor) -> Moment:
+def _moment(state: InnerState, grads: Grads, loss: Tensor, infos: Infos) -> Moment:
     """Of the first lane."""
-    whole_run = Moment(state.opt, grads, state.params, Clock(state.step, state.total_steps), loss)
-    return cast(Moment, tree_map(lambda x: double(x[0].clone()), whole_run))
+    whole_run = Moment(state.opt, grads, state.params, Run(state.step, state.total_steps, loss), infos)
+    return cast(Moment, tree_map_only(Tensor, lambda x: double(x[0].clone()), whole_run))
 
 
 def double(x: Tensor) -> Tensor:
@@ -122,6 +123,6 @@ def rerun(rule: UpdateRule, theta: Theta, window: Sequence[Moment], change: Chan
     moves: dict[str, Tensor] = {}
     for i, moment in enumerate(window):
         shown = change(moment._replace(state=state), last - i)
-        arguments: Any = (shown.grads, shown.state, shown.params, shown.clock, shown.loss if rule.needs_loss else None)
-        moves, state = rule.update(theta, *arguments)
+        run = shown.run if rule.needs_loss else shown.run._replace(loss=None)
+        moves, state = rule.update(theta, shown.grads, shown.state, shown.params, shown.infos, run)
     return moves

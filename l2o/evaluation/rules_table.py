@@ -21,10 +21,10 @@ from l2o.interop.pylo import ORIGINALS
 from l2o.interop.references import REFERENCES
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE, read_trace, replay
 from l2o.meta import MetaTraining
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer
 from l2o.tasks import ImageMLP
-from l2o.types import Batch, Buffers, Clock, Params, Split, TaskData, TaskFamily, Theta, UpdateRule
+from l2o.types import Batch, Buffers, Params, Run, Split, TaskData, TaskFamily, Theta, UpdateRule
 
 GRADIENT_TOLERANCE = 1e-4
 """Of a derivative of the meta-loss, relative. What is right is nearer by two orders, unless the network of a rule has a
@@ -224,15 +224,16 @@ def plugin_error(rule: UpdateRule, steps: int = 3) -> float:
     theta, params = rule.init_theta(generator), _draw(generator)
     modules = [torch.nn.Parameter(p.clone()) for p in params.values()]
     optimizer = LearnedOptimizer(modules, (rule, theta), total_steps=steps)
-    state = rule.init(theta, params, default_kinds(params))
+    infos = infos_of(params)
+    state = rule.init(theta, params, infos)
     for step in range(steps):
         grads, loss = _draw(generator), torch.tensor(1.0 / (1 + step))
         for p, g in zip(modules, grads.values(), strict=True):
             p.grad = g.clone()
         optimizer.step(partial(torch.clone, loss))
-        clock = Clock(torch.tensor(step), torch.tensor(steps))
+        run = Run(torch.tensor(step), torch.tensor(steps), loss if rule.needs_loss else None)
         with torch.no_grad():
-            updates, state = rule.update(theta, grads, state, params, clock, loss if rule.needs_loss else None)
+            updates, state = rule.update(theta, grads, state, params, infos, run)
         params = _add(params, updates, 1.0)
     differences = [(p - q).abs() for p, q in zip(modules, params.values(), strict=True) if p.numel()]
     return max(float(d.detach().max()) for d in differences)

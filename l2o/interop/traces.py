@@ -25,7 +25,8 @@ from l2o._files import user_path
 from l2o._names import unknown
 from l2o.interop.reference import Reference
 from l2o.interop.references import REFERENCES
-from l2o.types import CheckpointError, Clock, Kind, L2OError, Params, Theta, UpdateRule, Updates
+from l2o.ops.kinds import infos_of
+from l2o.types import CheckpointError, Kind, L2OError, Params, Run, Theta, UpdateRule, Updates
 
 PARAMS_TOLERANCE = 1e-5
 """Of a tensor's parameters after each update, in its largest value then."""
@@ -170,14 +171,15 @@ def _check_shapes(group: str, tensors: Params, init: Params, steps: int) -> None
 def replay(trace: Trace) -> list[TensorError]:
     """Run the rule from ``init`` on the recorded gradients and losses, in float32, and compare with the record."""
     params, total = trace.init, torch.tensor(trace.total_steps)
-    state = trace.rule.init(trace.theta, params, trace.kinds)
+    infos = infos_of(params, trace.kinds)
+    state = trace.rule.init(trace.theta, params, infos)
     worst = dict.fromkeys(params, 0.0)
     updates = []
     with torch.no_grad():
         for t, loss in enumerate(trace.losses):
             grads = {name: g[t] for name, g in trace.grads.items()}
             seen = loss if trace.rule.needs_loss else None
-            new, state = trace.rule.update(trace.theta, grads, state, params, Clock(torch.tensor(t), total), seen)
+            new, state = trace.rule.update(trace.theta, grads, state, params, infos, Run(torch.tensor(t), total, seen))
             params = {name: p + new[name] for name, p in params.items()}
             updates.append(new)
             for name, p in params.items():

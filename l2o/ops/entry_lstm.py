@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from l2o.ops.networks import columns, init_linear, linear, lstm_cell, over_entries
+from l2o.ops.features import columns
+from l2o.ops.networks import init_linear, linear, lstm_cell, over_entries
 from l2o.types import Slots, Theta
 
 

@@ -67,9 +67,3 @@ def safe_rsqrt(x: Tensor) -> Tensor:
     only; that of the root is then infinite, and times the momentum's 0 it would be NaN.
     """
     return torch.where(x > 1e-24, x, x.detach()).rsqrt()
-
-
-def channel_means(x: Tensor) -> Tensor:
-    """``[channels, *shape] -> [channels]``, means over the entries of a tensor; 0 where it has none."""
-    entries = math.prod(x.shape[1:])
-    return x.reshape(x.shape[0], entries).sum(-1) / max(entries, 1)

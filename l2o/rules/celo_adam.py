@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from l2o.ops.moments import debias, init_momenta, momenta
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.scheduler import RUN_FEATURES, init_run_schedule, init_scheduler, learned_rate, run_schedule
 from l2o.ops.statistics import clip_gradient
-from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class CeloAdam(UpdateRule):
     Slots: ``m, v, count``; shared: ``h, c, loss_means, loss_minima``.
     """
 
-    needs_loss: ClassVar[bool] = True
-    rests: ClassVar[bool] = True
+    needs_loss = True
+    rests = True
 
     lstm_hidden: int = 64
     beta1: float = 0.9
@@ -51,24 +49,28 @@ class CeloAdam(UpdateRule):
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_scheduler(generator, RUN_FEATURES, self.lstm_hidden, {"lr": 1})
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {
             # Updates are counted a tensor, as in `l2o.rules.Adam`.
-            name: {"m": init_momenta(p, [self.beta1]), "v": init_momenta(p, [self.beta2]), "count": p.new_zeros(())}
+            name: {"m": init_momenta(p, 1), "v": init_momenta(p, 1), "count": p.new_zeros(())}
             for name, p in params.items()
         }
         return OptState(slots, init_run_schedule(theta, next(iter(params.values()))))
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        assert loss is not None  # needs_loss
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
         slots = {name: self._advance(state.per_param[name], clip_gradient(g)) for name, g in grads.items()}
-        return OptState(slots, run_schedule(theta, state.shared, clock, loss)), {}
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        rate = self.step_mult * learned_rate(theta, state.shared["h"])
-        return {name: -rate * self._direction(state.per_param[name]) for name in grads}
+        shared = run_schedule(theta, state.shared, run)
+        rate = self.step_mult * learned_rate(theta, shared["h"])
+        return {name: -rate * self._direction(own) for name, own in slots.items()}, OptState(slots, shared)
 
     def _advance(self, slots: Slots, grad: Tensor) -> Slots:
         return {

@@ -6,6 +6,7 @@ They nest, and apply to gradients from the inside out. `Repeated` goes outermost
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from l2o._checks import whole
 from l2o._names import choose
 from l2o.draws import hashed_normal, keys, log_uniform, stream
 from l2o.tasks.ranges import check_log_range
-from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, Grads, Kind, Params, Split, TaskData, TaskFamily
 
 _INNER = "inner."
 """Begins the names of the family's own tensors, so that augmentations nest and a family sees no foreign ones."""
@@ -53,8 +54,12 @@ class Augmented(TaskFamily):
             raise ConfigurationError(f"family={self.family!r}: expected a TaskFamily")
 
     @property
-    def keyed(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the family
+    def keyed(self) -> bool:
         return self.family.keyed
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return self.family.kinds
 
     def own_data(self, generator: torch.Generator, lanes: int) -> TaskData:
         """What the subclass samples for each lane."""
