@@ -8,7 +8,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from l2o import estimators, rules, tasks
-from l2o.hub import list_pretrained, load, read_card, save
+from l2o.checkpoints.store import list_pretrained, load, read_card, save
 from l2o.meta import MetaTraining, constant_schedule, warmup_cosine, warmup_exponential, warmup_linear
 from l2o.optim import LearnedOptimizer
 from l2o.rules.elementwise import ElementwiseRule

@@ -244,7 +244,7 @@ class TaskFamily(abc.ABC):
 
     @property
     def keyed(self) -> bool:
-        """Whether all random numbers come from the functions of `l2o.draws`. Processes that share the lanes of a run
+        """Whether all random numbers come from the functions of `l2o.random`. Processes that share the lanes of a run
         then draw only their own; for any other family each of them draws for all lanes."""
         return False
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from l2o._contract import (
+from l2o.family_checks import (
     checked_batch,
     checked_gradients,
     checked_init,
@@ -47,7 +47,7 @@ def expand_theta(theta: Theta, lanes: int) -> Theta:
     return {name: t.detach().expand(lanes, *t.shape).clone() for name, t in theta.items()}
 
 
-def start(
+def sample_runs(
     rule: UpdateRule, theta: Theta, family: TaskFamily, horizon: Tensor, generator: torch.Generator
 ) -> InnerState:
     """Draw a task for every lane and put its training run at step 0.
@@ -62,7 +62,7 @@ def start(
     return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
 
 
-def initialise(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState) -> InnerState:
+def init_state(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState) -> InnerState:
     """Lanes at step 0 get the optimizer state that ``theta`` (``[lanes, ...]``) begins with, as a function of it."""
     if not rule.learned_init:
         return state

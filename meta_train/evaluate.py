@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2o._files import user_path
-from l2o._names import choose, unknown
+from l2o.checkpoints.store import annotate, check_writable, load
+from l2o.checks import lookup, unknown
+from l2o.disk import user_path
 from l2o.evaluation import (
     LEARNED,
     Comparison,
@@ -34,12 +35,11 @@ from l2o.evaluation import (
     write,
     write_text,
 )
-from l2o.evaluation.extras import require
-from l2o.hub import annotate, check_writable, load
+from l2o.extras import require
 from l2o.types import ConfigurationError, TaskFamily, UpdateRule
-from meta_train._build import import_classes, make, probe
-from meta_train._config import config_path, main_guard, open_settings, resolve_device
-from meta_train.card import commit, hardware
+from meta_train.config.build import import_classes, make, probe
+from meta_train.config.compose import config_path, main_guard, open_settings, resolve_device
+from meta_train.run.card import commit, hardware
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +174,7 @@ def make_settings(config: DictConfig) -> dict[str, Setting]:
     named = plain["settings"] or {"": {}}
     if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
         raise ConfigurationError(f"settings={named!r}: expected a mapping such as {{wide: {{task: {{width: 128}}}}}}")
-    only = {key: choose("setting", key, named) for key in _listed("only", plain["only"])} or named
+    only = {key: lookup("setting", key, named) for key in _listed("only", plain["only"])} or named
     return {key: _setting(plain["task"], plain["half"], {**common, **own}, key) for key, own in only.items()}
 
 

@@ -13,7 +13,7 @@ from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
 from l2o.tasks import ImageConv, Reparametrized, WordMLP
 from l2o.types import Run
-from l2o.unroll import expand_theta, start, unroll
+from l2o.unroll import expand_theta, sample_runs, unroll
 
 LEARNED = Steered(controller="mlp")
 
@@ -28,7 +28,7 @@ def learned(seed=3, size=1.0):
 def curves(family, rule, theta, lanes=2, steps=30):
     g = generator()
     with torch.no_grad():
-        state = start(rule, expand_theta(theta, lanes), family, torch.full((lanes,), steps), g)
+        state = sample_runs(rule, expand_theta(theta, lanes), family, torch.full((lanes,), steps), g)
         state, losses = unroll(rule, expand_theta(theta, lanes), family, state, steps, g)
     return losses, state
 
@@ -123,7 +123,7 @@ def test_the_whole_update_can_be_differentiated():
 
     def total(w):
         lanes = expand_theta(theta, 2) | {name: w.expand(2, *w.shape)}
-        state = start(LEARNED, lanes, family, torch.tensor([9, 9]), generator())
+        state = sample_runs(LEARNED, lanes, family, torch.tensor([9, 9]), generator())
         return unroll(LEARNED, lanes, family, state, 5, generator())[1].sum()
 
     w = theta[name].clone().requires_grad_()

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-import l2o.hub
+import l2o.checkpoints.store
 from l2o.rules import SGD
 from l2o.types import UnknownNameError
 from meta_train import evaluate
-from meta_train._config import EXTRA
+from meta_train.config.compose import EXTRA
 
 OWN = """
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def here(tmp_path, monkeypatch):
     """An empty folder of its own for every test, but for a checkpoint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    l2o.hub.save("sgd", SGD(), SGD().init_theta(torch.Generator()))
+    l2o.checkpoints.store.save("sgd", SGD(), SGD().init_theta(torch.Generator()))
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ SMALL = ("task=quadratic", "steps=3", "seeds=2", "baselines=[adam,adamw]", "cost
 
 
 def test_several_learned_optimizers_stand_in_one_table(command):
-    l2o.hub.save("faster", SGD(lr=0.1), SGD(lr=0.1).init_theta(torch.Generator()))
+    l2o.checkpoints.store.save("faster", SGD(lr=0.1), SGD(lr=0.1).init_theta(torch.Generator()))
     assert command("source=[sgd,faster]", *SMALL, "cost=true") == 0
     results = json.loads(Path("out/results.json").read_text())
     assert results["source"] == "sgd, faster"
@@ -186,7 +186,7 @@ def test_own_rules_and_tasks_go_by_import_path(command, monkeypatch):
     monkeypatch.syspath_prepend(".")
     import own_evaluated
 
-    l2o.hub.save("mine", own_evaluated.Rule(), own_evaluated.Rule().init_theta(torch.Generator()))
+    l2o.checkpoints.store.save("mine", own_evaluated.Rule(), own_evaluated.Rule().init_theta(torch.Generator()))
     own = ["source=mine", "rules=[own_evaluated.Rule]", "task._target_=own_evaluated.Task", "task.noise=0.5"]
     assert command(*own, "steps=3", "seeds=2", "baselines=[adam]", "cost=false") == 0
     text = Path("out/report.md").read_text()
@@ -328,7 +328,7 @@ def test_a_card_that_cannot_be_written_is_noticed_before_any_work(command, capfd
     def refuse(folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(l2o.hub, "try_folder", refuse)
+    monkeypatch.setattr(l2o.checkpoints.store, "try_folder", refuse)
     assert command("task=quadratic", "record=true") == 2
     assert capfd.readouterr().err.startswith(
         "error: source='sgd': its card in sgd cannot be written (Permission denied)"

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import l2o.meta
+from l2o.bench.checks import HostReads
+from l2o.bench.cost import plug_in
 from l2o.evaluation import (
     BASELINES,
     Baseline,
@@ -25,8 +27,6 @@ from l2o.evaluation import (
     step_cost,
 )
 from l2o.evaluation.baselines import Scheduled, adamw, cosine, linear, muon
-from l2o.evaluation.checks import HostReads
-from l2o.evaluation.cost import plug_in
 from l2o.evaluation.curves import evaluation_steps
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, VeLO

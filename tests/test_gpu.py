@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from l2o.evaluation.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
-from l2o.evaluation.steps import NETWORKS
-from l2o.hub import list_pretrained
+from l2o.bench.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
+from l2o.bench.steps import NETWORKS
+from l2o.checkpoints.store import list_pretrained
 from l2o.kernels import mlp_gpu, mlp_triton
 from l2o.ops.kinds import infos_of, lane_infos
 from l2o.optim import LearnedOptimizer
@@ -71,7 +71,7 @@ def test_a_check_fails_where_a_rule_is_another_on_the_device(kind: str, monkeypa
 
     own = type(RULES["SGD"]).update
     monkeypatch.setattr(type(RULES["SGD"]), "update", update)
-    monkeypatch.setattr("l2o.evaluation.checks.UNROLL", {torch.float32: 1e-5})
+    monkeypatch.setattr("l2o.bench.checks.UNROLL", {torch.float32: 1e-5})
     with pytest.raises(AssertionError, match="apart from the CPU"):
         CHECKS[f"{kind}: SGD, float32"](DEVICE)
 

@@ -16,15 +16,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import l2o
 from l2o import rules
-from l2o.evaluation import Inspection, findings, inspect, inspection_plots, inspection_png
-from l2o.evaluation import inspection as inspection_module
-from l2o.evaluation.findings import decay_rate
-from l2o.evaluation.inspection import FRACTIONS, PASTS, SPIKES, channel_counts, directions, sensitivity
-from l2o.evaluation.recording import record
+from l2o.evaluation import Inspection, inspect, inspection_png
+from l2o.inspection import experiments as inspection_module
+from l2o.inspection import findings
+from l2o.inspection.experiments import FRACTIONS, PASTS, SPIKES, channel_counts, directions, sensitivity
+from l2o.inspection.findings import decay_rate
+from l2o.inspection.recording import record
 from l2o.rules import LSTM, MLP, SGD, STAR, AdaGrad, Adam, Celo2, Momentum, RMSProp
 from l2o.tasks import ImageMLP, Quadratic
 from l2o.types import ConfigurationError, Grads, OptState, Params, Run, Theta, UpdateRule
-from l2o.unroll import expand_theta, start, unroll
+from l2o.unroll import expand_theta, sample_runs, unroll
 from meta_train import inspect as command
 
 TINY = ImageMLP(width=3, pool=2, batch_size=16)
@@ -193,7 +194,7 @@ def test_a_recorded_run_is_the_run(rule: UpdateRule) -> None:
     run = record(rule, theta, TINY, 8, generator(3), lanes=2, keep=[0, 7])
     g, lanes = generator(3), expand_theta(theta, 2)
     with torch.no_grad():
-        state = start(rule, lanes, TINY, torch.tensor([8, 8]), g)
+        state = sample_runs(rule, lanes, TINY, torch.tensor([8, 8]), g)
         state, losses = unroll(rule, lanes, TINY, state, 7, g)
     torch.testing.assert_close(run.losses[:7], losses)
     first = tree_map(lambda x: x[0].double(), (state.opt, state.params))

@@ -15,7 +15,7 @@ from l2o.kernels import build
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
 from l2o.types import ConfigurationError, L2OError, OptState, Run
-from l2o.unroll import expand_theta, start, unroll
+from l2o.unroll import expand_theta, sample_runs, unroll
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (33, 70), "conv": (2, 3, 3, 5), "empty": (0, 3)}  # one of two pieces
 RULES = {
@@ -199,7 +199,7 @@ def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
         estimator, g = Backprop(rule, family, lanes=3, horizon=4, truncation=None, clip=1e9), generator(1)
         with torch.no_grad():
             lanes = expand_theta(theta, 3)
-            state = start(rule, lanes, family, torch.full((3,), 4), generator(2))
+            state = sample_runs(rule, lanes, family, torch.full((3,), 4), generator(2))
             state, losses = unroll(rule, lanes, family, state, 4, generator(3))
         grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
         results.append((state.params, losses, grads, metrics))
@@ -214,7 +214,7 @@ def test_forward_mode_is_backward_mode_whatever_the_kernels(monkeypatch, setting
     rule, family, g = MLP(hidden=(8,)), ImageMLP(width=8, batch_size=16), generator(1)
     theta = expand_theta(rule.init_theta(g), 3)
     direction = {name: torch.randn(t.shape, generator=g) for name, t in theta.items()}
-    state = start(rule, theta, family, torch.full((3,), 4), g)
+    state = sample_runs(rule, theta, family, torch.full((3,), 4), g)
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(t, direction[name]) for name, t in theta.items()}
         slope = forward_ad.unpack_dual(unroll(rule, dual, family, state, 4, generator(3))[1]).tangent

@@ -16,8 +16,8 @@ from tables import generator
 from torch import Tensor, nn
 from torch.func import vmap
 
-from l2o.draws import LaneGenerator
 from l2o.evaluation.curves import run
+from l2o.random import LaneGenerator
 from l2o.rules import SGD, Adam
 from l2o.tasks import (
     CharRNN,
@@ -40,7 +40,7 @@ from l2o.tasks.lora import linear_discriminant
 from l2o.tasks.text import VOCABULARY
 from l2o.tasks.words import word_split
 from l2o.types import ConfigurationError, TaskFamily, UnknownNameError
-from l2o.unroll import start, unroll
+from l2o.unroll import sample_runs, unroll
 
 LANES = 3
 every_network = pytest.mark.parametrize("family", NETWORKS.values(), ids=NETWORKS.keys())
@@ -82,7 +82,7 @@ def test_every_activation_has_its_gradient(activation: str) -> None:
 def test_two_differentiated_steps_agree_with_finite_differences(family: TaskFamily) -> None:
     """The derivative of the losses of an unroll in the learning rate of SGD, lane by lane."""
     rule = SGD()
-    state = start(rule, {"log_lr": torch.zeros(LANES)}, family, torch.full((LANES,), 10), generator())
+    state = sample_runs(rule, {"log_lr": torch.zeros(LANES)}, family, torch.full((LANES,), 10), generator())
     state = state._replace(params=shaken(state.params), first_loss=state.first_loss.double())
 
     def total(log_lr: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import l2o.interop.pylo
 from l2o import rules
-from l2o.evaluation.rules_table import (
+from l2o.inspection.rules_table import (
     GRADIENT_TOLERANCE,
     Replays,
     Row,

@@ -19,7 +19,7 @@ from training import OWN_RULE, SMALL, command, outcome, records, snapshot
 
 import l2o
 from l2o import MetaTraining
-from l2o._files import load_tree, save_tree
+from l2o.disk import load_tree, save_tree
 from l2o.estimators import Backprop
 from l2o.evaluation.baselines import baselines
 from l2o.evaluation.scores import score
@@ -223,7 +223,7 @@ def test_adams_grid_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
         runs.append(arguments)
         return run_baseline(*arguments)
 
-    monkeypatch.setattr("meta_train.held_out.run_baseline", counted)
+    monkeypatch.setattr("meta_train.run.held_out.run_baseline", counted)
     for steps in (5, 8):
         assert command(f"steps={steps}", "evaluate_every=2") == 0
     assert len(runs) == 1

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from l2o._contract import checked_batch, name_of
-from l2o.draws import LaneGenerator
+from l2o.family_checks import checked_batch, name_of
+from l2o.random import LaneGenerator
 from l2o.types import Batch, ConfigurationError, InnerState, Params, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta, gradients, lane_losses, updates
 

@@ -9,13 +9,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from l2o import draws
-from l2o._checks import real, whole
-from l2o._names import unknown
-from l2o.draws import LaneGenerator
-from l2o.ranks import all_sum, ranks
+from l2o import random
+from l2o.checks import check_float, check_int, unknown
+from l2o.distributed import all_sum, ranks
+from l2o.random import LaneGenerator
 from l2o.types import ConfigurationError, InnerState, MetaGradient, Metrics, TaskFamily, Theta, UpdateRule
-from l2o.unroll import expand_theta, running, start
+from l2o.unroll import expand_theta, running, sample_runs
 
 Horizon = int | tuple[int, int]
 
@@ -86,18 +85,18 @@ class Episodes(MetaGradient):
     """Whether whole runs may be of several lengths, and judged by their ends."""
 
     def __post_init__(self) -> None:
-        whole("lanes", self.lanes)
+        check_int("lanes", self.lanes)
         self._check_lengths()
         if self.meta_loss == "end" and (self.truncation is not None or not self.judges_whole_runs):
             raise ConfigurationError("meta_loss='end': expected truncation=None, whole runs, by evolution")
         for name, value, valid in (("meta_loss", self.meta_loss, META_LOSSES), ("window", self.window, WINDOWS)):
             if value not in valid:
                 raise ConfigurationError(unknown(name, value, valid))
-        real("valid_weight", self.valid_weight, least=0.0)
+        check_float("valid_weight", self.valid_weight, least=0.0)
         if self.valid_weight > 1.0:
             raise ConfigurationError(f"valid_weight={self.valid_weight}: expected at most 1")
-        real("log_floor", self.log_floor, above=0.0, below=1.0)
-        real("explosion", self.explosion, above=0.0)
+        check_float("log_floor", self.log_floor, above=0.0, below=1.0)
+        check_float("explosion", self.explosion, above=0.0)
 
     def _check_lengths(self) -> None:
         if isinstance(self.horizon, tuple | list):
@@ -105,12 +104,12 @@ class Episodes(MetaGradient):
                 raise ConfigurationError(
                     f"horizon={self.horizon!r}: expected a number, or (low, high) where there is a truncation"
                 )
-            whole("horizon[1]", self.horizon[1], least=whole("horizon[0]", self.horizon[0], self.shortest))
+            check_int("horizon[1]", self.horizon[1], least=check_int("horizon[0]", self.horizon[0], self.shortest))
         else:
-            whole("horizon", self.horizon, self.shortest)
+            check_int("horizon", self.horizon, self.shortest)
         if self.truncation is not None:
-            whole("truncation", self.truncation, self.shortest)
-        whole("curriculum", self.curriculum, least=0)
+            check_int("truncation", self.truncation, self.shortest)
+        check_int("curriculum", self.curriculum, least=0)
 
     @property
     def longest(self) -> int:
@@ -134,7 +133,7 @@ class Episodes(MetaGradient):
     def streams(self, generator: torch.Generator) -> Streams:
         """Advances ``generator`` by as much in every process; waits for the device once."""
         device = generator.device
-        batches, fresh, noise = draws.draw_seeds(generator, 3).tolist()
+        batches, fresh, noise = random.draw_seeds(generator, 3).tolist()
         ids = self.ids(torch.arange(self.own_lanes, device=device))
         return Streams(self._stream(device, batches, ids), fresh, LaneGenerator(device, noise, ids))
 
@@ -162,7 +161,7 @@ class Episodes(MetaGradient):
             horizon = self._draw_horizon(one, 1, count).repeat(len(index))
         else:
             horizon = self._draw_horizon(generator, len(index) // self.copies, count).repeat_interleave(self.copies)
-        return start(self.rule, expand_theta(theta, len(index)), self.problems, horizon, generator)
+        return sample_runs(self.rule, expand_theta(theta, len(index)), self.problems, horizon, generator)
 
     @property
     def problems(self) -> TaskFamily:
@@ -175,7 +174,7 @@ class Episodes(MetaGradient):
         low, high = self.horizon
         grown = (estimates / max(self.curriculum, 1)).clamp(max=1.0) if self.curriculum else 1.0
         top = math.log(low) + math.log((high + 1) / low) * grown
-        uniform = draws.uniform(generator, count)
+        uniform = random.uniform(generator, count)
         return (math.log(low) + uniform * (top - math.log(low))).exp().long().clamp(low, high)
 
     def objective(self, losses: Tensor, before: InnerState, first_loss: Tensor) -> Tensor:

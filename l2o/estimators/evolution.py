@@ -24,17 +24,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from l2o import draws
-from l2o._checks import real, whole
-from l2o._names import unknown
-from l2o.draws import LaneGenerator
+from l2o import random
+from l2o.checks import check_float, check_int, unknown
+from l2o.distributed import all_rows
 from l2o.estimators.compiled import CompiledFamily, CompiledRule
 from l2o.estimators.episodes import Episodes, along, lane_metrics, lane_sums, last_steps, reduce_rows
 from l2o.ops.numeric import over_root
-from l2o.ranks import all_rows
+from l2o.random import LaneGenerator
 from l2o.tasks.repeated import Repeated
 from l2o.types import ConfigurationError, InnerState, Metrics, TaskFamily, Theta, UpdateRule
-from l2o.unroll import detach, initialise, reset, unroll
+from l2o.unroll import detach, init_state, reset, unroll
 
 FITNESSES = ("difference", "rank", "sign", "standard")
 
@@ -98,12 +97,12 @@ class Evolution(Episodes):
         super().__post_init__()
         if self.lanes % 2:
             raise ConfigurationError(f"lanes={self.lanes}: expected an even number, two runs a pair")
-        real("sigma", self.sigma, above=0.0)
+        check_float("sigma", self.sigma, above=0.0)
         for name, value in (self.sigma_of or {}).items():
-            real(f"sigma_of.{name}", value, above=0.0)
+            check_float(f"sigma_of.{name}", value, above=0.0)
         if self.sigma_final is not None:
-            real("sigma_final", self.sigma_final, above=0.0)
-            whole("sigma_steps", self.sigma_steps)
+            check_float("sigma_final", self.sigma_final, above=0.0)
+            check_int("sigma_steps", self.sigma_steps)
         if self.fitness not in FITNESSES:
             raise ConfigurationError(unknown("fitness", self.fitness, FITNESSES))
         self._check_noise_steps()
@@ -113,7 +112,7 @@ class Evolution(Episodes):
             return
         if isinstance(self.noise_steps, str):
             raise ConfigurationError(unknown("noise_steps", self.noise_steps, ("truncation", "episode", "a number")))
-        if whole("noise_steps", self.noise_steps) % self.steps:
+        if check_int("noise_steps", self.noise_steps) % self.steps:
             raise ConfigurationError(f"noise_steps={self.noise_steps}: expected a multiple of truncation={self.steps}")
 
     @property
@@ -136,7 +135,7 @@ class Evolution(Episodes):
         streams = self.streams(generator)
         noise, score = self._perturb(theta, state, streams.noise)
         lane_theta = {k: torch.stack([t + noise[k], t - noise[k]], 1).flatten(0, 1) for k, t in theta.items()}
-        before = initialise(self.rule, lane_theta, self.problems, state.inner)
+        before = init_state(self.rule, lane_theta, self.problems, state.inner)
         after, losses = self._unroll(lane_theta, before, streams.batches)
         exploded = self.exploded(losses, after.first_loss)
         limit = self.limit(losses, after.first_loss)
@@ -179,7 +178,7 @@ class Evolution(Episodes):
         step = state.inner.step[::2]
         due = step == 0 if self.noise_steps == "episode" else step % self._noise_steps == 0
         keep = (step > 0) & self.accumulate
-        units = draws.normal(generator, len(step), sum(t.numel() for t in theta.values()))
+        units = random.normal(generator, len(step), sum(t.numel() for t in theta.values()))
         noise, score = {}, {}
         for (name, t), drawn in zip(theta.items(), units.split([t.numel() for t in theta.values()], 1), strict=True):
             sigma = self._sigma(name, state.estimates)

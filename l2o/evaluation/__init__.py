@@ -7,17 +7,17 @@ rule with its θ (`RuleEntrant`), any torch optimizer (`TorchEntrant`), or a rul
 `inspect` experiments with one rule alone; `findings` and `inspection_png` tell what it does.
 """
 
+from l2o.bench.cost import Cost, optimizer_costs, step_cost
 from l2o.evaluation.baselines import BASELINES, Baseline, Scheduled, baselines
 from l2o.evaluation.compare import LEARNED, Comparison, compare
-from l2o.evaluation.cost import Cost, optimizer_costs, step_cost
 from l2o.evaluation.curves import Curves, run
 from l2o.evaluation.entrants import Entrant, RuleEntrant, TorchEntrant
-from l2o.evaluation.findings import Finding, findings
-from l2o.evaluation.inspection import Inspection, inspect
-from l2o.evaluation.inspection_plots import inspection_png
 from l2o.evaluation.report import Report, new_console, prepare_folder, print_tables, summary, write, write_text
 from l2o.evaluation.scores import Score, score, speed_up
 from l2o.evaluation.trials import Setting, Trials, run_baseline, run_entrant, run_learned
+from l2o.inspection.experiments import Inspection, inspect
+from l2o.inspection.findings import Finding, findings
+from l2o.inspection.plots import inspection_png
 
 __all__ = [
     "BASELINES",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2o._names import choose
+from l2o.checks import lookup
 from l2o.evaluation.curves import Advance, Curves, run, silent
 from l2o.evaluation.entrants import Entrant, MakeOptimizers, Rates, TorchEntrant
 from l2o.meta import warmup_cosine
@@ -109,4 +109,4 @@ def baselines(names: Iterable[str]) -> dict[str, Entrant]:
     """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names."""
     if isinstance(names, str):
         raise ConfigurationError(f"baselines={names!r}: expected a list, such as [{names}]")
-    return {name: choose("baseline", name, BASELINES) for name in names}
+    return {name: lookup("baseline", name, BASELINES) for name in names}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from l2o._checks import whole
+from l2o.checks import check_int
 from l2o.evaluation.curves import EVALUATIONS, Advance, Curves, evaluation_steps, run, silent, trace
 from l2o.tasks import Repeated
 from l2o.types import Grads, InnerState, OptState, Params, TaskFamily, Theta, UpdateRule
@@ -77,7 +77,7 @@ class TorchEntrant:
     def run(
         self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
     ) -> Curves:
-        points = evaluation_steps(whole("steps", steps), EVALUATIONS)
+        points = evaluation_steps(check_int("steps", steps), EVALUATIONS)
         copies = Repeated(family, len(self.rates))
         state = _start(copies, torch.full((seeds * len(self.rates),), steps, device=generator.device), generator)
         lanes = [self._lane(state.params, lane, steps) for lane in range(len(state.step))]

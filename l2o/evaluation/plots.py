@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2o.evaluation.compare import LEARNED, Comparison, is_learned
-from l2o.evaluation.extras import require
 from l2o.evaluation.scores import Score
 from l2o.evaluation.trials import Array
+from l2o.extras import require
 
 LEARNED_COLOUR = "#D55E00"
 LEARNED_COLOURS = (LEARNED_COLOUR, "#882255", "#332288", "#117733")

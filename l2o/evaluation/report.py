@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2o._files import atomic_write, try_folder
+from l2o.bench.cost import YARDSTICK, Cost
+from l2o.disk import atomic_write, try_folder
 from l2o.evaluation.compare import Comparison, is_learned
-from l2o.evaluation.cost import YARDSTICK, Cost
-from l2o.evaluation.extras import require
 from l2o.evaluation.plots import curves_png
 from l2o.evaluation.scores import diverged, final_losses
 from l2o.evaluation.trials import Trials
@@ -30,6 +29,7 @@ from l2o.evaluation.verdicts import (
     table_row,
     verdict,
 )
+from l2o.extras import require
 from l2o.types import ConfigurationError
 
 FORMAT_VERSION = 1

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 
-from l2o import _checks
-from l2o._checks import whole
+from l2o import checks
+from l2o.checks import check_int
 from l2o.evaluation.curves import Advance, silent
 from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
@@ -37,8 +37,8 @@ class Setting:
     def __post_init__(self) -> None:
         bounds = {"steps": 1, "seeds": 1, "seed": 0} | ({} if self.window is None else {"window": 1})
         for name, least in bounds.items():
-            whole(name, getattr(self, name), least)
-        _checks.seed("seed", self.seed)
+            check_int(name, getattr(self, name), least)
+        checks.check_seed("seed", self.seed)
         if self.window is not None and self.window > self.steps:
             raise ConfigurationError(f"window={self.window}: expected at most steps={self.steps}")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
 
-from l2o.hub import check_theta
+from l2o.checkpoints.store import check_theta
 from l2o.types import CheckpointError, ConfigurationError, Kind, Params, Theta, UpdateRule
 
 Settings = Mapping[str, Any]

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._files import user_path
-from l2o._names import unknown
+from l2o.checks import check_int, unknown
+from l2o.disk import user_path
 from l2o.interop.reference import Reference
 from l2o.interop.references import REFERENCES
 from l2o.ops.kinds import infos_of
@@ -98,7 +97,7 @@ def _meta(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     if not isinstance(meta, dict) or not isinstance(meta.get("hyperparameters"), dict):
         raise CheckpointError("meta has no 'hyperparameters'")
     if meta.get("num_steps") is not None:
-        whole("num_steps", meta["num_steps"])
+        check_int("num_steps", meta["num_steps"])
     return meta
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from l2o._checks import real
+from l2o.checks import check_float
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
@@ -30,12 +30,12 @@ def scalar_like(value: float, generator: torch.Generator) -> Tensor:
 
 def log_of(name: str, value: float) -> float:
     """The logarithm of a positive hyperparameter, or `ConfigurationError`; ``exp`` undoes it, whatever was learned."""
-    return math.log(real(name, value, above=0.0))
+    return math.log(check_float(name, value, above=0.0))
 
 
 def logit_of(name: str, value: float) -> float:
     """The logit of a hyperparameter strictly between 0 and 1, or `ConfigurationError`; ``sigmoid`` undoes it."""
-    value = real(name, value, above=0.0, below=1.0)
+    value = check_float(name, value, above=0.0, below=1.0)
     return math.log(value) - math.log1p(-value)
 
 

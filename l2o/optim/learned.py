@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from l2o import hub
+from l2o.checkpoints import store
 from l2o.optim import resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, updated, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
@@ -62,7 +62,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        source: hub.Source | tuple[UpdateRule, Theta] | None = None,
+        source: store.Source | tuple[UpdateRule, Theta] | None = None,
         *,
         total_steps: int | None = None,
         lr: float = 1.0,

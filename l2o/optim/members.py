@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from l2o._checks import real
+from l2o.checks import check_float
 from l2o.ops.kinds import infos_of
 from l2o.types import ConfigurationError, GradientError, Kind, ParameterError, ParamInfo
 
@@ -72,7 +72,7 @@ def settings(group: Mapping[str, Any]) -> dict[str, float]:
             raise ConfigurationError(f"a group of parameters has no {name!r}: set group[{name!r}] to a number")
     if group.get("kind", "vector") not in get_args(Kind):
         raise ConfigurationError(f"kind={group['kind']!r}: expected one of {', '.join(get_args(Kind))}")
-    return {name: real(name, _number(group[name]), least=0.0) for name in ("lr", "weight_decay")}
+    return {name: check_float(name, _number(group[name]), least=0.0) for name in ("lr", "weight_decay")}
 
 
 def _number(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from l2o._checks import as_many, each, real, whole
+from l2o.checks import check_each, check_float, check_int, check_same_length
 from l2o.ops.factored import row_means
 from l2o.ops.features import TIMESCALES, channel_sums, normalised, step_embedding
 from l2o.ops.kinds import size, width_multiplier
@@ -58,14 +58,14 @@ class AdafacMLP(UpdateRule):
     outputs: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
-        decay = partial(real, least=0.0, below=1.0)
-        each("momentum_decays", self.momentum_decays, decay)
-        each("adafactor_decays", self.adafactor_decays, decay)
+        check_each("hidden", self.hidden, check_int)
+        decay = partial(check_float, least=0.0, below=1.0)
+        check_each("momentum_decays", self.momentum_decays, decay)
+        check_each("adafactor_decays", self.adafactor_decays, decay)
         decay("rms_decay", self.rms_decay)
-        real("step_mult", self.step_mult, above=0.0)
-        real("exp_mult", self.exp_mult, least=0.0)
-        as_many("adafactor_decays", self.adafactor_decays, "momentum_decays", self.momentum_decays)
+        check_float("step_mult", self.step_mult, above=0.0)
+        check_float("exp_mult", self.exp_mult, least=0.0)
+        check_same_length("adafactor_decays", self.adafactor_decays, "momentum_decays", self.momentum_decays)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         inputs = 4 + 8 * len(self.momentum_decays) + len(TIMESCALES)

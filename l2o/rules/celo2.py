@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from l2o._checks import as_many, each, real, whole
+from l2o.checks import check_each, check_float, check_int, check_same_length
 from l2o.ops.factored import preconditioner, row_means
 from l2o.ops.features import columns, entry_sum, second_moment_scale
 from l2o.ops.kinds import size
@@ -94,19 +94,19 @@ class Celo2(UpdateRule):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
+        check_each("hidden", self.hidden, check_int)
         if self.activation not in _ACTIVATIONS:
             raise ConfigurationError(f"activation={self.activation!r}: expected one of {sorted(_ACTIVATIONS)}")
-        each("decays", self.decays, partial(real, least=0.0, below=1.0))
-        each("adafactor_decays", self.adafactor_decays, partial(real, least=0.0, below=1.0))
-        as_many("adafactor_decays", self.adafactor_decays, "decays", self.decays)
-        each("adam", self.adam, _kind)
+        check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
+        check_each("adafactor_decays", self.adafactor_decays, partial(check_float, least=0.0, below=1.0))
+        check_same_length("adafactor_decays", self.adafactor_decays, "decays", self.decays)
+        check_each("adam", self.adam, _kind)
         for name in ("rms_decay", "adam_beta1", "adam_beta2"):
-            real(name, getattr(self, name), least=0.0, below=1.0)
+            check_float(name, getattr(self, name), least=0.0, below=1.0)
         for name in ("step_mult", "adam_mult"):
-            real(name, getattr(self, name), above=0.0)
+            check_float(name, getattr(self, name), above=0.0)
         for name in ("exp_mult", "weight_decay"):
-            real(name, getattr(self, name), least=0.0)
+            check_float(name, getattr(self, name), least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_mlp(generator, [6 + 8 * len(self.decays), *self.hidden, 2])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
+from l2o.checks import check_float, check_int
 from l2o.ops.moments import debias, init_momenta, momenta
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.scheduler import RUN_FEATURES, init_run_schedule, init_scheduler, learned_rate, run_schedule
@@ -39,12 +39,12 @@ class CeloAdam(UpdateRule):
     step_mult: float = 0.001
 
     def __post_init__(self) -> None:
-        whole("lstm_hidden", self.lstm_hidden)
-        real("beta1", self.beta1, least=0.0, below=1.0)
-        real("beta2", self.beta2, least=0.0, below=1.0)
-        real("eps", self.eps, above=0.0)
-        real("eps_root", self.eps_root, least=0.0)
-        real("step_mult", self.step_mult, above=0.0)
+        check_int("lstm_hidden", self.lstm_hidden)
+        check_float("beta1", self.beta1, least=0.0, below=1.0)
+        check_float("beta2", self.beta2, least=0.0, below=1.0)
+        check_float("eps", self.eps, above=0.0)
+        check_float("eps_root", self.eps_root, least=0.0)
+        check_float("step_mult", self.step_mult, above=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_scheduler(generator, RUN_FEATURES, self.lstm_hidden, {"lr": 1})

@@ -8,7 +8,7 @@ from typing import TypeVar, get_args
 
 import torch
 
-from l2o._names import unknown
+from l2o.checks import unknown
 from l2o.ops.schedules import warmup_cosine
 from l2o.types import (
     LOCAL,

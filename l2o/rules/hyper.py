@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from l2o._checks import as_many, each, real, whole
+from l2o.checks import check_each, check_float, check_int, check_same_length
 from l2o.ops.factored import row_means
 from l2o.ops.features import channel_sums, entry_sum, normalised
 from l2o.ops.kinds import size
@@ -42,15 +42,15 @@ class HyperRule(UpdateRule):
     exp_mult: float = 0.001
 
     def __post_init__(self) -> None:
-        whole("lstm_hidden", self.lstm_hidden)
-        whole("inits", self.inits)
-        each("hidden", self.hidden, whole)
-        each("decays", self.decays, partial(real, least=0.0, below=1.0))
-        each("adafactor_decays", self.adafactor_decays, partial(real, least=0.0, below=1.0))
-        as_many("adafactor_decays", self.adafactor_decays, "decays", self.decays)
-        real("rms_decay", self.rms_decay, least=0.0, below=1.0)
-        real("step_mult", self.step_mult, above=0.0)
-        real("exp_mult", self.exp_mult, least=0.0)
+        check_int("lstm_hidden", self.lstm_hidden)
+        check_int("inits", self.inits)
+        check_each("hidden", self.hidden, check_int)
+        check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
+        check_each("adafactor_decays", self.adafactor_decays, partial(check_float, least=0.0, below=1.0))
+        check_same_length("adafactor_decays", self.adafactor_decays, "decays", self.decays)
+        check_float("rms_decay", self.rms_decay, least=0.0, below=1.0)
+        check_float("step_mult", self.step_mult, above=0.0)
+        check_float("exp_mult", self.exp_mult, least=0.0)
 
     @abc.abstractmethod
     def schedule(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from l2o._checks import each, real, whole
-from l2o.ops.entry_lstm import entry_lstm, entry_lstm_slots, init_entry_lstm, readout
+from l2o.checks import check_each, check_float, check_int
+from l2o.ops.coordinatewise_lstm import coordinatewise_lstm, coordinatewise_slots, init_coordinatewise_lstm, readout
 from l2o.ops.features import log_and_sign
 from l2o.types import LOCAL, ConfigurationError, Grads, Infos, OptState, Params, Reduce, Run, Theta, UpdateRule, Updates
 
@@ -20,7 +20,7 @@ class LSTM(UpdateRule):
     scale: of the output; the paper's MNIST setting is 0.1, DeepMind's released code has 0.01.
     preprocess: show the network log and sign of the gradient (paper, appendix A) instead of the gradient.
     k: the paper's p of that preprocessing.
-    θ and slots: those of `l2o.ops.entry_lstm`.
+    θ and slots: those of `l2o.ops.coordinatewise_lstm`.
     """
 
     hidden: tuple[int, ...] = (20, 20)
@@ -31,17 +31,17 @@ class LSTM(UpdateRule):
     learned_init = False
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
+        check_each("hidden", self.hidden, check_int)
         if not self.hidden:
             raise ConfigurationError(f"hidden={self.hidden!r}: expected at least one layer")
-        real("scale", self.scale, above=0.0)
-        real("k", self.k, above=0.0)
+        check_float("scale", self.scale, above=0.0)
+        check_float("k", self.k, above=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        return init_entry_lstm(generator, 2 if self.preprocess else 1, self.hidden)
+        return init_coordinatewise_lstm(generator, 2 if self.preprocess else 1, self.hidden)
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
-        return OptState({name: entry_lstm_slots(p, self.hidden) for name, p in params.items()}, {})
+        return OptState({name: coordinatewise_slots(p, self.hidden) for name, p in params.items()}, {})
 
     def update(
         self,
@@ -54,6 +54,6 @@ class LSTM(UpdateRule):
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
         features = {name: log_and_sign(g, self.k) if self.preprocess else g.unsqueeze(0) for name, g in grads.items()}
-        slots = entry_lstm(theta, features, state.per_param)
+        slots = coordinatewise_lstm(theta, features, state.per_param)
         outputs = readout(theta, slots, {name: g.shape for name, g in grads.items()})
         return {name: self.scale * x for name, x in outputs.items()}, OptState(slots, {})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from l2o._checks import each, real, whole
+from l2o.checks import check_each, check_float, check_int
 from l2o.kernels import mlp_gpu, mlp_rule, perceptron_unroll
 from l2o.kernels.arrays import plain
 from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, channel_sums, fraction_embedding, normalised, step_embedding
@@ -66,10 +66,10 @@ class MLP(UpdateRule):
     def __post_init__(self) -> None:
         if self.time not in _TIME:
             raise ConfigurationError(f"time={self.time!r}: expected one of {sorted(_TIME)}")
-        each("hidden", self.hidden, whole)
-        each("decays", self.decays, partial(real, least=0.0, below=1.0))
-        real("step_mult", self.step_mult, above=0.0)
-        real("exp_mult", self.exp_mult, least=0.0)
+        check_each("hidden", self.hidden, check_int)
+        check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
+        check_float("step_mult", self.step_mult, above=0.0)
+        check_float("exp_mult", self.exp_mult, least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_mlp(generator, [2 + len(self.decays) + _TIME[self.time][0], *self.hidden, 2])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
+from l2o.checks import check_float, check_int
 from l2o.ops.features import clip_log, tensor_means
 from l2o.ops.networks import linear
 from l2o.ops.numeric import scalar_like
@@ -68,13 +68,13 @@ class NNAdam(UpdateRule):
     rests = True
 
     def __post_init__(self) -> None:
-        whole("hidden", self.hidden)
-        real("output_scale", self.output_scale, above=0.0)
-        real("decay_strength", self.decay_strength, least=0.0, below=1.0)
-        real("lr", self.lr, above=0.0)
-        real("eps", self.eps, above=0.0)
-        real("beta1", self.beta1, least=0.0, below=1.0)
-        real("beta2", self.beta2, least=0.0, below=1.0)
+        check_int("hidden", self.hidden)
+        check_float("output_scale", self.output_scale, above=0.0)
+        check_float("decay_strength", self.decay_strength, least=0.0, below=1.0)
+        check_float("lr", self.lr, above=0.0)
+        check_float("eps", self.eps, above=0.0)
+        check_float("beta1", self.beta1, least=0.0, below=1.0)
+        check_float("beta2", self.beta2, least=0.0, below=1.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         starts = {"lr": self.lr, "beta1": 1.0 - self.beta1, "beta2": 1.0 - self.beta2, "eps": self.eps}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2o._checks import each, real, whole
+from l2o.checks import check_each, check_float, check_int
 from l2o.ops.features import TIMESCALES, channel_sums, clip_log, normalised, sine_embedding, tensor_means
 from l2o.ops.kinds import size
 from l2o.ops.moments import init_momenta, momenta
@@ -64,12 +64,12 @@ class RNNMLP(UpdateRule):
     exp_mult: float = 0.001
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
+        check_each("hidden", self.hidden, check_int)
         for name in ("lstm_hidden", "from_mlp", "from_lstm", "to_mlp"):
-            whole(name, getattr(self, name))
-        each("decays", self.decays, partial(real, least=0.0, below=1.0))
-        real("step_mult", self.step_mult, above=0.0)
-        real("exp_mult", self.exp_mult, least=0.0)
+            check_int(name, getattr(self, name))
+        check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
+        check_float("step_mult", self.step_mult, above=0.0)
+        check_float("exp_mult", self.exp_mult, least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         entry = 3 + 4 * len(self.decays) + len(TIMESCALES) + 3 + self.to_mlp

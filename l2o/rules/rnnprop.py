@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu
 
-from l2o._checks import each, real, whole
-from l2o.ops.entry_lstm import entry_lstm, entry_lstm_slots, init_entry_lstm, readout
+from l2o.checks import check_each, check_float, check_int
+from l2o.ops.coordinatewise_lstm import coordinatewise_lstm, coordinatewise_slots, init_coordinatewise_lstm, readout
 from l2o.ops.networks import init_linear, linear
 from l2o.ops.numeric import safe_sqrt
 from l2o.types import (
@@ -43,7 +43,7 @@ class RNNprop(UpdateRule):
 
     hidden: units of each LSTM layer.    projected: units of the ELU layer before them.
     scale: the largest step of an entry.    beta1, beta2: of the moments, not learned.
-    θ: ``w_in, b_in`` of the ELU layer; those of `l2o.ops.entry_lstm`.
+    θ: ``w_in, b_in`` of the ELU layer; those of `l2o.ops.coordinatewise_lstm`.
     Slots: ``m, v``; ``count``, 0-d, of updates; ``h0, c0, ...``, ``[hidden, *shape]``.
     """
 
@@ -54,24 +54,24 @@ class RNNprop(UpdateRule):
     beta2: float = 0.95
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
+        check_each("hidden", self.hidden, check_int)
         if not self.hidden:
             raise ConfigurationError(f"hidden={self.hidden!r}: expected at least one layer")
-        whole("projected", self.projected)
-        real("scale", self.scale, above=0.0)
-        real("beta1", self.beta1, least=0.0, below=1.0)
-        real("beta2", self.beta2, least=0.0, below=1.0)
+        check_int("projected", self.projected)
+        check_float("scale", self.scale, above=0.0)
+        check_float("beta1", self.beta1, least=0.0, below=1.0)
+        check_float("beta2", self.beta2, least=0.0, below=1.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         w_in, b_in = init_linear(generator, 2, self.projected)
-        return {"w_in": w_in, "b_in": b_in, **init_entry_lstm(generator, self.projected, self.hidden)}
+        return {"w_in": w_in, "b_in": b_in, **init_coordinatewise_lstm(generator, self.projected, self.hidden)}
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         return OptState({name: self._slots(p) for name, p in params.items()}, {})
 
     def _slots(self, param: Tensor) -> Slots:
         moments = {"m": torch.zeros_like(param), "v": torch.zeros_like(param), "count": param.new_zeros(())}
-        return moments | entry_lstm_slots(param, self.hidden)
+        return moments | coordinatewise_slots(param, self.hidden)
 
     def update(
         self,
@@ -88,7 +88,7 @@ class RNNprop(UpdateRule):
 
         moments = {name: self._moments(g, state.per_param[name]) for name, g in grads.items()}
         features = {name: self._features(g, moments[name]) for name, g in grads.items()}
-        cells = entry_lstm(theta, features, state.per_param, project)
+        cells = coordinatewise_lstm(theta, features, state.per_param, project)
         outputs = readout(theta, cells, {name: g.shape for name, g in grads.items()})
         updates = {name: self.scale * torch.tanh(x) for name, x in outputs.items()}
         return updates, OptState({name: moments[name] | cells[name] for name in grads}, {})

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from l2o._checks import real
+from l2o.checks import check_float
 from l2o.ops.features import channel_sums
 from l2o.ops.kinds import size
 from l2o.ops.statistics import Statistics
@@ -67,7 +67,7 @@ class STAR(AdafacMLP):
         if self.nominal not in _NOMINAL:
             raise ConfigurationError(f"nominal={self.nominal!r}: expected one of {sorted(_NOMINAL)}")
         for name in ("nominal_lr", "weight_decay", "nominal_exp_mult", "decay_exp_mult"):
-            real(name, getattr(self, name), least=0.0)
+            check_float(name, getattr(self, name), least=0.0)
 
     def _means(self, outputs: dict[str, Tensor], infos: Infos, reduce: Reduce) -> dict[str, Tensor]:
         averaged = [

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
+from l2o.checks import check_float, check_int
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine, init_alignment, init_controller
 from l2o.ops.controller import Seen, decide, init_decisions, init_seen, longer_mean
@@ -100,8 +100,8 @@ class Steered(UpdateRule):
             value, valid = getattr(self, name), get_args(literal)
             if value not in valid:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
-        whole("iterations", self.iterations)
-        real("fan_in", self.fan_in)
+        check_int("iterations", self.iterations)
+        check_float("fan_in", self.fan_in)
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     def init_theta(self, generator: torch.Generator) -> Theta:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
+from l2o.checks import check_int
 from l2o.ops.features import clip_log, fraction_embedding, tensor_means
 from l2o.ops.losses import average_losses, init_loss_averages
 from l2o.ops.networks import over_entries
@@ -53,7 +53,7 @@ class VeLO(HyperRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss_horizon is not None:
-            whole("loss_horizon", self.loss_horizon)
+            check_int("loss_horizon", self.loss_horizon)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         inputs = RUN_FEATURES + 1 + MAX_AXES + 2 * len(self.decays)

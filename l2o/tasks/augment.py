@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import hashed_normal, keys, log_uniform, stream
+from l2o.checks import check_int, lookup
+from l2o.random import hashed_normal, keys, log_uniform, stream
 from l2o.tasks.ranges import check_log_range
 from l2o.types import Batch, Buffers, ConfigurationError, Grads, Kind, Params, Split, TaskData, TaskFamily
 
@@ -122,7 +121,7 @@ class Reparametrized(Augmented):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_log_range("[low, high]", (self.low, self.high))
-        choose("per", self.per, dict.fromkeys(("task", "tensor", "parameter")))
+        lookup("per", self.per, dict.fromkeys(("task", "tensor", "parameter")))
 
     def own_buffers(self, params: Params, generator: torch.Generator) -> Buffers:
         if self.per == "task":
@@ -240,7 +239,7 @@ class DelayedGradients(Augmented):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("delay", self.delay)
+        check_int("delay", self.delay)
 
     def own_buffers(self, params: Params, generator: torch.Generator) -> Buffers:
         lanes = len(next(iter(params.values())))

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import integers, normal, uniform
+from l2o.checks import check_int, lookup
+from l2o.random import integers, normal, uniform
 from l2o.tasks.data import HALVES
 from l2o.tasks.layers import init_linear, init_norm, linear, norm
 from l2o.tasks.recurrent import CELLS
@@ -44,10 +43,10 @@ class CharTask(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("text", self.text, TEXTS)
-        choose("half", self.half, HALVES)
-        whole("batch_size", self.batch_size)
-        if whole("length", self.length) >= BLOCK:
+        lookup("text", self.text, TEXTS)
+        lookup("half", self.half, HALVES)
+        check_int("batch_size", self.batch_size)
+        if check_int("length", self.length) >= BLOCK:
             raise ConfigurationError(f"length={self.length}: expected less than {BLOCK}, the length of a block of text")
 
     @abc.abstractmethod
@@ -87,8 +86,8 @@ class CharRNN(CharTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("cell", self.cell, CELLS)
-        whole("width", self.width)
+        lookup("cell", self.cell, CELLS)
+        check_int("width", self.width)
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
         lanes, bound = len(data["lane"]), self.width**-0.5
@@ -130,8 +129,8 @@ class CharTransformer(CharTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("depth", self.depth)
-        if whole("width", self.width) % whole("heads", self.heads):
+        check_int("depth", self.depth)
+        if check_int("width", self.width) % check_int("heads", self.heads):
             raise ConfigurationError(f"width={self.width}: expected a multiple of heads={self.heads}")
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:

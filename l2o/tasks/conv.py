@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._checks import each, whole
+from l2o.checks import check_each, check_int
 from l2o.tasks.image import check_batch_norm
 from l2o.tasks.image_task import ImageClassifier
 from l2o.tasks.layers import ACTIVATIONS, CRITERIA, check_network, init_linear, init_norm, linear, mean_loss, norm
@@ -40,7 +40,7 @@ class ImageConv(ImageClassifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self.activation, self.norm)
-        each("channels", self.channels, whole)
+        check_each("channels", self.channels, check_int)
         check_batch_norm(self.norm, self)
 
     def parameters(self, generator: torch.Generator, lanes: int) -> Params:

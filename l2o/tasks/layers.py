@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._names import choose
-from l2o.draws import uniform
+from l2o.checks import lookup
+from l2o.random import uniform
 from l2o.types import Params
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,5 +117,5 @@ def mean_loss(criterion: Callable[..., Tensor], output: Tensor, target: Tensor, 
 
 def check_network(activation: str, norm: str = "none") -> None:
     """Raises `UnknownNameError` for names that are not in ``ACTIVATIONS`` and ``NORMS``."""
-    choose("activation", activation, ACTIVATIONS)
-    choose("norm", norm, NORMS)
+    lookup("activation", activation, ACTIVATIONS)
+    lookup("norm", norm, NORMS)

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
-from l2o.draws import log_uniform, normal
+from l2o.checks import check_float, check_int
+from l2o.random import log_uniform, normal
 from l2o.tasks.analytic import Ends, check_ends, log_uniform_spectrum
 from l2o.tasks.ranges import check_range
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
@@ -47,10 +47,10 @@ class LinearNetwork(TaskFamily):
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "width", "depth", "batch_size"):
-            whole(name, getattr(self, name))
+            check_int(name, getattr(self, name))
         check_ends(check_range, "conditions", self.conditions, least=1.0, most=math.inf)
-        real("noise", self.noise, least=0.0)
-        real("init_scale", self.init_scale, above=0.0)
+        check_float("noise", self.noise, least=0.0)
+        check_float("init_scale", self.init_scale, above=0.0)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         low, high = self.conditions

@@ -9,9 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import integers, normal, uniform
+from l2o.checks import check_int, lookup
+from l2o.random import integers, normal, uniform
 from l2o.tasks.image_task import ImageClassifier, pooled_split
 from l2o.tasks.layers import ACTIVATIONS, CRITERIA, check_network, linear, mean_loss
 from l2o.types import Batch, Buffers, Params, Split, TaskData
@@ -52,10 +51,10 @@ class ImageLoRA(ImageClassifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self.activation)
-        whole("width", self.width)
-        whole("depth", self.depth)
-        whole("rank", self.rank)
-        choose("shift", self.shift, SHIFTS)
+        check_int("width", self.width)
+        check_int("depth", self.depth)
+        check_int("rank", self.rank)
+        lookup("shift", self.shift, SHIFTS)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         data = super().sample(generator, lanes)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._contract import checked_batch, checked_init, checked_sample
+from l2o.checks import check_int
+from l2o.family_checks import checked_batch, checked_init, checked_sample
 from l2o.types import (
     Batch,
     Buffers,
@@ -36,7 +36,7 @@ class Repeated(TaskFamily):
     copies: int
 
     def __post_init__(self) -> None:
-        whole("copies", self.copies)
+        check_int("copies", self.copies)
 
     @property
     def keyed(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
+from l2o.checks import check_int
 from l2o.tasks.conv import KERNEL, conv
 from l2o.tasks.image import check_batch_norm
 from l2o.tasks.image_task import ImageClassifier
@@ -37,8 +37,8 @@ class ImageResNet(ImageClassifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self.activation, self.norm)
-        whole("channels", self.channels)
-        whole("depth", self.depth, 0)
+        check_int("channels", self.channels)
+        check_int("depth", self.depth, 0)
         check_batch_norm(self.norm, self)
 
     def parameters(self, generator: torch.Generator, lanes: int) -> Params:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2o._checks import whole
-from l2o._names import choose
+from l2o.checks import check_int, lookup
 from l2o.tasks.data import HALVES, split_indices
 from l2o.tasks.module import ModuleTask
 from l2o.types import Batch, Buffers, DataError, Params, Split, TaskData, TaskFamily
@@ -43,10 +42,10 @@ class DiabetesMLP(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("half", self.half, HALVES)
+        lookup("half", self.half, HALVES)
         least = {"width": 1, "depth": 0} | ({} if self.batch_size is None else {"batch_size": 1})
         for name, bound in least.items():
-            whole(name, getattr(self, name), bound)
+            check_int(name, getattr(self, name), bound)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return self._task.sample(generator, lanes)

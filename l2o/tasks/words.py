@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import integers, normal
+from l2o.checks import check_int, lookup
+from l2o.random import integers, normal
 from l2o.tasks.data import HALVES, split_indices
 from l2o.tasks.layers import init_linear, linear
 from l2o.tasks.text import TEXTS
@@ -56,11 +55,11 @@ class WordMLP(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("text", self.text, TEXTS)
-        choose("half", self.half, HALVES)
+        lookup("text", self.text, TEXTS)
+        lookup("half", self.half, HALVES)
         for name, least in {"words": 2, "width": 1, "hidden": 1, "batch_size": 1}.items():
-            whole(name, getattr(self, name), least)
-        if whole("context", self.context) >= BLOCK:
+            check_int(name, getattr(self, name), least)
+        if check_int("context", self.context) >= BLOCK:
             raise ConfigurationError(f"context={self.context}: expected less than {BLOCK}, the words of a block")
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from l2o._checks import whole
-from l2o._names import choose
+from l2o.bench.cost import wait
+from l2o.bench.memory import peak_memory_mb
+from l2o.checks import check_int, lookup
+from l2o.distributed import all_sum, ranks
 from l2o.estimators import Backprop, Evolution
-from l2o.evaluation.cost import wait
-from l2o.evaluation.memory import peak_memory_mb
 from l2o.meta import MetaTraining
 from l2o.ops.kinds import infos_of
-from l2o.ranks import all_sum, ranks
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
 from l2o.types import Batch, InnerState, MetaGradient, OptState, Run, Theta, UpdateRule
@@ -52,9 +51,9 @@ class Engine:
     lanes: int = 16
 
     def __post_init__(self) -> None:
-        choose("setup", self.setup, {"pes": Evolution, "tbptt": Backprop})
-        choose("rule", self.rule, RULES)
-        whole("lanes", self.lanes)
+        lookup("setup", self.setup, {"pes": Evolution, "tbptt": Backprop})
+        lookup("rule", self.rule, RULES)
+        check_int("lanes", self.lanes)
 
     def estimator(self) -> MetaGradient:
         """Of the setup."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from l2o._checks import whole
+from l2o.checks import check_int
 from l2o.ops.kinds import lane_infos
 from l2o.types import ConfigurationError, Grads, Infos, InnerState, OptState, Params, Run, TaskFamily, Theta, UpdateRule
-from l2o.unroll import expand_theta, gradients, start, updates
+from l2o.unroll import expand_theta, gradients, sample_runs, updates
 
 
-class Moment(NamedTuple):
+class StepInputs(NamedTuple):
     """What a rule is shown at one update of one run, float64, without lanes; ``state`` is that before the update."""
 
     state: OptState
@@ -39,7 +39,7 @@ class Recording(NamedTuple):
     losses: Tensor
     rates: Tensor
     descent: Tensor
-    moments: dict[int, Moment]
+    moments: dict[int, StepInputs]
 
 
 def record(
@@ -56,11 +56,11 @@ def record(
     theta: ``[...]``, without lanes, on the generator's device.     keep: steps whose moments are kept.
     Raises `ConfigurationError` where a loss is not finite: there is no telling what a rule does in a run that diverged.
     """
-    horizon = torch.full((whole("lanes", lanes),), whole("steps", steps), device=generator.device)
+    horizon = torch.full((check_int("lanes", lanes),), check_int("steps", steps), device=generator.device)
     many = expand_theta(theta, lanes)
     moments, rows = {}, []
     with torch.no_grad():
-        state = start(rule, many, family, horizon, generator)
+        state = sample_runs(rule, many, family, horizon, generator)
         for step in range(steps):
             batch = family.batch(state.data, "train", generator)
             loss, buffers, grads, _ = gradients(family, state, batch)
@@ -74,7 +74,7 @@ def record(
     return _recording(torch.stack(rows), moments)
 
 
-def _recording(rows: Tensor, moments: dict[int, Moment]) -> Recording:
+def _recording(rows: Tensor, moments: dict[int, StepInputs]) -> Recording:
     """rows: ``[steps, 4, lanes]``: losses, and products of updates and gradients."""
     losses = rows[:, 0]
     broken = (~rows.isfinite().all(1).all(1)).nonzero().flatten()
@@ -87,10 +87,10 @@ def _recording(rows: Tensor, moments: dict[int, Moment]) -> Recording:
     return Recording(losses, (moved / slope).sqrt(), -along / slope, moments)
 
 
-def _moment(state: InnerState, grads: Grads, loss: Tensor, infos: Infos) -> Moment:
+def _moment(state: InnerState, grads: Grads, loss: Tensor, infos: Infos) -> StepInputs:
     """Of the first lane."""
-    whole_run = Moment(state.opt, grads, state.params, Run(state.step, state.total_steps, loss), infos)
-    return cast(Moment, tree_map_only(Tensor, lambda x: double(x[0].clone()), whole_run))
+    whole_run = StepInputs(state.opt, grads, state.params, Run(state.step, state.total_steps, loss), infos)
+    return cast(StepInputs, tree_map_only(Tensor, lambda x: double(x[0].clone()), whole_run))
 
 
 def double(x: Tensor) -> Tensor:
@@ -109,11 +109,11 @@ def entries(x: Tensor, batch_axes: int = 0) -> Tensor:
     return x.reshape(*shape[:batch_axes], math.prod(shape[batch_axes:]))
 
 
-Change = Callable[[Moment, int], Moment]
+Change = Callable[[StepInputs, int], StepInputs]
 """A moment, and the number of updates before the last: what the rule is shown instead."""
 
 
-def rerun(rule: UpdateRule, theta: Theta, window: Sequence[Moment], change: Change) -> dict[str, Tensor]:
+def rerun(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs], change: Change) -> dict[str, Tensor]:
     """The last update of consecutive moments with ``change`` made to what the rule is shown; parameters as recorded.
 
     Only the first moment's ``state`` counts; from there on the rule's own is carried along.

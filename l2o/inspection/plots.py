@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from l2o.evaluation.findings import decay_rate
-from l2o.evaluation.inspection import ADAM_LR, FRACTIONS, MEMORY, SPIKES, Inspection
 from l2o.evaluation.plots import COLOURS, LEARNED_COLOUR, frame, new_figure, png
+from l2o.inspection.experiments import ADAM_LR, FRACTIONS, MEMORY, SPIKES, Inspection
+from l2o.inspection.findings import decay_rate
 
 _MOST_BARS = 16
 _MOST_DOTS = 2000

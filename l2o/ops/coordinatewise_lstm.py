@@ -17,7 +17,7 @@ from l2o.ops.networks import init_linear, linear, lstm_cell, over_entries
 from l2o.types import Slots, Theta
 
 
-def init_entry_lstm(generator: torch.Generator, fan_in: int, hidden: Sequence[int]) -> Theta:
+def init_coordinatewise_lstm(generator: torch.Generator, fan_in: int, hidden: Sequence[int]) -> Theta:
     """Cells of ``hidden`` units that read ``fan_in`` features, and a readout of one number."""
     theta: Theta = {}
     for i, (inputs, units) in enumerate(pairwise((fan_in, *hidden))):
@@ -26,7 +26,7 @@ def init_entry_lstm(generator: torch.Generator, fan_in: int, hidden: Sequence[in
     return theta
 
 
-def entry_lstm_slots(param: Tensor, hidden: Sequence[int]) -> Slots:
+def coordinatewise_slots(param: Tensor, hidden: Sequence[int]) -> Slots:
     """Zero states for every entry of ``param``."""
     return {
         f"{slot}{i}": torch.zeros_like(param).expand(units, *param.shape).clone()
@@ -35,7 +35,7 @@ def entry_lstm_slots(param: Tensor, hidden: Sequence[int]) -> Slots:
     }
 
 
-def entry_lstm(
+def coordinatewise_lstm(
     theta: Theta,
     features: Mapping[str, Tensor],
     state: Mapping[str, Slots],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Callable, Sized
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sized
+from typing import Any, TypeVar
 
-from l2o.types import ConfigurationError
+from l2o.types import ConfigurationError, UnknownNameError
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
+def check_int(name: str, value: Any, least: int = 1) -> int:
     """``value`` as an int, if it is a whole number of at least ``least``; raises `ConfigurationError`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
         raise ConfigurationError(
@@ -19,14 +20,16 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def seed(name: str, value: Any) -> int:
+def check_seed(name: str, value: Any) -> int:
     """``value`` as an int, if it is one of 0 to 2^63 - 1; torch takes a bit more, to which outer steps are added."""
-    if whole(name, value, 0) >= 2**63:
+    if check_int(name, value, 0) >= 2**63:
         raise ConfigurationError(f"{name}={value}: expected a seed of at most 63 bits, {2**63 - 1}")
     return int(value)
 
 
-def real(name: str, value: Any, least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> float:
+def check_float(
+    name: str, value: Any, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> float:
     """``value`` as a float, if it is finite, at least ``least``, over ``above`` and under ``below``; else an error."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not (least <= value and above < value < below):
@@ -36,7 +39,7 @@ def real(name: str, value: Any, least: float = -math.inf, above: float = -math.i
     return float(value)
 
 
-def each(name: str, values: Any, check: Callable[[str, Any], Any]) -> None:
+def check_each(name: str, values: Any, check: Callable[[str, Any], Any]) -> None:
     """``check`` every number of a tuple or list; raises `ConfigurationError`, also for what is neither."""
     if not isinstance(values, tuple | list):
         raise ConfigurationError(
@@ -46,10 +49,27 @@ def each(name: str, values: Any, check: Callable[[str, Any], Any]) -> None:
         check(f"{name}[{i}]", value)
 
 
-def as_many(name: str, values: Sized, partner: str, others: Sized) -> None:
+def check_same_length(name: str, values: Sized, partner: str, others: Sized) -> None:
     """Raises `ConfigurationError` unless there are as many ``values`` as ``others``, the setting ``partner``."""
     if len(values) != len(others):
         raise ConfigurationError(
             f"{name}={values!r}: expected as many as {partner}, {len(others)}, because they are multiplied with each "
             "other"
         )
+
+
+T = TypeVar("T")
+
+
+def unknown(kind: str, name: str, valid: Collection[str]) -> str:
+    """The message for a name that does not exist: the nearest ones and all valid ones."""
+    near = difflib.get_close_matches(str(name), list(valid))
+    hint = f", did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"unknown {kind} {name!r}{hint}; valid: {', '.join(sorted(valid)) or 'none'}"
+
+
+def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """``table[name]``; where there is none, `UnknownNameError` with the nearest names and all valid ones."""
+    if name in table:
+        return table[name]
+    raise UnknownNameError(unknown(kind, name, table))

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from l2o.types import ConfigurationError, ResumeError
+from l2o.types import ConfigurationError, L2OError, ResumeError
 
 FORMAT = "l2o.tree"
 VERSION = 1
@@ -241,3 +241,18 @@ def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def resource(package: Path, name: str) -> Path:
+    """The folder ``name`` that travels with a package, such as ``resource(Path(l2o.__file__).parent, "pretrained")``.
+
+    package: the package's folder. A wheel holds the data folder inside it, a checkout beside it.
+    Raises `L2OError` where it is in neither place.
+    """
+    # Inside first: beside an installed package are other people's packages.
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise L2OError(
+        f"no folder {name!r} in or beside {package}: this installation of {package.name} is incomplete; reinstall it"
+    )

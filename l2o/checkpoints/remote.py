@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from l2o import _files
-from l2o._shelf import CARD, THETA, Source, read_json
+from l2o import disk
+from l2o.checkpoints.pretrained import CARD, THETA, Source, read_json
 from l2o.download import cache_folder, fetch
 from l2o.types import CheckpointError, ConfigurationError, DownloadError
 
@@ -190,7 +190,7 @@ def _fetch_first(
     fetch([url], path, pin, max_bytes)
     if not pin:
         check(path)
-        _files.atomic_write(record, f"{_files.sha256(path)}  {path.name}\n".encode())
+        disk.atomic_write(record, f"{disk.sha256(path)}  {path.name}\n".encode())
 
 
 def _record(path: Path) -> Path:

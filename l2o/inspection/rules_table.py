@@ -16,7 +16,7 @@ from torch import Tensor
 
 import l2o.rules
 from l2o.estimators import Backprop, Evolution
-from l2o.evaluation.recording import dot, double
+from l2o.inspection.recording import dot, double
 from l2o.interop.pylo import ORIGINALS
 from l2o.interop.references import REFERENCES
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE, read_trace, replay

@@ -17,7 +17,7 @@ from l2o.meta import MetaTraining
 
 
 def make_card(config: dict[str, Any], command: str, training: MetaTraining) -> dict[str, Any]:
-    """Entries for `l2o.hub.save`: how θ was made, of what and where.  command: the one that began the run."""
+    """Entries for `l2o.checkpoints.store.save`: how θ was made, of what and where.  command: the one that began the run."""
     return {
         "recipe": {
             "command": command,

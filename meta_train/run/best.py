@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from l2o.hub import load, read_card, save
+from l2o.checkpoints.store import load, read_card, save
 from l2o.types import ConfigurationError, L2OError, Theta, UpdateRule
-from meta_train._config import writing
+from meta_train.config.compose import writing
 
 
 class Best:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map, tree_map_only
 
-from l2o._checks import whole
-from l2o.evaluation.recording import Moment, Recording, dot, double, entries, record, rerun
+from l2o.checks import check_int
+from l2o.inspection.recording import Recording, StepInputs, dot, double, entries, record, rerun
 from l2o.rules import Adam
 from l2o.types import OptState, Params, Run, Slots, TaskFamily, Theta, UpdateRule, Updates
 
@@ -93,7 +93,7 @@ def inspect(
     theta: ``[...]``, float32, without lanes, on the generator's device.     points: of each curve of the response.
     Raises `ConfigurationError` for fewer than ``2 * MEMORY`` steps, and where a run diverges.
     """
-    whole("steps", steps, 2 * MEMORY)
+    check_int("steps", steps, 2 * MEMORY)
     middle = steps // 2
     places = [steps // 10, middle, steps * 9 // 10]
     seed = generator.initial_seed()
@@ -122,7 +122,7 @@ def inspect(
         )
 
 
-def response(rule: UpdateRule, theta: Theta, window: Sequence[Moment], points: int = 21) -> Response:
+def response(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs], points: int = 21) -> Response:
     """Sweep the gradient of an ordinary entry of the largest tensor; see `Response`."""
     grads = window[-1].grads
     tensor = max(grads, key=lambda name: grads[name].numel())
@@ -132,7 +132,7 @@ def response(rule: UpdateRule, theta: Theta, window: Sequence[Moment], points: i
     sweep = torch.linspace(-REACH, REACH, points, dtype=torch.float64, device=size.device)
 
     def update(past: Tensor, fraction: Tensor, value: Tensor) -> Tensor:
-        def change(moment: Moment, back: int) -> Moment:
+        def change(moment: StepInputs, back: int) -> StepInputs:
             shown = torch.where(chosen, value * size * (past if back else 1.0), moment.grads[tensor])
             run = _at(moment.run, fraction, back)
             return moment._replace(grads={**moment.grads, tensor: shown}, run=run)
@@ -152,7 +152,7 @@ def _at(run: Run, fraction: Tensor | float, back: int) -> Run:
     return run._replace(step=((fraction * run.total_steps).long() - back).clamp(min=0))
 
 
-def clock_response(rule: UpdateRule, theta: Theta, window: Sequence[Moment]) -> tuple[Tensor, float]:
+def clock_response(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> tuple[Tensor, float]:
     """``schedule`` and ``clock_change`` of `Inspection`."""
 
     def update(fraction: Tensor) -> Updates:
@@ -164,11 +164,11 @@ def clock_response(rule: UpdateRule, theta: Theta, window: Sequence[Moment]) -> 
     return sizes, float((_rms(moved, 1) / sizes[0].clamp(min=_TINY)).max())
 
 
-def spike_response(rule: UpdateRule, theta: Theta, moment: Moment) -> Tensor:
+def spike_response(rule: UpdateRule, theta: Theta, moment: StepInputs) -> Tensor:
     """``spikes`` of `Inspection`."""
 
     def update(factor: Tensor) -> Updates:
-        def change(m: Moment, back: int) -> Moment:
+        def change(m: StepInputs, back: int) -> StepInputs:
             return m._replace(grads={name: g * factor for name, g in m.grads.items()})
 
         return rerun(rule, theta, [moment], change)
@@ -178,14 +178,14 @@ def spike_response(rule: UpdateRule, theta: Theta, moment: Moment) -> Tensor:
     return sizes[1:] / sizes[0].clamp(min=_TINY)
 
 
-def at_rest(rule: UpdateRule, theta: Theta, window: Sequence[Moment]) -> Tensor:
+def at_rest(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> Tensor:
     """``rest`` of `Inspection`: with no gradient to follow, what is left of the update that depends on the parameters.
 
     A rule that looks at sizes of parameters only, or not at all, has 0 here.
     """
 
     def update(sign: float) -> Updates:
-        def change(m: Moment, back: int) -> Moment:
+        def change(m: StepInputs, back: int) -> StepInputs:
             nothing = {name: torch.zeros_like(g) for name, g in m.grads.items()}
             return m._replace(grads=nothing, params={name: sign * p for name, p in m.params.items()})
 
@@ -196,7 +196,7 @@ def at_rest(rule: UpdateRule, theta: Theta, window: Sequence[Moment]) -> Tensor:
     return torch.stack([torch.cat([p.flatten() for p in params.values()]), odd])
 
 
-def sensitivity(rule: UpdateRule, theta: Theta, moment: Moment, generator: torch.Generator) -> dict[str, float]:
+def sensitivity(rule: UpdateRule, theta: Theta, moment: StepInputs, generator: torch.Generator) -> dict[str, float]:
     """``sensitivity`` of `Inspection` at one moment: central differences along each of `directions`.
 
     Inputs are the gradient, the parameter, the loss where the rule needs it, the clock, and the slots of the state
@@ -215,10 +215,10 @@ def sensitivity(rule: UpdateRule, theta: Theta, moment: Moment, generator: torch
     return found
 
 
-def directions(rule: UpdateRule, moment: Moment, generator: torch.Generator) -> Iterator[tuple[str, Moment]]:
+def directions(rule: UpdateRule, moment: StepInputs, generator: torch.Generator) -> Iterator[tuple[str, StepInputs]]:
     """Each input by name, and what a relative change of it adds: its entries with random signs, and 0 elsewhere."""
-    none: Moment = tree_map_only(Tensor, torch.zeros_like, moment)
-    signed: Moment = tree_map_only(Tensor, lambda x: _signed(x, generator), moment)
+    none: StepInputs = tree_map_only(Tensor, torch.zeros_like, moment)
+    signed: StepInputs = tree_map_only(Tensor, lambda x: _signed(x, generator), moment)
     yield "gradient", none._replace(grads=signed.grads)
     yield "parameter", none._replace(params=signed.params)
     if rule.needs_loss:
@@ -265,7 +265,7 @@ def _signed(x: Tensor, generator: torch.Generator) -> Tensor:
     return x * (torch.randint(2, x.shape, generator=generator, device=x.device) * 2.0 - 1.0)
 
 
-def _shift(moment: Moment, direction: Moment, side: float) -> Moment:
+def _shift(moment: StepInputs, direction: StepInputs, side: float) -> StepInputs:
     """``moment`` moved along ``direction``; the clock by whole steps, and not to before the start."""
 
     def shift(x: Any, d: Any) -> Any:
@@ -273,10 +273,10 @@ def _shift(moment: Moment, direction: Moment, side: float) -> Moment:
             return x
         return x + side * EPSILON * d if x.is_floating_point() else (x + int(side) * d).clamp(min=0)
 
-    return cast(Moment, tree_map(shift, moment, direction))
+    return cast(StepInputs, tree_map(shift, moment, direction))
 
 
-def _same(moment: Moment, back: int) -> Moment:
+def _same(moment: StepInputs, back: int) -> StepInputs:
     return moment
 
 
@@ -286,5 +286,5 @@ def _rms(tree: dict[str, Tensor], batch_axes: int = 0) -> Tensor:
     return (dot(tree, tree, batch_axes) / count).sqrt()
 
 
-def _device(window: Sequence[Moment]) -> torch.device:
+def _device(window: Sequence[StepInputs]) -> torch.device:
     return window[0].run.step.device

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from l2o._checks import each, whole
-from l2o._names import choose
-from l2o.evaluation.cost import USUAL, YARDSTICK, Cost, MakeOptimizer, plug_in, step_cost
+from l2o.bench.cost import USUAL, YARDSTICK, Cost, MakeOptimizer, plug_in, step_cost
+from l2o.checks import check_each, check_int, lookup
 from l2o.types import ConfigurationError, Theta, UpdateRule
 
 Shapes = Sequence[Sequence[int]]
@@ -63,10 +62,10 @@ _PATHS = {YARDSTICK: "fused", "AdamW (foreach)": "foreach", MUON: "loop"}
 def checked_shapes(name: str, network: Any) -> Shapes:
     """The shapes of one of `NETWORKS`, by its name, or those that came.  name: of the setting."""
     if isinstance(network, str):
-        return choose(name, network, NETWORKS)
+        return lookup(name, network, NETWORKS)
     if not network:
         raise ConfigurationError(f"{name}={network!r}: expected a name, or a list of shapes such as [[32, 64], [32]]")
-    each(name, network, lambda at, shape: each(at, shape, whole))
+    check_each(name, network, lambda at, shape: check_each(at, shape, check_int))
     shapes: Shapes = network
     return shapes
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
+from l2o.checkpoints.store import load, read_card, save
 from l2o.estimators import Mixed
-from l2o.hub import load, read_card, save
 from l2o.meta import MetaTraining
 from l2o.types import ConfigurationError, L2OError, Metrics, ResumeError
-from meta_train._config import writing
-from meta_train.best import Best
-from meta_train.card import make_card
-from meta_train.held_out import HeldOut, describe, finite
+from meta_train.config.compose import writing
 from meta_train.loggers import RECORDS, JsonLines, Logger, Terminal, Values
-from meta_train.run import RunFolder
+from meta_train.run.best import Best
+from meta_train.run.card import make_card
+from meta_train.run.folder import RunFolder
+from meta_train.run.held_out import HeldOut, describe, finite
 
 
 class Session:

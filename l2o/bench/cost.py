@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from l2o.evaluation.memory import scratch_bytes
+from l2o.bench.memory import scratch_bytes
 from l2o.optim import LearnedOptimizer
 from l2o.optim.apply import WORTH_A_KERNEL
 from l2o.types import Theta, UpdateRule

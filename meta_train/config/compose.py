@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from l2o._names import unknown
-from l2o._resources import resource
+from l2o.checks import unknown
+from l2o.disk import resource
 from l2o.types import ConfigurationError, L2OError, WriteError
 from meta_train import stop_early
 

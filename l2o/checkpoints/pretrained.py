@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from l2o._files import user_path
-from l2o._names import unknown
-from l2o._resources import resource
+from l2o.checks import unknown
+from l2o.disk import resource, user_path
 from l2o.types import CheckpointError, ConfigurationError, UnknownNameError
 
 Source = str | os.PathLike[str]

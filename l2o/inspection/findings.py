@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.evaluation.inspection import ADAM_LR, FRACTIONS, MEMORY, SPIKES, Inspection
+from l2o.inspection.experiments import ADAM_LR, FRACTIONS, MEMORY, SPIKES, Inspection
 
 _NOTICED = 0.1
 """Shares and slopes nearer than this to those of a rule without the property count as that."""

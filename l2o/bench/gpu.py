@@ -12,19 +12,19 @@ from unittest.mock import patch
 import torch
 from torch.utils._pytree import tree_map
 
+from l2o.bench.checks import COMPILERS, Figures, distance
+from l2o.bench.engine import FAMILY, HORIZON, RULES, Engine, measure, seconds_a_call
+from l2o.bench.memory import peak_memory_mb
+from l2o.bench.steps import Shapes, measure_steps
 from l2o.estimators import Backprop
-from l2o.evaluation.checks import COMPILERS, Figures, distance
-from l2o.evaluation.engine import FAMILY, HORIZON, RULES, Engine, measure, seconds_a_call
-from l2o.evaluation.memory import peak_memory_mb
 from l2o.evaluation.scores import score
-from l2o.evaluation.steps import Shapes, measure_steps
 from l2o.evaluation.trials import Setting, run_learned
 from l2o.meta import MetaTraining
 from l2o.ops import networks
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
 from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, UpdateRule, Updates
-from l2o.unroll import expand_theta, inner_step, start
+from l2o.unroll import expand_theta, inner_step, sample_runs
 
 
 class LeftOut(Exception):
@@ -87,7 +87,7 @@ def _kernels(variant: str) -> Any:
 def _step(rule: UpdateRule, lanes: int, device: torch.device) -> tuple[Callable[[InnerState], InnerState], InnerState]:
     generator = torch.Generator(device).manual_seed(0)
     theta = expand_theta(rule.init_theta(generator), lanes)
-    state = start(rule, theta, FAMILY, torch.full((lanes,), HORIZON, device=device), generator)
+    state = sample_runs(rule, theta, FAMILY, torch.full((lanes,), HORIZON, device=device), generator)
     batch = FAMILY.batch(state.data, "train", generator)
     return lambda state: inner_step(rule, theta, FAMILY, state, batch)[0], state
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 import l2o.rules
-from l2o._files import atomic_write, atomic_writes, to_bytes, try_folder, user_path
-from l2o._remote import fetch_checkpoint, is_address
-from l2o._shelf import CARD, THETA, Source, is_shipped, read, read_json, resolve
-from l2o._shelf import list_pretrained as list_pretrained
-from l2o._shelf import name_of as name_of
+from l2o.checkpoints.pretrained import CARD, THETA, Source, is_shipped, read, read_json, resolve
+from l2o.checkpoints.pretrained import list_pretrained as list_pretrained
+from l2o.checkpoints.pretrained import name_of as name_of
+from l2o.checkpoints.remote import fetch_checkpoint, is_address
+from l2o.disk import atomic_write, atomic_writes, to_bytes, try_folder, user_path
 from l2o.types import CheckpointError, ConfigurationError, Theta, UpdateRule
 
 FORMAT_VERSION = 1

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from l2o.distributed import Ranks, ranks
 from l2o.meta import MetaTraining
-from l2o.ranks import Ranks, ranks
 
 PATIENCE = datetime.timedelta(hours=1)
 """The others wait for so long while rank 0 evaluates and writes."""

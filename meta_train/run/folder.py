@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
-from l2o._files import atomic_write, load_tree, remove_leftovers, save_tree, user_path
+from l2o.disk import atomic_write, load_tree, remove_leftovers, save_tree, user_path
 from l2o.types import ConfigurationError, ResumeError, RunConflictError
-from meta_train._config import writing
+from meta_train.config.compose import writing
 
 VERSION = 2
 FREE = ("run", "steps", "device", "logger", "log_every", "checkpoint_every")

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from l2o._contract import checked_batch, checked_init, checked_sample
-from l2o._files import sha256
-from l2o._names import unknown
+from l2o.checks import unknown
+from l2o.disk import sha256
+from l2o.family_checks import checked_batch, checked_init, checked_sample
 from l2o.types import ConfigurationError, L2OError, Split, TaskFamily, UnknownNameError
 from l2o.unroll import lane_losses
-from meta_train._config import one_line
+from meta_train.config.compose import one_line
 
 
 def make(node: Mapping[str, Any], what: str, *bases: type) -> Any:

@@ -66,7 +66,7 @@ def gather(tree: Any) -> Any:
     return tree_map(lambda t: all_rows(t) if t.ndim else t, tree)
 
 
-def own(tree: Any) -> Any:
+def local_part(tree: Any) -> Any:
     """The part of a whole structure (see `gather`) that is ours."""
     rank, size = ranks()
     return tree_map(lambda t: t.tensor_split(size)[rank].clone() if t.ndim and size > 1 else t, tree)

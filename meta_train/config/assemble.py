@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from l2o._checks import seed, whole
+from l2o.checkpoints.store import load
+from l2o.checks import check_int, check_seed
+from l2o.distributed import ranks
 from l2o.estimators import Mixed
 from l2o.evaluation.trials import Setting
-from l2o.hub import load
 from l2o.meta import MetaTraining, Schedule
-from l2o.ranks import ranks
 from l2o.types import ConfigurationError, MetaGradient, Mixture, TaskFamily, Theta, UpdateRule
-from meta_train._build import make, partial, probe, refused, source_digest
-from meta_train._config import resolve_device
-from meta_train.held_out import HeldOut
-from meta_train.processes import Follower
-from meta_train.run import RunFolder
-from meta_train.session import Session, restore
+from meta_train.config.build import make, partial, probe, refused, source_digest
+from meta_train.config.compose import resolve_device
+from meta_train.run.folder import RunFolder
+from meta_train.run.held_out import HeldOut
+from meta_train.run.processes import Follower
+from meta_train.run.session import Session, restore
 
 LEAST = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "evaluate_every": 0, "seed": 0}
 """The smallest value of each whole number."""
@@ -111,8 +111,8 @@ def _warm_start(source: str, rule: UpdateRule) -> Theta:
 
 def _check_numbers(config: dict[str, Any]) -> None:
     for name, least in LEAST.items():
-        whole(name, config[name], least)
-    seed("seed", config["seed"])
+        check_int(name, config[name], least)
+    check_seed("seed", config["seed"])
 
 
 def _check_schedule(folder: RunFolder, schedule: Schedule) -> None:

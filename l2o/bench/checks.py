@@ -25,7 +25,7 @@ from l2o.optim import LearnedOptimizer, learned
 from l2o.rules import MLP, Steered, VeLO
 from l2o.tasks import ImageMLP
 from l2o.types import Batch, Buffers, Grads, OptState, Params, Run, Split, TaskData, TaskFamily, Theta, UpdateRule
-from l2o.unroll import expand_theta, initialise, start, unroll
+from l2o.unroll import expand_theta, init_state, sample_runs, unroll
 
 Figures = dict[str, Any]
 Check = Callable[[torch.device], Figures]
@@ -202,10 +202,10 @@ def meta_gradient(
     """Losses ``[steps, lanes]`` of an unroll, and their derivative with respect to θ.  guard: entered around both."""
     generator.manual_seed(0)
     theta = expand_theta({k: t.to(device) for k, t in rule.init_theta(torch.Generator().manual_seed(1)).items()}, 3)
-    state = start(rule, theta, family, torch.tensor([2, 9, 9], device=device), generator)
+    state = sample_runs(rule, theta, family, torch.tensor([2, 9, 9], device=device), generator)
     leaves = {k: t.requires_grad_() for k, t in theta.items()}
     with guard():
-        _, losses = unroll(rule, leaves, family, initialise(rule, leaves, family, state), 4, generator)
+        _, losses = unroll(rule, leaves, family, init_state(rule, leaves, family, state), 4, generator)
         grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     return losses.detach(), dict(zip(leaves, grads, strict=True))
 
