@@ -284,7 +284,8 @@ def test_checkpointing_holds_the_graph_of_a_root_of_the_steps(steps):
     [
         {"horizon": (5,)},
         {"horizon": (9, 5)},
-        {"horizon": (2, 9), "truncation": None},
+        {"horizon": (5,), "truncation": None},
+        {"meta_loss": "end"},
         {"curriculum": -1},
         {"window": "first"},
         {"valid_weight": 1.5},

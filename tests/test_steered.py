@@ -34,10 +34,10 @@ def tensors(seed, dtype=torch.float64):
     return {name: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()}
 
 
-def trajectory(rule, grads, total=20, params=None):
+def trajectory(rule, grads, total=20, params=None, theta=None):
     """Updates of every step, and the last state."""
-    params = params or tensors(0)
-    theta = {k: t.to(next(iter(params.values())).dtype) for k, t in rule.init_theta(generator()).items()}
+    params, theta = params or tensors(0), theta or rule.init_theta(generator())
+    theta = {k: t.to(next(iter(params.values())).dtype) for k, t in theta.items()}
     state, updates = rule.init(theta, params, infos_of(params)), []
     for step, g in enumerate(grads):
         new, state = one_update(rule, theta, g, state, params, step, total)
@@ -248,7 +248,7 @@ def test_every_dtype_descends(dtype, direction):
     ("setting", "message"),
     [
         ({"direction": "muon"}, "direction='muon': expected one of orthogonal, normalized, adam"),
-        ({"controller": None}, "controller=None: expected one of alignment, none"),
+        ({"controller": None}, "controller=None: expected one of alignment, mlp, none"),
         ({"schedule": "cosine"}, "schedule='cosine': expected one of decay, constant"),
         ({"iterations": 0}, "iterations=0"),
         ({"momentum": 1.0}, "momentum=1.0"),

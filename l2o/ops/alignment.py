@@ -46,8 +46,10 @@ def cosine(dot: Tensor, norm: Tensor) -> Tensor:
     return dot / torch.where(norm > 0, norm, 1.0)
 
 
-def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run) -> Slots:
+def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run, more: Tensor | float = 0.0) -> Slots:
     """The slots once the 0-d ``cosine`` of the gradient at ``run.step`` and the step before is known.
+
+    more: push from elsewhere, from -1 to 1 as the signal's own.
 
     The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
     its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
@@ -66,6 +68,6 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run)
     push = torch.tanh(value["slope"] * error) * torch.where(error < 0, sure, 1.0)
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
     leak = (value["leak"] / total).clamp(max=_FASTEST)
-    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * push, -value["range"], value["range"])
+    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -value["range"], value["range"])
     moved = {"log_step": log_step, **new}
     return {name: torch.where(step > 0, x, slots[name]) for name, x in moved.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from l2o.checks import check_float, check_int
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine, init_alignment, init_controller
+from l2o.ops.controller import Seen, decide, init_decisions, init_seen, longer_mean
 from l2o.ops.groups import Group, by_shape, shard_sums, stack, tensor_sum, unstacked
 from l2o.ops.moments import bias_correction, decay, ema
 from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
@@ -39,7 +40,7 @@ from l2o.types import (
 )
 
 Direction = Literal["orthogonal", "normalized", "adam"]
-Controller = Literal["alignment", "none"]
+Controller = Literal["alignment", "mlp", "none"]
 Schedule = Literal["decay", "constant"]
 
 _FAN_IN = 64.0
@@ -61,7 +62,8 @@ class Steered(UpdateRule):
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
-    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0.
+    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp``: that of
+        ``alignment``, and a small network (`l2o.ops.controller`) that adds to its push and gives each tensor a factor.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.
@@ -109,13 +111,19 @@ class Steered(UpdateRule):
         unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
-        return theta | (init_controller(generator) if self.controller == "alignment" else {})
+        theta |= init_controller(generator) if self.controller != "none" else {}
+        return theta | (init_decisions(generator) if self.controller == "mlp" else {})
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
-        return OptState(slots, init_alignment(theta["log_lr"]) if self.controller == "alignment" else {})
+        shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
+        return OptState(slots, shared | ({"long": shared["slow"]} if self.controller == "mlp" else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
+        own = self._init_direction(param, info)
+        return own | init_seen(param) if self.controller == "mlp" else own
+
+    def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
         match self._path(info.shape):
             case "orthogonal":
@@ -144,14 +152,15 @@ class Steered(UpdateRule):
     ) -> tuple[Updates, OptState]:
         groups = by_shape(grads, state, infos)
         sums = shard_sums(groups, [self._sums(theta, group, params) for group in groups], reduce)
-        shared = self._controlled(theta, state.shared, groups, sums, run, reduce)
+        shared, decided = self._controlled(theta, state.shared, groups, sums, run, reduce)
         size = self._size(theta, shared, run)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
-        for group, own in zip(groups, sums, strict=True):
-            new = self._advance(theta, group, reduce)
+        for group, own, more in zip(groups, sums, decided, strict=True):
+            new = self._advance(theta, group, reduce) | more
             d = self._direction(theta, new, group)
-            scales = self._scales(theta, size, own["params"], [group.shape] * len(d))
+            own_size = size * more["factor"].exp() if more else size
+            scales = self._scales(theta, own_size, own["params"], [group.shape] * len(d))
             steps = -scales.view(-1, *[1] * (d.ndim - 1)) * d
             updates.update(zip(group.names, steps.unbind(), strict=True))
             slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
@@ -163,6 +172,7 @@ class Steered(UpdateRule):
         p = _flat(stack([params[name] for name in group.names]))
         axes = tuple(range(len(group.shape)))
         seen = {"dots": g * d, "grads": g.square(), "directions": d.square(), "params": p.square()}
+        seen |= {"momenta": _flat(group.slots["m"]).square()} if self.controller == "mlp" else {}
         return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
 
     def _controlled(
@@ -173,15 +183,51 @@ class Steered(UpdateRule):
         sums: Sequence[Slots],
         run: Run,
         reduce: Reduce,
-    ) -> Slots:
+    ) -> tuple[Slots, Sequence[Slots]]:
+        """What is shared, and what is decided of each group, ``[k]``; nothing but by the ``mlp``."""
         if self.controller == "none":
-            return shared
-        products = []
-        for group, own in zip(groups, sums, strict=True):
-            (factor,) = self._factors(theta, [group.shape])
-            norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
-            products.append(factor * torch.stack([own["dots"], norms], 1))
-        return control(theta, shared, cosine(*tensor_sum(groups, products, reduce)), run)
+            return shared, [{}] * len(groups)
+        products = [self._products(theta, group, own) for group, own in zip(groups, sums, strict=True)]
+        aligned = cosine(*tensor_sum(groups, products, reduce))
+        if self.controller == "alignment":
+            return control(theta, shared, aligned, run), [{}] * len(groups)
+        growth, decided = self._decided(theta, shared, groups, sums, products, run)
+        votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth, products, strict=True)]
+        push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
+        long = longer_mean(shared["long"], aligned, run)
+        return control(theta, shared, aligned, run, push) | {"long": long}, decided
+
+    def _products(self, theta: Theta, group: Group, own: Slots) -> Tensor:
+        """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
+        (factor,) = self._factors(theta, [group.shape])
+        norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
+        products = factor * torch.stack([own["dots"], norms], 1)
+        return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
+
+    def _decided(
+        self,
+        theta: Theta,
+        shared: Slots,
+        groups: Sequence[Group],
+        sums: Sequence[Slots],
+        products: Sequence[Tensor],
+        run: Run,
+    ) -> tuple[Sequence[Tensor], list[Slots]]:
+        """Of each group, ``[k]``: what it says of growth, and its new slots. The network sees all tensors at once."""
+        seen = [
+            Seen(
+                cosine(*both.unbind(1)),
+                over_root(safe_sqrt(own["momenta"]), own["grads"]),
+                safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
+                *(group.slots[name] for name in ("near", "far", "factor")),
+            )
+            for group, own, both in zip(groups, sums, products, strict=True)
+        ]
+        sizes = [len(group.names) for group in groups]
+        shapes = [_as_matrix(group.shape) for group in groups for _ in group.names]
+        growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), shapes, run)
+        parts = {name: t.split(sizes) for name, t in slots.items()}
+        return growth.split(sizes), [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
 
     def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:
         """New slots, ``[k, ...]``."""
@@ -245,6 +291,8 @@ class Steered(UpdateRule):
         run: Run,
         factors: Mapping[str, tuple[float, float]],
     ) -> OptState | None:
+        if self.controller == "mlp":
+            return None
         decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
         momentum = decay(theta["logit_momentum"]) if self.direction != "adam" else decays[0]
         tensors = [

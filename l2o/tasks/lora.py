@@ -99,6 +99,28 @@ class ImageLoRA(ImageClassifier):
         return [self.side**2, *[self.width] * self.depth, self.classes]
 
 
+@dataclass(frozen=True)
+class ImageFineTune(ImageLoRA):
+    """The same adaptation by all of the network's own parameters, which the frozen ones are the start of.
+
+    Parameters: ``{layer}.weight [lanes, out, in]`` and ``{layer}.bias [lanes, out]``; no adapters, so that ``rank``
+    says nothing, and no buffers. Everything else as in `ImageLoRA`.
+    """
+
+    def parameters(self, generator: torch.Generator, lanes: int) -> Params:
+        base = _fitted(self.dataset, self.half, self.pool, self.activation, tuple(self._sizes()))
+        return {k: t.to(generator.device).expand(lanes, *t.shape).clone() for k, t in base.items()}
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        return ImageClassifier.init(self, data, generator)
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
+        x = batch["x"].to(params["0.weight"].dtype)
+        for layer in range(self.depth + 1):
+            x = linear(params, f"{layer}", ACTIVATIONS[self.activation](x) if layer else x)
+        return mean_loss(CRITERIA[self.criterion], x, batch["y"], batch.get("share")), buffers
+
+
 @cache
 def _fitted(dataset: str, half: str, pool: int, activation: str, sizes: tuple[int, ...]) -> Params:
     """The frozen network, ``{layer}.weight [out, in]`` and ``{layer}.bias [out]``, float32 on the CPU."""
