@@ -13,9 +13,6 @@ from l2o.evaluation.entrants import Entrant, RuleEntrant, TorchEntrant
 from l2o.evaluation.report import Report, new_console, prepare_folder, print_tables, summary, write, write_text
 from l2o.evaluation.scores import Score, score, speed_up
 from l2o.evaluation.trials import Setting, Trials, run_baseline, run_entrant, run_learned
-from l2o.inspection.experiments import Inspection, inspect
-from l2o.inspection.findings import Finding, findings
-from l2o.inspection.plots import inspection_png
 
 __all__ = [
     "BASELINES",
