@@ -15,9 +15,10 @@ import torch
 from conftest import ROOT
 
 import l2o.hub
+from l2o.evaluation import suite
 from l2o.rules import SGD
 from l2o.types import UnknownNameError
-from meta_train import evaluate
+from meta_train import evaluate, optimizers, suites
 from meta_train._config import EXTRA
 
 OWN = """
@@ -72,7 +73,7 @@ def settings(monkeypatch, command):
     def settings(*arguments: str):
         seen = []
         monkeypatch.setattr(
-            evaluate, "evaluate", lambda config, line: seen.extend(evaluate.make_settings(config).values())
+            evaluate, "evaluate", lambda config, line: seen.extend(suites.make_settings(config).values())
         )
         assert command(*arguments) == 0
         return {setting.name: setting for setting in seen}
@@ -83,7 +84,7 @@ def settings(monkeypatch, command):
 def test_a_small_run_leaves_its_report_and_nothing_else(command, capsys):
     assert command("task=quadratic", "task.dim=3", "steps=12", "seeds=3", "baselines=[sgd,adam]") == 0
     assert {path.name for path in Path().iterdir()} == {"sgd", "out"}
-    assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "curves.png"}
+    assert {path.name for path in Path("out").iterdir()} == FILES
     results = json.loads(Path("out/results.json").read_text())
     (setting,) = results["settings"]
     assert (setting["steps"], setting["seeds"], list(setting["optimizers"])) == (12, 3, ["learned", "sgd", "adam"])
@@ -97,6 +98,7 @@ def test_a_small_run_leaves_its_report_and_nothing_else(command, capsys):
     assert "out/report.md" in shown
 
 
+FILES = {"results.json", "report.md", "report.html", "curves.png", "store"}
 SMALL = ("task=quadratic", "steps=3", "seeds=2", "baselines=[adam,adamw]", "cost=false")
 
 
@@ -117,32 +119,49 @@ def test_several_learned_optimizers_stand_in_one_table(command):
 
 
 def test_an_interrupted_evaluation_keeps_what_is_done_and_says_how_to_go_on(command, monkeypatch, capsys):
-    def interrupted(setting, *arguments):
+    def interrupted(entrant, setting, *arguments):
         if setting.name == "b":
             raise KeyboardInterrupt
-        return compare(setting, *arguments)
+        return run_entrant(entrant, setting, *arguments)
 
-    compare = evaluate.compare
-    monkeypatch.setattr(evaluate, "compare", interrupted)
-    assert command(*SMALL, "settings={a: {}, b: {}, c: {}}") == 130
+    settings = "settings={a: {seed: 1}, b: {seed: 2}, c: {seed: 3}}"
+    run_entrant = suite.run_entrant
+    monkeypatch.setattr(suite, "run_entrant", interrupted)
+    assert command(*SMALL, settings) == 130
     results = json.loads(Path("out/results.json").read_text())
     assert [setting["name"] for setting in results["settings"]] == ["a"]
     assert results["facts"]["Settings done"] == "1 of 3"
-    assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "curves.png"}
+    assert {path.name for path in Path("out").iterdir()} == FILES
     said = capsys.readouterr().err
-    assert said.startswith("interrupted after 1 of 3 settings; ")
-    assert "only=[b,c]" in said
-    monkeypatch.setattr(evaluate, "compare", compare)
-    assert command(*SMALL, "settings={a: {}, b: {}, c: {}}", "only=[b,c]", "out=rest") == 0
-    rest = json.loads(Path("rest/results.json").read_text())["settings"]
-    assert [setting["name"] for setting in rest] == ["b", "c"]
+    assert said.startswith("interrupted with 6 of 9 runs to do; the report of 1 settings is out/report.md; ")
+    assert "store=out/store goes on" in said
+    ran = []
+    monkeypatch.setattr(suite, "run_entrant", lambda *a: ran.append(a[1].name) or run_entrant(*a))
+    assert command(*SMALL, settings, "store=out/store", "out=rest") == 0
+    assert ran == ["b"] * 3 + ["c"] * 3
+    rest = json.loads(Path("rest/results.json").read_text())
+    monkeypatch.setattr(suite, "run_entrant", run_entrant)
+    assert command(*SMALL, settings, "out=whole") == 0
+    whole = json.loads(Path("whole/results.json").read_text())
+    assert without_times(rest) == without_times(whole)
+
+
+def without_times(results):
+    """A report's numbers without what differs from run to run."""
+    for setting in results["settings"]:
+        del setting["seconds"]
+        for optimizer in setting["optimizers"].values():
+            del optimizer["seconds"]
+    for optimizer in results["optimizers"]:
+        del optimizer["wall"]
+    return results["settings"], results["overall"], results["optimizers"]
 
 
 def test_an_evaluation_that_is_interrupted_at_once_says_so(command, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(suite, "run_entrant", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(*SMALL) == 130
     assert capsys.readouterr().err == (
-        "interrupted after 0 of 1 settings; nothing is kept; the same command begins again\n"
+        "interrupted with 3 of 3 runs to do; what is done is kept, and the same command with store=out/store goes on\n"
     )
 
 
@@ -271,6 +290,12 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["source=[]"], ["source=[]", "a name"]),
         (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),
+        (["suite=quik"], ["unknown suite 'quik'", "'quick'"]),
+        (["jobs=0"], ["jobs=0"]),
+        (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),
+        (["optimizers=[{path:torch.optim.Adam,schedule:cosin}]"], ["unknown schedule 'cosin'", "'cosine'"]),
+        (["optimizers=[{path:torch.optim.Adam,momentum:0.9}]"], ["torch.optim.Adam: ", "momentum", "its settings"]),
+        (["settings.wide.split=larg"], ["unknown split 'larg'", "'larger'"]),
         (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),
         (["out=~nobody-of-this-name/x"], ["out='~nobody-of-this-name/x': there is no such user"]),
         (["device=gpu"], ["device='gpu'", "auto, cpu or cuda"]),
@@ -280,7 +305,7 @@ def test_every_experiment_of_training_has_its_evaluation():
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line_before_any_work(command, capfd, monkeypatch, arguments, says):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda *_: pytest.fail("work was done"))
     assert command(*arguments) == 2
     out, error = capfd.readouterr()
     assert out == ""
@@ -300,7 +325,7 @@ def test_missing_data_is_noticed_before_any_work(command, capfd, monkeypatch, tm
 
 @pytest.mark.parametrize("package", ["hydra", "omegaconf", "matplotlib", "rich"])
 def test_a_missing_extra_is_named_before_any_work(command, capfd, monkeypatch, package):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda *_: pytest.fail("work was done"))
     monkeypatch.setitem(sys.modules, package, None)
     assert command() == 2
     error = capfd.readouterr().err
@@ -313,7 +338,7 @@ def test_a_package_that_is_missing_deeper_down_is_named_too(command, capfd, monk
     def load(*_, **__):
         raise ModuleNotFoundError(name=f"{package}.part")
 
-    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(optimizers, "load", load)
     assert command() == 2
     assert capfd.readouterr().err.startswith(f"error: {package}.part is not installed; ")
 
@@ -323,7 +348,7 @@ def test_the_extra_has_what_hydra_brings_along():
 
 
 def test_a_card_that_cannot_be_written_is_noticed_before_any_work(command, capfd, monkeypatch):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda *_: pytest.fail("work was done"))
 
     def refuse(folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -337,7 +362,7 @@ def test_a_card_that_cannot_be_written_is_noticed_before_any_work(command, capfd
 
 
 def test_a_bug_keeps_its_trace(command, monkeypatch):
-    monkeypatch.setattr(evaluate, "load", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(optimizers, "load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command()
 

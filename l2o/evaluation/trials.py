@@ -11,11 +11,20 @@ from numpy.typing import NDArray
 
 from l2o import _checks
 from l2o._checks import whole
+from l2o._names import choose
 from l2o.evaluation.curves import Advance, silent
 from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
 
 Array = NDArray[Any]
+
+SPLITS = {
+    "like": "like those of meta-training",
+    "larger": "100 times the size, or more",
+    "longer": "10 times the horizon, or more",
+    "other": "of another kind",
+}
+"""What problems are to those that learned optimizers were meta-trained on: meta-overfitting shows in the last three."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Setting:
     name: heading in reports.     family, steps: the tasks and the length of a run.
     seeds: problems (task, initialisation and batches), the same for every optimizer.     seed: of all of them.
     window: steps that a training loss is the mean of; None for the protocol's 2% of ``steps``, at least 10.
+    split: what the problems are to meta-training, a key of ``SPLITS``.
     """
 
     name: str
@@ -33,12 +43,14 @@ class Setting:
     seeds: int = 5
     seed: int = 1000
     window: int | None = None
+    split: str = "other"
 
     def __post_init__(self) -> None:
         bounds = {"steps": 1, "seeds": 1, "seed": 0} | ({} if self.window is None else {"window": 1})
         for name, least in bounds.items():
             whole(name, getattr(self, name), least)
         _checks.seed("seed", self.seed)
+        choose("split", self.split, SPLITS)
         if self.window is not None and self.window > self.steps:
             raise ConfigurationError(f"window={self.window}: expected at most steps={self.steps}")
 
