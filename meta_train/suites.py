@@ -46,7 +46,7 @@ def make_settings(config: DictConfig) -> dict[str, Setting]:
     from omegaconf import OmegaConf
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    common = {name: plain[name] for name in ("steps", "seeds", "seed", "window")}
+    common = {name: plain[name] for name in ("steps", "seeds", "seed", "window")} | {"revision": plain["version"]}
     named = plain["settings"] or {"": {}}
     if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
         raise ConfigurationError(f"settings={named!r}: expected a mapping such as {{wide: {{task: {{width: 128}}}}}}")
@@ -62,7 +62,7 @@ def _listed(name: str, value: Any) -> list[str]:
 
 def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) -> Setting:
     """One setting.  half: of the images, for a task that has halves and does not name one.  own: `Setting`'s fields."""
-    valid = ("name", "task", "steps", "seeds", "seed", "window", "split")
+    valid = ("name", "task", "steps", "seeds", "seed", "window", "split", "revision")
     for name in own:
         if name not in valid:
             raise ConfigurationError(f"settings.{key}: {unknown('key', name, valid)}")

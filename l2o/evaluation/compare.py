@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from l2o.evaluation.entrants import Entrant
-from l2o.evaluation.scores import Kept, Score, condense, score, speed_up
+from l2o.evaluation.scores import Kept, Score, condense, score, speed_up, target
 from l2o.evaluation.trials import Setting, Trials, run_entrant
 
 LEARNED = "learned"
@@ -65,9 +65,9 @@ class Comparison(NamedTuple):
         return ours / theirs if theirs > 0 else 1.0 if ours <= theirs else float("inf")
 
     def reached(self, name: str) -> bool:
-        """Whether it ends at or under the final training loss of the reference; False where that was not run."""
+        """Whether it ends at or under the `target` of the reference; False where that was not run."""
         ours = self.scores[name].mean
-        return REFERENCE in self.scores and ours < float("inf") and ours <= self.scores[REFERENCE].mean
+        return REFERENCE in self.scores and ours < float("inf") and ours <= target(self.scores[REFERENCE])
 
 
 def is_judged(name: str) -> bool:

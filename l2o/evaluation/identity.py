@@ -27,9 +27,9 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def curve_key(version: str, setting: Setting, entrant: Entrant, rate: float | None, seed: int) -> str:
-    """The name of one curve.  version: of the suite.     seed: which of the setting's problems, from 0."""
-    return digest(version, identity(setting), setting.smoothing, identity(entrant), rate, seed)
+def curve_key(suite: str, setting: Setting, entrant: Entrant, rate: float | None, seed: int) -> str:
+    """The name of one curve.  suite: its name.     seed: which of the setting's problems, from 0."""
+    return digest(suite, fields(setting), setting.smoothing, fields(entrant), rate, seed)
 
 
 def identity(made: Any) -> Any:
@@ -39,7 +39,7 @@ def identity(made: Any) -> Any:
     library brings by their source too.
     """
     if dataclasses.is_dataclass(made) and not isinstance(made, type):
-        return {"class": _code(type(made)), **_fields(made)}
+        return {"class": _code(type(made)), **fields(made)}
     if isinstance(made, functools.partial):
         return {"call": identity(made.func), "of": identity(made.args), "with": identity(made.keywords)}
     if isinstance(made, Tensor | np.ndarray):
@@ -54,7 +54,8 @@ def identity(made: Any) -> Any:
     return _code(made) if callable(made) and hasattr(made, "__qualname__") else f"{_code(type(made))} {made!r}"
 
 
-def _fields(made: Any) -> dict[str, Any]:
+def fields(made: Any) -> dict[str, Any]:
+    """Those of a dataclass that are not at their defaults, by name, but for what says nothing of a single curve."""
     said = ((f, getattr(made, f.name)) for f in dataclasses.fields(made) if f.name not in _BESIDE)
     return {f.name: identity(value) for f, value in said if not _same(value, f.default)}
 

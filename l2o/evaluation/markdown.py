@@ -32,7 +32,7 @@ _PROTOCOL = (
     "- Validation: seed-mean of the loss on held-out data after the last step.",
     "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
     "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
-    "  training loss of tuned Adam; 0 if it never is.",
+    "  training loss of tuned Adam, or 2^-23 of the first loss where that is higher; 0 if it never is.",
     f"- Overfitting: that loss is reached, and validation is over {OVERFITTED} times that of tuned Adam.",
 )
 

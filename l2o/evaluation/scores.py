@@ -14,6 +14,8 @@ from l2o.evaluation.trials import Array, Trials
 
 RESAMPLES = 10_000
 """Bootstrap samples behind an interval."""
+RESOLUTION = 2.0**-23
+"""Losses of so little of the first one are rounding: who is lower there, or sooner, says nothing."""
 _EVEN, _EARLY = 96, 32
 """Points of a curve that are kept: evenly spread ones, and ones that lie the closer the earlier, for early targets."""
 
@@ -153,12 +155,17 @@ def bootstrap_interval(values: Array, level: float = 0.95, seed: int = 0) -> tup
     return float(low), float(high)
 
 
+def target(reference: Score) -> float:
+    """The loss to be reached: the reference's final one, or where that is less, what float32 resolves of the first."""
+    return max(reference.mean, RESOLUTION * float(reference.curve[0].mean()))
+
+
 def speed_up(candidate: Score, reference: Score) -> float:
-    """Steps of the run over the first point at which the candidate's seed-mean curve is at the reference's final loss.
+    """Steps of the run over the first point at which the candidate's seed-mean curve is at the reference's `target`.
 
     0 where it never is (a miss), NaN where the reference itself has no finite final loss.
     """
     if not np.isfinite(reference.mean):
         return float("nan")
-    reached = candidate.curve.mean(1) <= reference.mean
+    reached = candidate.curve.mean(1) <= target(reference)
     return candidate.steps[-1] / candidate.steps[int(reached.argmax())] if reached.any() else 0.0

@@ -65,24 +65,23 @@ class Store:
         """Read what other processes have added."""
         self._read(self.folder)
 
-    def lacking(self, version: str, setting: Setting, entrant: Entrant) -> list[float | None]:
+    def lacking(self, suite: str, setting: Setting, entrant: Entrant) -> list[float | None]:
         """The learning rates of which a seed is missing."""
         return [
-            rate
-            for rate in entrant.rates
-            if not all(k in self._records for k in _keys(version, setting, entrant, rate))
+            rate for rate in entrant.rates if not all(k in self._records for k in _keys(suite, setting, entrant, rate))
         ]
 
-    def add(self, version: str, setting: Setting, entrant: Entrant, kept: Kept) -> Path:
+    def add(self, suite: str, setting: Setting, entrant: Entrant, kept: Kept) -> Path:
         """Append the curves of some or all learning rates, those of ``kept``; atomically, in a file of their own."""
         records = {}
         for trial, rate in enumerate(kept.rates):
-            for seed, key in enumerate(_keys(version, setting, entrant, rate)):
+            for seed, key in enumerate(_keys(suite, setting, entrant, rate)):
                 arrays = (_rounded(getattr(kept, name)[:, seed, trial], _BITS[name]) for name in _ARRAYS)
                 train, peak, valid = arrays
                 records[key] = Record(
                     {
-                        "suite": version,
+                        "suite": suite,
+                        "revision": setting.revision,
                         "task": setting.name,
                         "optimizer": kept.label,
                         "rate": rate,
@@ -101,11 +100,11 @@ class Store:
         self._seen.add(path)
         return path
 
-    def kept(self, version: str, setting: Setting, entrant: Entrant) -> Kept:
+    def kept(self, suite: str, setting: Setting, entrant: Entrant) -> Kept:
         """All trials of an optimizer. Raises `ConfigurationError` where some are missing."""
-        if self.lacking(version, setting, entrant):
+        if self.lacking(suite, setting, entrant):
             raise ConfigurationError(f"{setting.name}: {entrant.label} has not been run; run the suite first")
-        rows = [[self._records[k] for k in _keys(version, setting, entrant, rate)] for rate in entrant.rates]
+        rows = [[self._records[k] for k in _keys(suite, setting, entrant, rate)] for rate in entrant.rates]
         first = rows[0][0]
         arrays = [np.stack([np.stack([getattr(r, name) for r in row], 1) for row in rows], 2) for name in _ARRAYS]
         train, peak, valid = (a.astype(np.float64) for a in arrays)
@@ -136,8 +135,8 @@ class Store:
         return [write(folder, records, _slug(name)) for name, records in groups.items()]
 
 
-def _keys(version: str, setting: Setting, entrant: Entrant, rate: float | None) -> list[str]:
-    return [curve_key(version, setting, entrant, rate, seed) for seed in range(setting.seeds)]
+def _keys(suite: str, setting: Setting, entrant: Entrant, rate: float | None) -> list[str]:
+    return [curve_key(suite, setting, entrant, rate, seed) for seed in range(setting.seeds)]
 
 
 def _slug(name: str) -> str:

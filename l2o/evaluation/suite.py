@@ -33,7 +33,8 @@ _POLL = 0.5
 class Suite:
     """Problems on which optimizers are compared.
 
-    name, version: results of suites that differ in either never meet.     tasks: see `Setting`; each has its own name.
+    name, version: results of suites that differ in either never meet.
+    tasks: each with its own name; the ``revision`` of a `Setting` says which curves may be taken from a store.
     """
 
     name: str
@@ -45,16 +46,11 @@ class Suite:
         if len(set(names)) < len(names):
             raise ConfigurationError(f"tasks of suite {self.name}: {names}: expected a name of its own for each")
 
-    @property
-    def full_name(self) -> str:
-        """By which results are kept apart."""
-        return f"{self.name} {self.version}"
-
 
 class Job(NamedTuple):
-    """Learning rates of one optimizer that are to be run in one setting, on all its seeds.  version: of the suite."""
+    """Learning rates of one optimizer that are to be run in one setting, on all its seeds.  suite: its name."""
 
-    version: str
+    suite: str
     setting: Setting
     entrant: Entrant
 
@@ -79,9 +75,9 @@ def missing(suite: Suite, entrants: Mapping[str, Entrant], store: Store) -> list
     jobs = []
     for setting in suite.tasks:
         for entrant in entrants.values():
-            rates = store.lacking(suite.full_name, setting, entrant)
+            rates = store.lacking(suite.name, setting, entrant)
             if rates:
-                jobs.append(Job(suite.full_name, setting, _only(entrant, tuple(rates))))
+                jobs.append(Job(suite.name, setting, _only(entrant, tuple(rates))))
     return jobs
 
 
@@ -132,7 +128,7 @@ def _run(job: Job, store: Store, device: torch.device | str, advance: Advance) -
     trials = run_entrant(job.entrant, job.setting, device, advance)
     kept = condense(trials, job.setting.smoothing)
     kept = kept._replace(relative_step=relative_step(job.entrant, job.setting, device))
-    store.add(job.version, job.setting, job.entrant, kept)
+    store.add(job.suite, job.setting, job.entrant, kept)
     return Done(job, trials.seconds)
 
 
@@ -174,8 +170,8 @@ def comparisons(suite: Suite, entrants: Mapping[str, Entrant], store: Store) -> 
     """
     found = []
     for setting in suite.tasks:
-        if not any(store.lacking(suite.full_name, setting, entrant) for entrant in entrants.values()):
-            kept = {name: store.kept(suite.full_name, setting, entrant) for name, entrant in entrants.items()}
+        if not any(store.lacking(suite.name, setting, entrant) for entrant in entrants.values()):
+            kept = {name: store.kept(suite.name, setting, entrant) for name, entrant in entrants.items()}
             found.append(_checked(Comparison.of(setting, kept), suite))
     return found
 

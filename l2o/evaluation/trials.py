@@ -35,6 +35,8 @@ class Setting:
     seeds: problems (task, initialisation and batches), the same for every optimizer.     seed: of all of them.
     window: steps that a training loss is the mean of; None for the protocol's 2% of ``steps``, at least 10.
     split: what the problems are to meta-training, a key of ``SPLITS``.
+    revision: to be raised with what changes curves and is no setting, such as the code behind them; curves of different
+        revisions never meet. Of a suite's task it is the suite's version, unless the task keeps an older one.
     """
 
     name: str
@@ -44,9 +46,10 @@ class Setting:
     seed: int = 1000
     window: int | None = None
     split: str = "other"
+    revision: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {"steps": 1, "seeds": 1, "seed": 0} | ({} if self.window is None else {"window": 1})
+        bounds = {"steps": 1, "seeds": 1, "seed": 0, "revision": 0} | ({} if self.window is None else {"window": 1})
         for name, least in bounds.items():
             whole(name, getattr(self, name), least)
         _checks.seed("seed", self.seed)
