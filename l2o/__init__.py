@@ -6,6 +6,7 @@
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from l2o import estimators, rules, tasks
 from l2o.hub import list_pretrained, load, read_card, save
@@ -31,6 +32,19 @@ from l2o.types import (
     UpdateRule,
     WriteError,
 )
+
+if TYPE_CHECKING:
+    from l2o.evaluation.diagnosis import diagnose
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few need when it is asked for."""
+    if name == "diagnose":
+        from l2o.evaluation.diagnosis import diagnose
+
+        return diagnose
+    raise AttributeError(f"module 'l2o' has no attribute {name!r}")
+
 
 try:
     __version__ = version("l2o")
@@ -59,6 +73,7 @@ __all__ = [
     "UpdateRule",
     "WriteError",
     "constant_schedule",
+    "diagnose",
     "estimators",
     "list_pretrained",
     "load",

@@ -84,6 +84,8 @@ def evaluate(config: DictConfig, command: str) -> Report:
     report = Report(", ".join(e.label for e in ours.values()), [], _facts(ours, device, command), {}, config.loss_label)
     store = make_store(config, out)
     found = _run(suite, entrants, store, device, processes, report, out)
+    if config.pack is not None:
+        store.pack(user_path(config.pack, "pack"), suite.name, suite.tasks, chosen)
     costs = optimizer_costs({n: (e.rule, e.theta) for n, e in rules.items()}, device) if config.cost else {}
     wall = {"Wall time": f"{time.perf_counter() - started:.0f} s"}
     report = report._replace(comparisons=found, costs=costs, facts={**report.facts, **_place(suite, store), **wall})

@@ -252,6 +252,59 @@ def test_every_experiment_makes_sense(settings, name):
         assert getattr(setting.family, "half", "meta_test") == "meta_test"
 
 
+SUITES = sorted(path.stem for path in (ROOT / "configs" / "suite").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != "large"])
+def test_every_suite_makes_sense(settings, name):
+    found = settings(f"suite={name}")
+    assert len({setting.name for setting in found.values()}) == len(found)
+    for setting in found.values():
+        assert getattr(setting.family, "half", "meta_test") == "meta_test"  # which no meta-training sees
+        assert (setting.seeds, setting.revision >= 1) == (3, True)
+    assert {"like", "other"} <= {setting.split for setting in found.values()}
+    kinds = {"standard": ({"like", "larger", "longer", "other"}, 24)}.get(name)
+    assert kinds is None or kinds == ({setting.split for setting in found.values()}, len(found))
+
+
+def test_the_seeds_of_a_suite_are_its_own():
+    """Not those of training, of held-out evaluation in its course, or of the experiments here."""
+    seeds = [
+        int(seed)
+        for path in ROOT.glob("configs/**/*.yaml")
+        for seed in re.findall(r"^ *seed: (\d+)", path.read_text(), re.M)
+    ]
+    ours = [int(re.search(r"^seed: (\d+)", (ROOT / f"configs/suite/{n}.yaml").read_text(), re.M)[1]) for n in SUITES]
+    assert len(set(ours)) == len(SUITES)
+    assert all(seeds.count(seed) == 1 for seed in ours)
+
+
+def test_a_whole_suite_in_short(command, capsys):
+    """The pipeline of suite=quick, with torch optimizers beside a learned one, over two processes, and again."""
+    short = ["suite=quick", "steps=6", "seeds=2", "baselines=[adam,adamw]", "shipped=false", "store=curves"]
+    judged = "optimizers=[sgd,torch.optim.RAdam,{path:torch.optim.AdamW,label:mine,rates:[0.01,0.1],clip:1.0}]"
+    assert command(*short, judged, "jobs=2", "pack=packed") == 0
+    results = json.loads(Path("out/results.json").read_text())
+    assert len(results["settings"]) == 6
+    assert [found["label"] for found in results["overall"]] == ["sgd", "torch.optim.RAdam", "mine"]
+    assert {found["label"] for found in results["optimizers"]} == {
+        "sgd",
+        "torch.optim.RAdam",
+        "mine",
+        "Adam",
+        "AdamW 0.001",
+    }
+    assert results["settings"][0]["optimizers"]["given mine"]["trials"] == 2
+    assert results["facts"]["Suite"] == "quick, version 1"
+    assert {path.name for path in Path("packed").iterdir()} == {"adam.npz", "adamw.npz"}
+    assert (FILES | {"profile.png"}) - {"store"} == {path.name for path in Path("out").iterdir()}
+    assert "report.html" in capsys.readouterr().out
+    assert command(*short, judged, "out=again", "only=[perceptron]") == 0
+    again = json.loads(Path("again/results.json").read_text())
+    assert again["settings"] == [setting for setting in results["settings"] if setting["name"] == "perceptron"]
+    assert "runs of" not in capsys.readouterr().out
+
+
 def test_every_experiment_of_training_has_its_evaluation():
     assert EXPERIMENTS["experiment"]
     assert set(EXPERIMENTS["experiment"]) <= set(EXPERIMENTS["evaluate/experiment"])

@@ -12,7 +12,7 @@ from l2o.evaluation.trials import Array
 from l2o.types import ConfigurationError
 
 STATES = {
-    "descending": "nothing: train on, if it has to be lower",
+    "descending": "to train on",
     "stalled": "a larger learning rate or, late in the run, a decaying one; else a larger model, or better data",
     "diverged": "a smaller learning rate, warm-up, clipping of gradients (max_norm=1), float32 instead of less",
     "unstable": "warm-up, clipping of gradients, a smaller learning rate, larger batches; look at the data of a spike",
@@ -22,7 +22,9 @@ STATES = {
 OVERFITTED = 1.1
 """A validation loss of so many times the lowest one is overfitting, where the training loss went on falling."""
 _STALLED = 0.02
-"""A training loss that fell by less than this share over the second half of the run has stalled."""
+"""A training loss that fell by less than this share from the third to the last quarter of the run has stalled."""
+_SHORT = 8
+"""Of fewer steps nobody can tell whether they have stalled."""
 _SOLVED = 1e-6
 """A training loss of this share of the first one need fall no further."""
 _SPIKE = 0.1
@@ -56,8 +58,8 @@ class _Run(NamedTuple):
 def diagnose(losses: Sequence[float] | Array, valid: Sequence[float] | Array | None = None) -> Diagnosis:
     """Say what a run is: descending, stalled, diverged, unstable or overfitting; the gravest, if it is several.
 
-    losses: training losses of every step, or evenly spread ones; steps are counted from 1 in their units. Up to now, if
-        the run goes on: it may be called again at any time.
+    losses: training losses of every step, or evenly spread ones, up to now; steps are counted from 1 in their units. If
+        the run goes on: it may be called again at any time. The step that is named is right to about 1% of them.
     valid: losses on held-out data at evenly spread steps, the last at the end of ``losses``.
     Raises `ConfigurationError` for fewer than two losses, or for what is no row of numbers.
     """
@@ -66,7 +68,9 @@ def diagnose(losses: Sequence[float] | Array, valid: Sequence[float] | Array | N
     window = min(max(10, len(train) // 50), max(1, len(train) // 4))
     peak = np.maximum.reduceat(np.where(np.isfinite(train), train, np.inf), [0, *steps[:-1]])
     valid_steps = np.arange(1, len(held_out) + 1) * len(train) // max(1, len(held_out))
-    return _diagnose(_Run(np.array(steps), smooth(train, window, steps), peak, valid_steps, held_out))
+    found = _diagnose(_Run(np.array(steps), smooth(train, window, steps), peak, valid_steps, held_out))
+    broken = ~np.isfinite(train)
+    return found._replace(step=int(broken.argmax()) + 1) if broken.any() else found
 
 
 def diagnose_score(score: Score) -> list[Diagnosis]:
@@ -135,11 +139,17 @@ def _overfitting(run: _Run) -> int | None:
 
 
 def _stalled(run: _Run) -> int | None:
-    """The step from which on the loss stayed within a few per cent of its last value, if that is half of the run."""
-    first, last = run.train[0], run.train[-1]
-    half = run.train[int(np.searchsorted(run.steps, run.steps[-1] / 2))]
-    scale = abs(last) if run.train.min() > 0 else abs(first - last)
-    if (run.train.min() >= 0 and last <= _SOLVED * first) or half - last > _STALLED * scale:
+    """The step at which the loss had come to where it stayed, if it hardly fell in the second half of the run."""
+    if len(run.steps) < _SHORT:
         return None
-    far = (run.train > last + _STALLED * scale).nonzero()[0]
-    return int(run.steps[min(far[-1] + 1, len(run.steps) - 1)]) if len(far) else int(run.steps[0])
+    first, middle, end = run.train[0], _mean(run, 0.5, 0.75), _mean(run, 0.75, 1.0)
+    scale = abs(end) if run.train.min() > 0 else abs(first - end)
+    if (run.train.min() >= 0 and end <= _SOLVED * first) or middle - end > _STALLED * scale:
+        return None
+    return int(run.steps[(run.train <= end + _STALLED * scale).argmax()])
+
+
+def _mean(run: _Run, after: float, until: float) -> float:
+    """Of the training loss over a part of the run."""
+    inside = (run.steps > after * run.steps[-1]) & (run.steps <= until * run.steps[-1])
+    return float(run.train[inside].mean()) if inside.any() else float(run.train[-1])

@@ -127,20 +127,19 @@ class Store:
             rest = {name: getattr(record, name) for name in record._fields[1:]}
             yield {**record.facts, "final": float(record.train[-1]), "valid_final": float(record.valid[-1]), **rest}
 
-    def pack(self, folder: Path) -> list[Path]:
-        """Write everything into a file an optimizer, in ``folder``: what is committed, or handed on."""
-        groups: dict[str, dict[str, Record]] = {}
-        for key, record in sorted(self._records.items()):
-            groups.setdefault(f"{record.facts['suite']} {record.facts['optimizer']}", {})[key] = record
-        return [write(folder, records, _slug(name)) for name, records in groups.items()]
+    def pack(
+        self, folder: Path, suite: str, settings: Iterable[Setting], entrants: Mapping[str, Entrant]
+    ) -> list[Path]:
+        """Write the curves of a suite, a file an optimizer, into ``folder``: what is committed, or handed on."""
+        paths = []
+        for name, entrant in entrants.items():
+            keys = [k for s in settings for rate in entrant.rates for k in _keys(suite, s, entrant, rate)]
+            paths.append(write(folder, {key: self._records[key] for key in keys if key in self._records}, name))
+        return paths
 
 
 def _keys(suite: str, setting: Setting, entrant: Entrant, rate: float | None) -> list[str]:
     return [curve_key(suite, setting, entrant, rate, seed) for seed in range(setting.seeds)]
-
-
-def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def write(folder: Path, records: Mapping[str, Record], name: str = "") -> Path:
@@ -166,14 +165,14 @@ def write(folder: Path, records: Mapping[str, Record], name: str = "") -> Path:
 def read(path: Path) -> dict[str, Record]:
     """The curves of a file, by key. Raises `ResumeError`, which says that it may be deleted."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if header["format"] != FORMAT:
                 raise ResumeError(
                     f"{path} has format {header['format']!r}, this l2o reads {FORMAT}: use the l2o that wrote it"
                 )
             return dict(_unpacked(header["groups"], file))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         if isinstance(error, ResumeError):
             raise
         raise ResumeError(
