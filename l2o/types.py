@@ -126,22 +126,6 @@ class InnerState(NamedTuple):
     first_loss: Tensor
 
 
-class PerceptronBatches(NamedTuple):
-    """The training batches of several steps, of perceptrons with cross-entropy, as rows of a table.
-
-    activation: ``relu``, ``tanh`` or ``gelu``.     layers: names of each layer's weight and bias among the parameters.
-    x: float32 ``[n, in]``.     y: int64 classes ``[n]``.
-    rows: int64 ``[steps, problems, batch]``.     copies: how many adjacent lanes share a problem.
-    """
-
-    activation: str
-    layers: tuple[tuple[str, str], ...]
-    x: Tensor
-    y: Tensor
-    rows: Tensor
-    copies: int
-
-
 class UpdateRule(abc.ABC):
     """A learned update rule: pure functions of tensors. Subclasses are frozen dataclasses of hyperparameters.
 
@@ -196,45 +180,6 @@ class UpdateRule(abc.ABC):
         reduce: completes sums over entries and tensors, of which a process may hold a part.
         """
 
-    def fused_update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
-    ) -> tuple[Updates, OptState] | None:
-        """``update`` of all lanes at once, every tensor ``[lanes, ...]``, by a kernel: equal to it but for rounding.
-
-        None where there is no kernel for this rule, device or dtype; the engine then vectorises ``update``, and the
-        plug-in, which asks for one lane in long runs, calls it.
-        Differentiable, once, where grad mode is on.
-        """
-        return None
-
-    def fused_step(
-        self,
-        theta: Theta,
-        grads: Grads,
-        state: OptState,
-        params: Params,
-        infos: Infos,
-        run: Run,
-        factors: Mapping[str, tuple[float, float]],
-    ) -> OptState | None:
-        """``p <- keep p + lr update`` by a kernel, in place, also of the slots: what the plug-in asks for in long runs.
-
-        factors: ``lr, keep`` by parameter. Returns the new state; None, with nothing written, where there is no kernel
-        or parameters or state are not finite.
-        Equal to ``update`` but for rounding; never differentiated, and without a loss.
-        """
-        return None
-
-    def fused_unroll(
-        self, theta: Theta, state: InnerState, batches: PerceptronBatches
-    ) -> tuple[InnerState, Tensor] | None:
-        """As many inner steps as there are batches, by one kernel; the new state and losses ``[steps, lanes]``.
-
-        Equal to the engine's own but for rounding. None where there is no kernel. Differentiable, once, where grad mode
-        is on.
-        """
-        return None
-
 
 class TaskFamily(abc.ABC):
     """A distribution of inner problems that share shapes. Subclasses are frozen dataclasses of static settings.
@@ -268,23 +213,6 @@ class TaskFamily(abc.ABC):
     @abc.abstractmethod
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         """The loss (0-d) of **one lane** and its new buffers; pure, no random numbers, no writes to its inputs."""
-
-    def fused_gradient(
-        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
-    ) -> tuple[Tensor, Buffers, Grads] | None:
-        """Losses ``[lanes]``, new buffers and gradients of all lanes at once in closed form.
-
-        Differentiable where grad mode is on, else constants. None where there is no such form for these settings, this
-        device or dtype; the engine then differentiates ``loss``.
-        """
-        return None
-
-    def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
-        """What ``steps`` calls of ``batch`` would draw for training, all at once.
-
-        None, with nothing drawn, where the loss is not that of a plain perceptron on rows of a table.
-        """
-        return None
 
     def transform_gradients(
         self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from l2o import fused
 from l2o.family_checks import (
     checked_batch,
     checked_gradients,
@@ -109,9 +110,9 @@ def gradients(
 ) -> tuple[Tensor, Buffers, Grads, Params]:
     """Of all lanes: loss ``[lanes]``, new buffers, gradients, and the parameters as the leaves that these belong to."""
     differentiable = torch.is_grad_enabled()
-    fused = family.fused_gradient(state.params, state.buffers, state.data, batch)
-    if fused is not None:
-        loss, buffers, grads = fused
+    closed = fused.gradient(family, state.params, state.buffers, state.data, batch)
+    if closed is not None:
+        loss, buffers, grads = closed
         return loss, buffers, grads if second_order else detach(grads), state.params
     with torch.enable_grad():
         params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in state.params.items()}
@@ -157,9 +158,9 @@ def updates(
 ) -> tuple[Updates, OptState]:
     """Of all lanes: by the rule's kernel where it has one, else by its ``update``.  kinds: those of the family."""
     run, theta = Run(state.step, state.total_steps, loss), in_dtype_of(state.params, theta)
-    fused = rule.fused_update(theta, grads, state.opt, state.params, run)
-    if fused is not None:
-        return fused
+    found = fused.update(rule, theta, grads, state.opt, state.params, run)
+    if found is not None:
+        return found
     infos, needs_loss = lane_infos(state.params, kinds), rule.needs_loss
 
     def update(theta: Theta, g: Grads, opt: OptState, p: Params, run: Run) -> Any:
@@ -189,7 +190,7 @@ def unroll(
     """
     theta = in_dtype_of(state.params, theta)  # once, not at every step
     if not valid_weight and (second_order or not torch.is_grad_enabled()):
-        result = _fused_unroll(rule, theta, family, state, steps, generator)
+        result = fused.unroll(rule, theta, family, state, steps, generator)
         if result is not None:
             return result
     losses = []
@@ -199,20 +200,6 @@ def unroll(
         state, loss = inner_step(rule, theta, family, state, batch, second_order)
         losses.append(loss if valid is None else torch.lerp(loss, valid, valid_weight))
     return state, torch.stack(losses)
-
-
-def _fused_unroll(
-    rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, steps: int, generator: torch.Generator
-) -> tuple[InnerState, Tensor] | None:
-    """All steps by one kernel, where rule and family meet in one; else None, and the generator is as it was."""
-    if type(rule).fused_unroll is UpdateRule.fused_unroll:  # the batches would be drawn for nothing
-        return None
-    before = generator.get_state()
-    batches = family.fused_batches(state.data, steps, generator)
-    result = None if batches is None else rule.fused_unroll(theta, state, batches)
-    if result is None:
-        generator.set_state(before)
-    return result
 
 
 def _validation_loss(family: TaskFamily, state: InnerState, generator: torch.Generator) -> Tensor:

@@ -54,8 +54,8 @@ def main() -> None:
     import hydra
 
     command = shlex.join(["python", "-m", "meta_train.evaluate", *sys.argv[1:]])
-    # Both commands have experiments of the same names; those of this one lie in a folder of their own.
-    arguments = [f"evaluate/{a}" if a.startswith("experiment=") else a for a in sys.argv[1:]]
+    # Other commands have experiments and suites too; those of this one lie in a folder of their own.
+    arguments = [f"evaluate/{a}" if a.startswith(("experiment=", "suite=")) else a for a in sys.argv[1:]]
     sys.argv[1:] = open_settings(arguments, OPEN)
     composed: list[DictConfig] = []
     # Hydra only composes: where what it runs fails, it adds a message of its own.

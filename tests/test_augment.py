@@ -15,6 +15,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 from training import command, records
 
+import l2o.fused
 from l2o.estimators import Backprop, Evolution
 from l2o.meta import MetaTraining
 from l2o.random import LaneGenerator
@@ -269,10 +270,12 @@ def test_a_lane_that_is_reset_forgets_its_delayed_gradients() -> None:
 class Closed(Quadratic):
     """With its gradient in closed form."""
 
-    def fused_gradient(self, params: Any, buffers: Any, data: Any, batch: Any) -> tuple[Tensor, Buffers, Grads]:
+    def closed(self, params: Any, buffers: Any, data: Any, batch: Any) -> tuple[Tensor, Buffers, Grads]:
         residual = torch.einsum("lij,lj->li", data["w"], params["x"]) - data["y"]
         return residual.square().sum(1), buffers, {"x": 2 * torch.einsum("lij,li->lj", data["w"], residual)}
 
+
+l2o.fused.GRADIENTS[Closed] = Closed.closed
 
 WRAPPED = {
     "repeated": lambda family: Repeated(family, 2),
@@ -289,8 +292,8 @@ def test_closed_form_gradients_are_used_and_equal(wrap: Any) -> None:
     closed, plain = wrap(Closed(dim=3)), wrap(Quadratic(dim=3))
     _, _, state, g = begin(plain)
     batch = plain.batch(state.data, "train", g)
-    assert closed.fused_gradient(state.params, state.buffers, state.data, batch) is not None
-    assert plain.fused_gradient(state.params, state.buffers, state.data, batch) is None
+    assert l2o.fused.gradient(closed, state.params, state.buffers, state.data, batch) is not None
+    assert l2o.fused.gradient(plain, state.params, state.buffers, state.data, batch) is None
     (got, got_losses), (want, want_losses) = (run(family, 4, lr=1e-4) for family in (closed, plain))
     torch.testing.assert_close(got.params, want.params, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got_losses, want_losses, rtol=1e-3, atol=1e-4)

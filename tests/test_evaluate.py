@@ -274,7 +274,10 @@ def test_the_seeds_of_a_suite_are_its_own():
         for path in ROOT.glob("configs/**/*.yaml")
         for seed in re.findall(r"^ *seed: (\d+)", path.read_text(), re.M)
     ]
-    ours = [int(re.search(r"^seed: (\d+)", (ROOT / f"configs/suite/{n}.yaml").read_text(), re.M)[1]) for n in SUITES]
+    ours = [
+        int(re.search(r"^seed: (\d+)", (ROOT / f"configs/evaluate/suite/{n}.yaml").read_text(), re.M)[1])
+        for n in SUITES
+    ]
     assert len(set(ours)) == len(SUITES)
     assert all(seeds.count(seed) == 1 for seed in ours)
 

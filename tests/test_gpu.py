@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+import l2o.fused
 from l2o.bench.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
 from l2o.bench.steps import NETWORKS
 from l2o.checkpoints.store import list_pretrained
@@ -101,7 +102,7 @@ def test_a_kernel_that_does_not_fit_reads_nothing() -> None:
     run = InnerRun(*(torch.zeros((), dtype=torch.int64, device=META) for _ in range(2)))
     infos = infos_of(params)
     state = rule.init(theta, params, infos)
-    assert rule.fused_step(theta, params, state, params, infos, run, {"x": (1.0, 1.0)}) is None
+    assert l2o.fused.step(rule, theta, params, state, params, infos, run, {"x": (1.0, 1.0)}) is None
 
 
 # The packages that a machine with a GPU may lack; None there makes an import fail.
@@ -193,5 +194,5 @@ def test_a_large_tensor_is_within_the_limits_of_a_grid(monkeypatch: pytest.Monke
     run = InnerRun(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
     monkeypatch.setenv("L2O_KERNELS", "1")
     monkeypatch.setattr("l2o.kernels.mlp_rule.update", mlp_gpu.update)
-    rule.fused_update(theta, large, state._replace(per_param=slots), large, run)
+    l2o.fused.update(rule, theta, large, state._replace(per_param=slots), large, run)
     assert launches.grids == [(70_313, 1)] * 2

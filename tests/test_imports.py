@@ -19,7 +19,7 @@ from l2o.types import TaskFamily, UpdateRule
 SUPPORT = {"types", "checks", "disk", "download", "family_checks", "random", "distributed"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "checkpoints", "optim"}
-ROOMS = ENGINE | PLUGIN | {"kernels", "tasks", "interop", "integrations", "extras"}
+ROOMS = ENGINE | PLUGIN | {"kernels", "fused", "tasks", "interop", "integrations", "extras"}
 UNITS = ROOMS | {"evaluation", "inspection", "bench"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
@@ -35,14 +35,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"types"},
     "ops": {"types", "checks"},
     "kernels": {"types", "checks", "disk", "ops", "random"},
-    "rules": {"types", "checks", "ops", "kernels"},
-    "tasks": SUPPORT | {"kernels"},
-    "unroll": {"types", "family_checks", "ops"},
-    "estimators": SUPPORT | {"ops", "tasks", "unroll"},
+    "rules": {"types", "checks", "ops"},
+    "tasks": SUPPORT,
+    "fused": {"types", "ops", "kernels", "rules", "tasks"},
+    "unroll": {"types", "family_checks", "ops", "fused"},
+    "estimators": SUPPORT | {"ops", "tasks", "unroll", "fused"},
     "meta": SUPPORT | {"ops", "estimators"},
     "checkpoints": SUPPORT | {"rules"},
     "interop": {"types", "checks", "disk", "checkpoints", "ops", "rules"},
-    "optim": {"types", "checks", "ops", "checkpoints"},
+    "optim": {"types", "checks", "ops", "checkpoints", "fused"},
     "integrations": ROOMS,
     "evaluation": ROOMS | {"bench"},
     "inspection": ROOMS | {"evaluation"},

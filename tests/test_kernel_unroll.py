@@ -6,7 +6,7 @@ import pytest
 import torch
 from tables import generator, identical
 
-from l2o import unroll as engine
+import l2o.fused
 from l2o.estimators import Evolution
 from l2o.random import LaneGenerator
 from l2o.rules import MLP, Adam
@@ -45,10 +45,10 @@ def test_the_kernel_agrees_with_the_engine(monkeypatch, rule, family):
     theta, problems, state = problem(rule, family)
     with torch.no_grad():
         g = batches()
-        assert engine._fused_unroll(rule, theta, problems, state, STEPS, g) is not None
+        assert l2o.fused.unroll(rule, theta, problems, state, STEPS, g) is not None
         after, losses = unroll(rule, theta, problems, state, STEPS, same := batches())
         assert same.get_state().equal(g.get_state())
-        monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
+        monkeypatch.setattr(l2o.fused, "unroll", lambda *_: None)
         want, wanted = unroll(rule, theta, problems, state, STEPS, g := batches())
     assert same.get_state().equal(g.get_state())
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-6)
@@ -94,7 +94,7 @@ def test_what_the_kernel_does_not_know_is_left_to_the_engine(rule, family):
     g = batches()
     before = g.get_state()
     with torch.no_grad():
-        assert engine._fused_unroll(rule, theta, problems, state, STEPS, g) is None
+        assert l2o.fused.unroll(rule, theta, problems, state, STEPS, g) is None
     assert g.get_state().equal(before)
 
 
@@ -103,7 +103,7 @@ def test_first_order_and_validation_data_are_the_engines(monkeypatch, settings):
     def refuse(*_):
         raise AssertionError("the kernel has whole derivatives alone, and no validation data")
 
-    monkeypatch.setattr(engine, "_fused_unroll", refuse)
+    monkeypatch.setattr(l2o.fused, "unroll", refuse)
     theta, problems, state = problem(RULE, FAMILY)
     leaves = {name: t.requires_grad_() for name, t in theta.items()}
     _, losses = unroll(RULE, leaves, problems, state, 2, batches(), **settings)

@@ -9,7 +9,7 @@ from test_kernel_unroll import CASES, FAMILY, LANES, RULE, STEPS, batches, probl
 from test_kernels import as_double, assert_close, derivatives_twice
 from torch.utils._pytree import tree_leaves, tree_map
 
-from l2o import unroll as engine
+import l2o.fused
 from l2o.unroll import unroll
 
 
@@ -39,7 +39,7 @@ def midway(rule, family):
 def test_the_derivative_is_the_engines_in_float64(monkeypatch, rule, family):
     theta, problems, state = midway(rule, family)
     got = derivatives(rule, problems, theta, state)
-    monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
+    monkeypatch.setattr(l2o.fused, "unroll", lambda *_: None)
     assert_close(got, derivatives(rule, problems, as_double(theta), as_double(state)), rtol=1e-3)
 
 
@@ -47,7 +47,7 @@ def test_the_derivative_is_the_engines_in_float64(monkeypatch, rule, family):
 def test_outputs_may_be_left_unused(monkeypatch, outputs):
     theta, problems, state = midway(RULE, FAMILY)
     got = derivatives(RULE, problems, theta, state, outputs)
-    monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
+    monkeypatch.setattr(l2o.fused, "unroll", lambda *_: None)
     assert_close(got, as_double(derivatives(RULE, problems, theta, state, outputs)), rtol=1e-3)
 
 
@@ -104,5 +104,5 @@ def test_a_derivative_can_be_differentiated_again(monkeypatch, rule, family):
         end, losses = unroll(rule, own, problems, start, STEPS, batches())
         assert (losses.grad_fn.name() == "_DerivativeBackward") == (losses.dtype == torch.float32)
         found.append(derivatives_twice([losses, *moving(end)], [*own.values(), *moving(start)]))
-        monkeypatch.setattr(engine, "_fused_unroll", lambda *_: None)
+        monkeypatch.setattr(l2o.fused, "unroll", lambda *_: None)
     assert_close(*found, rtol=1e-2)

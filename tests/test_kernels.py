@@ -10,7 +10,9 @@ from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+import l2o.fused
 from l2o.estimators import Backprop
+from l2o.fused import mlp
 from l2o.kernels import build
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
@@ -46,11 +48,11 @@ def arguments(rule, lanes, dtype=torch.float32, seed=0):
 
 
 def reference(rule, *args):
-    return rule.update_lanes(*args)
+    return mlp.reference(rule, *args)
 
 
 def fused(rule, *args):
-    result = rule.fused_update(*args)
+    result = l2o.fused.update(rule, *args)
     assert result is not None
     return result
 
@@ -79,7 +81,7 @@ def test_the_mlp_kernel_is_the_mlp_rule(rule, lanes, threads):
 def gradients(update, rule, args):
     """Of a random combination of all outputs, by every input that can have a gradient."""
     args = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, args)
-    g, inputs = generator(9), [t for t in tree_leaves(args) if t.requires_grad]
+    g, inputs = generator(9), [t for t in tree_leaves(args) if getattr(t, "requires_grad", False)]
     outputs = tree_leaves(update(rule, *args))
     weights = [
         torch.randn(t.shape, generator=g).to(t.dtype) / t.detach().abs().max() if t.numel() else t for t in outputs
@@ -104,7 +106,7 @@ def test_the_perceptron_kernel_is_the_gradient_of_the_loss(activation, sizes, la
     data = family.sample(g, lanes)
     params = {k: 3 * p for k, p in family.init(data, g)[0].items()}
     batch = family.batch(data, "train", g)
-    losses, buffers, grads = family.fused_gradient(params, {}, data, batch)
+    losses, buffers, grads = l2o.fused.gradient(family, params, {}, data, batch)
     leaves = {k: p.double().requires_grad_() for k, p in params.items()}
     want, _ = vmap(family.loss)(leaves, {}, data, batch)
     assert buffers == {}
@@ -126,7 +128,7 @@ def test_the_same_bits_on_any_number_of_threads():
         with torch.no_grad():
             values = fused(rule, *args)
         results.append(
-            (*tree_leaves(values), *gradients(fused, rule, args), *tree_leaves(family.fused_gradient(*problem)))
+            (*tree_leaves(values), *gradients(fused, rule, args), *tree_leaves(l2o.fused.gradient(family, *problem)))
         )
     torch.set_num_threads(before)
     assert all(identical(results[0], other) for other in results[1:])
@@ -158,12 +160,12 @@ def test_what_a_kernel_does_not_fit_is_left_to_torch():
     args, data = arguments(rule, 2), family.sample(generator(), 2)
     params, batch = family.init(data, generator())[0], family.batch(data, "train", generator())
     theta = {**args[0], "w0": args[0]["w0"][:, 1:]}
-    assert rule.fused_update(*as_double(args)) is None
-    assert rule.fused_update(theta, *args[1:]) is None
-    assert vmap(lambda t: rule.fused_update(*args) is None and t)(torch.ones(2)).all()
-    assert family.fused_gradient(as_double(params), {}, data, batch) is None
+    assert l2o.fused.update(rule, *as_double(args)) is None
+    assert l2o.fused.update(rule, theta, *args[1:]) is None
+    assert vmap(lambda t: l2o.fused.update(rule, *args) is None and t)(torch.ones(2)).all()
+    assert l2o.fused.gradient(family, as_double(params), {}, data, batch) is None
     with torch.no_grad(), pytest.raises(RuntimeError, match="out of bounds"):
-        family.fused_gradient(params, {}, data, {**batch, "y": batch["y"] + 10})
+        l2o.fused.gradient(family, params, {}, data, {**batch, "y": batch["y"] + 10})
 
 
 def derivatives_twice(outputs, inputs):
@@ -301,7 +303,7 @@ def test_where_there_are_no_kernels_torch_stands_in_and_says_so_once(sources, mo
     assert not build.available("mlp_rule")
     monkeypatch.delenv("L2O_KERNELS")
     with pytest.warns(RuntimeWarning, match=f"(?s){reason}.*slower"):
-        assert MLP().fused_update(*arguments(MLP(), 1)) is None
+        assert l2o.fused.update(MLP(), *arguments(MLP(), 1)) is None
     assert not build.available("mlp_rule")
     monkeypatch.setenv("L2O_KERNELS", "1")
     with pytest.raises(L2OError, match=f"(?s)L2O_KERNELS=1.*{reason}"):

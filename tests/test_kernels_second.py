@@ -9,11 +9,11 @@ from test_kernels import as_double, assert_close, derivatives_twice
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
+import l2o.fused
 from l2o.estimators import Backprop
 from l2o.kernels import perceptron
 from l2o.rules import MLP, Adam
 from l2o.tasks import ImageMLP
-from l2o.types import TaskFamily
 from l2o.unroll import expand_theta, inner_step, sample_runs
 
 SIZES = [(32, 1, 128), (7, 3, 5), (1, 0, 1), (50, 2, 9)]
@@ -45,7 +45,7 @@ def pulled_back(params, losses, grads, cotangents):
 
 def by_kernel(family, params, batch, cotangents):
     params = leaves(params)
-    losses, _, grads = family.fused_gradient(params, {}, {}, batch)
+    losses, _, grads = l2o.fused.gradient(family, params, {}, {}, batch)
     assert losses.grad_fn.name() == "_DerivativeBackward"
     return pulled_back(params, losses, grads, cotangents)
 
@@ -70,7 +70,7 @@ def test_the_derivative_is_that_of_the_loss(activation, sizes, lanes, threads):
 def test_the_derivative_of_the_losses_is_the_gradient(activation):
     family, params, batch, _ = problem(activation, (7, 2, 9), 3)
     params = leaves(params)
-    losses, _, grads = family.fused_gradient(params, {}, {}, batch)
+    losses, _, grads = l2o.fused.gradient(family, params, {}, {}, batch)
     assert_close(torch.autograd.grad(losses.sum(), list(params.values())), tree_leaves(as_double(grads)), rtol=1e-5)
 
 
@@ -81,25 +81,25 @@ def test_where_there_is_no_kernel_torch_has_the_same_derivative(activation, monk
     monkeypatch.setenv("L2O_KERNELS", "0")
     family, params, batch, cotangents = args
     params = leaves(params)
-    losses, _, grads = family.fused_gradient(params, {}, {}, batch)
+    losses, _, grads = l2o.fused.gradient(family, params, {}, {}, batch)
     assert_close(pulled_back(params, losses, grads, cotangents), as_double(want), rtol=2e-5)
 
 
 def test_what_the_kernel_does_not_fit_is_left_to_torch():
     family, params, batch, _ = problem("relu", (4, 1, 3), 2)
     params, x = leaves(params), batch["x"].requires_grad_()
-    losses, _, _ = family.fused_gradient(params, {}, {}, batch)
+    losses, _, _ = l2o.fused.gradient(family, params, {}, {}, batch)
     assert torch.autograd.grad(losses.sum(), x)[0].abs().max() > 0
-    assert family.fused_gradient(as_double(params), {}, {}, batch) is None
+    assert l2o.fused.gradient(family, as_double(params), {}, {}, batch) is None
     with pytest.raises(RuntimeError, match="out of bounds"):
-        family.fused_gradient(params, {}, {}, {**batch, "y": batch["y"] + 10})
+        l2o.fused.gradient(family, params, {}, {}, {**batch, "y": batch["y"] + 10})
 
 
 def test_constants_have_no_derivative():
     family, params, batch, _ = problem("relu", (4, 1, 3), 2)
     with torch.no_grad():
-        constant = family.fused_gradient(leaves(params), {}, {}, batch)
-    result = family.fused_gradient(params, {}, {}, batch)
+        constant = l2o.fused.gradient(family, leaves(params), {}, {}, batch)
+    result = l2o.fused.gradient(family, params, {}, {}, batch)
     assert identical(constant, result)
     assert not any(t.requires_grad for t in tree_leaves((constant, result)))
 
@@ -110,7 +110,9 @@ def test_strided_tensors_give_the_same():
     want = by_kernel(family, params, batch, (u, v))
     assert identical(by_kernel(family, params, batch, (u[:1].expand(2), strided))["0.bias"][0], want["0.bias"][0])
     turned = leaves({k: p.mT.contiguous() if p.ndim == 3 else p for k, p in params.items()})
-    losses, _, grads = family.fused_gradient({k: p.mT if p.ndim == 3 else p for k, p in turned.items()}, {}, {}, batch)
+    losses, _, grads = l2o.fused.gradient(
+        family, {k: p.mT if p.ndim == 3 else p for k, p in turned.items()}, {}, {}, batch
+    )
     found = pulled_back(turned, losses, grads, (u, v))
     assert identical({k: d.mT if d.ndim == 3 else d for k, d in found.items()}, want)
 
@@ -143,7 +145,7 @@ def test_a_derivative_can_be_differentiated_again(activation):
     for kernel, tree in ((True, params), (False, as_double(params))):
         tree = leaves(tree)
         if kernel:
-            losses, _, grads = family.fused_gradient(tree, {}, {}, batch)
+            losses, _, grads = l2o.fused.gradient(family, tree, {}, {}, batch)
             assert losses.grad_fn.name() == "_DerivativeBackward"
         else:
             losses, _ = vmap(family.loss)(tree, {}, {}, batch)
@@ -190,7 +192,7 @@ def test_first_order_takes_gradients_in_closed_form_as_constants_too(monkeypatch
             g = generator(1)
             estimator = Backprop(rule, family, lanes=2, horizon=6, truncation=6, second_order=second_order, clip=1e9)
             found[closed, second_order] = estimator.estimate(theta, estimator.init(theta, g), g)[0]
-        monkeypatch.setattr(ImageMLP, "fused_gradient", TaskFamily.fused_gradient)
+        monkeypatch.delitem(l2o.fused.GRADIENTS, ImageMLP, raising=False)
     for second_order in (True, False):
         torch.testing.assert_close(found[True, second_order], found[False, second_order], rtol=1e-3, atol=1e-6)
     assert not found[True, True]["log_lr"].isclose(found[True, False]["log_lr"], rtol=0.01)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from l2o import rules
+from l2o import fused, rules
+from l2o.fused.mlp import reference
 from l2o.kernels import mlp_gpu, mlp_rule
 from l2o.optim import LearnedOptimizer, learned
 from l2o.rules import MLP, Steered, VeLO
@@ -160,16 +161,14 @@ class Drawn(TaskFamily):
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)
 
-    def fused_gradient(
-        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
-    ) -> tuple[Tensor, Buffers, Grads] | None:
-        return self.family.fused_gradient(params, buffers, data, batch)
-
     def _on_host(self, lanes: int) -> TaskData:
         return self.family.sample(torch.Generator().manual_seed(0), lanes)
 
     def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: t.to(self.device) for k, t in tensors.items()}
+
+
+fused.GRADIENTS[Drawn] = lambda drawn, *arguments: fused.gradient(drawn.family, *arguments)
 
 
 def _lanes(data: TaskData) -> int:
@@ -238,13 +237,13 @@ def trains_a_model(device: torch.device) -> Figures:
 def triton_kernels(rule: MLP, device: torch.device) -> Figures:
     """Updates and momenta of three lanes by the kernels are those of the rule in float64, and nothing waits."""
     arguments = _update_arguments(rule)
-    want = rule.update_lanes(*tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments))
+    want = reference(rule, *tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments))
     arguments = tree_map_only(Tensor, lambda t: t.to(device), arguments)
     with patch.dict(os.environ, L2O_KERNELS="1"), patch.object(mlp_rule, "update", mlp_gpu.update):
-        rule.fused_update(*arguments)
+        fused.update(rule, *arguments)
         guard = no_waiting(device) if device.type == "cuda" else contextlib.nullcontext()  # the interpreter reads
         with guard:
-            got = rule.fused_update(*arguments)
+            got = fused.update(rule, *arguments)
     assert got is not None, "the kernels do not take it"
     return _agreement(got, want, 1e-4)
 

@@ -12,18 +12,20 @@ from unittest.mock import patch
 import torch
 from torch.utils._pytree import tree_map
 
+from l2o import fused
 from l2o.bench.checks import COMPILERS, Figures, distance
 from l2o.bench.engine import FAMILY, HORIZON, RULES, Engine, measure, seconds_a_call
 from l2o.bench.memory import peak_memory_mb
 from l2o.bench.steps import Shapes, measure_steps
 from l2o.estimators import Backprop
-from l2o.evaluation.scores import score
+from l2o.evaluation.scores import condense, score
 from l2o.evaluation.trials import Setting, run_learned
+from l2o.fused import mlp
 from l2o.meta import MetaTraining
 from l2o.ops import networks
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
-from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, UpdateRule, Updates
+from l2o.types import InnerState, OptState, Theta, UpdateRule, Updates
 from l2o.unroll import expand_theta, inner_step, sample_runs
 
 
@@ -129,15 +131,18 @@ def _graph(rule: UpdateRule, lanes: int, device: torch.device) -> Advance:
 class Compiled(MLP):
     """The update of all lanes, compiled in the place of a kernel."""
 
-    def fused_update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
-    ) -> tuple[Updates, OptState]:
-        return _compiled(self, theta["b0"].device.type)(theta, grads, state, params, run)
-
 
 @cache
 def _compiled(rule: MLP, device: str) -> Any:
-    return torch.compile(rule.update_lanes, backend=COMPILERS[device])
+    return torch.compile(partial(mlp.reference, rule), backend=COMPILERS[device])
+
+
+def _compiled_update(rule: Compiled, theta: Theta, *arguments: Any) -> tuple[Updates, OptState]:
+    found: tuple[Updates, OptState] = _compiled(rule, theta["b0"].device.type)(theta, *arguments)
+    return found
+
+
+fused.UPDATES[Compiled] = _compiled_update
 
 
 VARIANTS: dict[str, Callable[[int, torch.device], Advance]] = {
@@ -169,7 +174,7 @@ def main_job(seconds: float, device: torch.device) -> Figures:
     setting = Setting("digits", ImageMLP(dataset="digits", half="meta_test", width=32), steps=200)
 
     def held_out() -> float:
-        return float(score(run_learned(rule, training.theta, setting, device), setting.smoothing).mean)
+        return float(score(condense(run_learned(rule, training.theta, setting, device), setting.smoothing)).mean)
 
     before, inner, began = held_out(), 0, time.perf_counter()
     while time.perf_counter() - began < seconds:

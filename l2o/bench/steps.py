@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from l2o import fused
 from l2o.bench.cost import USUAL, YARDSTICK, Cost, MakeOptimizer, plug_in, step_cost
 from l2o.checks import check_each, check_int, lookup
 from l2o.types import ConfigurationError, Theta, UpdateRule
@@ -81,28 +83,30 @@ def measure_steps(
     name = network if isinstance(network, str) else ", ".join("x".join(map(str, shape)) for shape in shapes)
     generator = torch.Generator(device).manual_seed(0)
     module = nn.ParameterList(0.02 * torch.randn(*s, generator=generator, device=device) for s in shapes)
-    watched = {source: Watched(rule) for source, (rule, _) in learned.items()}
-    plug_ins = {source: partial(plug_in, watched[source].rule, theta) for source, (_, theta) in learned.items()}
-    costs = step_cost({**plug_ins, **TORCH}, module, rounds=5, seconds=seconds)
-    paths = {**{source: w.path for source, w in watched.items()}, **_PATHS}
+    plug_ins = {source: partial(plug_in, rule, theta) for source, (rule, theta) in learned.items()}
+    found: dict[str, str] = {}
+    with watched(found):
+        costs = step_cost({**plug_ins, **TORCH}, module, rounds=5, seconds=seconds)
+    paths = {source: found.get(repr(rule), "torch") for source, (rule, _) in learned.items()} | _PATHS
     entries = sum(p.numel() for p in module)
     about = {"shapes": name, "parameters": entries, "tensors": len(shapes), "threads": torch.get_num_threads()}
     return [{"rule": rule, "path": paths[rule], **about, **_figures(costs, rule, entries)} for rule in costs]
 
 
-class Watched:
-    """A copy of a rule that notes whether its kernels take part."""
+@contextlib.contextmanager
+def watched(paths: dict[str, str]) -> Iterator[None]:
+    """Notes by rule, in ``paths``, whether a kernel took part in its steps or updates."""
+    entries = {name: getattr(fused, name) for name in ("update", "step")}
 
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule, self.path = copy.copy(rule), "torch"
-        for name in ("fused_update", "fused_step"):
-            # Frozen, but an attribute of its own comes before the method.
-            object.__setattr__(self.rule, name, partial(self._call, getattr(rule, name)))
-
-    def _call(self, method: Any, *arguments: Any) -> Any:
-        result = method(*arguments)
-        self.path = "torch" if result is None else "kernel"
+    def call(entry: Callable[..., Any], rule: UpdateRule, *arguments: Any) -> Any:
+        result = entry(rule, *arguments)
+        paths[repr(rule)] = "torch" if result is None else "kernel"
         return result
+
+    with contextlib.ExitStack() as stack:
+        for name, entry in entries.items():
+            stack.enter_context(patch.object(fused, name, partial(call, entry)))
+        yield
 
 
 def _figures(costs: Mapping[str, Cost], name: str, entries: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from l2o import fused
 from l2o.ops.kinds import lane_infos
 from l2o.types import (
     LOCAL,
@@ -71,9 +72,10 @@ class CompiledRule(UpdateRule):
     ) -> tuple[Updates, OptState]:
         return self.rule.update(theta, grads, state, params, infos, run, reduce)
 
-    def fused_update(
+    def update_lanes(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
-    ) -> tuple[Updates, OptState] | None:
+    ) -> tuple[Updates, OptState]:
+        """``update`` of all lanes, compiled."""
         return cast("tuple[Updates, OptState]", self._update(theta, grads, state, params, run))
 
     def _all(self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
@@ -94,11 +96,11 @@ class CompiledFamily(TaskFamily):
         self._losses = _compiled(vmap(family.loss))
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:  # type: ignore[override]  # likewise
+    def kinds(self) -> Mapping[str, Kind]:
         return self.family.kinds
 
     @property
-    def keyed(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the family
+    def keyed(self) -> bool:
         return self.family.keyed
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
@@ -113,10 +115,11 @@ class CompiledFamily(TaskFamily):
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)
 
-    def fused_gradient(
+    def gradient_lanes(
         self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
-    ) -> tuple[Tensor, Buffers, Grads] | None:
-        result = self.family.fused_gradient(params, buffers, data, batch)
+    ) -> tuple[Tensor, Buffers, Grads]:
+        """Losses ``[lanes]``, new buffers and gradients of all lanes, compiled where there is no closed form."""
+        result = fused.gradient(self.family, params, buffers, data, batch)
         if result is not None:
             return result
         with torch.enable_grad():
@@ -142,6 +145,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @cache
     def made() -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, isolate_recompiles=True)
+        compile: Any = torch.compile  # whose annotations lack some of its settings
+        compiled: Callable[..., Any] = compile(function, dynamic=False, isolate_recompiles=True)
+        return compiled
 
     return called
+
+
+fused.UPDATES[CompiledRule] = CompiledRule.update_lanes
+fused.GRADIENTS[CompiledFamily] = CompiledFamily.gradient_lanes

@@ -13,7 +13,36 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from l2o.kernels import mlp_rule, perceptron
 from l2o.kernels.arrays import Pointers, derivative_with_a_graph, plain, pointers
 from l2o.kernels.build import available, run
-from l2o.types import Grads, InnerState, OptState, Params, PerceptronBatches, Run, Theta, Updates
+from l2o.random import hashed_integers, several_keys
+from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, Updates
+
+
+class Batches(NamedTuple):
+    """The training batches of several steps, of perceptrons with cross-entropy, as rows of a table.
+
+    activation: ``relu``, ``tanh`` or ``gelu``.     layers: names of each layer's weight and bias among the parameters.
+    x: float32 ``[n, in]``.     y: int64 classes ``[n]``, all below ``classes``.
+    size: rows a batch.     copies: how many adjacent lanes share a problem.
+    rows: int64 ``[steps, lanes / copies, size]``; none before they are drawn.
+    """
+
+    activation: str
+    layers: tuple[tuple[str, str], ...]
+    x: Tensor
+    y: Tensor
+    classes: int
+    size: int
+    copies: int = 1
+    rows: Tensor | None = None
+
+    def repeated(self, copies: int) -> Batches:
+        """Those of lanes that share each problem ``copies`` times."""
+        return self._replace(copies=copies * self.copies)
+
+    def drawn(self, steps: int, lanes: int, generator: torch.Generator) -> Batches:
+        """With the rows that ``steps`` calls of `TaskFamily.batch` would draw."""
+        keys = several_keys(generator, lanes // self.copies, steps)
+        return self._replace(rows=hashed_integers(keys, len(self.x), self.size))
 
 
 class _Unroll(ctypes.Structure):
@@ -47,7 +76,7 @@ class _Arrays(NamedTuple):
     params, momenta: ``[kept + 1, lanes, ...]`` of each tensor, at first in ``[0]``, in the end in ``[-1]``.
     grads: ``[kept, lanes, ...]``.    scales: ``[kept, lanes, tensors, channels]``.    kept: steps; where each takes the
     place of the one before, all of these have the one place ``[0]``.
-    time: ``[steps, lanes, k]``.    x, y, rows: see `PerceptronBatches`.    left: int64 ``[lanes]``.
+    time: ``[steps, lanes, k]``.    x, y, rows: see `Batches`.    left: int64 ``[lanes]``.
     """
 
     theta: Sequence[Tensor]
@@ -62,6 +91,34 @@ class _Arrays(NamedTuple):
     left: Tensor
 
 
+def fits(constants: mlp_rule.Constants, theta: Theta, state: InnerState, batches: Batches, time: Tensor) -> bool:
+    """Whether `unroll` takes these, and its kernel can be had; the rows of ``batches`` need not be drawn yet.
+
+    A thread takes whole lanes, so there have to be as many.
+    """
+    names, lanes = _names(batches), len(state.step)
+    if lanes < torch.get_num_threads() or lanes % batches.copies or set(names) != state.params.keys():
+        return False
+    inputs = _inputs(names, theta, state)
+    if not (mlp_rule.fits(constants, inputs, time[0]) and _table_fits(batches)):
+        return False
+    shape = batches.size, batches.x.shape[1]
+    params = [t.contiguous() for t in inputs.params]
+    classes: int = params[-1].shape[-1]
+    if perceptron.describe(batches.activation, params, params, shape) is None or batches.classes > classes:
+        return False
+    return available("perceptron_unroll", *(["perceptron_unroll_derivative"] if inputs.differentiable else []))
+
+
+def _names(batches: Batches) -> list[str]:
+    return [name for layer in batches.layers for name in layer]
+
+
+def _inputs(names: Sequence[str], theta: Theta, state: InnerState) -> mlp_rule.Tensors:
+    params, momenta = [state.params[n] for n in names], [state.opt.per_param[n]["m"] for n in names]
+    return mlp_rule.Tensors(mlp_rule.ordered(theta), params, params, momenta)
+
+
 Update = Callable[[Theta, Grads, OptState, Params, Run], tuple[Updates, OptState]]
 
 
@@ -69,33 +126,23 @@ def unroll(
     constants: mlp_rule.Constants,
     theta: Theta,
     state: InnerState,
-    batches: PerceptronBatches,
+    batches: Batches,
     time: Tensor,
     update: Update,
-) -> tuple[InnerState, Tensor] | None:
-    """The state after the batches' steps and the losses before each, ``[steps, lanes]``; None where the kernel does not
-    fit or cannot be had.
+) -> tuple[InnerState, Tensor]:
+    """The state after the batches' steps and the losses before each, ``[steps, lanes]``, of what `fits`.
 
     theta: ``[lanes, ...]``.     time: ``[steps, lanes, k]``, the last inputs of each entry, taken as constants.
     update: of all lanes, in torch's operations, by which what has been differentiated once can be again.
     Differentiable where grad mode is on, by theta, parameters and momenta; all steps' are then kept.
-    The same bits whatever the number of threads. A thread takes whole lanes, so there have to be as many.
+    The same bits whatever the number of threads.
     """
-    names = [name for layer in batches.layers for name in layer]
-    if len(state.step) < torch.get_num_threads() or set(names) != state.params.keys():
-        return None
-    params, momenta = [state.params[n] for n in names], [state.opt.per_param[n]["m"] for n in names]
-    inputs = mlp_rule.Tensors(mlp_rule.ordered(theta), params, params, momenta)
-    if not (mlp_rule.fits(constants, inputs, time[0]) and _fits(batches, *time.shape[:2])):
-        return None
-    settings = _Settings(constants, batches.activation, batches.copies)
-    differentiable = inputs.differentiable
-    if not available("perceptron_unroll", *(["perceptron_unroll_derivative"] if differentiable else [])):
-        return None
+    names = _names(batches)
+    inputs = _inputs(names, theta, state)
+    params, momenta, differentiable = inputs.params, inputs.momenta, inputs.differentiable
     arrays = _arrays(inputs, batches, time, state.total_steps - state.step, differentiable)
+    settings = _Settings(constants, batches.activation, batches.copies)
     losses = _forward(settings, arrays)
-    if losses is None:
-        return None
     results = [losses, *(t[-1] for t in (*arrays.params, *arrays.momenta))]
     if differentiable:
 
@@ -110,9 +157,10 @@ def unroll(
     return _after(state, names, params, momenta, losses), losses
 
 
-def _step_by_step(update: Update, theta: Theta, state: InnerState, batches: PerceptronBatches) -> list[Tensor]:
+def _step_by_step(update: Update, theta: Theta, state: InnerState, batches: Batches) -> list[Tensor]:
     """What the kernel does, in torch's operations: losses, then parameters and momenta in the end, by layers."""
-    names = [name for layer in batches.layers for name in layer]
+    names = _names(batches)
+    assert batches.rows is not None
     params, opt, step, losses = state.params, state.opt, state.step, []
     for rows in batches.rows.repeat_interleave(batches.copies, 1):
         layers = [(params[weight], params[bias]) for weight, bias in batches.layers]
@@ -127,15 +175,15 @@ def _step_by_step(update: Update, theta: Theta, state: InnerState, batches: Perc
     return [torch.stack(losses), *(params[n] for n in names), *(opt.per_param[n]["m"] for n in names)]
 
 
-def _fits(batches: PerceptronBatches, steps: int, lanes: int) -> bool:
-    """Whether the table and its rows are what the kernel reads."""
-    whole = all(t.dtype == torch.int64 and t.is_cpu for t in (batches.y, batches.rows))
-    shapes = batches.rows.shape[:2] == (steps, lanes // batches.copies) and lanes % batches.copies == 0
-    return whole and shapes and plain([batches.x]) and batches.y.shape == batches.x.shape[:1] and batches.x.ndim == 2
+def _table_fits(batches: Batches) -> bool:
+    """Whether the table is what the kernel reads."""
+    x, y = batches.x, batches.y
+    return y.dtype == torch.int64 and y.is_cpu and plain([x]) and x.ndim == 2 and y.shape == x.shape[:1] and len(y) > 0
 
 
-def _arrays(inputs: mlp_rule.Tensors, batches: PerceptronBatches, time: Tensor, left: Tensor, keep: bool) -> _Arrays:
+def _arrays(inputs: mlp_rule.Tensors, batches: Batches, time: Tensor, left: Tensor, keep: bool) -> _Arrays:
     """What the kernel begins with, parameters and momenta copied to where they move."""
+    assert batches.rows is not None
     kept = len(time) if keep else 0
 
     def begun(t: Tensor) -> Tensor:
@@ -155,12 +203,11 @@ def _arrays(inputs: mlp_rule.Tensors, batches: PerceptronBatches, time: Tensor, 
 
 def _describe(
     settings: _Settings, arrays: _Arrays, updates: list[Tensor]
-) -> tuple[_Unroll, mlp_rule._Step, perceptron._Perceptron] | None:
-    """The unroll for the kernel, but for its losses; None where the perceptron does not fit."""
+) -> tuple[_Unroll, mlp_rule._Step, perceptron._Perceptron]:
+    """The unroll for the kernel, but for its losses."""
     params, momenta, grads = ([t[0] for t in group] for group in (arrays.params, arrays.momenta, arrays.grads))
     problem = perceptron.describe(settings.activation, params, grads, (arrays.rows.shape[-1], arrays.x.shape[-1]))
-    if problem is None:
-        return None
+    assert problem is not None  # it fits
     inputs = mlp_rule.Tensors(arrays.theta, grads, params, momenta)
     step = mlp_rule.describe(
         settings.constants, inputs, arrays.time[0], mlp_rule.Results(updates, momenta, arrays.scales)
@@ -176,16 +223,14 @@ def _describe(
     return work, step, problem
 
 
-def _forward(settings: _Settings, arrays: _Arrays) -> Tensor | None:
-    """The losses; None where the perceptron does not fit."""
+def _forward(settings: _Settings, arrays: _Arrays) -> Tensor:
+    """The losses."""
     updates = [torch.empty_like(t[0]) for t in arrays.grads]
     described = _describe(settings, arrays, updates)
-    if described is None:
-        return None
     losses = arrays.time.new_empty(arrays.time.shape[:2])
     described[0].losses = losses.data_ptr()
-    # not 0 for a label that is no class: torch's own error says more
-    return losses if run("perceptron_unroll", "l2o_perceptron_unroll", *described) == 0 else None
+    run("perceptron_unroll", "l2o_perceptron_unroll", *described)
+    return losses
 
 
 class _Derivative(torch.autograd.Function):
@@ -218,7 +263,6 @@ class _Derivative(torch.autograd.Function):
         d_params, d_momenta = d[: len(arrays.params)], d[len(arrays.params) :]
         d_theta = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in arrays.theta]
         described = _describe(ctx.settings, arrays, updates=d_params)  # which are not written to
-        assert described is not None  # they have been for the unroll
         d_losses = d_losses.contiguous()
         work = _UnrollDerivative(d_losses.data_ptr(), *map(pointers, (d_params, d_momenta, d_theta)))
         run("perceptron_unroll_derivative", "l2o_perceptron_unroll_derivative", *described, work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,17 @@ _SMALL = 0.01
 """Squared norm of a row or column, relative to the mean, at which its factor is 0.7 of what makes it one."""
 _LARGE = 128
 """Rows from which products take longer than to begin them."""
+
+
+@functools.lru_cache(maxsize=1024)  # asked several times a step of each tensor
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor of this shape: its first axis, and all others."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def matrices(tensors: Tensor) -> Tensor:
+    """``[k, *shape] -> [k, rows, columns]``."""
+    return tensors.reshape(len(tensors), *as_matrix(tensors.shape[1:]))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-8) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from l2o import fused
 from l2o.optim.members import Member
 from l2o.types import ConfigurationError, Grads, Infos, OptState, Params, Run, Theta, UpdateRule, Updates
 
@@ -42,7 +43,7 @@ def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates
 
 def in_place(rule: UpdateRule, inputs: Inputs, members: Sequence[Member], total_steps: int) -> bool:
     """Whether to ask the rule for a step in place: it may have a kernel, and the run is worth compiling it."""
-    if type(rule).fused_step is UpdateRule.fused_step or not _worth_a_kernel(inputs, total_steps):
+    if not fused.has(fused.STEPS, rule) or not _worth_a_kernel(inputs, total_steps):
         return False
     return all(inputs.params[m.key].dtype == m.param.dtype for m in members)
 
@@ -57,11 +58,11 @@ def _worth_a_kernel(inputs: Inputs, total_steps: int) -> bool:
 
 
 def _fused(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState] | None:
-    if type(rule).fused_update is UpdateRule.fused_update or not _worth_a_kernel(inputs, total_steps):
+    if not fused.has(fused.UPDATES, rule) or not _worth_a_kernel(inputs, total_steps):
         return None
     lanes = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
-    fused = rule.fused_update(lanes.theta, lanes.grads, lanes.state, lanes.params, lanes.run)
-    return cast("tuple[Updates, OptState] | None", tree_map_only(Tensor, lambda t: t.squeeze(0), fused))
+    found = fused.update(rule, lanes.theta, lanes.grads, lanes.state, lanes.params, lanes.run)
+    return cast("tuple[Updates, OptState] | None", tree_map_only(Tensor, lambda t: t.squeeze(0), found))
 
 
 def write(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from l2o import fused
 from l2o.checkpoints import store
 from l2o.optim import resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, updated, write
@@ -165,7 +166,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not finite(list(inputs.grads.values())):
             return False
         inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
-        new = self.rule.fused_step(*inputs, {m.key: factors[id(m.group)] for m in members})
+        new = fused.step(self.rule, *inputs, {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None
         slots.keep(self.state, members, new)

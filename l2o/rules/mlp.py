@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from l2o.checks import check_each, check_float, check_int
-from l2o.kernels import mlp_gpu, mlp_rule, perceptron_unroll
-from l2o.kernels.arrays import plain
-from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, channel_sums, fraction_embedding, normalised, step_embedding
-from l2o.ops.kinds import lane_infos, size, width_multiplier
+from l2o.ops.features import FRACTIONS, TIMESCALES, channel_sums, fraction_embedding, normalised, step_embedding
+from l2o.ops.kinds import size, width_multiplier
 from l2o.ops.moments import init_momenta, momenta
 from l2o.ops.networks import init_mlp, mlp, over_entries
 from l2o.types import (
@@ -22,11 +19,9 @@ from l2o.types import (
     ConfigurationError,
     Grads,
     Infos,
-    InnerState,
     OptState,
     ParamInfo,
     Params,
-    PerceptronBatches,
     Reduce,
     Run,
     Slots,
@@ -91,13 +86,13 @@ class MLP(UpdateRule):
         run: Run,
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
-        old, embed = state.per_param, _TIME[self.time][1]
+        old = state.per_param
         slots = {name: {**old[name], "m": momenta(old[name]["m"], g, self.decays)} for name, g in grads.items()}
         channels = {name: _channels(g, params[name], slots[name]["m"]) for name, g in grads.items()}
         sums = reduce.shards({name: {"squares": channel_sums(x.square())} for name, x in channels.items()})
 
         def network(x: Tensor) -> tuple[Tensor]:
-            direction, magnitude = mlp(theta, x, embed(run, x))
+            direction, magnitude = mlp(theta, x, self.time_embedding(run, x))
             return (direction * (magnitude * self.exp_mult).exp() * -self.step_mult,)
 
         inputs = {name: (normalised(x, sums[name]["squares"], size(infos[name])),) for name, x in channels.items()}
@@ -106,45 +101,9 @@ class MLP(UpdateRule):
             steps = {name: x * slots[name]["width"] for name, x in steps.items()}
         return steps, OptState(slots, {})
 
-    def fused_update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
-    ) -> tuple[Updates, OptState] | None:
-        if self.mup or not plain(theta.values(), anywhere=True):
-            return None
-        lanes = Run(*(t.unsqueeze(-1) for t in run[:2]))
-        time = _TIME[self.time][1](lanes, theta["b0"])
-        kernel = mlp_gpu if theta["b0"].is_cuda else mlp_rule
-
-        def reference(theta: Theta, grads: Grads, state: OptState, params: Params) -> tuple[Updates, OptState]:
-            return self.update_lanes(theta, grads, state, params, run)
-
-        return kernel.update(self._constants, theta, grads, state, params, time, reference)
-
-    def fused_unroll(
-        self, theta: Theta, state: InnerState, batches: PerceptronBatches
-    ) -> tuple[InnerState, Tensor] | None:
-        if self.mup or not plain(theta.values()):
-            return None
-        ahead = torch.arange(len(batches.rows), device=state.step.device).view(-1, 1, 1)
-        # As in the engine, a clock stands still at the horizon.
-        step = torch.minimum(state.step.unsqueeze(-1) + ahead, state.total_steps.unsqueeze(-1))
-        time = _TIME[self.time][1](Run(step, state.total_steps.unsqueeze(-1)), theta["b0"])
-        return perceptron_unroll.unroll(self._constants, theta, state, batches, time, self.update_lanes)
-
-    def update_lanes(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
-    ) -> tuple[Updates, OptState]:
-        """``update`` of all lanes, without a kernel."""
-        infos = lane_infos(params)
-
-        def update(theta: Theta, g: Grads, opt: OptState, p: Params, step: Tensor, total: Tensor) -> Any:
-            return self.update(theta, g, opt, p, infos, Run(step, total))
-
-        return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state, params, *run[:2]))
-
-    @property
-    def _constants(self) -> mlp_rule.Constants:
-        return mlp_rule.Constants(self.decays, self.step_mult, self.exp_mult, EPS)
+    def time_embedding(self, run: Run, like: Tensor) -> Tensor:
+        """``[k]``, the last inputs of each entry, in the dtype of ``like``."""
+        return _TIME[self.time][1](run, like)
 
 
 def _channels(grad: Tensor, param: Tensor, m: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -14,13 +12,12 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_float, check_int
-from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine, init_alignment, init_controller
 from l2o.ops.controller import Seen, decide, init_decisions, init_seen, longer_mean
 from l2o.ops.groups import Group, by_shape, shard_sums, stack, tensor_sum, unstacked
-from l2o.ops.moments import bias_correction, decay, ema
+from l2o.ops.moments import bias_correction, ema
 from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
-from l2o.ops.orthogonal import polar, row_column_scales
+from l2o.ops.orthogonal import as_matrix, matrices, polar, row_column_scales
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
@@ -47,8 +44,6 @@ _FAN_IN = 64.0
 """Inputs of the matrix whose step has no factor."""
 _LEAST_LIMIT = 3e-4
 """Of the root mean square of a matrix' step, so that matrices of zeros get on."""
-_LARGE = 512
-"""Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
 _FLOOR = 0.01
 """Share of the step that is left at the end of the run, and after it."""
 
@@ -125,20 +120,20 @@ class Steered(UpdateRule):
 
     def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
-        match self._path(info.shape):
+        match self.path(info.shape):
             case "orthogonal":
                 return {"m": m, "d": torch.zeros_like(m)}
             case "normalized":
-                rows, columns = _as_matrix(param.shape)
+                rows, columns = as_matrix(param.shape)
                 return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
         return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
 
     def needs_whole(self, info: ParamInfo) -> bool:
-        return self._path(info.shape) == "orthogonal"
+        return self.path(info.shape) == "orthogonal"
 
-    def _path(self, shape: tuple[int, ...]) -> Direction:
+    def path(self, shape: tuple[int, ...]) -> Direction:
         """The direction of a tensor: a row, a column or nothing at all is no matrix."""
-        return self.direction if min(_as_matrix(shape)) > 1 else "adam"
+        return self.direction if min(as_matrix(shape)) > 1 else "adam"
 
     def update(
         self,
@@ -153,14 +148,14 @@ class Steered(UpdateRule):
         groups = by_shape(grads, state, infos)
         sums = shard_sums(groups, [self._sums(theta, group, params) for group in groups], reduce)
         shared, decided = self._controlled(theta, state.shared, groups, sums, run, reduce)
-        size = self._size(theta, shared, run)
+        size = self.size(theta, shared, run)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
         for group, own, more in zip(groups, sums, decided, strict=True):
             new = self._advance(theta, group, reduce) | more
             d = self._direction(theta, new, group)
             own_size = size * more["factor"].exp() if more else size
-            scales = self._scales(theta, own_size, own["params"], [group.shape] * len(d))
+            scales = self.scales(theta, own_size, own["params"], [group.shape] * len(d))
             steps = -scales.view(-1, *[1] * (d.ndim - 1)) * d
             updates.update(zip(group.names, steps.unbind(), strict=True))
             slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
@@ -199,7 +194,7 @@ class Steered(UpdateRule):
 
     def _products(self, theta: Theta, group: Group, own: Slots) -> Tensor:
         """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
-        (factor,) = self._factors(theta, [group.shape])
+        (factor,) = self.factors(theta, [group.shape])
         norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
         products = factor * torch.stack([own["dots"], norms], 1)
         return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
@@ -224,7 +219,7 @@ class Steered(UpdateRule):
             for group, own, both in zip(groups, sums, products, strict=True)
         ]
         sizes = [len(group.names) for group in groups]
-        shapes = [_as_matrix(group.shape) for group in groups for _ in group.names]
+        shapes = [as_matrix(group.shape) for group in groups for _ in group.names]
         growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), shapes, run)
         parts = {name: t.split(sizes) for name, t in slots.items()}
         return growth.split(sizes), [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
@@ -232,16 +227,16 @@ class Steered(UpdateRule):
     def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:
         """New slots, ``[k, ...]``."""
         grad, slots = group.grad, group.slots
-        match self._path(group.shape):
+        match self.path(group.shape):
             case "orthogonal":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
-                d = polar(_matrices(ema(m, grad, theta["logit_momentum"])), self.iterations)
-                d = torch.where(_matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
+                d = polar(matrices(ema(m, grad, theta["logit_momentum"])), self.iterations)
+                d = torch.where(matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
                 return {"m": m, "d": over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)}
             case "normalized":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
                 complete = partial(_completed, group, reduce)
-                row, col = row_column_scales(_matrices(m), _as_matrix(group.shape), complete)
+                row, col = row_column_scales(matrices(m), as_matrix(group.shape), complete)
                 return {"m": m, "row": row, "col": col}
         m = ema(slots["m"], grad, theta["logit_beta1"])
         v = ema(slots["v"], grad.square(), theta["logit_beta2"])
@@ -249,106 +244,45 @@ class Steered(UpdateRule):
 
     def _direction(self, theta: Theta, slots: Slots, group: Group) -> Tensor:
         """Of slots ``[k, *shape]``; 0 before the first gradient."""
-        match self._path(group.shape):
+        match self.path(group.shape):
             case "orthogonal":
                 return slots["d"]
             case "normalized":
-                scaled = _matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
+                scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
                 return scaled.view_as(group.grad)
         count = slots["count"].view(-1, *[1] * (group.grad.ndim - 1)).clamp(min=1.0)
         m = slots["m"] / bias_correction(theta["logit_beta1"], count)
         return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
 
-    def _factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the steps of tensors."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        fans = constant([math.log(max(_as_matrix(shape)[1], 1) / _FAN_IN) for shape in shapes], theta["log_lr"])
+        fans = constant([math.log(max(as_matrix(shape)[1], 1) / _FAN_IN) for shape in shapes], theta["log_lr"])
         factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
-        return torch.where(self._are_matrices(shapes, theta["log_lr"]), factors, 1.0)
+        return torch.where(self._arematrices(shapes, theta["log_lr"]), factors, 1.0)
 
-    def _are_matrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    def _arematrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
         """Bool ``[len(shapes)]``: which do not follow Adam."""
-        return constant([float(self._path(shape) != "adam") for shape in shapes], like) > 0.0
+        return constant([float(self.path(shape) != "adam") for shape in shapes], like) > 0.0
 
-    def _scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
-        scales = size * self._factors(theta, shapes)
+        scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
         entries = constant([float(max(math.prod(shape), 1)) for shape in shapes], squares)
         limits = theta["log_relative"].exp() * safe_sqrt(squares / entries) + _LEAST_LIMIT
         limited = scales / (1.0 + (scales / limits).square()).sqrt()
-        return torch.where(self._are_matrices(shapes, size), limited, scales)
+        return torch.where(self._arematrices(shapes, size), limited, scales)
 
-    def fused_step(
-        self,
-        theta: Theta,
-        grads: Grads,
-        state: OptState,
-        params: Params,
-        infos: Infos,
-        run: Run,
-        factors: Mapping[str, tuple[float, float]],
-    ) -> OptState | None:
-        if self.controller == "mlp":
-            return None
-        decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
-        momentum = decay(theta["logit_momentum"]) if self.direction != "adam" else decays[0]
-        tensors = [
-            Entries(self._path(p.shape), _as_matrix(p.shape), _like(grads[n], p), p, state.per_param[n], factors[n])
-            for n, p in params.items()
-        ]
-        steps = fused_steps(tensors, [momentum, *decays])
-        if steps is None:
-            return None
-        seen = steps.look()
-        dots, gradients, directions, squares = seen.to(theta["log_lr"].dtype)
-        shapes = [p.shape for p in params.values()]
-        weights = self._factors(theta, shapes)
-        shared = state.shared
-        if self.controller == "alignment":
-            norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
-            shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
-        scales = self._scales(theta, self._size(theta, shared, run), squares, shapes)
-        if not (seen.isfinite().all() and scales.isfinite().all()):
-            return None  # nothing is written yet, and `update` shows what is wrong
-        steps.advance((-scales).tolist())
-        for shape, names in _by_shape(params).items():
-            if self._path(shape) == "orthogonal":
-                self._orthogonalise([state.per_param[name]["d"] for name in names])
-        steps.finish()
-        slots = [t for name in params for t in state.per_param[name].values()]
-        torch.autograd.graph.increment_version([*params.values(), *slots])
-        return OptState(state.per_param, shared)
-
-    def _orthogonalise(self, tensors: Sequence[Tensor]) -> None:
-        """In place, tensors of one shape: small ones in one batched product, large ones one by one."""
-        together = 1 if min(_as_matrix(tensors[0].shape)) >= _LARGE else len(tensors)
-        for first in range(0, len(tensors), together):
-            some = list(tensors[first : first + together])
-            d = polar(_matrices(stack(some)), self.iterations)
-            torch._foreach_copy_(some, list(d.reshape(-1, *some[0].shape).unbind()))
-
-    def _size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
+    def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """0-d, of the step of all tensors."""
         step, total = (t.to(theta["log_lr"].dtype) for t in run[:2])
         schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"]))
         if self.schedule == "decay":
             schedule = schedule * power_decay(step, total, theta["log_power"].exp(), _FLOOR)
         return schedule * (theta["log_lr"] + shared.get("log_step", 0.0)).exp()
-
-
-def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:
-    names: dict[torch.Size, list[str]] = defaultdict(list)
-    for name, t in tensors.items():
-        names[t.shape].append(name)
-    return names
-
-
-def _like(grad: Tensor, param: Tensor) -> Tensor:
-    """``grad`` with its entries where ``param`` has them."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def _completed(group: Group, reduce: Reduce, sums: dict[str, Tensor]) -> list[Tensor]:
@@ -359,17 +293,6 @@ def _completed(group: Group, reduce: Reduce, sums: dict[str, Tensor]) -> list[Te
     return list(found.values())
 
 
-@functools.lru_cache(maxsize=1024)  # asked several times a step of each tensor
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor."""
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-
-
 def _flat(tensors: Tensor) -> Tensor:
     """``[k, entries]`` of ``[k, *shape]``."""
     return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))
-
-
-def _matrices(tensors: Tensor) -> Tensor:
-    """``[k, rows, columns]`` of ``[k, *shape]``."""
-    return tensors.reshape(len(tensors), *_as_matrix(tensors.shape[1:]))

@@ -6,7 +6,7 @@ They nest, and apply to gradients from the inside out. `Repeated` goes outermost
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,8 @@ from l2o.checks import check_int, lookup
 from l2o.random import hashed_normal, keys, log_uniform, stream
 from l2o.tasks.ranges import check_log_range
 from l2o.types import Batch, Buffers, ConfigurationError, Grads, Kind, Params, Split, TaskData, TaskFamily
+
+Gradient = Callable[[Params, Buffers, TaskData, Batch], tuple[Tensor, Buffers, Grads] | None]
 
 _INNER = "inner."
 """Begins the names of the family's own tensors, so that augmentations nest and a family sees no foreign ones."""
@@ -87,10 +89,11 @@ class Augmented(TaskFamily):
         loss, inner = self.family.loss(params, _inner(buffers), _inner(data), _inner(batch))
         return loss, _beside(_own(buffers), inner)
 
-    def fused_gradient(
-        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+    def gradient_through(
+        self, gradient: Gradient, params: Params, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Tensor, Buffers, Grads] | None:
-        result = self.family.fused_gradient(params, _inner(buffers), _inner(data), _inner(batch))
+        """Losses, new buffers and gradients of all lanes, by a function that gives those of the family, or None."""
+        result = gradient(params, _inner(buffers), _inner(data), _inner(batch))
         return result and (result[0], _beside(_own(buffers), result[1]), result[2])
 
     def transform_gradients(
@@ -141,10 +144,10 @@ class Reparametrized(Augmented):
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         return super().loss(_multiplied(params, buffers), buffers, data, batch)
 
-    def fused_gradient(
-        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+    def gradient_through(
+        self, gradient: Gradient, params: Params, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Tensor, Buffers, Grads] | None:
-        result = super().fused_gradient(_multiplied(params, buffers), buffers, data, batch)
+        result = super().gradient_through(gradient, _multiplied(params, buffers), buffers, data, batch)
         return result and (result[0], result[1], _multiplied(result[2], buffers))
 
     def transform_gradients(

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_int
-from l2o.kernels import perceptron
-from l2o.random import hashed_integers, several_keys
 from l2o.tasks.image_task import ImageClassifier
 from l2o.tasks.layers import ACTIVATIONS, CRITERIA, check_network, init_linear, init_norm, linear, mean_loss, norm
-from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, PerceptronBatches, TaskData
+from l2o.types import Batch, Buffers, ConfigurationError, Params, TaskData
 
 
 @dataclass(frozen=True)
@@ -60,32 +58,6 @@ class ImageMLP(ImageClassifier):
             x = activation(norm(self.norm, params, f"{layer}", linear(params, f"{layer}", x), share))
         logits = linear(params, f"{self.depth}", x)
         return mean_loss(CRITERIA[self.criterion], logits, batch["y"], share), buffers
-
-    def fused_gradient(
-        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
-    ) -> tuple[Tensor, Buffers, Grads] | None:
-        if self.norm != "none" or self.criterion != "cross_entropy" or "share" in batch:
-            return None
-        layers = [(params[f"{i}.weight"], params[f"{i}.bias"]) for i in range(self.depth + 1)]
-        problem = self.activation, layers, batch["x"], batch["y"]
-        result = perceptron.gradient(*problem)
-        if result is None:
-            result = perceptron.closed_form(*problem)
-        if result is None:
-            return None
-        losses, grads = result
-        by_name = {f"{i}.{kind}": g for i, (w, b) in enumerate(grads) for kind, g in (("weight", w), ("bias", b))}
-        return losses, buffers, {name: by_name[name] for name in params}
-
-    def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
-        sampled = data.keys() - {"lane", "init_scale"}  # these act at the start of a run alone
-        if self.norm != "none" or self.criterion != "cross_entropy" or sampled or generator.device.type != "cpu":
-            return None
-        images, labels = self.images("train", generator.device)
-        keys = several_keys(generator, len(data["lane"]), steps)
-        rows = hashed_integers(keys, len(images), self.batch_size)
-        layers = tuple((f"{i}.weight", f"{i}.bias") for i in range(self.depth + 1))
-        return PerceptronBatches(self.activation, layers, images, labels, rows, copies=1)
 
 
 def check_batch_norm(norm: str, family: ImageClassifier) -> None:

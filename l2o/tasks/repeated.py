@@ -17,7 +17,6 @@ from l2o.types import (
     Grads,
     Kind,
     Params,
-    PerceptronBatches,
     Split,
     TaskData,
     TaskFamily,
@@ -52,23 +51,14 @@ class Repeated(TaskFamily):
         return self._repeat(checked_sample(self.family, generator, lanes // self.copies))
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
-        params, buffers = checked_init(self.family, self._once(data), generator)
+        params, buffers = checked_init(self.family, self.once(data), generator)
         return self._repeat(params), self._repeat(buffers)
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        return self._repeat(checked_batch(self.family, self._once(data), split, generator))
+        return self._repeat(checked_batch(self.family, self.once(data), split, generator))
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
         return self.family.loss(params, buffers, data, batch)
-
-    def fused_gradient(
-        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
-    ) -> tuple[Tensor, Buffers, Grads] | None:
-        return self.family.fused_gradient(params, buffers, data, batch)
-
-    def fused_batches(self, data: TaskData, steps: int, generator: torch.Generator) -> PerceptronBatches | None:
-        batches = self.family.fused_batches(self._once(data), steps, generator)
-        return None if batches is None else batches._replace(copies=batches.copies * self.copies)
 
     def transform_gradients(
         self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
@@ -78,5 +68,6 @@ class Repeated(TaskFamily):
     def _repeat(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.repeat_interleave(self.copies, dim=0) for name, t in tensors.items()}
 
-    def _once(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def once(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first lane of each problem."""
         return {name: t[:: self.copies] for name, t in tensors.items()}

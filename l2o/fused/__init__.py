@@ -1,0 +1,139 @@
+"""Kernels for whole updates, steps in place, gradients and unrolls, by the classes of rules and families they are of.
+
+They stand above rules and tasks, which know nothing of them. Whoever has a kernel for a class of their own enters it::
+
+    l2o.fused.UPDATES[MyRule] = my_update
+
+A kernel gives None, with nothing drawn or written, where it does not fit or cannot be had; the engine and the plug-in
+then go by the contract. A subclass has the kernels of its class unless it overrides what they are a kernel of. Results
+differ from the contract's by rounding alone. Each is differentiable where grad mode is on, but for steps in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2o.fused import mlp, perceptrons, steered
+from l2o.kernels.perceptron_unroll import Batches
+from l2o.rules import MLP, Steered
+from l2o.tasks.augment import Augmented, Reparametrized
+from l2o.tasks.image import ImageMLP
+from l2o.tasks.repeated import Repeated
+from l2o.types import (
+    Batch,
+    Buffers,
+    Grads,
+    Infos,
+    InnerState,
+    OptState,
+    Params,
+    Run,
+    TaskData,
+    TaskFamily,
+    Theta,
+    UpdateRule,
+    Updates,
+)
+
+Table = dict[type, Callable[..., Any]]
+
+UPDATES: Table = {MLP: mlp.update}
+STEPS: Table = {Steered: steered.step}
+GRADIENTS: Table = {ImageMLP: perceptrons.gradient}
+BATCHES: Table = {ImageMLP: perceptrons.batches}
+"""What a family's training batches are to unrolls that know their kind."""
+UNROLLS: dict[tuple[type, type], Callable[..., Any]] = {(MLP, Batches): mlp.unroll}
+"""By rule and kind of batches."""
+
+
+def update(
+    rule: UpdateRule, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
+) -> tuple[Updates, OptState] | None:
+    """`UpdateRule.update` of all lanes at once, every tensor ``[lanes, ...]``."""
+    kernel = _entry(UPDATES, rule, "update")
+    found: tuple[Updates, OptState] | None = kernel and kernel(rule, theta, grads, state, params, run)
+    return found
+
+
+def step(
+    rule: UpdateRule,
+    theta: Theta,
+    grads: Grads,
+    state: OptState,
+    params: Params,
+    infos: Infos,
+    run: Run,
+    factors: Mapping[str, tuple[float, float]],
+) -> OptState | None:
+    """``p <- keep p + lr update`` in place, also of the slots, without lanes; the new state.
+
+    factors: ``lr, keep`` by parameter. None also where parameters or state are not finite.
+    """
+    kernel = _entry(STEPS, rule, "update")
+    found: OptState | None = kernel and kernel(rule, theta, grads, state, params, infos, run, factors)
+    return found
+
+
+def gradient(
+    family: TaskFamily, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+) -> tuple[Tensor, Buffers, Grads] | None:
+    """Losses ``[lanes]``, new buffers and gradients of all lanes at once, by a kernel or in closed form."""
+    kernel = _entry(GRADIENTS, family, "loss")
+    found: tuple[Tensor, Buffers, Grads] | None = kernel and kernel(family, params, buffers, data, batch)
+    return found
+
+
+def batches(family: TaskFamily, data: TaskData, like: torch.Generator) -> Any:
+    """The kind of batches that ``family`` draws for training where ``like`` is, or None; nothing is drawn."""
+    kind = _entry(BATCHES, family, "batch", "loss", "transform_gradients")
+    return kind and kind(family, data, like)
+
+
+def unroll(
+    rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, steps: int, generator: torch.Generator
+) -> tuple[InnerState, Tensor] | None:
+    """``steps`` inner steps of all lanes on fresh training batches: the new state and losses ``[steps, lanes]``."""
+    if not any(isinstance(rule, cls) for cls, _ in UNROLLS):
+        return None
+    found = batches(family, state.data, generator)
+    of_kind = {cls: kernel for (cls, kind), kernel in UNROLLS.items() if kind is type(found)}
+    kernel = _entry(of_kind, rule, "update")
+    result: tuple[InnerState, Tensor] | None = kernel and kernel(rule, theta, state, found, steps, generator)
+    return result
+
+
+def has(table: Table, thing: UpdateRule | TaskFamily) -> bool:
+    """Whether there may be a kernel for ``thing`` in one of the tables of rules, or of families."""
+    return _entry(table, thing, "update" if isinstance(thing, UpdateRule) else "loss") is not None
+
+
+def _entry(table: Table, thing: Any, *methods: str) -> Callable[..., Any] | None:
+    """The kernel of the nearest class that ``thing`` has these methods of."""
+    kind = type(thing)
+    for cls in kind.__mro__:
+        if cls in table:
+            return table[cls] if all(getattr(kind, m) is getattr(cls, m) for m in methods) else None
+    return None
+
+
+def _augmented(family: Augmented, *arguments: Any) -> tuple[Tensor, Buffers, Grads] | None:
+    return family.gradient_through(partial(gradient, family.family), *arguments)
+
+
+def _repeated(family: Repeated, *arguments: Any) -> tuple[Tensor, Buffers, Grads] | None:
+    return gradient(family.family, *arguments)
+
+
+def _repeated_batches(family: Repeated, data: TaskData, like: torch.Generator) -> Any:
+    found = batches(family.family, family.once(data), like)
+    return found and found.repeated(family.copies)
+
+
+GRADIENTS[Augmented] = GRADIENTS[Reparametrized] = _augmented
+GRADIENTS[Repeated] = _repeated
+BATCHES[Repeated] = _repeated_batches

@@ -1,0 +1,85 @@
+"""`l2o.rules.Steered`: a step in place, its passes over entries by a kernel."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from l2o.kernels.steered import Entries, fused_steps
+from l2o.ops.alignment import control, cosine
+from l2o.ops.groups import stack
+from l2o.ops.moments import decay
+from l2o.ops.numeric import safe_sqrt
+from l2o.ops.orthogonal import as_matrix, matrices, polar
+from l2o.rules import Steered
+from l2o.types import Grads, Infos, OptState, Params, Run, Theta
+
+_LARGE = 512
+"""Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
+
+
+def step(
+    rule: Steered,
+    theta: Theta,
+    grads: Grads,
+    state: OptState,
+    params: Params,
+    infos: Infos,
+    run: Run,
+    factors: Mapping[str, tuple[float, float]],
+) -> OptState | None:
+    """See `l2o.fused.step`."""
+    if rule.controller == "mlp":
+        return None
+    decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
+    momentum = decay(theta["logit_momentum"]) if rule.direction != "adam" else decays[0]
+    tensors = [
+        Entries(rule.path(p.shape), as_matrix(p.shape), _like(grads[n], p), p, state.per_param[n], factors[n])
+        for n, p in params.items()
+    ]
+    steps = fused_steps(tensors, [momentum, *decays])
+    if steps is None:
+        return None
+    seen = steps.look()
+    dots, gradients, directions, squares = seen.to(theta["log_lr"].dtype)
+    shapes = [p.shape for p in params.values()]
+    weights = rule.factors(theta, shapes)
+    shared = state.shared
+    if rule.controller == "alignment":
+        norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
+        shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
+    scales = rule.scales(theta, rule.size(theta, shared, run), squares, shapes)
+    if not (seen.isfinite().all() and scales.isfinite().all()):
+        return None  # nothing is written yet, and `update` shows what is wrong
+    steps.advance((-scales).tolist())
+    for shape, names in _by_shape(params).items():
+        if rule.path(shape) == "orthogonal":
+            _orthogonalise([state.per_param[name]["d"] for name in names], rule.iterations)
+    steps.finish()
+    slots = [t for name in params for t in state.per_param[name].values()]
+    torch.autograd.graph.increment_version([*params.values(), *slots])
+    return OptState(state.per_param, shared)
+
+
+def _orthogonalise(tensors: Sequence[Tensor], iterations: int) -> None:
+    """In place, tensors of one shape: small ones in one batched product, large ones one by one."""
+    together = 1 if min(as_matrix(tensors[0].shape)) >= _LARGE else len(tensors)
+    for first in range(0, len(tensors), together):
+        some = list(tensors[first : first + together])
+        d = polar(matrices(stack(some)), iterations)
+        torch._foreach_copy_(some, list(d.reshape(-1, *some[0].shape).unbind()))
+
+
+def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:
+    names: dict[torch.Size, list[str]] = defaultdict(list)
+    for name, t in tensors.items():
+        names[t.shape].append(name)
+    return names
+
+
+def _like(grad: Tensor, param: Tensor) -> Tensor:
+    """``grad`` with its entries where ``param`` has them."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
