@@ -66,15 +66,30 @@ def rows_and_columns(slots: Slots, shape: torch.Size) -> tuple[Tensor, Tensor]:
     return slots["row"].unsqueeze(largest + 1).expand(whole), slots["col"].unsqueeze(second + 1).expand(whole)
 
 
+def factors(slots: Slots, shape: torch.Size) -> Slots:
+    """Of two and more axes: ``row, col`` and ``row_factor, col_factor``, with 1 for the axis that they are without.
+
+    The factors are the inverse roots of rows over their mean, which is that of the whole tensor, and of columns. Their
+    product is the inverse root of the second moment that the slots stand for.
+    """
+    second, largest = factored_axes(shape) or (0, 0)
+    row, col = slots["row"].unsqueeze(largest + 1), slots["col"].unsqueeze(second + 1)
+    measured = row / (_mean(row, second + 1, keepdim=True) + _EPS)
+    factor = {f"{name}_factor": torch.rsqrt(x.clamp(min=_EPS)) for name, x in (("row", measured), ("col", col))}
+    return {"row": row, "col": col, **factor}
+
+
+def diagonal_factor(diag: Tensor) -> Tensor:
+    """The inverse root of the second moment of a tensor that is not factored; a gradient's factor."""
+    return torch.rsqrt((diag + _EPS).clamp(min=_EPS))
+
+
 def preconditioner(slots: Slots, shape: torch.Size) -> Tensor:
     """``[decays, *shape]``, the inverse root of the second moment that the slots stand for; a gradient's factor."""
-    axes = factored_axes(shape)
-    if axes is None:
-        return torch.rsqrt((slots["diag"] + _EPS).clamp(min=_EPS))
-    second, largest = axes
-    row, col = slots["row"].unsqueeze(largest + 1), slots["col"].unsqueeze(second + 1)
-    row = row / (_mean(row, second + 1, keepdim=True) + _EPS)
-    return torch.rsqrt(row.clamp(min=_EPS)) * torch.rsqrt(col.clamp(min=_EPS))
+    if factored_axes(shape) is None:
+        return diagonal_factor(slots["diag"])
+    factor = factors(slots, shape)
+    return factor["row_factor"] * factor["col_factor"]
 
 
 def _mean(x: Tensor, axis: int, keepdim: bool = False) -> Tensor:

@@ -1,0 +1,383 @@
+"""`l2o.ops.coordinatewise` for all tensors of a rule, and all lanes, at once: two custom ops with kernels for the CPU.
+
+``l2o::feature_sums`` and ``l2o::coordinatewise`` have rules for `torch.func.vmap` and for autograd. Float32 tensors of
+the CPU take the kernels of coordinatewise.cpp; all others, and derivatives, take torch's operations in blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from l2o.kernels import coordinatewise_cpu as cpu
+from l2o.kernels.arrays import derivative_with_a_graph
+from l2o.ops import coordinatewise as reference
+from l2o.ops.coordinatewise import Recipe
+from l2o.types import Grads, Params, Slots, Theta, Updates
+
+_RECIPES: dict[str, Recipe] = {}
+"""By the name that the ops have for them: their arguments are tensors, numbers and strings."""
+
+
+@functools.lru_cache(maxsize=256)
+def _named(recipe: Recipe) -> str:
+    _RECIPES[repr(recipe)] = recipe
+    return repr(recipe)
+
+
+def feature_sums(recipe: Recipe, grads: Grads, params: Params, slots: Mapping[str, Slots]) -> dict[str, Tensor]:
+    """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name.
+
+    slots: of each tensor; see `Recipe.sources`.
+    """
+    names = list(grads)
+    sources = _sources(recipe, names, grads, params, slots)
+    if forward_ad._current_level >= 0:  # which custom ops have no rule for
+        return dict(zip(names, sums_in_blocks(recipe, 0, sources), strict=True))
+    return dict(zip(names, _feature_sums(_named(recipe), 0, sources), strict=True))
+
+
+def network(
+    recipe: Recipe,
+    weights: Theta,
+    grads: Grads,
+    params: Params,
+    slots: Mapping[str, Slots],
+    sums: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    gains: Tensor,
+    means: Tensor | None = None,
+) -> tuple[Updates, Tensor]:
+    """The update of each tensor, by name, none without a head; and the sums over its elements of the network's outputs.
+
+    weights: ``w0, b0, w1, ...``; each ``[in, out]`` or ``[out]``, or one for every tensor, ``[tensors, ...]``.
+    sums: of `feature_sums`, completed over all shards.     counts: what they are divided by, `Recipe.count`.
+    gains: ``[tensors]``, on the updates.     means: ``[tensors, outputs]``, of the outputs, where the head reads them.
+    Returns updates, and sums ``[tensors, outputs]``; both in the order of ``grads``.
+    """
+    names = list(grads)
+    layers = [t if t.ndim == (3 if i % 2 == 0 else 2) else t.unsqueeze(0) for i, t in enumerate(_ordered(weights))]
+    tensors = (layers, gains, means, [sums[name] for name in names], _sources(recipe, names, grads, params, slots))
+    divided_by = [counts[name] for name in names]
+    if forward_ad._current_level >= 0:
+        *updates, totals = network_in_blocks(recipe, 0, divided_by, *tensors)
+    else:
+        *updates, totals = _coordinatewise(_named(recipe), 0, divided_by, *tensors)
+    return dict(zip(names, updates, strict=False)), totals
+
+
+def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
+    """``weights`` for the first ``own`` inputs; the others, the same for all elements, become a part of the bias.
+
+    shared: ``[k]``, or ``[tensors, k]`` where they differ from tensor to tensor.
+    """
+    first, common = weights["w0"].split([own, shared.shape[-1]], -2)
+    return weights | {"w0": first, "b0": weights["b0"] + shared @ common}
+
+
+def _sources(
+    recipe: Recipe, names: Sequence[str], grads: Grads, params: Params, slots: Mapping[str, Slots]
+) -> list[Tensor]:
+    """Of all tensors, one after the other."""
+    flat = []
+    for name in names:
+        every = {**slots[name], "grad": grads[name], "param": params[name]}
+        flat += [every[source] for source in recipe.sources(grads[name].ndim)]
+    return flat
+
+
+def _ordered(weights: Theta) -> list[Tensor]:
+    """``w0, b0, w1, ...`` of what may hold more."""
+    layers = sum(name[0] == "w" and name[1:].isdecimal() for name in weights)
+    return [weights[f"{kind}{i}"] for i in range(layers) for kind in "wb"]
+
+
+def by_tensor(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[Slots]:
+    """What `_sources` put one after the other."""
+    found, at = [], 0
+    while at < len(sources):
+        names = recipe.sources(sources[at].ndim - bool(lanes))
+        found.append(dict(zip(names, sources[at : at + len(names)], strict=True)))
+        at += len(names)
+    return found
+
+
+@torch.library.custom_op("l2o::feature_sums", mutates_args=())
+def _feature_sums(recipe: str, lanes: int, sources: Sequence[Tensor]) -> list[Tensor]:
+    """lanes: 0 where tensors have no axis of lanes."""
+    made = _RECIPES[recipe]
+    found = cpu.feature_sums(made, lanes, by_tensor(made, lanes, sources))
+    return found if found is not None else [t.clone() for t in sums_in_blocks(made, lanes, sources)]
+
+
+@torch.library.custom_op("l2o::coordinatewise", mutates_args=())
+def _coordinatewise(
+    recipe: str,
+    lanes: int,
+    counts: Sequence[int],
+    weights: Sequence[Tensor],
+    gains: Tensor,
+    means: Tensor | None,
+    sums: Sequence[Tensor],
+    sources: Sequence[Tensor],
+) -> list[Tensor]:
+    """Updates, then sums of outputs.  weights: ``[1 or tensors, ...]`` after the lanes."""
+    made = _RECIPES[recipe]
+    inputs = cpu.Inputs(weights, gains, means, sums, by_tensor(made, lanes, sources))
+    found = cpu.coordinatewise(made, lanes, counts, inputs)
+    return found if found is not None else network_in_blocks(made, lanes, counts, weights, gains, means, sums, sources)
+
+
+def sums_in_blocks(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[Tensor]:
+    """``_feature_sums`` in torch's operations."""
+    one = functools.partial(reference.feature_sums, recipe)
+    return [_over_lanes(one, lanes)(own) for own in by_tensor(recipe, lanes, sources)]
+
+
+def network_in_blocks(
+    recipe: Recipe,
+    lanes: int,
+    counts: Sequence[int],
+    weights: Sequence[Tensor],
+    gains: Tensor,
+    means: Tensor | None,
+    sums: Sequence[Tensor],
+    sources: Sequence[Tensor],
+) -> list[Tensor]:
+    """``_coordinatewise`` in torch's operations."""
+    results = []
+    for i, own in enumerate(by_tensor(recipe, lanes, sources)):
+        call = _Call.of(recipe, lanes, i, counts[i], weights, gains, means)
+        results.append(_over_lanes(lambda x, s, t, call=call: call.network(x, s, t), lanes)(own, sums[i], call.tensors))
+    updates, totals = zip(*results, strict=True)
+    return [*(updates if recipe.head else ()), torch.stack(totals, 1 if lanes else 0)]
+
+
+class _Call(NamedTuple):
+    """What the network has of one tensor besides sources and sums.  tensors: weights, ``gain`` and ``means``."""
+
+    recipe: Recipe
+    count: int
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        lanes: int,
+        i: int,
+        count: int,
+        weights: Sequence[Tensor],
+        gains: Tensor,
+        means: Tensor | None,
+    ) -> _Call:
+        """Of tensor ``i``; views."""
+        axis = 1 if lanes else 0
+        own = {f"{'wb'[k % 2]}{k // 2}": t.select(axis, i if t.shape[axis] > 1 else 0) for k, t in enumerate(weights)}
+        own["gain"] = gains.select(axis, i)
+        return cls(recipe, count, own if means is None else own | {"means": means.select(axis, i)})
+
+    def network(self, sources: Slots, sums: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`l2o.ops.coordinatewise.network`, of one lane."""
+        return reference.network(
+            self.recipe, tensors, sources, sums, self.count, tensors["gain"], tensors.get("means")
+        )
+
+    def block(self, x: Slots, sums: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`l2o.ops.coordinatewise.block`, of one lane."""
+        return reference.block(self.recipe, tensors, x, sums, self.count, tensors["gain"], tensors.get("means"))
+
+
+def _over_lanes(f: Callable[..., Any], lanes: int) -> Callable[..., Any]:
+    return vmap(f) if lanes else f
+
+
+def _merged(info: Any, in_dims: Any, lanes: int, tensors: Any) -> Any:
+    """``tensors``, a nest, with the axis that is mapped over before that of lanes, and merged with it."""
+
+    def move(t: Tensor | None, axis: int | None) -> Tensor | None:
+        if t is None:
+            return None
+        moved = t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
+        return moved.flatten(0, 1) if lanes else moved
+
+    return [
+        [move(t, axis) for t, axis in zip(own, axes, strict=True)] if isinstance(own, list) else move(own, axes)
+        for own, axes in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def _apart(info: Any, lanes: int, outputs: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The opposite, for what comes out."""
+    parted = [t.unflatten(0, (info.batch_size, lanes)) for t in outputs] if lanes else outputs
+    return parted, [0] * len(outputs)
+
+
+def _vmap_sums(info: Any, in_dims: Any, recipe: str, lanes: int, sources: list[Tensor]) -> Any:
+    (sources,) = _merged(info, in_dims[2:], lanes, [sources])
+    return _apart(info, lanes, _feature_sums(recipe, max(lanes, 1) * info.batch_size, sources))
+
+
+def _vmap_network(info: Any, in_dims: Any, recipe: str, lanes: int, counts: list[int], *tensors: Any) -> Any:
+    merged = _merged(info, in_dims[3:], lanes, tensors)
+    return _apart(info, lanes, _coordinatewise(recipe, max(lanes, 1) * info.batch_size, counts, *merged))
+
+
+_feature_sums.register_vmap(_vmap_sums)
+_coordinatewise.register_vmap(_vmap_network)
+
+
+def _keep_sums(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.recipe, ctx.lanes, sources = inputs
+    ctx.save_for_backward(*sources)
+
+
+def _keep_network(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.recipe, ctx.lanes, ctx.counts, weights, gains, means, sums, sources = inputs
+    ctx.sizes = len(weights), means is not None, len(sums)
+    ctx.save_for_backward(*weights, gains, *(() if means is None else (means,)), *sums, *sources)
+
+
+def _d_sums(ctx: Any, d_sums: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    recipe, sources = _RECIPES[ctx.recipe], ctx.saved_tensors
+    if torch.is_grad_enabled():
+        again = functools.partial(sums_in_blocks, recipe, ctx.lanes)
+        return None, None, _with_a_graph(lambda *tensors: again(tensors), sources, d_sums)
+    found: list[Tensor | None] = []
+    for own, d in zip(by_tensor(recipe, ctx.lanes, sources), d_sums, strict=True):
+        one = _over_lanes(functools.partial(reference.block_sums, recipe), ctx.lanes)
+        grads = _pulled_back(ctx.lanes, lambda x, s, t, one=one: (one(x),), own, None, {}, (d,), (True,))
+        found += [grads[name] for name in own]
+    return None, None, found
+
+
+def _d_network(ctx: Any, d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    recipe, lanes = _RECIPES[ctx.recipe], ctx.lanes
+    weights, gains, means, sums, sources = _split(ctx.saved_tensors, *ctx.sizes)
+    if torch.is_grad_enabled():
+
+        def again(*tensors: Tensor) -> list[Tensor]:
+            return network_in_blocks(recipe, lanes, ctx.counts, *_split(tensors, *ctx.sizes))
+
+        grads = _with_a_graph(again, ctx.saved_tensors, d_outputs)
+        return None, None, None, *_split(grads, *ctx.sizes)
+    axis = 1 if lanes else 0
+    *d_updates, d_totals = d_outputs
+    d_shared = {name: torch.zeros_like(t) for name, t in _shared(weights, gains, means).items() if t.requires_grad}
+    d_sums: list[Tensor | None] = []
+    d_sources: list[Tensor | None] = []
+    for i, own in enumerate(by_tensor(recipe, lanes, sources)):
+        call = _Call.of(recipe, lanes, i, ctx.counts[i], weights, gains, means)
+        cotangents = (d_updates[i] if d_updates else None, None if d_totals is None else d_totals.select(axis, i))
+        one = _over_lanes(call.block, lanes)
+        grads = _pulled_back(lanes, one, own, sums[i], call.tensors, cotangents, (True, False))
+        d_sums.append(grads["sums"])
+        d_sources += [grads[name] for name in own]
+        for name, total in d_shared.items():
+            total.select(axis, i if total.shape[axis] > 1 else 0).add_(grads[name])
+    return (
+        None,
+        None,
+        None,
+        [d_shared.get(f"{'wb'[k % 2]}{k // 2}") for k in range(len(weights))],
+        d_shared.get("gain"),
+        d_shared.get("means"),
+        d_sums,
+        d_sources,
+    )
+
+
+_feature_sums.register_autograd(_d_sums, setup_context=_keep_sums)
+_coordinatewise.register_autograd(_d_network, setup_context=_keep_network)
+
+
+def _split(flat: Sequence[Any], weights: int, has_means: bool, sums: int) -> tuple[Any, ...]:
+    """Weights, gains, means, sums, sources: what `_keep_network` put one after the other."""
+    rest = list(flat)
+    first, rest = rest[:weights], rest[weights:]
+    gains = rest.pop(0)
+    means = rest.pop(0) if has_means else None
+    return first, gains, means, rest[:sums], rest[sums:]
+
+
+def _shared(weights: Sequence[Tensor], gains: Tensor, means: Tensor | None) -> dict[str, Tensor]:
+    named = {f"{'wb'[k % 2]}{k // 2}": t for k, t in enumerate(weights)} | {"gain": gains}
+    return named if means is None else named | {"means": means}
+
+
+def _with_a_graph(
+    again: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """See `derivative_with_a_graph`; a cotangent that is None is 0."""
+
+    def wanted(*tensors: Tensor) -> list[Tensor]:
+        return [out for out, d in zip(again(*tensors), cotangents, strict=True) if d is not None]
+
+    return derivative_with_a_graph(wanted, inputs, [d for d in cotangents if d is not None])
+
+
+def _pulled_back(
+    lanes: int,
+    f: Callable[..., tuple[Tensor, ...]],
+    sources: Slots,
+    sums: Tensor | None,
+    tensors: dict[str, Tensor],
+    cotangents: Sequence[Tensor | None],
+    cuts: Sequence[bool],
+) -> dict[str, Tensor | None]:
+    """The gradients of ``sources``, ``sums`` and ``tensors`` that need any, by name; block after block, without a graph.
+
+    f: of sources and sums of a block, and ``tensors``, all lanes at once: outputs, of which those of ``cuts`` are blocks.
+    """
+    leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in sources.items()}
+    with torch.enable_grad():
+        whole = _over_lanes(reference.broadcast, lanes)(leaves)
+    if sums is not None:
+        whole = whole | {"sums": sums}
+    totals = {name: torch.zeros_like(t) for name, t in {**whole, **tensors}.items() if t.requires_grad}
+    for index in reference.blocks(sources["grad"].shape[bool(lanes) :]):
+        own = {
+            name: t.detach().requires_grad_(t.requires_grad)
+            for name, t in {**reference.cut(whole, index), **tensors}.items()
+        }
+        with torch.enable_grad():
+            x = {name: own[name] for name in whole if name != "sums"}
+            outputs = f(x, own.get("sums"), {name: own[name] for name in tensors})
+        pairs = [
+            (out, reference.cut({"d": d}, index)["d"] if blockwise else d)
+            for out, d, blockwise in zip(outputs, cotangents, cuts, strict=True)
+            if d is not None and out.requires_grad
+        ]
+        if not pairs:
+            continue
+        grads = torch.autograd.grad(
+            [out for out, _ in pairs], [own[name] for name in totals], [d for _, d in pairs], materialize_grads=True
+        )
+        for (name, total), grad in zip(totals.items(), grads, strict=True):
+            part = total if name in tensors else reference.cut({name: total}, index)[name]
+            part += grad
+    return _through_broadcast(leaves, whole, totals)
+
+
+def _through_broadcast(leaves: Slots, whole: Slots, totals: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """From the gradients of what `broadcast` made to those of ``leaves``."""
+    grads: dict[str, Tensor | None] = {**dict.fromkeys([*leaves, "sums"]), **totals}
+    made = [name for name in ("row", "col", "row_factor", "col_factor") if name in whole and name in totals]
+    moving = [name for name in ("row", "col") if name in leaves and leaves[name].requires_grad]
+    if moving:
+        found = torch.autograd.grad(
+            [whole[name] for name in made],
+            [leaves[name] for name in moving],
+            [totals[name] for name in made],
+            materialize_grads=True,
+        )
+        grads |= dict(zip(moving, found, strict=True))
+    return grads
