@@ -328,15 +328,3 @@ extern "C" int l2o_feature_sums(const Work* work) {
 extern "C" int l2o_coordinatewise(const Work* work) {
     return guarded([&] { coordinatewise(*work); });
 }
-
-extern "C" void l2o_layout_Field(int64_t* out) {
-    layout(out, &Field::entries, &Field::inner, &Field::axes, &Field::factored, &Field::row_lacks_q, &Field::count,
-           &Field::grad, &Field::param, &Field::m, &Field::v, &Field::row, &Field::col, &Field::sums, &Field::update);
-}
-
-extern "C" void l2o_layout_Work(int64_t* out) {
-    layout(out, &Work::lanes, &Work::tensors, &Work::groups, &Work::m_decays, &Work::v_decays, &Work::factors,
-           &Work::layers, &Work::nets, &Work::activation, &Work::head, &Work::threads, &Work::codes, &Work::widths,
-           &Work::lane_strides, &Work::net_strides, &Work::weights, &Work::fields, &Work::gains, &Work::means,
-           &Work::output_sums, &Work::constants, &Work::rms_eps, &Work::diag_eps, &Work::scale_eps, &Work::clip);
-}

@@ -22,6 +22,10 @@ struct Field {
     float* sums;    // of squares [lanes, channels, entries / inner]: written by the first pass, read by the second
     float* update;  // [lanes, entries], or null
 };
+void l2o_layout_Field(int64_t* out) {
+    layout(out, &Field::entries, &Field::inner, &Field::axes, &Field::factored, &Field::row_lacks_q, &Field::count,
+           &Field::grad, &Field::param, &Field::m, &Field::v, &Field::row, &Field::col, &Field::sums, &Field::update);
+}
 
 struct Work {
     int64_t lanes, tensors, groups, m_decays, v_decays, factors, layers, nets, activation, head, threads;
@@ -37,6 +41,12 @@ struct Work {
     const float* constants;       // of the head
     float rms_eps, diag_eps, scale_eps, clip;
 };
+void l2o_layout_Work(int64_t* out) {
+    layout(out, &Work::lanes, &Work::tensors, &Work::groups, &Work::m_decays, &Work::v_decays, &Work::factors,
+           &Work::layers, &Work::nets, &Work::activation, &Work::head, &Work::threads, &Work::codes, &Work::widths,
+           &Work::lane_strides, &Work::net_strides, &Work::weights, &Work::fields, &Work::gains, &Work::means,
+           &Work::output_sums, &Work::constants, &Work::rms_eps, &Work::diag_eps, &Work::scale_eps, &Work::clip);
+}
 }
 
 namespace {

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 
+#include "layout.h"
+
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
 #elif defined(__AVX__)
@@ -181,12 +183,4 @@ inline void add_dots(int64_t rows, int64_t columns, int64_t length, const float*
     int64_t i = 0;
     for (; i + 3 <= rows; i += 3) dot_rows<3>(columns, length, a + i * lda, lda, b, ldb, c + i * columns, columns);
     for (; i < rows; i++) dot_rows<1>(columns, length, a + i * lda, lda, b, ldb, c + i * columns, columns);
-}
-
-// For Python, which has mirrors of structures: the size of S and the offsets of all its members, in their order.
-template <class S, class... M> void layout(int64_t* out, M S::*... members) {
-    alignas(S) static char memory[sizeof(S)];
-    const S* s = reinterpret_cast<const S*>(memory);
-    *out++ = sizeof(S);
-    ((*out++ = reinterpret_cast<const char*>(&(s->*members)) - memory), ...);
 }
