@@ -10,52 +10,69 @@
 #include "vector.h"
 
 extern "C" {
-// Mirrored field by field in coordinatewise.py, which compares sizes and offsets when this is loaded.
+// Mirrored field by field in coordinatewise_cpu.py, which compares sizes and offsets before it uses them.
 
-// One tensor of all lanes, each lane contiguous; m, v and factors have an axis of decays after that of lanes.
+// How one tensor lies in a lane.
 struct Field {
     int64_t entries, inner;  // of a lane; entries that share their scales
     int64_t axes[5];         // a, p, b, q, c: rows and columns lack either q or p
     int64_t factored, row_lacks_q;
-    float count;  // what sums of squares are divided by
-    const float *grad, *param, *m, *v, *row, *col;  // without factors, `row` is the second moment of each element
+    double count;  // what sums of squares are divided by
+};
+void l2o_layout_Field(int64_t* out) {
+    layout(out, &Field::entries, &Field::inner, &Field::axes, &Field::factored, &Field::row_lacks_q, &Field::count);
+}
+
+// Where it is: each lane contiguous, with an axis of decays after that of lanes in m, v, row and col. Without factors,
+// `row` is the second moment of each element.
+struct Addresses {
+    const float *grad, *param, *m, *v, *row, *col;
     float* sums;    // of squares [lanes, channels, entries / inner]: written by the first pass, read by the second
     float* update;  // [lanes, entries], or null
 };
-void l2o_layout_Field(int64_t* out) {
-    layout(out, &Field::entries, &Field::inner, &Field::axes, &Field::factored, &Field::row_lacks_q, &Field::count,
-           &Field::grad, &Field::param, &Field::m, &Field::v, &Field::row, &Field::col, &Field::sums, &Field::update);
-}
 
 struct Work {
-    int64_t lanes, tensors, groups, m_decays, v_decays, factors, layers, nets, activation, head, threads;
+    int64_t lanes, tensors, groups, m_decays, v_decays, factors, layers, activation, head, threads;
     const int64_t* codes;         // [groups], of `Group`
     const int64_t* widths;        // [layers + 1]
     const int64_t* lane_strides;  // [2 layers]: from lane to lane of the weights; 0 where lanes share them
-    const int64_t* net_strides;   // [2 layers]: from net to net; 0 where tensors share theirs
-    const float* const* weights;  // w0, b0, w1, ...
+    const int64_t* net_strides;   // [2 layers]: from tensor to tensor; 0 where tensors share theirs
     const Field* fields;          // [tensors]
+    const float* constants;       // of the head
+    const Addresses* addresses;   // [tensors]
+    const float* const* weights;  // w0, b0, w1, ...
     const float* gains;           // [lanes, tensors]
     const float* means;           // [lanes, tensors, outputs], or null
     float* output_sums;           // [lanes, tensors, outputs], or null
-    const float* constants;       // of the head
     float rms_eps, diag_eps, scale_eps, clip;
 };
 void l2o_layout_Work(int64_t* out) {
     layout(out, &Work::lanes, &Work::tensors, &Work::groups, &Work::m_decays, &Work::v_decays, &Work::factors,
-           &Work::layers, &Work::nets, &Work::activation, &Work::head, &Work::threads, &Work::codes, &Work::widths,
-           &Work::lane_strides, &Work::net_strides, &Work::weights, &Work::fields, &Work::gains, &Work::means,
-           &Work::output_sums, &Work::constants, &Work::rms_eps, &Work::diag_eps, &Work::scale_eps, &Work::clip);
+           &Work::layers, &Work::activation, &Work::head, &Work::threads, &Work::codes, &Work::widths,
+           &Work::lane_strides, &Work::net_strides, &Work::fields, &Work::constants, &Work::addresses, &Work::weights,
+           &Work::gains, &Work::means, &Work::output_sums, &Work::rms_eps, &Work::diag_eps, &Work::scale_eps,
+           &Work::clip);
 }
 }
 
 namespace {
 
+struct Tensor : Field, Addresses {};
+
+struct Call : Work {
+    std::vector<Tensor> all;
+
+    explicit Call(const Work& work) : Work(work) {
+        for (int64_t t = 0; t < tensors; t++) all.push_back({fields[t], addresses[t]});
+    }
+};
+
 // In the order of `GROUPS` in statistics.py.
 enum Group { GRAD, CLIPPED_GRAD, PARAM, M, V, M_OVER_RMS, INV_RMS, FACTORED_GRAD, GRAD_OVER_RMS, ROW, COL, INV_ROOT_ROW,
              INV_ROOT_COL, FACTORED_M, LOG_PARAM };
 
-constexpr int64_t BLOCK = 12 * WIDTH;  // elements whose activations are in the cache at once
+constexpr int64_t BLOCK = 24 * WIDTH;     // elements whose activations are in the cache at once
+constexpr int64_t STRIDE = BLOCK + WIDTH;    // from channel to channel: an odd number of cache lines, to use all of the cache
 constexpr int64_t PIECE = 16 * BLOCK;  // elements that one thread works on at once
 constexpr float EPS = 1e-9f, ROOT_EPS = 1e-8f;
 
@@ -71,28 +88,19 @@ struct Run {
     int64_t begin, count, left, right;  // where in the tables [a, p, b, c] and [a, b, q, c] they begin
 };
 
-// Indices into the left table, which stand still along the last axis or go with it.
-struct Still {
-    int64_t at;
-    int64_t operator()(int64_t) const { return at; }
-};
-struct Along {
-    int64_t at;
-    int64_t operator()(int64_t i) const { return at + i; }
-};
+inline int64_t lefts(const Tensor& f) { return f.axes[0] * f.axes[1] * f.axes[2] * f.axes[4]; }
+inline int64_t rights(const Tensor& f) { return f.axes[0] * f.axes[2] * f.axes[3] * f.axes[4]; }
 
-inline int64_t lefts(const Field& f) { return f.axes[0] * f.axes[1] * f.axes[2] * f.axes[4]; }
-inline int64_t rights(const Field& f) { return f.axes[0] * f.axes[2] * f.axes[3] * f.axes[4]; }
-
-// f(Run) over the elements [begin, begin + n) of a tensor with rows and columns.
-template <class F> inline void runs(const Field& field, int64_t begin, int64_t n, F f) {
+// The elements [begin, begin + n) of a tensor with rows and columns.
+inline void find_runs(const Tensor& field, int64_t begin, int64_t n, std::vector<Run>& found) {
     const auto [a_, p_, b_, q_, c_] = field.axes;
     const int64_t length = c_ == 1 ? q_ : c_;
+    found.clear();
     for (int64_t done = 0; done < n;) {
         int64_t e = begin + done;
         const int64_t c = e % c_, j = (e /= c_) % q_, b = (e /= q_) % b_, i = (e /= b_) % p_, a = e / p_;
         const int64_t count = std::min(n - done, length - (c_ == 1 ? j : c));
-        f(Run{done, count, ((a * p_ + i) * b_ + b) * c_ + c, ((a * b_ + b) * q_ + j) * c_ + c});
+        found.push_back({done, count, ((a * p_ + i) * b_ + b) * c_ + c, ((a * b_ + b) * q_ + j) * c_ + c});
         done += count;
     }
 }
@@ -101,15 +109,32 @@ template <class F> inline void runs(const Field& field, int64_t begin, int64_t n
 struct Tables {
     const float *left, *right;                                     // the second moments
     float *left_root, *right_root, *left_factor, *right_factor;  // their inverse roots, and the factors of gradients
+    // What the channels that are a row's or a column's give to the first layer, [units, lefts] and [units, rights], its
+    // bias included, and the weights of the others [channels, units]; only where all elements share their scales.
+    float *left_start, *right_start, *weights;
 
-    static int64_t size(const Work& w, const Field& f) { return f.factored ? 2 * w.factors * (lefts(f) + rights(f)) : 0; }
+    static int64_t size(const Call& w, const Tensor& f, bool starts) {
+        if (!f.factored) return 0;
+        const int64_t values = 2 * w.factors + (starts ? w.widths[1] : 0);
+        return values * (lefts(f) + rights(f)) + (starts ? w.widths[0] * w.widths[1] : 0);
+    }
 
-    Tables(const Work& w, const Field& f, int64_t lane, float* memory) {
+    Tables(const Call& w, const Tensor& f, int64_t lane, float* memory) {
         const int64_t l = w.factors * lefts(f), r = w.factors * rights(f);
         left = f.row_lacks_q ? f.row + lane * l : f.col + lane * l;
         right = f.row_lacks_q ? f.col + lane * r : f.row + lane * r;
         left_root = memory, left_factor = memory + l;
         right_root = memory + 2 * l, right_factor = memory + 2 * l + r;
+        left_start = right_factor + r;
+        if (w.layers) right_start = left_start + w.widths[1] * lefts(f), weights = right_start + w.widths[1] * rights(f);
+    }
+
+    // Of a group that has one: the d-th table, and whether it is the left one.
+    std::pair<const float*, bool> table(const Tensor& f, int64_t group, int64_t d) const {
+        const bool root = group == INV_ROOT_ROW || group == INV_ROOT_COL;
+        if ((group == ROW || group == INV_ROOT_ROW) == bool(f.row_lacks_q))
+            return {(root ? left_root : left) + d * lefts(f), true};
+        return {(root ? right_root : right) + d * rights(f), false};
     }
 
     // The factor of columns, and of rows, which are measured by their mean over `n` rows that lie `stride` apart.
@@ -127,7 +152,7 @@ struct Tables {
             }
     }
 
-    void make(const Work& w, const Field& f) const {
+    void make(const Call& w, const Tensor& f) const {
         const int64_t l = w.factors * lefts(f), r = w.factors * rights(f);
         const float *from_left = left, *from_right = right;
         float *to_left = left_root, *to_right = right_root;
@@ -143,18 +168,19 @@ struct Tables {
     }
 };
 
-// What a thread works in: a block's activations by layer, [width, BLOCK], and what several channels are made of.
+// What a thread works in: a block's activations by layer, [width, STRIDE], and what several channels are made of.
 struct Scratch {
     std::unique_ptr<float[]> memory;
     std::vector<float*> h;
-    float *grad, *spare, *inv_rms, *factor, *m_factor;  // [BLOCK] twice, [v_decays, BLOCK], [factors, BLOCK] twice
+    std::vector<Run> runs;  // of a block
+    float *grad, *spare, *inv_rms, *factor, *m_factor;  // [STRIDE] twice, [v_decays, STRIDE], [factors, STRIDE] twice
 
-    explicit Scratch(const Work& w) {
+    explicit Scratch(const Call& w) {
         int64_t rows = 2 + w.v_decays + 2 * w.factors;
         for (int64_t l = 0; l <= w.layers; l++) rows += w.widths[l];
-        memory.reset(new float[rows * BLOCK]());
+        memory.reset(new float[rows * STRIDE]());
         float* next = memory.get();
-        const auto take = [&](int64_t count) { return std::exchange(next, next + count * BLOCK); };
+        const auto take = [&](int64_t count) { return std::exchange(next, next + count * STRIDE); };
         for (int64_t l = 0; l <= w.layers; l++) h.push_back(take(w.widths[l]));
         grad = take(1), spare = take(1), inv_rms = take(w.v_decays), factor = take(w.factors), m_factor = take(w.factors);
     }
@@ -162,8 +188,8 @@ struct Scratch {
 
 // One block of elements of one tensor in one lane.
 struct Block {
-    const Work& w;
-    const Field& f;
+    const Call& w;
+    const Tensor& f;
     const Tables& tables;
     int64_t lane, begin, n;
 
@@ -174,16 +200,18 @@ struct Block {
     const float* v(int64_t d) const { return row(f.v, w.v_decays, d); }
     const float* diag(int64_t d) const { return row(f.row, w.factors, d); }
 
-    // to[i] = g(i, value of the left table, of the right)
-    template <class G> void spread(const float* left, const float* right, float* to, G g) const {
-        runs(f, begin, n, [&](const Run& run) {
-            const float* r = right + run.right;
+    // to[i] = g(value of the left table, of the right)
+    template <class G> void spread(const Scratch& work, const float* left, const float* right, float* to, G g) const {
+        for (const Run& run : work.runs) {
+            const float *l = left + run.left, *r = right + run.right;
             float* out = to + run.begin;
-            const auto go = [&](auto index) {
-                each(run.count, [=](int64_t i) { out[i] = g(run.begin + i, left[index(i)], r[i]); });
-            };
-            f.axes[4] == 1 ? go(Still{run.left}) : go(Along{run.left});
-        });
+            if (f.axes[4] > 1) {
+                each(run.count, [=](int64_t i) { out[i] = g(l[i], r[i]); });
+            } else {
+                const float still = *l;
+                each(run.count, [=](int64_t i) { out[i] = g(still, r[i]); });
+            }
+        }
     }
 
     // What several channels share.
@@ -191,16 +219,17 @@ struct Block {
         const float *g = f.grad + lane * f.entries + begin, clip = w.clip, eps = w.rms_eps, diag_eps = w.diag_eps;
         float* grad = work.grad;
         each(n, [=](int64_t i) { grad[i] = std::min(std::max(g[i], -clip), clip); });
+        if (f.factored) find_runs(f, begin, n, work.runs);
         for (int64_t d = 0; seconds && d < w.v_decays; d++) {
             const float* x = v(d);
-            float* to = work.inv_rms + d * BLOCK;
+            float* to = work.inv_rms + d * STRIDE;
             each(n, [=](int64_t i) { to[i] = inverse_root(x[i] + eps); });
         }
         for (int64_t d = 0; factors && d < w.factors; d++) {
-            float *to = work.factor + d * BLOCK, *to_m = work.m_factor + d * BLOCK;
+            float *to = work.factor + d * STRIDE, *to_m = work.m_factor + d * STRIDE;
             if (f.factored) {
-                spread(tables.left_factor + d * lefts(f), tables.right_factor + d * rights(f), to,
-                       [](int64_t, float l, float r) { return l * r; });
+                spread(work, tables.left_factor + d * lefts(f), tables.right_factor + d * rights(f), to,
+                       [](float l, float r) { return l * r; });
             } else {
                 const float* x = diag(d);
                 each(n, [=](int64_t i) {
@@ -213,8 +242,8 @@ struct Block {
     // One channel of a group, the d-th, times its scale.
     void channel(int64_t group, int64_t d, float s, const Scratch& work, float* to) const {
         const float *g = work.grad, *p = f.param + lane * f.entries + begin;
-        const float* rms = work.inv_rms + (w.v_decays == 1 ? 0 : d) * BLOCK;
-        const float *factor = work.factor + d * BLOCK, *own = f.factored ? factor : work.m_factor + d * BLOCK;
+        const float* rms = work.inv_rms + (w.v_decays == 1 ? 0 : d) * STRIDE;
+        const float *factor = work.factor + d * STRIDE, *own = f.factored ? factor : work.m_factor + d * STRIDE;
         const float* x = group == M || group == M_OVER_RMS || group == FACTORED_M ? m(d) : group == V ? v(d) : nullptr;
         const auto write = [&](auto value) { each(n, [=](int64_t i) { to[i] = value(i) * s; }); };
         switch (group) {
@@ -231,28 +260,29 @@ struct Block {
             case LOG_PARAM:
                 for (int64_t i = 0; i < n; i++) to[i] = std::log(std::abs(p[i]) + ROOT_EPS) * s;
                 return;
-            default: table_channel(group, d, s, to);
+            default: table_channel(group, d, s, work, to);
         }
     }
 
-    void table_channel(int64_t group, int64_t d, float s, float* to) const {
+    void table_channel(int64_t group, int64_t d, float s, const Scratch& work, float* to) const {
         const bool root = group == INV_ROOT_ROW || group == INV_ROOT_COL;
         if (!f.factored) {
             const float* x = diag(d);
             if (root) return each(n, [=](int64_t i) { to[i] = inverse_root(x[i] + ROOT_EPS) * s; });
             return each(n, [=](int64_t i) { to[i] = x[i] * s; });
         }
-        const float* left = (root ? tables.left_root : tables.left) + d * lefts(f);
-        const float* right = (root ? tables.right_root : tables.right) + d * rights(f);
-        if ((group == ROW || group == INV_ROOT_ROW) == bool(f.row_lacks_q))
-            return spread(left, right, to, [=](int64_t, float l, float) { return l * s; });
-        return spread(left, right, to, [=](int64_t, float, float r) { return r * s; });
+        const auto [x, is_left] = tables.table(f, group, d);
+        if (is_left) return spread(work, x, tables.right, to, [=](float l, float) { return l * s; });
+        spread(work, tables.left, x, to, [=](float, float r) { return r * s; });
     }
 };
 
 bool is_table(int64_t group) { return group >= ROW && group <= INV_ROOT_COL; }
 
-int64_t channels(const Work& w, int64_t group) {
+// Whether a channel is not computed for each element, but once for those of its table.
+bool by_table(const Tensor& f, int64_t group) { return is_table(group) && f.factored && f.inner == f.entries; }
+
+int64_t channels(const Call& w, int64_t group) {
     switch (group) {
         case M:
         case M_OVER_RMS:
@@ -266,7 +296,7 @@ int64_t channels(const Work& w, int64_t group) {
 }
 
 // f(group, d, c) over all channels.
-template <class F> void every_channel(const Work& w, F f) {
+template <class F> void every_channel(const Call& w, F f) {
     int64_t c = 0;
     for (int64_t k = 0; k < w.groups; k++)
         for (int64_t d = 0; d < channels(w, w.codes[k]); d++) f(w.codes[k], d, c++);
@@ -274,17 +304,18 @@ template <class F> void every_channel(const Work& w, F f) {
 
 // What the channels need to be prepared: inverse roots of second moments, factors of gradients.
 struct Needs {
-    bool seconds = false, factors = false, tables = false;
+    bool seconds = false, factors = false, tables = false, tables_seen = false;
 
-    explicit Needs(const Work& w) {
+    explicit Needs(const Call& w) {
         seconds = w.v_decays && w.head == 2;
         for (int64_t k = 0; k < w.groups; k++) {
             const int64_t group = w.codes[k];
             seconds |= group == M_OVER_RMS || group == INV_RMS || group == GRAD_OVER_RMS;
             factors |= group == FACTORED_GRAD || group == FACTORED_M;
-            tables |= is_table(group);
+            tables_seen |= is_table(group);
         }
-        tables |= factors;
+        tables = factors || tables_seen;
     }
+    bool starts(const Tensor& f) const { return tables_seen && by_table(f, ROW); }
 };
 }  // namespace

@@ -114,7 +114,7 @@ def by_tensor(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[Slo
 def _feature_sums(recipe: str, lanes: int, sources: Sequence[Tensor]) -> list[Tensor]:
     """lanes: 0 where tensors have no axis of lanes."""
     made = _RECIPES[recipe]
-    found = cpu.feature_sums(made, lanes, by_tensor(made, lanes, sources))
+    found = cpu.feature_sums(made, lanes, sources)
     return found if found is not None else [t.clone() for t in sums_in_blocks(made, lanes, sources)]
 
 
@@ -131,8 +131,7 @@ def _coordinatewise(
 ) -> list[Tensor]:
     """Updates, then sums of outputs.  weights: ``[1 or tensors, ...]`` after the lanes."""
     made = _RECIPES[recipe]
-    inputs = cpu.Inputs(weights, gains, means, sums, by_tensor(made, lanes, sources))
-    found = cpu.coordinatewise(made, lanes, counts, inputs)
+    found = cpu.coordinatewise(made, lanes, counts, cpu.Inputs(weights, gains, means, sums, sources))
     return found if found is not None else network_in_blocks(made, lanes, counts, weights, gains, means, sums, sources)
 
 

@@ -1,10 +1,16 @@
-"""The kernels of coordinatewise.cpp, called; `l2o.kernels.coordinatewise` says when."""
+"""The kernels of coordinatewise.cpp, called; `l2o.kernels.coordinatewise` says when.
+
+What does not change from step to step is checked and described once for each set of shapes, a `Plan`: an update of a
+small model takes no longer than Python's work for it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,125 +22,176 @@ from l2o.kernels.build import available, run
 from l2o.ops.coordinatewise import ACTIVATIONS, NOMINAL, Nominal, Product, Recipe
 from l2o.ops.factored import factored_axes
 from l2o.ops.statistics import GROUPS
-from l2o.types import Slots
+
+Shapes = tuple[torch.Size, ...]
 
 _ADDRESSES = ("grad", "param", "m", "v", "row", "col", "sums", "update")
+_PLACES = {name: i for i, name in enumerate(_ADDRESSES)} | {"diag": _ADDRESSES.index("row")}
 
 
 class _Field(ctypes.Structure):
-    """``Field`` of coordinatewise.h. Does not keep the tensors."""
+    """``Field`` of coordinatewise.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("entries", "inner")),
         ("axes", ctypes.c_int64 * 5),
         *((name, ctypes.c_int64) for name in ("factored", "row_lacks_q")),
-        ("count", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in _ADDRESSES),
+        ("count", ctypes.c_double),
     )
 
 
 class _Work(ctypes.Structure):
-    """``Work`` of coordinatewise.h. Keeps the arrays it points to, but not the tensors."""
+    """``Work`` of coordinatewise.h; its ``addresses`` are plain pointers here. Does not keep the tensors."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("lanes", "tensors", "groups", "m_decays", "v_decays", "factors")),
-        *((name, ctypes.c_int64) for name in ("layers", "nets", "activation", "head", "threads")),
+        *((name, ctypes.c_int64) for name in ("layers", "activation", "head", "threads")),
         *((name, Int64s) for name in ("codes", "widths", "lane_strides", "net_strides")),
-        ("weights", Pointers),
         ("fields", ctypes.POINTER(_Field)),
-        *((name, ctypes.c_void_p) for name in ("gains", "means", "output_sums")),
         ("constants", Floats),
+        *((name, Pointers) for name in ("addresses", "weights")),
+        *((name, ctypes.c_void_p) for name in ("gains", "means", "output_sums")),
         *((name, ctypes.c_float) for name in ("rms_eps", "diag_eps", "scale_eps", "clip")),
     )
 
 
 class Inputs(NamedTuple):
-    """What the network has: weights ``w0, b0, w1, ...``, ``[1 or tensors, ...]`` after the lanes; sources by tensor."""
+    """What the network has: weights ``w0, b0, w1, ...``, ``[1 or tensors, ...]`` after the lanes; sources one after
+    the other, tensor by tensor."""
 
     weights: Sequence[Tensor]
     gains: Tensor
     means: Tensor | None
     sums: Sequence[Tensor]
-    sources: Sequence[Slots]
+    sources: Sequence[Tensor]
 
 
-def feature_sums(recipe: Recipe, lanes: int, sources: Sequence[Slots]) -> list[Tensor] | None:
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the kernels are told of tensors of certain shapes.
+
+    work: without addresses, number of threads and strides of weights; keeps the arrays it points to.
+    places: of each source in the table of addresses.     first: of each tensor, its gradient among the sources.
+    sums: shapes of the sums of squares of each tensor.
+    """
+
+    work: _Work
+    places: tuple[int, ...]
+    first: tuple[int, ...]
+    sums: tuple[tuple[int, ...], ...]
+
+
+def feature_sums(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[Tensor] | None:
     """None where the kernel does not fit, or cannot be had."""
-    if not (_fit(recipe, lanes, sources) and available("coordinatewise")):
+    if not _ordinary(sources):
         return None
-    sources = _dense(sources)
-    width = _channels(recipe, lanes, sources[0])
-    sums = [
-        own["grad"].new_zeros(*own["grad"].shape[: bool(lanes)], width, *recipe.sums_shape(_shape(own, lanes)))
-        for own in sources
-    ]
-    fields = [_field(recipe, lanes, own, 1, total, None) for own, total in zip(sources, sums, strict=True)]
-    run("coordinatewise", "l2o_feature_sums", _work(recipe, lanes, sources, fields, [width]))
+    plan = _plan(recipe, lanes, tuple(t.shape for t in sources), None)
+    if plan is None or not available("coordinatewise"):
+        return None
+    sources = [t.contiguous() for t in sources]
+    sums = [sources[0].new_zeros(shape) for shape in plan.sums]
+    work, _kept = _filled(plan, sources, sums, [])
+    run("coordinatewise", "l2o_feature_sums", work)
     return sums
 
 
 def coordinatewise(recipe: Recipe, lanes: int, counts: Sequence[int], inputs: Inputs) -> list[Tensor] | None:
     """Updates, then sums of outputs; None where the kernel does not fit, or cannot be had."""
-    if not (_fit(recipe, lanes, inputs.sources) and _network_fits(recipe, lanes, inputs) and available("coordinatewise")):
+    weights, gains, means, sums, sources = inputs
+    if not _ordinary([*weights, gains, *sums, *sources, *(() if means is None else (means,))]):
         return None
-    sources, like = _dense(inputs.sources), inputs.gains
-    weights = [dense_lanes(t) if lanes else t.contiguous() for t in inputs.weights]
-    sums = [t.contiguous() for t in inputs.sums]
-    gains, means = inputs.gains.contiguous(), None if inputs.means is None else inputs.means.contiguous()
-    updates = [torch.empty_like(own["param"]) if recipe.head else None for own in sources]
-    biases = weights[1::2]
-    totals = like.new_empty(*gains.shape, biases[-1].shape[-1])
-    fields = [
-        _field(recipe, lanes, own, *each) for own, *each in zip(sources, counts, sums, updates, strict=True)
-    ]
-    work = _work(recipe, lanes, sources, fields, [sums[0].shape[bool(lanes)], *(b.shape[-1] for b in biases)])
+    plan = _plan(recipe, lanes, tuple(t.shape for t in sources), tuple(counts))
+    if plan is None or not (_network_fits(recipe, lanes, plan, inputs) and available("coordinatewise")):
+        return None
+    sources, sums = [t.contiguous() for t in sources], [t.contiguous() for t in sums]
+    weights = [dense_lanes(t) if lanes else t.contiguous() for t in weights]
+    gains, means = gains.contiguous(), None if means is None else means.contiguous()
+    updates = [torch.empty_like(sources[i]) for i in plan.first] if recipe.head else []
+    totals = gains.new_empty(*gains.shape, weights[-1].shape[-1])
+    work, _kept = _filled(plan, sources, sums, updates)
     axis = 1 if lanes else 0
-    work.layers, work.nets = len(biases), max(t.shape[axis] for t in weights)
+    work.layers = len(weights) // 2
+    work.widths = whole_numbers([sums[0].shape[axis], *(b.shape[-1] for b in weights[1::2])])
     work.lane_strides = whole_numbers([t.stride(0) if lanes else 0 for t in weights])
     work.net_strides = whole_numbers([t.stride(axis) if t.shape[axis] > 1 else 0 for t in weights])
     work.weights, work.gains, work.output_sums = pointers(weights), gains.data_ptr(), totals.data_ptr()
     work.means = None if means is None else means.data_ptr()
     run("coordinatewise", "l2o_coordinatewise", work)
-    return [*(t for t in updates if t is not None), totals]
+    return [*updates, totals]
 
 
-def _dense(sources: Sequence[Slots]) -> list[Slots]:
-    return [{name: t.contiguous() for name, t in own.items()} for own in sources]
-
-
-def _shape(own: Slots, lanes: int) -> torch.Size:
-    return own["grad"].shape[bool(lanes) :]
-
-
-def _fit(recipe: Recipe, lanes: int, sources: Sequence[Slots]) -> bool:
-    """Whether dtypes, devices and shapes are such that the kernel stays inside its arrays."""
-    if not sources or not all(_ordinary(own.values()) for own in sources):
-        return False
-    decays, seconds, factors = _decays(lanes, sources)
-    return (seconds in (0, 1, decays)) and (factors in (0, decays)) and all(
-        {name: t.shape for name, t in own.items()} == _shapes(recipe, lanes, own, (decays, seconds, factors))
-        for own in sources
-    )
+def _filled(
+    plan: Plan, sources: Sequence[Tensor], sums: Sequence[Tensor], updates: Sequence[Tensor]
+) -> tuple[_Work, object]:
+    """The plan's work with addresses; and what has to live as long."""
+    table: list[int | None] = [None] * (len(_ADDRESSES) * len(plan.first))
+    for place, t in zip(plan.places, sources, strict=True):
+        table[place] = t.data_ptr()
+    table[_PLACES["sums"] :: len(_ADDRESSES)] = [t.data_ptr() for t in sums]
+    if updates:
+        table[_PLACES["update"] :: len(_ADDRESSES)] = [t.data_ptr() for t in updates]
+    work = _Work.from_buffer_copy(plan.work)
+    work.threads = torch.get_num_threads()
+    addresses = (ctypes.c_void_p * len(table))(*table)
+    work.addresses = addresses
+    return work, addresses
 
 
 def _ordinary(tensors: Iterable[Tensor]) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in tensors)
 
 
-def _decays(lanes: int, sources: Sequence[Slots]) -> tuple[int, int, int]:
+@functools.lru_cache(maxsize=512)
+def _plan(recipe: Recipe, lanes: int, shapes: Shapes, counts: tuple[int, ...] | None) -> Plan | None:
+    """Of the sources; None where the kernel would not stay inside its arrays.
+
+    counts: see ``Field.count``; of each tensor.
+    """
+    tensors = _by_tensor(recipe, lanes, shapes)
+    if not tensors:
+        return None
+    decays = _decays(lanes, tensors)
+    if decays[1] not in (0, 1, decays[0]) or decays[2] not in (0, decays[0]):
+        return None
+    if any(own != _expected(recipe, lanes, own["grad"], decays) for own in tensors):
+        return None
+    inner = [own["grad"][bool(lanes) :] for own in tensors]
+    width, first = _channels(recipe, decays), (lanes,) if lanes else ()
+    fields = [_field(recipe, shape, n) for shape, n in zip(inner, counts or [1] * len(inner), strict=True)]
+    starts, at = [], 0
+    for own in tensors:
+        starts.append(at)
+        at += len(own)
+    return Plan(
+        _work(recipe, lanes, fields, decays, width),
+        tuple(len(_ADDRESSES) * i + _PLACES[name] for i, own in enumerate(tensors) for name in own),
+        tuple(starts),
+        tuple((*first, width, *recipe.sums_shape(shape)) for shape in inner),
+    )
+
+
+def _by_tensor(recipe: Recipe, lanes: int, shapes: Shapes) -> list[dict[str, torch.Size]]:
+    found, at = [], 0
+    while at < len(shapes):
+        names = recipe.sources(len(shapes[at]) - bool(lanes))
+        found.append(dict(zip(names, shapes[at:], strict=False)))
+        at += len(names)
+    return found
+
+
+def _decays(lanes: int, tensors: Sequence[dict[str, torch.Size]]) -> tuple[int, int, int]:
     """How many momenta, second moments and factored moments there are of a tensor."""
     axis = 1 if lanes else 0
-    factors = [t.shape[axis] for own in sources for name, t in own.items() if name in ("row", "diag")]
-    v = sources[0].get("v")
-    return sources[0]["m"].shape[axis], 0 if v is None else v.shape[axis], factors[0] if factors else 0
+    factors = [shape[axis] for own in tensors for name, shape in own.items() if name in ("row", "diag")]
+    v = tensors[0].get("v")
+    return tensors[0]["m"][axis], 0 if v is None else v[axis], factors[0] if factors else 0
 
 
-def _shapes(recipe: Recipe, lanes: int, own: Slots, decays: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+def _expected(recipe: Recipe, lanes: int, grad: torch.Size, decays: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
     """What the sources of a tensor have to be."""
-    shape = _shape(own, lanes)
+    first, shape = (lanes,) if lanes else (), grad[bool(lanes) :]
     axes = factored_axes(shape) or (0, 0)
     row, col = ((*shape[:axis], *shape[axis + 1 :]) for axis in reversed(axes))
-    first = (lanes,) if lanes else ()
     momenta, seconds, factors = ((*first, n) for n in decays)
     every = {
         "grad": (*first, *shape),
@@ -148,72 +205,55 @@ def _shapes(recipe: Recipe, lanes: int, own: Slots, decays: tuple[int, int, int]
     return {name: every[name] for name in recipe.sources(len(shape))}
 
 
-def _network_fits(recipe: Recipe, lanes: int, inputs: Inputs) -> bool:
-    rest = [*inputs.weights, inputs.gains, *inputs.sums, *(() if inputs.means is None else (inputs.means,))]
-    tensors, first = len(inputs.sources), (lanes,) if lanes else ()
-    if not _ordinary(rest) or inputs.gains.shape != (*first, tensors):
-        return False
-    width = _channels(recipe, lanes, inputs.sources[0])
-    sums = [(*first, width, *recipe.sums_shape(_shape(own, lanes))) for own in inputs.sources]
-    widths = [width, *(b.shape[-1] for b in inputs.weights[1::2])]
+def _network_fits(recipe: Recipe, lanes: int, plan: Plan, inputs: Inputs) -> bool:
+    tensors, first = len(plan.first), (lanes,) if lanes else ()
+    axis, head = len(first), recipe.head
+    widths = [plan.sums[0][axis], *(b.shape[-1] for b in inputs.weights[1::2])]
     layers = [shape for pair in pairwise(widths) for shape in (pair, pair[1:])]
-    nets = [t.shape[len(first)] for t in inputs.weights]
     return (
-        [t.shape for t in inputs.sums] == sums
-        and [t.shape for t in inputs.weights] == [(*first, n, *shape) for n, shape in zip(nets, layers, strict=True)]
-        and all(n in (1, tensors) for n in nets)
-        and (recipe.head is None or widths[-1] >= recipe.head.least_outputs)
+        tuple(t.shape for t in inputs.sums) == plan.sums
+        and all(t.shape[axis] in (1, tensors) for t in inputs.weights)
+        and [t.shape for t in inputs.weights]
+        == [(*first, t.shape[axis], *shape) for t, shape in zip(inputs.weights, layers, strict=True)]
+        and inputs.gains.shape == (*first, tensors)
+        and (head is None or widths[-1] >= head.least_outputs)
         and (inputs.means is None or inputs.means.shape == (*first, tensors, widths[-1]))
-        and (inputs.means is not None or not (isinstance(recipe.head, Nominal) and recipe.head.needs_means))
+        and (inputs.means is not None or not (isinstance(head, Nominal) and head.needs_means))
     )
 
 
-def _channels(recipe: Recipe, lanes: int, own: Slots) -> int:
-    momenta, seconds, factors = _decays(lanes, [own])
-    counts = {"m": momenta, "m_over_rms": momenta, "factored_m": momenta}
+def _channels(recipe: Recipe, decays: tuple[int, int, int]) -> int:
+    momenta, seconds, factors = decays
+    counts = dict.fromkeys(("m", "m_over_rms", "factored_m"), momenta)
     counts |= dict.fromkeys(("v", "inv_rms", "grad_over_rms"), seconds)
     counts |= dict.fromkeys(("factored_grad", "row", "col", "inv_root_row", "inv_root_col"), factors)
     return sum(counts.get(group, 1) for group in recipe.groups)
 
 
-def _field(
-    recipe: Recipe, lanes: int, own: Slots, count: int, sums: Tensor, update: Tensor | None
-) -> _Field:
-    shape = _shape(own, lanes)
-    entries = math.prod(shape)
-    field = _Field(entries=entries, count=count)
-    field.inner = math.prod(shape[axis] for axis in recipe.scaled_axes(len(shape)))
-    found = {**own, "row": own.get("row", own.get("diag")), "sums": sums, "update": update}
-    for name in _ADDRESSES:
-        if (t := found.get(name)) is not None:
-            setattr(field, name, t.data_ptr())
+def _field(recipe: Recipe, shape: torch.Size, count: int) -> _Field:
+    inner = math.prod(shape[axis] for axis in recipe.scaled_axes(len(shape)))
+    field = _Field(entries=math.prod(shape), inner=inner, count=count)
     axes = factored_axes(shape)
-    if axes is not None and "row" in own:
+    if axes is not None and "row" in recipe.sources(len(shape)):
         first, last = sorted(axes)
-        cuts = (shape[:first], shape[first : first + 1], shape[first + 1 : last], shape[last : last + 1], shape[last + 1 :])
-        field.axes = tuple(math.prod(part) for part in cuts)
+        parts = shape[:first], shape[first : first + 1], shape[first + 1 : last], shape[last : last + 1], shape[last + 1 :]
+        field.axes = tuple(math.prod(part) for part in parts)
         field.factored, field.row_lacks_q = 1, axes[1] == last
     return field
 
 
-def _work(
-    recipe: Recipe, lanes: int, sources: Sequence[Slots], fields: Sequence[_Field], widths: Sequence[int]
-) -> _Work:
-    """What both kernels read.  widths: of the layers, channels first."""
-    head = {type(None): 0, Product: 1, Nominal: 2}[type(recipe.head)]
-    decays, seconds, factors = _decays(lanes, sources)
+def _work(recipe: Recipe, lanes: int, fields: Sequence[_Field], decays: tuple[int, int, int], width: int) -> _Work:
     return _Work(
         lanes=max(lanes, 1),
         tensors=len(fields),
         groups=len(recipe.groups),
-        m_decays=decays,
-        v_decays=seconds,
-        factors=factors,
+        m_decays=decays[0],
+        v_decays=decays[1],
+        factors=decays[2],
         activation=list(ACTIVATIONS).index(recipe.activation),
-        head=head,
-        threads=torch.get_num_threads(),
+        head={type(None): 0, Product: 1, Nominal: 2}[type(recipe.head)],
         codes=whole_numbers([GROUPS.index(group) for group in recipe.groups]),
-        widths=whole_numbers(widths),
+        widths=whole_numbers([width]),
         fields=(_Field * len(fields))(*fields),
         constants=floats(_constants(recipe)),
         rms_eps=recipe.rms_eps,
