@@ -6,15 +6,15 @@
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from l2o import estimators, rules, tasks
-from l2o.hub import list_pretrained, load, read_card, save
+from l2o.checkpoints.store import list_pretrained, load, read_card, save
 from l2o.meta import MetaTraining, constant_schedule, warmup_cosine, warmup_exponential, warmup_linear
 from l2o.optim import LearnedOptimizer
 from l2o.rules.elementwise import ElementwiseRule
 from l2o.types import (
     CheckpointError,
-    Clock,
     ConfigurationError,
     DataError,
     DownloadError,
@@ -24,13 +24,29 @@ from l2o.types import (
     Mixture,
     OptState,
     ParameterError,
+    ParamInfo,
+    Reduce,
     ResumeError,
+    Run,
     RunConflictError,
     TaskFamily,
     UnknownNameError,
     UpdateRule,
     WriteError,
 )
+
+if TYPE_CHECKING:
+    from l2o.evaluation.diagnosis import diagnose
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few need when it is asked for."""
+    if name == "diagnose":
+        from l2o.evaluation.diagnosis import diagnose
+
+        return diagnose
+    raise AttributeError(f"module 'l2o' has no attribute {name!r}")
+
 
 try:
     __version__ = version("l2o")
@@ -39,7 +55,6 @@ except PackageNotFoundError:  # a checkout on the path that was never installed
 
 __all__ = [
     "CheckpointError",
-    "Clock",
     "ConfigurationError",
     "DataError",
     "DownloadError",
@@ -51,14 +66,18 @@ __all__ = [
     "MetaTraining",
     "Mixture",
     "OptState",
+    "ParamInfo",
     "ParameterError",
+    "Reduce",
     "ResumeError",
+    "Run",
     "RunConflictError",
     "TaskFamily",
     "UnknownNameError",
     "UpdateRule",
     "WriteError",
     "constant_schedule",
+    "diagnose",
     "estimators",
     "list_pretrained",
     "load",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from l2o import _files
-from l2o._files import cache_folder as cache_folder
+from l2o import disk
+from l2o.disk import cache_folder as cache_folder
 from l2o.types import DownloadError
 
 _CHUNK = 2**16
@@ -38,12 +38,12 @@ def fetch(urls: Sequence[str], path: Path, sha256: str | None, max_bytes: int, t
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _files.try_folder(path.parent)
+        disk.try_folder(path.parent)
     except OSError as error:
         raise DownloadError(
             f"{path.parent}: cannot be written ({error.strerror}); name another folder in L2O_CACHE_DIR"
         ) from error
-    with _files.locked(path.parent):
+    with disk.locked(path.parent):
         if not _holds(path, sha256):  # another process may have put it there in the meantime
             _first_of(urls, path, sha256, max_bytes, timeout)
     return path
@@ -59,7 +59,7 @@ def check_url(url: str) -> None:
 
 
 def _holds(path: Path, sha256: str | None) -> bool:
-    return sha256 is not None and path.is_file() and _files.sha256(path) == sha256
+    return sha256 is not None and path.is_file() and disk.sha256(path) == sha256
 
 
 def _first_of(urls: Sequence[str], path: Path, sha256: str | None, max_bytes: int, timeout: float) -> None:
@@ -70,7 +70,7 @@ def _first_of(urls: Sequence[str], path: Path, sha256: str | None, max_bytes: in
     for url in urls:
         try:
             _complete(url, part, sha256, max_bytes, timeout)
-            _files.put_in_place(part, path)
+            disk.put_in_place(part, path)
             return
         except (OSError, http.client.HTTPException, ValueError) as error:
             failures.append(f"{url}: {error}")
@@ -84,7 +84,7 @@ def _complete(url: str, part: Path, sha256: str | None, max_bytes: int, timeout:
     resumed = _size(part) > 0
     if not _holds(part, sha256):
         _stream(url, part, max_bytes, timeout)
-    size, found = _size(part), _files.sha256(part)
+    size, found = _size(part), disk.sha256(part)
     if sha256 is None or found == sha256:
         return
     part.unlink()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from l2o._checks import real, whole
-from l2o.draws import global_states
+from l2o.checks import check_float, check_int
+from l2o.distributed import gather, local_part
 from l2o.ops import schedules
-from l2o.ranks import gather, own
+from l2o.random import global_states
 from l2o.types import ConfigurationError, MetaGradient, Metrics, ResumeError, Theta
 
 Schedule = Callable[[int], float]
@@ -27,9 +27,9 @@ def constant_schedule(step: int) -> float:
 
 def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
     """`l2o.ops.schedules.warmup_cosine` of one outer step. Raises ConfigurationError unless ``0 <= warmup < total``."""
-    whole("warmup", warmup, least=0)
-    whole("total", total, least=warmup + 1)
-    real("floor", floor, least=0.0)
+    check_int("warmup", warmup, least=0)
+    check_int("total", total, least=warmup + 1)
+    check_float("floor", floor, least=0.0)
     now, end, warm = (torch.tensor(float(n), dtype=torch.float64) for n in (step, total, warmup))
     return schedules.warmup_cosine(now, end, warm, floor).item()
 
@@ -37,21 +37,21 @@ def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) ->
 def warmup_linear(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
     """Linear from 0 over ``warmup`` steps, then linear down to ``floor`` at ``total``; errors as `warmup_cosine`."""
     done, warm = _progress(step, total, warmup)
-    real("floor", floor, least=0.0)
+    check_float("floor", floor, least=0.0)
     return warm * (1.0 - (1.0 - floor) * done)
 
 
 def warmup_exponential(step: int, total: int, warmup: int = 0, floor: float = 1e-2) -> float:
     """Linear from 0 over ``warmup`` steps, then the same ratio each step, down to ``floor > 0`` at ``total``."""
     done, warm = _progress(step, total, warmup)
-    real("floor", floor, above=0.0)
+    check_float("floor", floor, above=0.0)
     return warm * floor**done
 
 
 def _progress(step: int, total: int, warmup: int) -> tuple[float, float]:
     """Share of the decay that is done, and the factor of the warm-up, both from 0 to 1."""
-    whole("warmup", warmup, least=0)
-    whole("total", total, least=warmup + 1)
+    check_int("warmup", warmup, least=0)
+    check_int("total", total, least=warmup + 1)
     done = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
     return done, min((step + 1) / warmup, 1.0) if warmup else 1.0
 
@@ -85,8 +85,8 @@ class MetaTraining:
         clip: float | None = None,
         average: float | None = None,
     ) -> None:
-        self.clip = None if clip is None else real("clip", clip, above=0.0)
-        self.average = None if average is None else real("average", average, above=0.0, below=1.0)
+        self.clip = None if clip is None else check_float("clip", clip, above=0.0)
+        self.average = None if average is None else check_float("average", average, above=0.0, below=1.0)
         self.estimator = estimator
         self.theta: Theta = {k: t.detach().to(generator.device, copy=True) for k, t in theta.items()}
         self._slots = _try_optimizer(optimizer, self.theta)
@@ -139,7 +139,7 @@ class MetaTraining:
         if self._drew or global_states() != before:
             warnings.warn(
                 "the task drew from a global generator of torch, NumPy or Python, so that this run neither repeats nor "
-                "resumes; draw from the torch.Generator that its methods get (see l2o.draws), or do it in a Dataset",
+                "resumes; draw from the torch.Generator that its methods get (see l2o.random), or do it in a Dataset",
                 UserWarning,
                 stacklevel=3,
             )
@@ -178,7 +178,7 @@ class MetaTraining:
         for ours, saved in ((self.theta, state["theta"]), (self._average, state["average"])):
             for name, tensor in ours.items():
                 tensor.copy_(saved[name])
-        self.inner = tree_unflatten([leaf.to(device) for leaf in own(state["inner"])], structure)
+        self.inner = tree_unflatten([leaf.to(device) for leaf in local_part(state["inner"])], structure)
         self.generator.set_state(state["generator"])
         self.step = state["step"]
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ Theta = dict[str, Tensor]
 Buffers = dict[str, Tensor]
 Slots = dict[str, Tensor]
 """The optimizer state of one parameter tensor, by slot name."""
-Stats = dict[str, Slots]
-"""Sums over each parameter tensor, by tensor and name. They add up: shards of a tensor reduce them by ``+``."""
 TaskData = dict[str, Tensor]
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
@@ -53,15 +51,63 @@ class OptState(NamedTuple):
     shared: Slots
 
 
-class Clock(NamedTuple):
-    """Where in its run an update happens; tensors, because horizons differ from lane to lane.
+class Run(NamedTuple):
+    """Where in its run an update happens, and how the run goes; tensors, because horizons differ from lane to lane.
 
     step: int64, 0-d: number of updates already applied (the first update sees 0).
     total_steps: int64, 0-d: the length of the run that the rule was told.
+    loss: 0-d, at the parameters before the update; None where the rule does not ask for it (``needs_loss``).
     """
 
     step: Tensor
     total_steps: Tensor
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """What is known of a parameter tensor without looking at it.
+
+    shape: of the whole tensor, also where a process holds a shard of it.    kind: what it is for.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind
+
+
+Infos = Mapping[str, ParamInfo]
+
+
+class Sum(NamedTuple):
+    """A sum over entries of a parameter tensor.  value: over those that are here.  axes: of the tensor, summed over."""
+
+    value: Tensor
+    axes: tuple[int, ...]
+
+
+class Reduce:
+    """Completes sums where each process of a run holds some tensors or shards of tensors; here, one holds all.
+
+    Rules call its methods in the same order in all processes, once for all tensors.
+    """
+
+    def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
+        """The sums over whole tensors, by parameter and name, on every process that holds a part of the tensor.
+
+        Entries along axes that were not summed over stay with the process that holds them.
+        """
+        return {name: {key: each.value for key, each in own.items()} for name, own in sums.items()}
+
+    def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The sum over all tensors of the run of what is known of each as a whole, ``[...]`` by parameter."""
+        return torch.stack(list(values.values())).sum(0)
+
+    def largest(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The largest over all tensors of the run, entry by entry, of ``[...]`` by parameter."""
+        return torch.stack(list(values.values())).amax(0)
+
+
+LOCAL = Reduce()
 
 
 class InnerState(NamedTuple):
@@ -100,50 +146,58 @@ class UpdateRule(abc.ABC):
     """A learned update rule: pure functions of tensors. Subclasses are frozen dataclasses of hyperparameters.
 
     Everything is written for one lane, without a lane axis, in the dtype of ``params`` (the caller sees to it that
-    θ, gradients and state have that dtype too). No method but ``fused_step`` writes to its inputs or reads a tensor's
-    value on the host; none draws random numbers (``init_theta`` aside) or logs. Differentiable simply means that grad
-    mode is on.
+    θ, gradients and state have that dtype too). No method writes to its inputs or reads a tensor's value on the host;
+    none draws random numbers (``init_theta`` aside) or logs. Differentiable simply means that grad mode is on.
     """
 
-    needs_loss: ClassVar[bool] = False
-    """Whether ``accumulate`` reads ``loss``; the plug-in then asks for one."""
-    learned_init: ClassVar[bool] = True
-    """Whether ``init`` may depend on ``theta``, which meta-training then differentiates; False saves a little time."""
-    rests: ClassVar[bool] = False
-    """Whether the update of an entry whose gradients were all 0 is 0; where not, the plug-in keeps a mask and sees to
-    it (padding, pruned weights)."""
+    @property
+    def needs_loss(self) -> bool:
+        """Whether ``update`` reads ``run.loss``; the plug-in then asks for one."""
+        return False
+
+    @property
+    def learned_init(self) -> bool:
+        """Whether ``init`` may depend on ``theta``, which meta-training then differentiates; False saves some time."""
+        return True
+
+    @property
+    def rests(self) -> bool:
+        """Whether the update of an entry whose gradients were all 0 is 0; where not, the plug-in keeps a mask and sees
+        to it (padding, pruned weights)."""
+        return False
+
+    def needs_whole(self, info: ParamInfo) -> bool:
+        """Whether ``update`` takes such a tensor as a whole only (Newton-Schulz, say), not in shards."""
+        return False
 
     @abc.abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Random meta-parameters, float32, on the generator's device."""
 
     @abc.abstractmethod
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         """The state before the first update of ``params``. Slots have the dtype of their parameter."""
 
     @abc.abstractmethod
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        """First pass: the new state (recurrent cells advance here), and the sums over each tensor for ``apply``."""
-
-    @abc.abstractmethod
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        """Second pass: the updates, entry by entry given ``stats`` and the state that ``accumulate`` returned."""
-
     def update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None = None
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
-        """One update, ``accumulate`` then ``apply``: what meta-training differentiates and all else must equal.
+        """One update, and the new state: what meta-training differentiates and all else must equal.
 
         theta: meta-parameters.                       grads, params: same names and shapes.
-        state: from ``init`` or the last ``update``.   loss: 0-d loss at ``params``, or None where not ``needs_loss``.
+        state: from ``init`` or the last ``update``.   infos: of ``params``.
+        reduce: completes sums over entries and tensors, of which a process may hold a part.
         """
-        state, stats = self.accumulate(theta, grads, state, params, clock, loss)
-        return self.apply(theta, state, stats, grads, params, clock), state
 
     def fused_update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
     ) -> tuple[Updates, OptState] | None:
         """``update`` of all lanes at once, every tensor ``[lanes, ...]``, by a kernel: equal to it but for rounding.
 
@@ -159,7 +213,8 @@ class UpdateRule(abc.ABC):
         grads: Grads,
         state: OptState,
         params: Params,
-        clock: Clock,
+        infos: Infos,
+        run: Run,
         factors: Mapping[str, tuple[float, float]],
     ) -> OptState | None:
         """``p <- keep p + lr update`` by a kernel, in place, also of the slots: what the plug-in asks for in long runs.
@@ -187,9 +242,16 @@ class TaskFamily(abc.ABC):
     Settings (architecture, width, activation, kind of loss) define a family; what is sampled is tensors only.
     """
 
-    keyed: ClassVar[bool] = False
-    """Whether all random numbers come from the functions of `l2o.draws`. Processes that share the lanes of a run then
-    draw only their own; for any other family each of them draws for all lanes."""
+    @property
+    def keyed(self) -> bool:
+        """Whether all random numbers come from the functions of `l2o.random`. Processes that share the lanes of a run
+        then draw only their own; for any other family each of them draws for all lanes."""
+        return False
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """What tensors are for, by name, where their axes do not say it (`l2o.ops.kinds.param_infos`)."""
+        return {}
 
     @abc.abstractmethod
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:

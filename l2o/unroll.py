@@ -5,7 +5,7 @@ Nothing here waits for the device inside an unroll: no value is read on the host
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from l2o._contract import (
+from l2o.family_checks import (
     checked_batch,
     checked_gradients,
     checked_init,
@@ -23,16 +23,17 @@ from l2o._contract import (
     name_of,
     vectorised,
 )
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import lane_infos
 from l2o.types import (
     Batch,
     Buffers,
-    Clock,
     ConfigurationError,
     Grads,
     InnerState,
+    Kind,
     OptState,
     Params,
+    Run,
     TaskData,
     TaskFamily,
     Theta,
@@ -46,7 +47,7 @@ def expand_theta(theta: Theta, lanes: int) -> Theta:
     return {name: t.detach().expand(lanes, *t.shape).clone() for name, t in theta.items()}
 
 
-def start(
+def sample_runs(
     rule: UpdateRule, theta: Theta, family: TaskFamily, horizon: Tensor, generator: torch.Generator
 ) -> InnerState:
     """Draw a task for every lane and put its training run at step 0.
@@ -56,25 +57,26 @@ def start(
     """
     data = checked_sample(family, generator, len(horizon))
     params, buffers = checked_init(family, data, generator)
-    opt = _init(rule, theta, params)
+    opt = _init(rule, theta, family, params)
     first_loss = torch.full(horizon.shape, torch.nan, dtype=next(iter(params.values())).dtype, device=horizon.device)
     return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
 
 
-def initialise(rule: UpdateRule, theta: Theta, state: InnerState) -> InnerState:
+def init_state(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState) -> InnerState:
     """Lanes at step 0 get the optimizer state that ``theta`` (``[lanes, ...]``) begins with, as a function of it."""
     if not rule.learned_init:
         return state
     at_start = state.step == 0
-    opt = tree_map(
-        lambda new, old: torch.where(_along(at_start, new), new, old), _init(rule, theta, state.params), state.opt
-    )
+    fresh = _init(rule, theta, family, state.params)
+    opt = tree_map(lambda new, old: torch.where(_along(at_start, new), new, old), fresh, state.opt)
     return state._replace(opt=opt)
 
 
-def _init(rule: UpdateRule, theta: Theta, params: Params) -> OptState:
+def _init(rule: UpdateRule, theta: Theta, family: TaskFamily, params: Params) -> OptState:
+    infos = lane_infos(params, family.kinds)
+
     def init_one(theta: Theta, params: Params) -> Any:
-        return rule.init(theta, params, default_kinds(params))
+        return rule.init(theta, params, infos)
 
     return cast(OptState, vmap(init_one)(in_dtype_of(params, theta), params))
 
@@ -95,7 +97,7 @@ def inner_step(
     """
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
     grads, buffers = checked_gradients(family, grads, buffers, state.data, batch)
-    moves, opt = updates(rule, theta, grads, state._replace(params=params), loss)
+    moves, opt = updates(rule, theta, grads, state._replace(params=params), loss, family.kinds)
     ahead = state.step < state.total_steps
     moved = {k: p + torch.where(_along(ahead, p), moves[k], 0.0) for k, p in params.items()}
     first_loss = torch.where(state.step == 0, loss.detach(), state.first_loss)
@@ -150,17 +152,20 @@ def lane_losses(
     return loss, after
 
 
-def updates(rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor) -> tuple[Updates, OptState]:
-    """Of all lanes: by the rule's kernel where it has one, else by its ``update``."""
-    clock, theta = Clock(state.step, state.total_steps), in_dtype_of(state.params, theta)
-    fused = rule.fused_update(theta, grads, state.opt, state.params, clock, loss)
+def updates(
+    rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor, kinds: Mapping[str, Kind]
+) -> tuple[Updates, OptState]:
+    """Of all lanes: by the rule's kernel where it has one, else by its ``update``.  kinds: those of the family."""
+    run, theta = Run(state.step, state.total_steps, loss), in_dtype_of(state.params, theta)
+    fused = rule.fused_update(theta, grads, state.opt, state.params, run)
     if fused is not None:
         return fused
+    infos, needs_loss = lane_infos(state.params, kinds), rule.needs_loss
 
-    def update(theta: Theta, g: Grads, opt: OptState, p: Params, clock: Clock, loss: Tensor) -> Any:
-        return rule.update(theta, g, opt, p, clock, loss if rule.needs_loss else None)
+    def update(theta: Theta, g: Grads, opt: OptState, p: Params, run: Run) -> Any:
+        return rule.update(theta, g, opt, p, infos, run if needs_loss else run._replace(loss=None))
 
-    return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, clock, loss))
+    return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, run))
 
 
 def _along(mask: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from meta_train._config import EXTRA, INSTALL
+from meta_train.config.compose import EXTRA, INSTALL
 
 try:
     from meta_train.train import main

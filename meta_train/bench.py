@@ -19,18 +19,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from l2o._checks import each, real, whole
-from l2o._files import atomic_write, user_path
-from l2o._names import choose
-from l2o.evaluation.engine import Engine, measure, measure_checkpointing, measure_sharing
-from l2o.evaluation.steps import checked_shapes, measure_steps
-from l2o.hub import load
-from l2o.ranks import ranks
+from l2o.bench.engine import Engine, measure, measure_checkpointing, measure_sharing
+from l2o.bench.steps import checked_shapes, measure_steps
+from l2o.checkpoints.store import load
+from l2o.checks import check_each, check_float, check_int, lookup
+from l2o.disk import atomic_write, user_path
+from l2o.distributed import ranks
 from l2o.types import ConfigurationError
-from meta_train._build import refused
-from meta_train._config import config_path, if_interrupted, main_guard, open_settings, resolve_device, wrapped
-from meta_train.card import commit, hardware
-from meta_train.processes import joined
+from meta_train.config.build import refused
+from meta_train.config.compose import config_path, if_interrupted, main_guard, open_settings, resolve_device, wrapped
+from meta_train.run.card import commit, hardware
+from meta_train.run.processes import joined
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -55,8 +54,8 @@ def bench(config: Any) -> list[Record]:
     from omegaconf import OmegaConf
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    real("seconds", plain["seconds"], above=0.0)
-    suite = choose("suite", plain["suite"], SUITES)
+    check_float("seconds", plain["seconds"], above=0.0)
+    suite = lookup("suite", plain["suite"], SUITES)
     device = resolve_device(plain["device"])
     out = None if plain["out"] is None else user_path(plain["out"], "out")
     about = {"hardware": hardware(device), "commit": commit(), "date": datetime.date.today().isoformat()}
@@ -82,7 +81,7 @@ def _engine(config: Mapping[str, Any], device: str) -> Iterator[Record]:
 
 
 def _checkpointing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
-    each("lengths", config["lengths"], whole)
+    check_each("lengths", config["lengths"], check_int)
     for steps in config["lengths"]:
         for checkpoint in (False, True):
             yield _alone(measure_checkpointing, steps, checkpoint, device)
@@ -97,9 +96,9 @@ def _sharing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
 
 
 def _step(config: Mapping[str, Any], device: str) -> Iterator[Record]:
-    each("threads", config["threads"], whole)
-    each("sources", config["sources"], lambda _, source: load(str(source)))
-    each("shapes", config["shapes"], checked_shapes)
+    check_each("threads", config["threads"], check_int)
+    check_each("sources", config["sources"], lambda _, source: load(str(source)))
+    check_each("shapes", config["shapes"], checked_shapes)
     for network, threads in itertools.product(config["shapes"], config["threads"] or [None]):
         yield from _alone(_steps, config["sources"], network, threads, 5 * config["seconds"], device)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import l2o
-from l2o._remote import is_address
+from l2o.checkpoints.remote import is_address
 from l2o.interop.convert import convert
 from l2o.types import ConfigurationError
-from meta_train._config import if_interrupted, main_guard, wrapped, writing
+from meta_train.config.compose import if_interrupted, main_guard, wrapped, writing
 
 
 def parser() -> argparse.ArgumentParser:

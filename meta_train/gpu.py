@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from l2o._files import atomic_write
-from l2o.evaluation import gpu
-from l2o.evaluation.checks import CHECKS
-from l2o.evaluation.steps import Shapes
-from l2o.hub import list_pretrained, load
-from meta_train._config import main_guard, resolve_device, writing
-from meta_train.card import commit, hardware
+from l2o.bench import gpu
+from l2o.bench.checks import CHECKS
+from l2o.bench.steps import Shapes
+from l2o.checkpoints.store import list_pretrained, load
+from l2o.disk import atomic_write
+from meta_train.config.compose import main_guard, resolve_device, writing
+from meta_train.run.card import commit, hardware
 
 MINUTES = 8.0
 _LAST = 2.0

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import torch
 
-from l2o._checks import seed
-from l2o._files import atomic_write, user_path
-from l2o._names import choose
-from l2o.evaluation.extras import require
-from l2o.evaluation.findings import Finding, findings
-from l2o.evaluation.inspection import ADAM_LR, Inspection, inspect
-from l2o.evaluation.inspection_plots import inspection_png
+from l2o.checkpoints.store import known_rules, load
+from l2o.checks import check_seed, lookup
+from l2o.disk import atomic_write, user_path
 from l2o.evaluation.report import prepare_folder
-from l2o.hub import known_rules, load
+from l2o.extras import require
+from l2o.inspection.experiments import ADAM_LR, Inspection, inspect
+from l2o.inspection.findings import Finding, findings
+from l2o.inspection.plots import inspection_png
 from l2o.tasks import ImageConv, ImageMLP, Quadratic
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
-from meta_train._build import import_classes
-from meta_train._config import main_guard, resolve_device, wrapped
+from meta_train.config.build import import_classes
+from meta_train.config.compose import main_guard, resolve_device, wrapped
 
 TASKS: dict[str, type[TaskFamily]] = {"digits_mlp": ImageMLP, "digits_conv": ImageConv, "quadratic": Quadratic}
 _ROWS = 5
@@ -54,8 +53,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Inspect, write the picture and print what was found."""
     given = parser().parse_args(arguments)
     require("matplotlib")
-    family = choose("task", given.task, TASKS)()
-    generator = torch.Generator(resolve_device(given.device)).manual_seed(seed("seed", given.seed))
+    family = lookup("task", given.task, TASKS)()
+    generator = torch.Generator(resolve_device(given.device)).manual_seed(check_seed("seed", given.seed))
     rule, theta = find(given.source, import_classes(given.rules, "rules", UpdateRule), given.seed)
     out = user_path(given.out or f"inspect-{Path(given.source).name}.png", "out")
     if out.suffix.lower() != ".png":

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from l2o.types import ConfigurationError
-from meta_train._config import one_line, writing
+from meta_train.config.compose import one_line, writing
 
 RECORDS = ("metrics.jsonl", "timing.jsonl")
 """What a continued run repeats bit for bit, and what it cannot: seconds."""

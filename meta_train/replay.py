@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE, TensorError, read_trace, replay
 from l2o.types import L2OError
-from meta_train._config import main_guard, wrapped
+from meta_train.config.compose import main_guard, wrapped
 
 _COLUMNS = "{:<26} {:>16} {:>8} {:>8}  {}"
 _NAME = 26

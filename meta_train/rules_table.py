@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import l2o.rules
-from l2o._files import atomic_write, user_path
-from l2o._names import choose
-from l2o._resources import resource
-from l2o.evaluation.rules_table import GRADIENT_TOLERANCE, OUTER_STEPS, Replays, Row, cells, markdown, replays, row
+from l2o.checks import lookup
+from l2o.disk import atomic_write, resource, user_path
+from l2o.inspection.rules_table import GRADIENT_TOLERANCE, OUTER_STEPS, Replays, Row, cells, markdown, replays, row
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE
 from l2o.types import ConfigurationError
-from meta_train._config import main_guard
+from meta_train.config.compose import main_guard
 
 COPIES = Path(__file__).resolve().parents[1] / "tests" / "golden"
 """In a checkout."""
@@ -68,7 +67,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     out = user_path(given.out, "out") if given.out else None
     table = {name: name for name in l2o.rules.__all__}
-    names = sorted((choose("rule", name, table) for name in given.only or table), key=str.lower)
+    names = sorted((lookup("rule", name, table) for name in given.only or table), key=str.lower)
     folders = [user_path(each) for each in given.golden] if given.golden is not None else _folders()
     for folder in folders:
         if not folder.is_dir():

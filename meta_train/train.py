@@ -13,13 +13,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from l2o.types import ConfigurationError
-from meta_train._config import config_path, main_guard, open_settings
-from meta_train.assemble import make_session
+from meta_train.config.assemble import make_session
+from meta_train.config.compose import config_path, main_guard, open_settings
 from meta_train.loggers import duration
-from meta_train.processes import Follower, agreed, joined, wait_for_all
-from meta_train.run import Request, RunFolder
-from meta_train.session import Session
-from meta_train.signals import StopRequest
+from meta_train.run.folder import Request, RunFolder
+from meta_train.run.processes import Follower, agreed, joined, wait_for_all
+from meta_train.run.session import Session
+from meta_train.run.signals import StopRequest
 
 OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", r"evaluation\.task")
 """Nodes (patterns) that take keys which the YAML does not mention: the fields of what they make."""

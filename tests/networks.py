@@ -13,8 +13,12 @@ from l2o.tasks import (
     CoordinateMLP,
     ImageAutoencoder,
     ImageConv,
+    ImageFineTune,
     ImageLoRA,
     ImageMLP,
+    ImageResNet,
+    LinearNetwork,
+    WordMLP,
 )
 from l2o.types import TaskFamily
 
@@ -49,6 +53,15 @@ NETWORKS: dict[str, TaskFamily] = {
     "transformer": CharTransformer(width=4, depth=2, **WINDOW),
     "LoRA labels": ImageLoRA(width=8, rank=2, **SMALL),
     "LoRA images": ImageLoRA(width=8, depth=2, rank=2, shift="images", activation="tanh", **SMALL, **SAMPLED),
+    "conv group norm": ImageConv(channels=(2, 8), norm="group", **SMALL, **SAMPLED),
+    "residual": ImageResNet(channels=2, depth=1, **SMALL),
+    "residual sampled, group norm": ImageResNet(channels=4, norm="group", activation="tanh", **SMALL, **SAMPLED),
+    "transformer post-norm": CharTransformer(width=4, norm_first=False, **WINDOW),
+    "fine-tuning": ImageFineTune(width=8, **SMALL, **SAMPLED),
+    "words": WordMLP(words=12, context=2, width=3, hidden=4, batch_size=5),
+    "words untied": WordMLP(words=12, context=2, width=3, hidden=4, batch_size=5, tied=False),
+    "linear": LinearNetwork(inputs=4, outputs=3, batch_size=5, noise=0.1),
+    "deep linear": LinearNetwork(inputs=4, outputs=2, width=3, depth=3, batch_size=5),
     "coordinates": CoordinateMLP(frequency=3.0, **PIXELS),
     "coordinates relu": CoordinateMLP(activation="relu", **PIXELS),
 }

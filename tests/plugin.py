@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from tables import RULES, generator
 from torch import Tensor, nn
 
+from l2o.ops.features import entry_sum
 from l2o.optim import LearnedOptimizer
 from l2o.rules import SGD
-from l2o.types import Clock, Grads, Kind, OptState, Params, Stats, Theta, UpdateRule, Updates
+from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Theta, UpdateRule, Updates
 
 TOTAL = 20
 KINDS = ("matrix", "vector", "embedding", "output")
@@ -28,30 +29,36 @@ class Mixing(UpdateRule):
     The slot ``last`` is the gradient itself, not a copy: a rule only promises not to write to its inputs.
     """
 
-    needs_loss: ClassVar[bool] = True
+    needs_loss = True
     memory: int = 3
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {"log_lr": torch.tensor(-2.0, dtype=torch.float32)}
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        kind = {n: p.new_full((), KINDS.index(kinds[n])) for n, p in params.items()}
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        kind = {n: p.new_full((), KINDS.index(infos[n].kind)) for n, p in params.items()}
         losses = next(iter(params.values())).new_zeros(self.memory)
         return OptState(
             {n: {"last": torch.zeros_like(p), "kind": kind[n]} for n, p in params.items()}, {"losses": losses}
         )
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        assert loss is not None
-        losses = torch.cat([state.shared["losses"][1:], loss.unsqueeze(0)])
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        assert run.loss is not None
+        losses = torch.cat([state.shared["losses"][1:], run.loss.unsqueeze(0)])
         slots = {n: {**state.per_param[n], "last": g} for n, g in grads.items()}
-        return OptState(slots, {"losses": losses}), {n: {"squares": g.square().sum()} for n, g in grads.items()}
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        norm = sum(s["squares"] for s in stats.values()) + 1e-8
-        return {n: -theta["log_lr"].exp() * state.shared["losses"].mean() * g / norm.sqrt() for n, g in grads.items()}
+        sums = reduce.shards({n: {"squares": entry_sum(g.square())} for n, g in grads.items()})
+        norm = (reduce.tensors({n: own["squares"] for n, own in sums.items()}) + 1e-8).sqrt()
+        updates = {n: -theta["log_lr"].exp() * losses.mean() * g / norm for n, g in grads.items()}
+        return updates, OptState(slots, {"losses": losses})
 
 
 def source(rule: UpdateRule) -> tuple[UpdateRule, Theta]:

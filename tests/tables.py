@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from l2o import rules
+from l2o.ops.kinds import infos_of
 from l2o.rules import LSTM, MLP, STAR, AdafacMLP, Adam, Celo, Celo2, CeloAdam, Momentum, NNAdam, RNNprop, Steered, VeLO
-from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily, Theta
+from l2o.types import Batch, Buffers, Params, Run, Split, TaskData, TaskFamily, Theta
 
 SMALL = {
     "VeLO": VeLO(lstm_hidden=6, inits=3, hidden=(8,), step_mult=0.003),
@@ -36,6 +37,7 @@ VARIANTS = {
     ),
     "Steered-normalized": Steered(direction="normalized", fan_in=0.3),
     "Steered-adam": Steered(direction="adam"),
+    "Steered-mlp": Steered(controller="mlp"),
     "Steered-uncontrolled": Steered(controller="none", schedule="constant", iterations=5),
 }
 SEE_SHAPES = ("AdafacMLP", "STAR", "NNAdam", "RNNMLP", "MLP-mup", "VeLO", "Celo", "Celo2", "Steered")
@@ -139,3 +141,9 @@ class Recorded(TaskFamily):
 
 def _lanes(data: TaskData) -> int:
     return len(next(iter(data.values())))
+
+
+def one_update(rule, theta, grads, state, params, step=0, total=9, loss=None):
+    """``rule.update`` at a step of a run, of whole tensors of the default kinds."""
+    run = Run(torch.tensor(step), torch.tensor(total), loss if rule.needs_loss else None)
+    return rule.update(theta, grads, state, params, infos_of(params), run)

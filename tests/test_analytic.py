@@ -13,11 +13,11 @@ from tables import double, generator
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from l2o.draws import LaneGenerator
+from l2o.random import LaneGenerator
 from l2o.tasks import ConvexQuadratic, Lasso, Plateau, Rastrigin, Rosenbrock, Saddle
 from l2o.tasks.analytic import Landscape, rotations
 from l2o.types import ConfigurationError, TaskFamily
-from meta_train._build import make
+from meta_train.config.build import make
 
 LANES = 60
 every_family = pytest.mark.parametrize("family", ANALYTIC.values(), ids=ANALYTIC.keys())

@@ -15,9 +15,9 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 from training import command, records
 
-from l2o.draws import LaneGenerator
 from l2o.estimators import Backprop, Evolution
 from l2o.meta import MetaTraining
+from l2o.random import LaneGenerator
 from l2o.rules import MLP, SGD
 from l2o.tasks import (
     Bfloat16Gradients,
@@ -30,7 +30,7 @@ from l2o.tasks import (
     Repeated,
 )
 from l2o.types import Buffers, ConfigurationError, Grads, InnerState, TaskFamily, UnknownNameError
-from l2o.unroll import expand_theta, reset, start, unroll
+from l2o.unroll import expand_theta, reset, sample_runs, unroll
 
 LANES = 4
 PLAIN = ImageMLP(width=4, batch_size=8)
@@ -41,7 +41,7 @@ def begin(family: TaskFamily, lanes: int = LANES, horizon: int = 9, seed: int = 
     """Rule, θ, state at step 0 and generator."""
     rule, g = SGD(lr=lr), generator(seed)
     theta = expand_theta(rule.init_theta(g), lanes)
-    return rule, theta, start(rule, theta, family, torch.full((lanes,), horizon), g), g
+    return rule, theta, sample_runs(rule, theta, family, torch.full((lanes,), horizon), g), g
 
 
 def run(family: TaskFamily, steps: int = 5, **settings: Any) -> tuple[InnerState, Tensor]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from training import command
 
-from l2o.evaluation.engine import RULES, Engine, measure, measure_sharing
-from l2o.evaluation.memory import peak_memory_mb, scratch_bytes
-from l2o.evaluation.steps import NETWORKS
+from l2o.bench.engine import RULES, Engine, measure, measure_sharing
+from l2o.bench.memory import peak_memory_mb, scratch_bytes
+from l2o.bench.steps import NETWORKS
 from l2o.types import ConfigurationError, UnknownNameError
 from meta_train.bench import _alone, main
 

@@ -13,10 +13,10 @@ import torch
 from training import command, origin, outcome, records
 
 import l2o
-from l2o._files import load_tree
+from l2o.disk import load_tree
 from l2o.rules import SGD
-from meta_train.best import Best
-from meta_train.held_out import HeldOut, over_adam
+from meta_train.run.best import Best
+from meta_train.run.held_out import HeldOut, over_adam
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -93,7 +93,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_what_is_kept_is_written_again_where_the_folder_differs(damage: str) -> None:
     best = Best(Path("best"), SGD(), "a")
     best.offer(THETA, {"a": 1.0}, _card(1))
-    l2o.hub.annotate("best", {"licence": "CC0"})
+    l2o.checkpoints.store.annotate("best", {"licence": "CC0"})
     best.restore()
     assert l2o.read_card("best")["licence"] == "CC0"  # left alone while it is the one
     DAMAGE[damage](Path("best"))

@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_imports import ENTRY_POINTS
 from training import command, snapshot
 
-from meta_train._config import if_interrupted, main_guard, wrapped
+from meta_train.config.compose import if_interrupted, main_guard, wrapped
 
 COMMANDS = sorted({name.removesuffix(".train") for name in ENTRY_POINTS})
 pytestmark = pytest.mark.usefixtures("here")

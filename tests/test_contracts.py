@@ -15,7 +15,7 @@ from l2o.estimators import Backprop, Evolution
 from l2o.rules import MLP, SGD
 from l2o.tasks import ModuleTask
 from l2o.types import ConfigurationError, Metrics, TaskFamily, Theta
-from meta_train._build import probe
+from meta_train.config.build import probe
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(2))
 Y = torch.sin(2 * X[:, :1])

@@ -16,7 +16,7 @@ import pytest
 from training import command, outcome, snapshot
 
 import l2o
-from l2o._files import load_tree
+from l2o.disk import load_tree
 from meta_train.loggers import JsonLines
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2o import draws
-from l2o.draws import LaneGenerator
+from l2o import random
+from l2o.random import LaneGenerator
 
 N = 200_000
 
@@ -27,11 +27,11 @@ def moments(x: Tensor) -> tuple[float, float, float, float]:
 
 
 DRAWS: dict[str, Callable[[torch.Generator, int], Tensor]] = {
-    "uniform": lambda g, lanes: draws.uniform(g, lanes, 3, low=-2.0, high=5.0),
-    "log_uniform": lambda g, lanes: draws.log_uniform(g, lanes, low=1e-3, high=1e3),
-    "normal": lambda g, lanes: draws.normal(g, lanes, 2, 4),
-    "integers": lambda g, lanes: draws.integers(g, 1000, lanes, 5),
-    "keys": draws.keys,
+    "uniform": lambda g, lanes: random.uniform(g, lanes, 3, low=-2.0, high=5.0),
+    "log_uniform": lambda g, lanes: random.log_uniform(g, lanes, low=1e-3, high=1e3),
+    "normal": lambda g, lanes: random.normal(g, lanes, 2, 4),
+    "integers": lambda g, lanes: random.integers(g, 1000, lanes, 5),
+    "keys": random.keys,
 }
 every_draw = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 
@@ -46,20 +46,20 @@ def test_splitmix64_is_the_published_one() -> None:
         16408922859458223821,
     ]
     seed = torch.tensor(1234567)
-    got = [int(draws.stream(seed, call)) % 2**64 for call in range(5)]
+    got = [int(random.stream(seed, call)) % 2**64 for call in range(5)]
     assert got == want
-    assert draws.hashes(seed, 6)[1:].tolist() == [draws.signed(w) for w in want]
+    assert random.hashes(seed, 6)[1:].tolist() == [random.signed(w) for w in want]
 
 
 def test_shift_is_logical_and_signed_keeps_the_bits() -> None:
     z = torch.tensor([-1, -(2**63), 5])
     for bits in (1, 31, 63):
-        assert draws.shift(z, bits).tolist() == [(int(v) % 2**64) >> bits for v in z]
-    assert [draws.signed(v) for v in (0, 2**63 - 1, 2**63, 2**64 - 1, 2**64)] == [0, 2**63 - 1, -(2**63), -1, 0]
+        assert random.shift(z, bits).tolist() == [(int(v) % 2**64) >> bits for v in z]
+    assert [random.signed(v) for v in (0, 2**63 - 1, 2**63, 2**64 - 1, 2**64)] == [0, 2**63 - 1, -(2**63), -1, 0]
 
 
 def test_uniform_numbers_are_uniform() -> None:
-    x = draws.uniform(generator(), 1, N)[0]
+    x = random.uniform(generator(), 1, N)[0]
     assert x.dtype == torch.float32
     assert x.min() >= 0
     assert x.max() < 1
@@ -73,7 +73,7 @@ def test_uniform_numbers_are_uniform() -> None:
 
 def test_lanes_and_calls_are_independent() -> None:
     g = generator()
-    first, second = (draws.uniform(g, 400, 500) for _ in range(2))
+    first, second = (random.uniform(g, 400, 500) for _ in range(2))
     numbers = torch.cat([first, second])
     correlation = torch.corrcoef(numbers).fill_diagonal_(0)
     assert correlation.abs().max() < 6 / math.sqrt(500)
@@ -81,7 +81,7 @@ def test_lanes_and_calls_are_independent() -> None:
 
 
 def test_normal_numbers_are_normal() -> None:
-    x = draws.normal(generator(), 10, N // 10).flatten()
+    x = random.normal(generator(), 10, N // 10).flatten()
     assert x.dtype == torch.float32
     assert x.isfinite().all()
     for got, want, deviation in zip(moments(x), (0, 1, 0, 3), (1, 2, 6, 24), strict=True):
@@ -91,15 +91,15 @@ def test_normal_numbers_are_normal() -> None:
 
 
 def test_normal_numbers_hash_from_keys_of_any_shape() -> None:
-    key = draws.keys(generator(), 6).view(2, 3)
-    x = draws.hashed_normal(key, 4)
+    key = random.keys(generator(), 6).view(2, 3)
+    x = random.hashed_normal(key, 4)
     assert x.shape == (2, 3, 4)
-    assert x[1, 2].equal(draws.hashed_normal(key[1, 2], 4))
-    assert x.view(6, 4).equal(draws.normal(generator(), 6, 4))
+    assert x[1, 2].equal(random.hashed_normal(key[1, 2], 4))
+    assert x.view(6, 4).equal(random.normal(generator(), 6, 4))
 
 
 def test_integers_are_uniform_over_their_range() -> None:
-    x = draws.integers(generator(), 7, 10, N // 10)
+    x = random.integers(generator(), 7, 10, N // 10)
     assert x.dtype == torch.int64
     counts = torch.bincount(x.flatten())
     assert len(counts) == 7
@@ -108,7 +108,7 @@ def test_integers_are_uniform_over_their_range() -> None:
 
 @pytest.mark.parametrize("high", [1, 2, 3, 2**31 - 1, 2**31])
 def test_integers_stay_in_range(high: int) -> None:
-    x = draws.integers(generator(), high, 4, 10_000)
+    x = random.integers(generator(), high, 4, 10_000)
     assert x.min() >= 0
     assert x.max() < high
     assert abs(2 * x.double().mean() - (high - 1)) <= 0.03 * (high - 1)
@@ -117,15 +117,15 @@ def test_integers_stay_in_range(high: int) -> None:
 
 def test_integers_have_the_range_of_their_lane() -> None:
     high = torch.tensor([1, 5, 100])
-    assert draws.integers(generator(), high, 3, 5000).amax(1).tolist() == [0, 4, 99]
-    assert draws.integers(generator(), high, 3).shape == (3,)
-    want = [draws.integers(generator(), int(h), 3, 2, 4)[lane] for lane, h in enumerate(high)]
-    assert draws.integers(generator(), high, 3, 2, 4).equal(torch.stack(want))
+    assert random.integers(generator(), high, 3, 5000).amax(1).tolist() == [0, 4, 99]
+    assert random.integers(generator(), high, 3).shape == (3,)
+    want = [random.integers(generator(), int(h), 3, 2, 4)[lane] for lane, h in enumerate(high)]
+    assert random.integers(generator(), high, 3, 2, 4).equal(torch.stack(want))
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-3, 1e3), (0.1, 0.3), (1.0, 1e6), (7.0, 7.0), (1e6, 1e6)])
 def test_log_uniform_numbers_are_log_uniform(low: float, high: float) -> None:
-    x = draws.log_uniform(generator(), N, low=low, high=high)
+    x = random.log_uniform(generator(), N, low=low, high=high)
     ends = torch.tensor([low, high])
     assert x.min() >= ends[0]
     assert x.max() <= ends[1]
@@ -137,7 +137,7 @@ def test_log_uniform_numbers_are_log_uniform(low: float, high: float) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (1000.0, 1001.0), (-5.12, 5.12), (0.1, 0.3)])
 def test_uniform_numbers_stay_in_range(low: float, high: float) -> None:
-    x = draws.uniform(generator(), N, low=low, high=high)
+    x = random.uniform(generator(), N, low=low, high=high)
     ends = torch.tensor([low, high])
     assert x.min() >= ends[0]
     assert x.max() <= ends[1]
@@ -169,11 +169,11 @@ def test_a_lane_generator_is_a_generator() -> None:
     plain, lane = generator(9), LaneGenerator("cpu", 9)
     assert lane.ids is None
     assert torch.rand(3, generator=plain).equal(torch.rand(3, generator=lane))
-    assert draws.normal(plain, 3).equal(draws.normal(lane, 3))
+    assert random.normal(plain, 3).equal(random.normal(lane, 3))
 
 
 def test_seeds_are_never_negative_and_ids_do_not_matter() -> None:
-    seeds = draws.draw_seeds(generator(), 10_000)
+    seeds = random.draw_seeds(generator(), 10_000)
     assert (seeds >= 0).all()
     assert seeds.unique().numel() == 10_000
-    assert seeds.equal(draws.draw_seeds(LaneGenerator("cpu", 0, torch.tensor([3])), 10_000))
+    assert seeds.equal(random.draw_seeds(LaneGenerator("cpu", 0, torch.tensor([3])), 10_000))

@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-import l2o.hub
+import l2o.checkpoints.store
+from l2o.evaluation import suite
 from l2o.rules import SGD
 from l2o.types import UnknownNameError
-from meta_train import evaluate
-from meta_train._config import EXTRA
+from meta_train import evaluate, optimizers, suites
+from meta_train.config.compose import EXTRA
 
 OWN = """
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def here(tmp_path, monkeypatch):
     """An empty folder of its own for every test, but for a checkpoint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    l2o.hub.save("sgd", SGD(), SGD().init_theta(torch.Generator()))
+    l2o.checkpoints.store.save("sgd", SGD(), SGD().init_theta(torch.Generator()))
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def settings(monkeypatch, command):
     def settings(*arguments: str):
         seen = []
         monkeypatch.setattr(
-            evaluate, "evaluate", lambda config, line: seen.extend(evaluate.make_settings(config).values())
+            evaluate, "evaluate", lambda config, line: seen.extend(suites.make_settings(config).values())
         )
         assert command(*arguments) == 0
         return {setting.name: setting for setting in seen}
@@ -83,7 +84,7 @@ def settings(monkeypatch, command):
 def test_a_small_run_leaves_its_report_and_nothing_else(command, capsys):
     assert command("task=quadratic", "task.dim=3", "steps=12", "seeds=3", "baselines=[sgd,adam]") == 0
     assert {path.name for path in Path().iterdir()} == {"sgd", "out"}
-    assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "curves.png"}
+    assert {path.name for path in Path("out").iterdir()} == FILES
     results = json.loads(Path("out/results.json").read_text())
     (setting,) = results["settings"]
     assert (setting["steps"], setting["seeds"], list(setting["optimizers"])) == (12, 3, ["learned", "sgd", "adam"])
@@ -97,11 +98,12 @@ def test_a_small_run_leaves_its_report_and_nothing_else(command, capsys):
     assert "out/report.md" in shown
 
 
+FILES = {"results.json", "report.md", "report.html", "curves.png", "store"}
 SMALL = ("task=quadratic", "steps=3", "seeds=2", "baselines=[adam,adamw]", "cost=false")
 
 
 def test_several_learned_optimizers_stand_in_one_table(command):
-    l2o.hub.save("faster", SGD(lr=0.1), SGD(lr=0.1).init_theta(torch.Generator()))
+    l2o.checkpoints.store.save("faster", SGD(lr=0.1), SGD(lr=0.1).init_theta(torch.Generator()))
     assert command("source=[sgd,faster]", *SMALL, "cost=true") == 0
     results = json.loads(Path("out/results.json").read_text())
     assert results["source"] == "sgd, faster"
@@ -117,32 +119,49 @@ def test_several_learned_optimizers_stand_in_one_table(command):
 
 
 def test_an_interrupted_evaluation_keeps_what_is_done_and_says_how_to_go_on(command, monkeypatch, capsys):
-    def interrupted(setting, *arguments):
+    def interrupted(entrant, setting, *arguments):
         if setting.name == "b":
             raise KeyboardInterrupt
-        return compare(setting, *arguments)
+        return run_entrant(entrant, setting, *arguments)
 
-    compare = evaluate.compare
-    monkeypatch.setattr(evaluate, "compare", interrupted)
-    assert command(*SMALL, "settings={a: {}, b: {}, c: {}}") == 130
+    settings = "settings={a: {seed: 1}, b: {seed: 2}, c: {seed: 3}}"
+    run_entrant = suite.run_entrant
+    monkeypatch.setattr(suite, "run_entrant", interrupted)
+    assert command(*SMALL, settings) == 130
     results = json.loads(Path("out/results.json").read_text())
     assert [setting["name"] for setting in results["settings"]] == ["a"]
     assert results["facts"]["Settings done"] == "1 of 3"
-    assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "curves.png"}
+    assert {path.name for path in Path("out").iterdir()} == FILES
     said = capsys.readouterr().err
-    assert said.startswith("interrupted after 1 of 3 settings; ")
-    assert "only=[b,c]" in said
-    monkeypatch.setattr(evaluate, "compare", compare)
-    assert command(*SMALL, "settings={a: {}, b: {}, c: {}}", "only=[b,c]", "out=rest") == 0
-    rest = json.loads(Path("rest/results.json").read_text())["settings"]
-    assert [setting["name"] for setting in rest] == ["b", "c"]
+    assert said.startswith("interrupted with 6 of 9 runs to do; the report of 1 settings is out/report.md; ")
+    assert "store=out/store goes on" in said
+    ran = []
+    monkeypatch.setattr(suite, "run_entrant", lambda *a: ran.append(a[1].name) or run_entrant(*a))
+    assert command(*SMALL, settings, "store=out/store", "out=rest") == 0
+    assert ran == ["b"] * 3 + ["c"] * 3
+    rest = json.loads(Path("rest/results.json").read_text())
+    monkeypatch.setattr(suite, "run_entrant", run_entrant)
+    assert command(*SMALL, settings, "out=whole") == 0
+    whole = json.loads(Path("whole/results.json").read_text())
+    assert without_times(rest) == without_times(whole)
+
+
+def without_times(results):
+    """A report's numbers without what differs from run to run."""
+    for setting in results["settings"]:
+        del setting["seconds"]
+        for optimizer in setting["optimizers"].values():
+            del optimizer["seconds"]
+    for optimizer in results["optimizers"]:
+        del optimizer["wall"]
+    return results["settings"], results["overall"], results["optimizers"]
 
 
 def test_an_evaluation_that_is_interrupted_at_once_says_so(command, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(suite, "run_entrant", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(*SMALL) == 130
     assert capsys.readouterr().err == (
-        "interrupted after 0 of 1 settings; nothing is kept; the same command begins again\n"
+        "interrupted with 3 of 3 runs to do; what is done is kept, and the same command with store=out/store goes on\n"
     )
 
 
@@ -186,7 +205,7 @@ def test_own_rules_and_tasks_go_by_import_path(command, monkeypatch):
     monkeypatch.syspath_prepend(".")
     import own_evaluated
 
-    l2o.hub.save("mine", own_evaluated.Rule(), own_evaluated.Rule().init_theta(torch.Generator()))
+    l2o.checkpoints.store.save("mine", own_evaluated.Rule(), own_evaluated.Rule().init_theta(torch.Generator()))
     own = ["source=mine", "rules=[own_evaluated.Rule]", "task._target_=own_evaluated.Task", "task.noise=0.5"]
     assert command(*own, "steps=3", "seeds=2", "baselines=[adam]", "cost=false") == 0
     text = Path("out/report.md").read_text()
@@ -233,6 +252,59 @@ def test_every_experiment_makes_sense(settings, name):
         assert getattr(setting.family, "half", "meta_test") == "meta_test"
 
 
+SUITES = sorted(path.stem for path in (ROOT / "configs" / "suite").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != "large"])
+def test_every_suite_makes_sense(settings, name):
+    found = settings(f"suite={name}")
+    assert len({setting.name for setting in found.values()}) == len(found)
+    for setting in found.values():
+        assert getattr(setting.family, "half", "meta_test") == "meta_test"  # which no meta-training sees
+        assert (setting.seeds, setting.revision >= 1) == (3, True)
+    assert {"like", "other"} <= {setting.split for setting in found.values()}
+    kinds = {"standard": ({"like", "larger", "longer", "other"}, 24)}.get(name)
+    assert kinds is None or kinds == ({setting.split for setting in found.values()}, len(found))
+
+
+def test_the_seeds_of_a_suite_are_its_own():
+    """Not those of training, of held-out evaluation in its course, or of the experiments here."""
+    seeds = [
+        int(seed)
+        for path in ROOT.glob("configs/**/*.yaml")
+        for seed in re.findall(r"^ *seed: (\d+)", path.read_text(), re.M)
+    ]
+    ours = [int(re.search(r"^seed: (\d+)", (ROOT / f"configs/suite/{n}.yaml").read_text(), re.M)[1]) for n in SUITES]
+    assert len(set(ours)) == len(SUITES)
+    assert all(seeds.count(seed) == 1 for seed in ours)
+
+
+def test_a_whole_suite_in_short(command, capsys):
+    """The pipeline of suite=quick, with torch optimizers beside a learned one, over two processes, and again."""
+    short = ["suite=quick", "steps=6", "seeds=2", "baselines=[adam,adamw]", "shipped=false", "store=curves"]
+    judged = "optimizers=[sgd,torch.optim.RAdam,{path:torch.optim.AdamW,label:mine,rates:[0.01,0.1],clip:1.0}]"
+    assert command(*short, judged, "jobs=2", "pack=packed") == 0
+    results = json.loads(Path("out/results.json").read_text())
+    assert len(results["settings"]) == 6
+    assert [found["label"] for found in results["overall"]] == ["sgd", "torch.optim.RAdam", "mine"]
+    assert {found["label"] for found in results["optimizers"]} == {
+        "sgd",
+        "torch.optim.RAdam",
+        "mine",
+        "Adam",
+        "AdamW 0.001",
+    }
+    assert results["settings"][0]["optimizers"]["given mine"]["trials"] == 2
+    assert results["facts"]["Suite"] == "quick, version 1"
+    assert {path.name for path in Path("packed").iterdir()} == {"adam.npz", "adamw.npz"}
+    assert (FILES | {"profile.png"}) - {"store"} == {path.name for path in Path("out").iterdir()}
+    assert "report.html" in capsys.readouterr().out
+    assert command(*short, judged, "out=again", "only=[perceptron]") == 0
+    again = json.loads(Path("again/results.json").read_text())
+    assert again["settings"] == [setting for setting in results["settings"] if setting["name"] == "perceptron"]
+    assert "runs of" not in capsys.readouterr().out
+
+
 def test_every_experiment_of_training_has_its_evaluation():
     assert EXPERIMENTS["experiment"]
     assert set(EXPERIMENTS["experiment"]) <= set(EXPERIMENTS["evaluate/experiment"])
@@ -271,6 +343,12 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["source=[]"], ["source=[]", "a name"]),
         (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),
+        (["suite=quik"], ["unknown suite 'quik'", "'quick'"]),
+        (["jobs=0"], ["jobs=0"]),
+        (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),
+        (["optimizers=[{path:torch.optim.Adam,schedule:cosin}]"], ["unknown schedule 'cosin'", "'cosine'"]),
+        (["optimizers=[{path:torch.optim.Adam,momentum:0.9}]"], ["torch.optim.Adam: ", "momentum", "its settings"]),
+        (["settings.wide.split=larg"], ["unknown split 'larg'", "'larger'"]),
         (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),
         (["out=~nobody-of-this-name/x"], ["out='~nobody-of-this-name/x': there is no such user"]),
         (["device=gpu"], ["device='gpu'", "auto, cpu or cuda"]),
@@ -280,7 +358,7 @@ def test_every_experiment_of_training_has_its_evaluation():
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line_before_any_work(command, capfd, monkeypatch, arguments, says):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda *_: pytest.fail("work was done"))
     assert command(*arguments) == 2
     out, error = capfd.readouterr()
     assert out == ""
@@ -300,7 +378,7 @@ def test_missing_data_is_noticed_before_any_work(command, capfd, monkeypatch, tm
 
 @pytest.mark.parametrize("package", ["hydra", "omegaconf", "matplotlib", "rich"])
 def test_a_missing_extra_is_named_before_any_work(command, capfd, monkeypatch, package):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda *_: pytest.fail("work was done"))
     monkeypatch.setitem(sys.modules, package, None)
     assert command() == 2
     error = capfd.readouterr().err
@@ -313,7 +391,7 @@ def test_a_package_that_is_missing_deeper_down_is_named_too(command, capfd, monk
     def load(*_, **__):
         raise ModuleNotFoundError(name=f"{package}.part")
 
-    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(optimizers, "load", load)
     assert command() == 2
     assert capfd.readouterr().err.startswith(f"error: {package}.part is not installed; ")
 
@@ -323,12 +401,12 @@ def test_the_extra_has_what_hydra_brings_along():
 
 
 def test_a_card_that_cannot_be_written_is_noticed_before_any_work(command, capfd, monkeypatch):
-    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda *_: pytest.fail("work was done"))
 
     def refuse(folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(l2o.hub, "try_folder", refuse)
+    monkeypatch.setattr(l2o.checkpoints.store, "try_folder", refuse)
     assert command("task=quadratic", "record=true") == 2
     assert capfd.readouterr().err.startswith(
         "error: source='sgd': its card in sgd cannot be written (Permission denied)"
@@ -337,7 +415,7 @@ def test_a_card_that_cannot_be_written_is_noticed_before_any_work(command, capfd
 
 
 def test_a_bug_keeps_its_trace(command, monkeypatch):
-    monkeypatch.setattr(evaluate, "load", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(optimizers, "load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command()
 

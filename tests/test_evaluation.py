@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 import l2o.meta
+from l2o.bench.checks import HostReads
+from l2o.bench.cost import plug_in
 from l2o.evaluation import (
     BASELINES,
     Baseline,
@@ -24,9 +27,7 @@ from l2o.evaluation import (
     run_learned,
     step_cost,
 )
-from l2o.evaluation.baselines import Scheduled, adamw, cosine, linear, muon
-from l2o.evaluation.checks import HostReads
-from l2o.evaluation.cost import plug_in
+from l2o.evaluation.baselines import Scheduled, adamw, cosine, linear, muon, torch_optimizer
 from l2o.evaluation.curves import evaluation_steps
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, VeLO
@@ -36,9 +37,16 @@ from l2o.types import ConfigurationError, UnknownNameError
 NOISY = Setting("noisy", Quadratic(dim=3, noise=0.1), steps=21, seeds=3, window=1)
 
 GRIDS = {name: entrant for name, entrant in BASELINES.items() if isinstance(entrant, Baseline)}
-UNTUNED = sorted(BASELINES.keys() - GRIDS.keys())
+UNTUNED = sorted(name for name, entrant in BASELINES.items() if entrant.rates == (None,))
+OF_TORCH = sorted(BASELINES.keys() - GRIDS.keys())
+PACKAGES = {"soap": "pytorch_optimizer", "prodigy": "prodigyopt"} | dict.fromkeys(
+    ["schedule_free", "schedule_free_tuned"], "schedulefree"
+)
+"""That a baseline needs beside torch, from the extra ``baselines``."""
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
+    "heavy_ball": partial(torch.optim.SGD, momentum=0.9),
+    "momentum_cosine": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     "momentum": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
@@ -102,7 +110,7 @@ def test_a_run_does_not_wait_for_the_device():
     baseline = GRIDS["adam_cosine"]
     theta = baseline.thetas(torch.Generator())
     with HostReads() as reads:
-        family = Repeated(ImageMLP(width=4), len(baseline.grid))
+        family = Repeated(ImageMLP(width=4), len(baseline.rates))
         curves = run(baseline.scheduled_rule(), theta, family, 4, torch.Generator().manual_seed(0), 2)
         assert reads.count == 0
         curves.train[0, 0].item()
@@ -142,7 +150,7 @@ def one_by_one(name: str, rate: float, seed: int) -> list[float]:
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_lanes_of_a_grid_are_single_runs_of_torch(name):
     grid = (1e-3, 1e-2)
-    trials = run_baseline(dataclasses.replace(GRIDS[name], grid=grid), NOISY)
+    trials = run_baseline(dataclasses.replace(GRIDS[name], rates=grid), NOISY)
     singly = [[one_by_one(name, rate, seed) for rate in grid] for seed in range(NOISY.seeds)]
     np.testing.assert_allclose(trials.train, np.array(singly).transpose(2, 0, 1), rtol=2e-5)
 
@@ -155,10 +163,10 @@ def test_a_learned_rule_meets_the_problems_of_the_baselines(family, name):
     setting = Setting("same", family, steps=12, seeds=3)
     baseline = GRIDS[name]
     grid = run_baseline(baseline, setting)
-    rule = dataclasses.replace(baseline.rule, lr=baseline.grid[3])
+    rule = dataclasses.replace(baseline.rule, lr=baseline.rates[3])
     once = run_learned(rule, theta_of(rule), setting)
     assert once.train.shape == (12, 3, 1)
-    for trial in range(len(baseline.grid)):
+    for trial in range(len(baseline.rates)):
         np.testing.assert_array_equal(grid.train[0, :, trial], once.train[0, :, 0])
     if not baseline.cosine:
         np.testing.assert_allclose(grid.train[..., 3], once.train[..., 0], rtol=1e-4)
@@ -185,18 +193,38 @@ def test_a_rule_and_the_torch_optimizer_of_that_name_get_the_same_curves(name, f
     grid = (1e-3, 1e-2)
     make = TORCH[name]
     entrant = TorchEntrant(name, lambda p, lr: [make(p, lr=lr)], cosine if GRIDS[name].cosine else None, grid)
-    ours, torchs = (run_entrant(e, setting) for e in (dataclasses.replace(GRIDS[name], grid=grid), entrant))
+    ours, torchs = (run_entrant(e, setting) for e in (dataclasses.replace(GRIDS[name], rates=grid), entrant))
     np.testing.assert_array_equal(ours.train[0], torchs.train[0])
     np.testing.assert_allclose(ours.train, torchs.train, rtol=5e-4)
     np.testing.assert_allclose(ours.valid, torchs.valid, rtol=5e-4)
     assert (torchs.rates, torchs.valid_steps) == (ours.rates, ours.valid_steps)
 
 
-@pytest.mark.parametrize("name", UNTUNED)
-def test_untuned_baselines_have_one_trial_on_the_problems_of_all(name):
+@pytest.mark.parametrize(("name", "package"), sorted(PACKAGES.items()))
+def test_a_baseline_of_a_missing_package_names_its_extra(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UnknownNameError, match=rf"{package}.* cannot be imported .*pip install 'l2o\[baselines\]'"):
+        run_entrant(BASELINES[name], NOISY)
+
+
+def test_clipping_shortens_what_is_longer_than_the_limit_and_nothing_else():
+    def moved(clip, scale):
+        torch_sgd = partial(torch_optimizer, torch.optim.SGD)
+        setting = Setting("one step", Quadratic(dim=3, init_scale=scale), steps=2, seeds=1, window=1)
+        return run_entrant(TorchEntrant("", torch_sgd, None, (1e-3,), clip), setting).train[1].item()
+
+    assert moved(1e9, 1.0) == moved(None, 1.0)
+    assert moved(1e-3, 1.0) > moved(None, 1.0)
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_baselines_of_libraries_meet_the_problems_of_all(name):
+    pytest.importorskip(PACKAGES.get(name, "torch"))
     setting = Setting("same", ImageMLP(width=8), steps=30, seeds=2)
-    trials, adam = run_entrant(BASELINES[name], setting), run_entrant(GRIDS["adam"], setting)
-    assert (trials.rates, trials.train.shape, trials.valid.shape) == ((None,), (30, 2, 1), (20, 2, 1))
+    rates = BASELINES[name].rates if name in UNTUNED else (1e-3, 1e-2)
+    trials = run_entrant(dataclasses.replace(BASELINES[name], rates=rates), setting)
+    adam = run_entrant(GRIDS["adam"], setting)
+    assert (trials.rates, trials.train.shape, trials.valid.shape) == (rates, (30, 2, len(rates)), (20, 2, len(rates)))
     np.testing.assert_array_equal(trials.train[0, :, 0], adam.train[0, :, 0])
     assert (trials.valid[-1] < trials.valid[0]).all()
 
@@ -241,7 +269,7 @@ def test_optimizers_may_replace_what_a_parameter_holds():
 
 def test_what_is_done_of_all_runs_is_told():
     for entrant in (
-        dataclasses.replace(GRIDS["adam"], grid=(0.1, 1.0)),
+        dataclasses.replace(GRIDS["adam"], rates=(0.1, 1.0)),
         TorchEntrant("both", adamw(0.1), None, (0.1, 1.0)),
     ):
         told: list[int] = []
@@ -250,9 +278,10 @@ def test_what_is_done_of_all_runs_is_told():
 
 
 def test_grids_have_at_least_eight_rates_half_a_decade_apart():
-    for baseline in GRIDS.values():
-        assert len(baseline.grid) >= 8
-        np.testing.assert_allclose(np.diff(np.log10(baseline.grid)), 0.5)
+    for baseline in (entrant for name, entrant in BASELINES.items() if name not in UNTUNED):
+        assert len(baseline.rates) >= 8
+        assert None not in baseline.rates
+        np.testing.assert_allclose(np.diff(np.log10(baseline.rates)), 0.5)
 
 
 @pytest.mark.parametrize("rule", [SGD(), MLP(), VeLO()], ids=lambda rule: type(rule).__name__)
@@ -267,7 +296,7 @@ def test_a_scheduled_rule_gets_what_its_rule_needs(rule):
 
 def test_baselines_go_by_name():
     assert list(baselines(["adam", "sgd"])) == ["adam", "sgd"]
-    with pytest.raises(UnknownNameError, match=r"'adma', did you mean 'adam'.*rmsprop, sgd"):
+    with pytest.raises(UnknownNameError, match=r"'adma', did you mean 'adam'.*rmsprop, .*sgd"):
         baselines(["adma"])
     with pytest.raises(ConfigurationError, match=r"expected a list, such as \[adam\]"):
         baselines("adam")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -66,17 +65,14 @@ class ChainStep(UpdateRule):
     def init_theta(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {"drive": torch.tensor(0.5)}
 
-    def init(self, theta: Any, params: Params, kinds: Mapping[str, Any]) -> OptState:
+    def init(self, theta: Any, params: Params, infos: Any) -> OptState:
         return OptState({"x": {}}, {})
 
-    def accumulate(self, theta, grads, state, params, clock, loss):
-        return state, {}
-
-    def apply(self, theta, state, stats, grads, params, clock):
+    def update(self, theta, grads, state, params, infos, run, reduce=None):
         x = params["x"]
         sign = torch.where(torch.arange(SIZE) < POSITIVE, 1.0, -1.0).to(x.dtype)
         above = torch.cat([x[1:], x.new_zeros(1)])
-        return {"x": 0.5 * x + 0.5 * above + theta["drive"] * sign - x}
+        return {"x": 0.5 * x + 0.5 * above + theta["drive"] * sign - x}, state
 
 
 THETA = {"drive": torch.tensor(0.5, dtype=torch.float64)}
@@ -409,3 +405,100 @@ def test_a_deviation_of_a_tensor_that_does_not_exist_is_refused():
     rule = SGD()
     with pytest.raises(ConfigurationError, match=r"log_rate.*did you mean 'log_lr'"):
         Evolution(rule, Quadratic(), sigma_of={"log_rate": 0.1}).init(rule.init_theta(generator()), generator())
+
+
+def whole(**settings):
+    settings = {
+        "lanes": 8,
+        "horizon": (10, 40),
+        "truncation": None,
+        "meta_loss": "end",
+        "fitness": "standard",
+    } | settings
+    return Evolution(Adam(), Quadratic(dim=3), **settings)
+
+
+def test_whole_runs_have_one_length_an_estimate_drawn_from_the_range():
+    estimator, g, lengths = whole(), generator(), []
+    state = estimator.init(Adam().init_theta(g), g)
+    for _ in range(30):
+        (length,) = set(state.inner.total_steps.tolist())
+        before = state.inner.step
+        _, state, metrics = estimator.estimate(Adam().init_theta(g), state, g)
+        assert not before.any()
+        assert metrics["inner_steps"] == 8 * length
+        lengths.append(length)
+    assert 10 <= min(lengths) < 18 < 26 < max(lengths) <= 40
+
+
+def test_the_end_of_a_run_is_the_mean_of_its_last_twentieth_and_a_quarter_of_its_middle():
+    losses = torch.linspace(3.0, 1.0, 200, dtype=torch.float64).unsqueeze(1)
+    first = losses[0]
+    state = dataclasses.make_dataclass("State", ["step", "total_steps"])(torch.tensor([0]), torch.tensor([200]))
+    expected = (losses[-10:].mean() + 3e-3).log() + 0.25 * (losses[66:86].mean() + 3e-3).log()
+    torch.testing.assert_close(whole(log_floor=1e-3).objective(losses, state, first)[0], expected)
+
+
+def test_validation_counts_at_the_end_of_whole_runs_alone():
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Watched(Quadratic):
+        def batch(self, data, split, generator):
+            seen.append(split)
+            return super().batch(data, split, generator)
+
+    estimator = Evolution(
+        SGD(), Watched(dim=2), lanes=2, horizon=40, truncation=None, meta_loss="end", valid_weight=0.5
+    )
+    g = generator()
+    theta = SGD().init_theta(g)
+    estimator.estimate(theta, estimator.init(theta, g), g)
+    assert seen == ["train"] * 35 + ["train", "valid"] * 5
+
+
+def test_standard_fitness_has_unit_mean_square_and_no_scale():
+    g = torch.tensor([3.0, 1.0, -1.0, 2.0])
+    fitness = whole(sigma=0.1)._fitness(g)
+    torch.testing.assert_close(fitness, 0.1 * torch.tensor([1.0, -1.5]) / (1.0 + 2.25) ** 0.5 * 2**0.5)
+    torch.testing.assert_close(whole(sigma=0.1)._fitness(1e6 * g), fitness)
+    assert not whole()._fitness(torch.ones(4)).any()
+
+
+def test_scaled_gradients_move_theta_as_if_in_units_of_its_deviations():
+    def gradient(scaled):
+        settings = {"sigma": 0.1, "sigma_of": {"log_lr": 0.02}, "scaled": scaled}
+        estimator, g = Evolution(SGD(), Quadratic(dim=2), lanes=4, horizon=5, truncation=None, **settings), generator()
+        theta = SGD().init_theta(g)
+        return estimator.estimate(theta, estimator.init(theta, g), g)[0]["log_lr"]
+
+    torch.testing.assert_close(gradient(True), gradient(False) * 0.04)
+
+
+def test_whole_runs_of_a_range_resume_bit_for_bit():
+    def training(seed):
+        g = generator(seed)
+        return MetaTraining(whole(scaled=True), Adam().init_theta(g), lambda p: torch.optim.SGD(p, lr=1e-2), g)
+
+    run, first, second = training(0), training(0), training(9)
+    for _ in range(2):
+        run.outer_step()
+        first.outer_step()
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        run.outer_step()
+        second.outer_step()
+    assert identical(run.state_dict(), second.state_dict())
+
+
+def test_compiled_estimates_are_those_of_the_engine():
+    rule = Adam()
+    results = []
+    for compiled in (False, True):
+        estimator = Evolution(rule, Shapes(), lanes=4, horizon=4, truncation=None, compile=compiled)
+        g = generator()
+        theta = rule.init_theta(g)
+        state = estimator.init(theta, g)
+        grads, state, _ = estimator.estimate(theta, state, g)
+        results.append((grads, estimator.estimate(theta, state, g)[0]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -12,8 +12,7 @@ import pytest
 import torch
 from tables import identical
 
-from l2o._files import FORMAT, VERSION, atomic_write, load_tree, save_tree, sha256, to_bytes, user_path
-from l2o._resources import resource
+from l2o.disk import FORMAT, VERSION, atomic_write, load_tree, resource, save_tree, sha256, to_bytes, user_path
 from l2o.types import ConfigurationError, L2OError, ResumeError
 
 DTYPES = [

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tables import generator, random_theta
 
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.rules import MLP, STAR, AdafacMLP, RNNprop
-from l2o.types import Clock
+from l2o.types import Run
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4), "tall": (4, 3), "conv": (2, 3, 2, 5)}
 TIMESCALES = np.array([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000], float)
@@ -23,9 +23,10 @@ def draw(seed):
 def trajectory(rule, theta, kinds=None):
     """The updates of every step, from ``draw(0)`` by the gradients ``draw(1)``, ..., as numpy arrays."""
     params, updates = draw(0), []
-    state = rule.init(theta, params, kinds or default_kinds(params))
+    infos = infos_of(params, kinds)
+    state = rule.init(theta, params, infos)
     for t in range(STEPS):
-        new, state = rule.update(theta, draw(t + 1), state, params, Clock(torch.tensor(t), torch.tensor(9)))
+        new, state = rule.update(theta, draw(t + 1), state, params, infos, Run(torch.tensor(t), torch.tensor(9)))
         params = {k: p + new[k] for k, p in params.items()}
         updates.append({k: u.numpy() for k, u in new.items()})
     return updates

@@ -15,13 +15,15 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from l2o.evaluation.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
-from l2o.evaluation.steps import NETWORKS
-from l2o.hub import list_pretrained
+from l2o.bench.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
+from l2o.bench.steps import NETWORKS
+from l2o.checkpoints.store import list_pretrained
 from l2o.kernels import mlp_gpu, mlp_triton
+from l2o.ops.kinds import infos_of, lane_infos
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, Steered
-from l2o.types import Clock, UpdateRule
+from l2o.types import Run as InnerRun
+from l2o.types import UpdateRule
 from l2o.unroll import expand_theta
 from meta_train.gpu import FULL, Run, Step, run
 
@@ -69,7 +71,7 @@ def test_a_check_fails_where_a_rule_is_another_on_the_device(kind: str, monkeypa
 
     own = type(RULES["SGD"]).update
     monkeypatch.setattr(type(RULES["SGD"]), "update", update)
-    monkeypatch.setattr("l2o.evaluation.checks.UNROLL", {torch.float32: 1e-5})
+    monkeypatch.setattr("l2o.bench.checks.UNROLL", {torch.float32: 1e-5})
     with pytest.raises(AssertionError, match="apart from the CPU"):
         CHECKS[f"{kind}: SGD, float32"](DEVICE)
 
@@ -96,9 +98,10 @@ def test_rules_stay_on_the_device_of_their_tensors(rule: UpdateRule) -> None:
 def test_a_kernel_that_does_not_fit_reads_nothing() -> None:
     rule, params = Steered(), {"x": torch.zeros(3, 3, device=META)}
     theta = {k: t.to(META) for k, t in rule.init_theta(torch.Generator()).items()}
-    clock = Clock(*(torch.zeros((), dtype=torch.int64, device=META) for _ in range(2)))
-    state = rule.init(theta, params, {"x": "matrix"})
-    assert rule.fused_step(theta, params, state, params, clock, {"x": (1.0, 1.0)}) is None
+    run = InnerRun(*(torch.zeros((), dtype=torch.int64, device=META) for _ in range(2)))
+    infos = infos_of(params)
+    state = rule.init(theta, params, infos)
+    assert rule.fused_step(theta, params, state, params, infos, run, {"x": (1.0, 1.0)}) is None
 
 
 # The packages that a machine with a GPU may lack; None there makes an import fail.
@@ -185,10 +188,10 @@ def test_a_large_tensor_is_within_the_limits_of_a_grid(monkeypatch: pytest.Monke
     monkeypatch.setattr(mlp_triton, "_apply", launches)
     theta = expand_theta(rule.init_theta(torch.Generator()), 1)
     large = {"x": torch.zeros(1, 9_000_000)}
-    state = rule.init(theta, {"x": large["x"][0]}, {"x": "vector"})
+    state = rule.init(theta, {"x": large["x"][0]}, lane_infos(large))
     slots = {"x": {"m": state.per_param["x"]["m"].unsqueeze(0)}}
-    clock = Clock(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+    run = InnerRun(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
     monkeypatch.setenv("L2O_KERNELS", "1")
     monkeypatch.setattr("l2o.kernels.mlp_rule.update", mlp_gpu.update)
-    rule.fused_update(theta, large, state._replace(per_param=slots), large, clock, None)
+    rule.fused_update(theta, large, state._replace(per_param=slots), large, run)
     assert launches.grids == [(70_313, 1)] * 2

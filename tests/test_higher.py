@@ -11,7 +11,7 @@ import l2o.integrations.higher
 from l2o.rules import LSTM, MLP, SGD, Adam, Momentum, Steered
 from l2o.tasks import ModuleTask
 from l2o.types import ConfigurationError
-from l2o.unroll import expand_theta, inner_step, start
+from l2o.unroll import expand_theta, inner_step, sample_runs
 
 STEPS = 4
 
@@ -30,7 +30,7 @@ def engine(rule, theta):
     data = batches()
     family = ModuleTask(network, nn.functional.mse_loss, data[0], batch_size=6)
     module = network()
-    state = start(rule, expand_theta(theta, 1), family, torch.tensor([STEPS]), generator())
+    state = sample_runs(rule, expand_theta(theta, 1), family, torch.tensor([STEPS]), generator())
     state = state._replace(params={k: p.detach()[None].clone() for k, p in module.named_parameters()})
     lane_theta = {k: t[None] for k, t in theta.items()}
     losses = []

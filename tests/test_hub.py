@@ -15,8 +15,8 @@ import torch
 from plugin import Mixing, source
 from tables import every_rule, generator, identical
 
-from l2o import hub
-from l2o._files import to_bytes
+from l2o.checkpoints import store
+from l2o.disk import to_bytes
 from l2o.rules import LSTM, MLP, SGD
 from l2o.types import CheckpointError, ConfigurationError, UnknownNameError
 
@@ -39,7 +39,7 @@ class Unsavable(Mixing):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    return hub.save(tmp_path / "saved", *source(MLP(hidden=(4,))))
+    return store.save(tmp_path / "saved", *source(MLP(hidden=(4,))))
 
 
 def edit(folder: Path, **entries: object) -> None:
@@ -57,10 +57,10 @@ def replace_theta(folder: Path, data: bytes) -> None:
 @every_rule
 def test_what_is_saved_comes_back(rule, tmp_path):
     theta = rule.init_theta(generator(5))
-    folder = hub.save(tmp_path / "a" / "b", rule, theta)
+    folder = store.save(tmp_path / "a" / "b", rule, theta)
     assert folder == tmp_path / "a" / "b"
     for place in (folder, str(folder), folder / "theta.safetensors"):
-        loaded, again = hub.load(place)
+        loaded, again = store.load(place)
         assert loaded == rule
         assert type(loaded) is type(rule)
         assert identical(again, theta)
@@ -71,23 +71,23 @@ def test_what_is_saved_comes_back(rule, tmp_path):
     "rule", [Nested(), Nested(layers=((3,),), clip=1.5, scale=0.1, tags=["a", "b"]), Mixing(memory=7)]
 )
 def test_hyperparameters_of_ones_own_rule_come_back(rule, tmp_path):
-    hub.save(tmp_path, *source(rule))
-    assert hub.load(tmp_path, rules=[Nested, Mixing])[0] == rule
+    store.save(tmp_path, *source(rule))
+    assert store.load(tmp_path, rules=[Nested, Mixing])[0] == rule
 
 
 def test_theta_is_stored_as_float32_whatever_it_was(tmp_path):
     rule, theta = source(MLP())
     views = {k: torch.stack([t, t], -1).double()[..., 0].requires_grad_() for k, t in theta.items()}
-    loaded = hub.load(hub.save(tmp_path, rule, views))[1]
+    loaded = store.load(store.save(tmp_path, rule, views))[1]
     assert identical(loaded, theta)
     assert not any(t.requires_grad for t in loaded.values())
 
 
 def test_the_card_describes_the_checkpoint(tmp_path):
     rule, theta = source(MLP(hidden=(4, 5)))
-    hub.save(tmp_path, rule, theta, {"seeds": [0, 1], "results": {"loss": float("inf")}, "licence": "Apache-2.0"})
+    store.save(tmp_path, rule, theta, {"seeds": [0, 1], "results": {"loss": float("inf")}, "licence": "Apache-2.0"})
     data = (tmp_path / "theta.safetensors").read_bytes()
-    card = hub.read_card(tmp_path)
+    card = store.read_card(tmp_path)
     assert card["format_version"] == 1
     assert card["rule"] == "MLP"
     assert card["hyperparameters"]["hidden"] == [4, 5]
@@ -98,8 +98,8 @@ def test_the_card_describes_the_checkpoint(tmp_path):
 
 def test_a_checkpoint_is_replaced(saved):
     rule, theta = source(LSTM(hidden=(3,)))
-    hub.save(saved, rule, theta)
-    assert hub.load(saved)[0] == rule
+    store.save(saved, rule, theta)
+    assert store.load(saved)[0] == rule
     assert sorted(os.listdir(saved)) == ["card.json", "theta.safetensors"]
 
 
@@ -113,14 +113,14 @@ def test_a_save_that_stops_between_its_files_is_noticed(saved, monkeypatch):
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        hub.save(saved, MLP(hidden=(4,)), MLP(hidden=(4,)).init_theta(generator(9)))
+        store.save(saved, MLP(hidden=(4,)), MLP(hidden=(4,)).init_theta(generator(9)))
     with pytest.raises(CheckpointError, match="sha256"):
-        hub.load(saved)
+        store.load(saved)
 
 
 def test_hyperparameters_that_the_card_does_not_know_have_their_defaults(saved):
     edit(saved, hyperparameters={"hidden": [4]})
-    assert hub.load(saved)[0] == MLP(hidden=(4,))
+    assert store.load(saved)[0] == MLP(hidden=(4,))
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_theta_of_another_rule_is_neither_saved_nor_loaded(saved, tmp_path, chan
     rule, theta = source(MLP(hidden=(4,)))
     theta = {k: t for k, t in (theta | change).items() if t is not None}
     with pytest.raises(CheckpointError, match=message):
-        hub.save(tmp_path / "other", rule, theta)
+        store.save(tmp_path / "other", rule, theta)
     assert not (tmp_path / "other").exists()
     replace_theta(saved, to_bytes(theta))
     with pytest.raises(CheckpointError, match="int64" if theta["b0"].dtype == torch.int64 else message):
-        hub.load(saved)
+        store.load(saved)
 
 
 def test_theta_that_is_finite_in_float64_alone_is_not_saved(tmp_path):
     rule, theta = source(MLP(hidden=(4,)))
     with pytest.raises(CheckpointError, match="'b0' is not made of finite"):
-        hub.save(tmp_path / "other", rule, theta | {"b0": torch.full((4,), 1e300, dtype=torch.float64)})
+        store.save(tmp_path / "other", rule, theta | {"b0": torch.full((4,), 1e300, dtype=torch.float64)})
     assert not (tmp_path / "other").exists()
 
 
@@ -159,19 +159,19 @@ def test_theta_is_made_of_tensors(tmp_path, wrong):
     message = f"'b0' is of type {type(wrong).__name__}, expected a torch.Tensor"
     for entries, named in (({"b0": wrong}, message), ({3: wrong}, "3 is unexpected")):
         with pytest.raises(CheckpointError, match=named):
-            hub.save(tmp_path / "new", rule, theta | entries)
+            store.save(tmp_path / "new", rule, theta | entries)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        hub.save(tmp_path / "file" / "below", *source(SGD()))
+        store.save(tmp_path / "file" / "below", *source(SGD()))
 
 
 def test_whether_a_card_can_be_written_is_known_beforehand(saved, monkeypatch):
     before = sorted(os.listdir(saved))
-    hub.check_writable(saved)
+    store.check_writable(saved)
     assert sorted(os.listdir(saved)) == before
 
     def refuse(**_: object) -> None:
@@ -179,16 +179,16 @@ def test_whether_a_card_can_be_written_is_known_beforehand(saved, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(ConfigurationError, match=r"source=.*saved'.*Read-only file system.*copy the folder"):
-        hub.check_writable(saved)
+        store.check_writable(saved)
     with pytest.raises(UnknownNameError):
-        hub.check_writable("no such checkpoint")
+        store.check_writable("no such checkpoint")
 
 
 @pytest.mark.parametrize("data", [b"", b"no tensors at all", to_bytes({"w0": torch.ones(3)})[:-2], b"\x80\x05K\x01."])
 def test_a_theta_file_that_is_none(saved, data):
     replace_theta(saved, data)
     with pytest.raises(CheckpointError, match=r"theta\.safetensors: not a safetensors file"):
-        hub.load(saved)
+        store.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -199,14 +199,14 @@ def test_a_theta_file_that_is_not_the_one_saved(saved, damage, message):
     path = saved / "theta.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match=f"theta.safetensors: {message}.*the card says"):
-        hub.load(saved)
+        store.load(saved)
 
 
 def test_a_theta_file_of_another_checkpoint_says_what_may_have_happened(saved, tmp_path):
-    other = hub.save(tmp_path / "other", *source(LSTM(hidden=(3,))))
+    other = store.save(tmp_path / "other", *source(LSTM(hidden=(3,))))
     (saved / "theta.safetensors").write_bytes((other / "theta.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="damaged, or was saved without its card or by another rule"):
-        hub.load(saved)
+        store.load(saved)
 
 
 @pytest.mark.parametrize("file", ["theta.safetensors", "card.json"])
@@ -214,7 +214,7 @@ def test_a_file_that_is_missing(saved, file):
     (saved / file).unlink()
     for place in (saved, saved / "theta.safetensors"):
         with pytest.raises(CheckpointError, match=f"{file}: cannot be read") as caught:
-            hub.load(place)
+            store.load(place)
         assert "not JSON" not in str(caught.value)
 
 
@@ -222,7 +222,7 @@ def test_a_file_that_is_missing(saved, file):
 def test_a_card_that_is_not_json(saved, text):
     (saved / "card.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"card\.json: (not JSON|expected a JSON object)"):
-        hub.load(saved)
+        store.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_card_that_is_not_json(saved, text):
 def test_a_card_that_does_not_fit(saved, entries, message):
     edit(saved, **entries)
     with pytest.raises(CheckpointError, match=message):
-        hub.load(saved)
+        store.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -260,25 +260,25 @@ def test_a_card_that_does_not_fit(saved, entries, message):
 )
 def test_what_a_card_cannot_hold_is_refused_before_anything_is_written(tmp_path, rule, card, message):
     with pytest.raises(ConfigurationError, match=message):
-        hub.save(tmp_path / "new", *source(rule), card)
+        store.save(tmp_path / "new", *source(rule), card)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("rules", [SGD, [SGD()], ["SGD"], [int]])
 def test_rules_that_are_none(saved, rules):
     with pytest.raises(ConfigurationError, match="rules="):
-        hub.load(saved, rules=rules)
+        store.load(saved, rules=rules)
 
 
 def test_annotate_adds_to_the_card_and_leaves_the_rest(tmp_path):
-    path = hub.save(tmp_path / "a", *source(SGD()), card={"licence": "MIT", "data": "digits"})
+    path = store.save(tmp_path / "a", *source(SGD()), card={"licence": "MIT", "data": "digits"})
     theta = (path / "theta.safetensors").read_bytes()
-    before = hub.read_card(path)
-    hub.annotate(path, {"results": {"loss": 0.5}, "licence": "CC0-1.0"})
-    assert hub.read_card(path) == before | {"results": {"loss": 0.5}, "licence": "CC0-1.0"}
+    before = store.read_card(path)
+    store.annotate(path, {"results": {"loss": 0.5}, "licence": "CC0-1.0"})
+    assert store.read_card(path) == before | {"results": {"loss": 0.5}, "licence": "CC0-1.0"}
     assert (path / "theta.safetensors").read_bytes() == theta
-    assert hub.load(path)[0] == SGD()
+    assert store.load(path)[0] == SGD()
     with pytest.raises(ConfigurationError, match=r"written by .* itself"):
-        hub.annotate(path, {"rule": "Adam"})
+        store.annotate(path, {"rule": "Adam"})
     with pytest.raises(ConfigurationError, match="expected dicts"):
-        hub.annotate(path, {"results": torch.ones(1)})
+        store.annotate(path, {"results": torch.ones(1)})

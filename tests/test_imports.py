@@ -16,37 +16,37 @@ import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 
-SUPPORT = {"types", "_checks", "_contract", "_files", "_names", "_resources", "download", "draws", "ranks"}
+SUPPORT = {"types", "checks", "disk", "download", "family_checks", "random", "distributed"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
-PLUGIN = SUPPORT | {"ops", "rules", "_shelf", "_remote", "hub", "optim"}
-UNITS = ENGINE | PLUGIN | {"kernels", "tasks", "evaluation", "interop", "integrations"}
+PLUGIN = SUPPORT | {"ops", "rules", "checkpoints", "optim"}
+ROOMS = ENGINE | PLUGIN | {"kernels", "tasks", "interop", "integrations", "extras"}
+UNITS = ROOMS | {"evaluation", "inspection", "bench"}
 
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
-    "_checks": {"types"},
-    "_contract": {"types"},
-    "_files": {"types"},
-    "_names": {"types"},
-    "_resources": {"types"},
-    "download": {"types", "_files"},
-    "draws": set(),
-    "ranks": {"types"},
-    "ops": {"types", "_checks"},
-    "kernels": {"types", "_checks", "_files", "ops", "draws"},
-    "rules": {"types", "_checks", "ops", "kernels"},
+    "checks": {"types"},
+    "disk": {"types"},
+    "download": {"types", "disk"},
+    "extras": {"types"},
+    "family_checks": {"types"},
+    "random": set(),
+    "distributed": {"types"},
+    "ops": {"types", "checks"},
+    "kernels": {"types", "checks", "disk", "ops", "random"},
+    "rules": {"types", "checks", "ops", "kernels"},
     "tasks": SUPPORT | {"kernels"},
-    "unroll": {"types", "_contract", "ops"},
+    "unroll": {"types", "family_checks", "ops"},
     "estimators": SUPPORT | {"ops", "tasks", "unroll"},
     "meta": SUPPORT | {"ops", "estimators"},
-    "_shelf": SUPPORT,
-    "_remote": SUPPORT | {"_shelf"},
-    "hub": SUPPORT | {"_shelf", "_remote", "rules"},
-    "interop": {"types", "_checks", "_files", "_names", "_shelf", "_remote", "ops", "rules", "hub"},
-    "optim": {"types", "_checks", "ops", "hub"},
-    "evaluation": UNITS,
-    "integrations": UNITS,
+    "checkpoints": SUPPORT | {"rules"},
+    "interop": {"types", "checks", "disk", "checkpoints", "ops", "rules"},
+    "optim": {"types", "checks", "ops", "checkpoints"},
+    "integrations": ROOMS,
+    "evaluation": ROOMS | {"bench"},
+    "inspection": ROOMS | {"evaluation"},
+    "bench": ROOMS | {"evaluation"},
     "l2o": UNITS,
     "meta_train": UNITS | {"l2o"},
 }

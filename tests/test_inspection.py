@@ -16,15 +16,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import l2o
 from l2o import rules
-from l2o.evaluation import Inspection, findings, inspect, inspection_plots, inspection_png
-from l2o.evaluation import inspection as inspection_module
-from l2o.evaluation.findings import decay_rate
-from l2o.evaluation.inspection import FRACTIONS, PASTS, SPIKES, channel_counts, directions, sensitivity
-from l2o.evaluation.recording import record
+from l2o.inspection import Inspection, findings, inspect, inspection_png, plots
+from l2o.inspection import experiments as inspection_module
+from l2o.inspection.experiments import FRACTIONS, PASTS, SPIKES, channel_counts, directions, sensitivity
+from l2o.inspection.findings import decay_rate
+from l2o.inspection.recording import record
 from l2o.rules import LSTM, MLP, SGD, STAR, AdaGrad, Adam, Celo2, Momentum, RMSProp
 from l2o.tasks import ImageMLP, Quadratic
-from l2o.types import Clock, ConfigurationError, Grads, OptState, Params, Stats, Theta, UpdateRule, Updates
-from l2o.unroll import expand_theta, start, unroll
+from l2o.types import ConfigurationError, Grads, OptState, Params, Run, Theta, UpdateRule
+from l2o.unroll import expand_theta, sample_runs, unroll
 from meta_train import inspect as command
 
 TINY = ImageMLP(width=3, pool=2, batch_size=16)
@@ -63,7 +63,7 @@ def test_the_picture_takes_what_was_found(rule: UpdateRule) -> None:
 @pytest.mark.parametrize("rule", [Adam(), SMALL["VeLO"]], ids=["Adam", "VeLO"])
 def test_what_is_written_in_the_picture(rule: UpdateRule, monkeypatch) -> None:
     """Legends lie within their panels, rules without decay have 0 and not -0, and a run that goes up is seen to."""
-    monkeypatch.setattr(inspection_plots, "png", lambda figure: figure)
+    monkeypatch.setattr(plots, "png", lambda figure: figure)
     inspection = look(rule)
     run = inspection.run._replace(
         losses=torch.full_like(inspection.run.losses, 2.0).index_fill(0, torch.tensor(-1), 5e10)
@@ -115,9 +115,10 @@ class Decaying(SGD):
 
     decay: float = 0.01
 
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        left = 1.0 - clock.step / clock.total_steps
-        return {name: -left * (0.1 * g.clamp(-1.0, 1.0) + self.decay * params[name]) for name, g in grads.items()}
+    def update(self, theta: Theta, grads: Grads, state: OptState, params: Params, infos, run: Run, reduce=None):
+        left = 1.0 - run.step / run.total_steps
+        moves = {name: -left * (0.1 * g.clamp(-1.0, 1.0) + self.decay * params[name]) for name, g in grads.items()}
+        return moves, state
 
 
 @pytest.mark.parametrize(("decay", "said"), [(0.02, "yes"), (-0.02, "reversed"), (0.0, "no")])
@@ -158,13 +159,13 @@ def test_sensitivities_are_derivatives(rule: UpdateRule, monkeypatch) -> None:
     found = sensitivity(rule, theta, moment, generator(5))
 
     leaves, spec = tree_flatten(moment)
-    floats = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
+    floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
     def update(*moved: Tensor) -> tuple[Tensor, ...]:
         own = dict(zip(floats, moved, strict=True))
         m = tree_unflatten([own.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
-        loss = m.loss if rule.needs_loss else None
-        return tuple(rule.update(theta, m.grads, m.state, m.params, m.clock, loss)[0].values())
+        run = m.run if rule.needs_loss else m.run._replace(loss=None)
+        return tuple(rule.update(theta, m.grads, m.state, m.params, m.infos, run)[0].values())
 
     def size(tensors: Sequence[Tensor]) -> float:
         return float(torch.cat([t.flatten() for t in tensors]).norm())
@@ -192,12 +193,12 @@ def test_a_recorded_run_is_the_run(rule: UpdateRule) -> None:
     run = record(rule, theta, TINY, 8, generator(3), lanes=2, keep=[0, 7])
     g, lanes = generator(3), expand_theta(theta, 2)
     with torch.no_grad():
-        state = start(rule, lanes, TINY, torch.tensor([8, 8]), g)
+        state = sample_runs(rule, lanes, TINY, torch.tensor([8, 8]), g)
         state, losses = unroll(rule, lanes, TINY, state, 7, g)
     torch.testing.assert_close(run.losses[:7], losses)
     first = tree_map(lambda x: x[0].double(), (state.opt, state.params))
     torch.testing.assert_close((run.moments[7].state, run.moments[7].params), first)
-    assert int(run.moments[7].clock.step) == 7
+    assert int(run.moments[7].run.step) == 7
 
 
 def test_a_run_that_diverges_is_an_error() -> None:

@@ -9,10 +9,10 @@ from tables import generator, identical
 from torch import nn
 
 from l2o.kernels import build, steered
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer, apply
 from l2o.rules import Steered
-from l2o.types import Clock
+from l2o.types import Run
 
 SHAPES = {"scalar": (), "vector": (5,), "row": (1, 7), "matrix": (30, 41), "conv": (7, 3, 2, 2), "empty": (0, 3)}
 SHAPES |= {"tall": (900, 70), "same": (900, 70)}  # of several blocks
@@ -39,10 +39,10 @@ def gradients(step):
 
 def run(rule, factors, in_place, steps=6):
     theta, params = rule.init_theta(generator()), tensors(0, scale=0.1)
-    state = rule.init(theta, params, default_kinds(params))
+    state = rule.init(theta, params, infos_of(params))
     with torch.no_grad():
         for step in range(steps):
-            args = (theta, gradients(step), state, params, Clock(torch.tensor(step), torch.tensor(20)))
+            args = (theta, gradients(step), state, params, infos_of(params), Run(torch.tensor(step), torch.tensor(20)))
             if in_place:
                 state = rule.fused_step(*args, dict.fromkeys(params, factors))
                 assert state is not None
@@ -94,12 +94,13 @@ def test_weights_whose_channels_are_last_and_expanded_gradients_take_the_kernel(
         g = generator()
         params = {"conv": torch.randn(8, 6, 3, 3, generator=g), "bias": torch.randn(5, generator=g)}
         params["conv"] = params["conv"].to(memory_format=memory)
-        state = rule.init(theta, params, default_kinds(params))
+        infos, factors = infos_of(params), dict.fromkeys(params, (1.0, 1.0))
+        state = rule.init(theta, params, infos)
         for step in range(4):
             grads = {"conv": torch.randn(8, 6, 3, 3, generator=g), "bias": torch.tensor(0.3).expand(5)}
-            clock = Clock(torch.tensor(step), torch.tensor(20))
+            run = Run(torch.tensor(step), torch.tensor(20))
             with torch.no_grad():
-                state = rule.fused_step(theta, grads, state, params, clock, dict.fromkeys(params, (1.0, 1.0)))
+                state = rule.fused_step(theta, grads, state, params, infos, run, factors)
             assert state is not None
         ends.append({name: p.contiguous() for name, p in params.items()})
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
@@ -113,9 +114,11 @@ def test_a_step_in_place_shows_in_the_version_of_tensors():
     with torch.no_grad():
         params = {"weight": weight.detach()}
         theta = rule.init_theta(generator())
-        state = rule.init(theta, params, default_kinds(params))
-        clock = Clock(torch.tensor(0), torch.tensor(20))
-        assert rule.fused_step(theta, {"weight": torch.ones(4, 4)}, state, params, clock, {"weight": (1.0, 1.0)})
+        state = rule.init(theta, params, infos_of(params))
+        run = Run(torch.tensor(0), torch.tensor(20))
+        assert rule.fused_step(
+            theta, {"weight": torch.ones(4, 4)}, state, params, infos_of(params), run, {"weight": (1.0, 1.0)}
+        )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -130,9 +133,10 @@ def test_what_the_kernel_cannot_take_is_left_to_torch_with_nothing_written(chang
         params["matrix"] = params["matrix"].T.contiguous().T
     if change == "shape":
         grads["matrix"] = grads["matrix"][:-1]
-    state, before = rule.init(theta, params, default_kinds(params)), {k: p.clone() for k, p in params.items()}
-    clock = Clock(torch.tensor(0), torch.tensor(20))
-    assert rule.fused_step(theta, grads, state, params, clock, dict.fromkeys(params, (1.0, 1.0))) is None
+    infos, factors = infos_of(params), dict.fromkeys(params, (1.0, 1.0))
+    state, before = rule.init(theta, params, infos), {k: p.clone() for k, p in params.items()}
+    run = Run(torch.tensor(0), torch.tensor(20))
+    assert rule.fused_step(theta, grads, state, params, infos, run, factors) is None
     assert identical(params, before)
 
 

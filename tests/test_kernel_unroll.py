@@ -7,12 +7,12 @@ import torch
 from tables import generator, identical
 
 from l2o import unroll as engine
-from l2o.draws import LaneGenerator
 from l2o.estimators import Evolution
+from l2o.random import LaneGenerator
 from l2o.rules import MLP, Adam
 from l2o.tasks import DelayedGradients, ImageMLP, Reparametrized, Repeated
 from l2o.types import InnerState
-from l2o.unroll import expand_theta, start, unroll
+from l2o.unroll import expand_theta, sample_runs, unroll
 
 LANES, STEPS = 6, 7
 FAMILY = ImageMLP(width=12, batch_size=20)
@@ -32,7 +32,7 @@ def problem(rule, family, copies=2) -> tuple[dict[str, torch.Tensor], Repeated, 
     theta = expand_theta(rule.init_theta(g), LANES)
     theta = {name: t + 0.05 * torch.randn(t.shape, generator=g) for name, t in theta.items()}
     problems = Repeated(family, copies)
-    return theta, problems, start(rule, theta, problems, torch.tensor([9, 9, 3, 3, 30, 30]), g)
+    return theta, problems, sample_runs(rule, theta, problems, torch.tensor([9, 9, 3, 3, 30, 30]), g)
 
 
 def batches() -> LaneGenerator:

@@ -8,14 +8,14 @@ import torch
 from tables import generator, identical
 from torch.autograd import forward_ad
 from torch.func import vmap
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from l2o.estimators import Backprop
 from l2o.kernels import build
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
-from l2o.types import Clock, ConfigurationError, L2OError, OptState
-from l2o.unroll import expand_theta, start, unroll
+from l2o.types import ConfigurationError, L2OError, OptState, Run
+from l2o.unroll import expand_theta, sample_runs, unroll
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (33, 70), "conv": (2, 3, 3, 5), "empty": (0, 3)}  # one of two pieces
 RULES = {
@@ -41,22 +41,22 @@ def arguments(rule, lanes, dtype=torch.float32, seed=0):
     theta = {k: (t + 0.05 * randn(*t.shape)).to(dtype) for k, t in rule.init_theta(g).items()}
     params, grads = ({k: randn(*s, scale=scales[k]) for k, s in SHAPES.items()} for _ in range(2))
     slots = {k: {"m": randn(len(rule.decays), *s, scale=scales[k])} for k, s in SHAPES.items()}
-    clock = Clock(torch.randint(10, (lanes,), generator=g), torch.randint(10, 90, (lanes,), generator=g))
-    return theta, grads, OptState(slots, {}), params, clock
+    run = Run(torch.randint(10, (lanes,), generator=g), torch.randint(10, 90, (lanes,), generator=g))
+    return theta, grads, OptState(slots, {}), params, run
 
 
 def reference(rule, *args):
-    return vmap(rule.update)(*args)
+    return rule.update_lanes(*args)
 
 
 def fused(rule, *args):
-    result = rule.fused_update(*args, None)
+    result = rule.fused_update(*args)
     assert result is not None
     return result
 
 
 def as_double(tree):
-    return tree_map(lambda t: t.double() if t.is_floating_point() else t, tree)
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
 
 
 def assert_close(got, want, rtol):
@@ -78,7 +78,7 @@ def test_the_mlp_kernel_is_the_mlp_rule(rule, lanes, threads):
 
 def gradients(update, rule, args):
     """Of a random combination of all outputs, by every input that can have a gradient."""
-    args = tree_map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, args)
+    args = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, args)
     g, inputs = generator(9), [t for t in tree_leaves(args) if t.requires_grad]
     outputs = tree_leaves(update(rule, *args))
     weights = [
@@ -158,9 +158,9 @@ def test_what_a_kernel_does_not_fit_is_left_to_torch():
     args, data = arguments(rule, 2), family.sample(generator(), 2)
     params, batch = family.init(data, generator())[0], family.batch(data, "train", generator())
     theta = {**args[0], "w0": args[0]["w0"][:, 1:]}
-    assert rule.fused_update(*as_double(args), None) is None
-    assert rule.fused_update(theta, *args[1:], None) is None
-    assert vmap(lambda t: rule.fused_update(*args, None) is None and t)(torch.ones(2)).all()
+    assert rule.fused_update(*as_double(args)) is None
+    assert rule.fused_update(theta, *args[1:]) is None
+    assert vmap(lambda t: rule.fused_update(*args) is None and t)(torch.ones(2)).all()
     assert family.fused_gradient(as_double(params), {}, data, batch) is None
     with torch.no_grad(), pytest.raises(RuntimeError, match="out of bounds"):
         family.fused_gradient(params, {}, data, {**batch, "y": batch["y"] + 10})
@@ -199,7 +199,7 @@ def test_meta_gradients_do_not_depend_on_the_kernels(monkeypatch):
         estimator, g = Backprop(rule, family, lanes=3, horizon=4, truncation=None, clip=1e9), generator(1)
         with torch.no_grad():
             lanes = expand_theta(theta, 3)
-            state = start(rule, lanes, family, torch.full((3,), 4), generator(2))
+            state = sample_runs(rule, lanes, family, torch.full((3,), 4), generator(2))
             state, losses = unroll(rule, lanes, family, state, 4, generator(3))
         grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
         results.append((state.params, losses, grads, metrics))
@@ -214,7 +214,7 @@ def test_forward_mode_is_backward_mode_whatever_the_kernels(monkeypatch, setting
     rule, family, g = MLP(hidden=(8,)), ImageMLP(width=8, batch_size=16), generator(1)
     theta = expand_theta(rule.init_theta(g), 3)
     direction = {name: torch.randn(t.shape, generator=g) for name, t in theta.items()}
-    state = start(rule, theta, family, torch.full((3,), 4), g)
+    state = sample_runs(rule, theta, family, torch.full((3,), 4), g)
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(t, direction[name]) for name, t in theta.items()}
         slope = forward_ad.unpack_dual(unroll(rule, dual, family, state, 4, generator(3))[1]).tangent
@@ -316,7 +316,7 @@ def test_where_there_are_no_kernels_torch_stands_in_and_says_so_once(sources, mo
     assert not build.available("mlp_rule")
     monkeypatch.delenv("L2O_KERNELS")
     with pytest.warns(RuntimeWarning, match=f"(?s){reason}.*slower"):
-        assert MLP().fused_update(*arguments(MLP(), 1), None) is None
+        assert MLP().fused_update(*arguments(MLP(), 1)) is None
     assert not build.available("mlp_rule")
     monkeypatch.setenv("L2O_KERNELS", "1")
     with pytest.raises(L2OError, match=f"(?s)L2O_KERNELS=1.*{reason}"):

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from tables import identical
 from test_kernels import RULES, arguments, as_double, assert_close, reference
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from l2o.kernels import mlp_gpu, mlp_rule
 from l2o.rules import MLP
@@ -26,13 +26,13 @@ def gpu(monkeypatch):
 def test_the_mlp_kernel_is_the_mlp_rule(name):
     rule = RULES[name]
     args = arguments(rule, 3)
-    assert_close(rule.fused_update(*args, None), reference(rule, *as_double(args)), 1e-4)
+    assert_close(rule.fused_update(*args), reference(rule, *as_double(args)), 1e-4)
 
 
 def test_the_deepest_that_fits():
     rule = MLP(hidden=(7, 32, 3), decays=())
     args = arguments(rule, 2)
-    assert_close(rule.fused_update(*args, None), reference(rule, *as_double(args)), 1e-4)
+    assert_close(rule.fused_update(*args), reference(rule, *as_double(args)), 1e-4)
 
 
 COMPILE = """
@@ -62,15 +62,15 @@ def test_they_compile_for_gpus(monkeypatch, tmp_path):
 def test_strided_tensors_give_the_same():
     rule = MLP(hidden=(8,))
     args = arguments(rule, 2)
-    strided = tree_map(lambda t: t.unsqueeze(-1).expand(*t.shape, 2).contiguous()[..., 0], args)
-    assert identical(rule.fused_update(*strided, None), rule.fused_update(*args, None))
+    strided = tree_map_only(torch.Tensor, lambda t: t.unsqueeze(-1).expand(*t.shape, 2).contiguous()[..., 0], args)
+    assert identical(rule.fused_update(*strided), rule.fused_update(*args))
 
 
 def test_a_diverged_lane_is_nan_alone():
     rule = MLP(hidden=(8,))
-    theta, grads, state, params, clock = arguments(rule, 3)
+    theta, grads, state, params, run = arguments(rule, 3)
     grads["matrix"][1, 0, 0] = torch.nan
-    updates, _ = rule.fused_update(theta, grads, state, params, clock, None)
+    updates, _ = rule.fused_update(theta, grads, state, params, run)
     assert updates["matrix"].isnan().flatten(1).all(1).tolist() == [False, True, False]
     assert updates["matrix"][[0, 2]].isfinite().all()
     assert updates["conv"].isfinite().all()
@@ -78,19 +78,19 @@ def test_a_diverged_lane_is_nan_alone():
 
 def test_what_a_kernel_does_not_fit_is_left_to_torch(monkeypatch):
     for rule in (MLP(hidden=()), MLP(hidden=(33,)), MLP(mup=True)):
-        assert rule.fused_update(*arguments(rule, 2), None) is None
+        assert rule.fused_update(*arguments(rule, 2)) is None
     args = arguments(MLP(), 2)
-    assert MLP().fused_update(*as_double(args), None) is None
+    assert MLP().fused_update(*as_double(args)) is None
     args[0]["w0"].requires_grad_()
-    assert MLP().fused_update(*args, None) is None
+    assert MLP().fused_update(*args) is None
     with torch.no_grad():
-        assert MLP().fused_update(*args, None) is not None
+        assert MLP().fused_update(*args) is not None
         monkeypatch.delenv("L2O_KERNELS")
-        assert MLP().fused_update(*args, None) is None
+        assert MLP().fused_update(*args) is None
 
 
 def test_without_triton_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "l2o.kernels.mlp_triton", None)
     monkeypatch.delattr("l2o.kernels.mlp_triton", raising=False)  # if no other test has imported it
     with pytest.raises(L2OError, match=r"Triton cannot be imported .*pip install triton"):
-        MLP().fused_update(*arguments(MLP(), 1), None)
+        MLP().fused_update(*arguments(MLP(), 1))

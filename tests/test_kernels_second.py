@@ -14,7 +14,7 @@ from l2o.kernels import perceptron
 from l2o.rules import MLP, Adam
 from l2o.tasks import ImageMLP
 from l2o.types import TaskFamily
-from l2o.unroll import expand_theta, inner_step, start
+from l2o.unroll import expand_theta, inner_step, sample_runs
 
 SIZES = [(32, 1, 128), (7, 3, 5), (1, 0, 1), (50, 2, 9)]
 """Width, depth and batch; most are no multiples of a vector."""
@@ -165,7 +165,7 @@ def test_finite_differences_through_two_steps(activation):
     rule, family = MLP(hidden=(8,), step_mult=0.1), ImageMLP(width=6, activation=activation, batch_size=16)
     g, lanes = generator(3), 3
     theta = expand_theta(rule.init_theta(g), lanes)
-    state = start(rule, theta, family, torch.full((lanes,), 9), g)
+    state = sample_runs(rule, theta, family, torch.full((lanes,), 9), g)
     batches = [family.batch(state.data, "train", g) for _ in range(3)]
     theta, direction = leaves(theta), {k: torch.randn(t.shape, generator=g).double() for k, t in theta.items()}
     loss = loss_after_two_steps(rule, family, theta, state, batches)

@@ -23,7 +23,7 @@ from conftest import ROOT
 from training import SMALL, outcome, snapshot
 
 import l2o
-from l2o._files import load_tree
+from l2o.disk import load_tree
 
 pytestmark = pytest.mark.usefixtures("here")
 

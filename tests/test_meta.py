@@ -14,7 +14,7 @@ from l2o.meta import MetaTraining, warmup_cosine
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.tasks import Quadratic
 from l2o.types import Batch, ConfigurationError, ResumeError, Split, TaskData
-from l2o.unroll import expand_theta, running, start, unroll
+from l2o.unroll import expand_theta, running, sample_runs, unroll
 
 
 def training(rule=None, seed=0, lr=1e-2, **settings):
@@ -230,7 +230,7 @@ def objective_by_hand(theta, family, horizon, second_order=True):
     estimator.init(theta, g)
     lanes = expand_theta(theta, TOTAL)
     leaf = theta["log_lr"].clone().requires_grad_()
-    state = start(rule, lanes, family, torch.full((TOTAL,), horizon), g)
+    state = sample_runs(rule, lanes, family, torch.full((TOTAL,), horizon), g)
     batches = estimator.streams(g).batches
     _, losses = unroll(rule, {"log_lr": leaf.expand(TOTAL)}, family, state, horizon, batches, second_order)
     return torch.autograd.grad(losses.mean(), leaf)[0]

@@ -18,7 +18,7 @@ from l2o.tasks.data import image_split
 from l2o.tasks.pictures import PICTURES, pictures, pixel_split
 from l2o.tasks.text import BLOCK, VOCABULARY, _load_topics, encode, text_split
 from l2o.types import DataError, TaskFamily
-from l2o.unroll import expand_theta, start, unroll
+from l2o.unroll import expand_theta, sample_runs, unroll
 
 LANES = 3
 
@@ -114,7 +114,7 @@ def test_what_is_sampled_is_seen_whatever_computes_the_steps(setting: str, monke
     for _ in range(2):
         g = generator(1)
         with torch.no_grad():
-            state = start(rule, theta, family, torch.full((LANES,), 9), g)
+            state = sample_runs(rule, theta, family, torch.full((LANES,), 9), g)
             found.append(unroll(rule, theta, family, state, 3, g)[1])
         for name in ("fused_batches", "fused_gradient"):
             monkeypatch.setattr(ImageMLP, name, getattr(TaskFamily, name))

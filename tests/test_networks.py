@@ -16,18 +16,31 @@ from tables import generator
 from torch import Tensor, nn
 from torch.func import vmap
 
-from l2o.draws import LaneGenerator
 from l2o.evaluation.curves import run
+from l2o.random import LaneGenerator
 from l2o.rules import SGD, Adam
-from l2o.tasks import CharRNN, CharTransformer, CoordinateMLP, ImageAutoencoder, ImageConv, ImageLoRA, ImageMLP
+from l2o.tasks import (
+    CharRNN,
+    CharTransformer,
+    CoordinateMLP,
+    ImageAutoencoder,
+    ImageConv,
+    ImageFineTune,
+    ImageLoRA,
+    ImageMLP,
+    ImageResNet,
+    LinearNetwork,
+    WordMLP,
+)
 from l2o.tasks.conv import conv
-from l2o.tasks.data import image_split
+from l2o.tasks.data import HALVES, SPLITS, image_split
 from l2o.tasks.image import image_mlps
 from l2o.tasks.layers import ACTIVATIONS, init_norm, norm
 from l2o.tasks.lora import linear_discriminant
 from l2o.tasks.text import VOCABULARY
+from l2o.tasks.words import word_split
 from l2o.types import ConfigurationError, TaskFamily, UnknownNameError
-from l2o.unroll import start, unroll
+from l2o.unroll import sample_runs, unroll
 
 LANES = 3
 every_network = pytest.mark.parametrize("family", NETWORKS.values(), ids=NETWORKS.keys())
@@ -69,7 +82,7 @@ def test_every_activation_has_its_gradient(activation: str) -> None:
 def test_two_differentiated_steps_agree_with_finite_differences(family: TaskFamily) -> None:
     """The derivative of the losses of an unroll in the learning rate of SGD, lane by lane."""
     rule = SGD()
-    state = start(rule, {"log_lr": torch.zeros(LANES)}, family, torch.full((LANES,), 10), generator())
+    state = sample_runs(rule, {"log_lr": torch.zeros(LANES)}, family, torch.full((LANES,), 10), generator())
     state = state._replace(params=shaken(state.params), first_loss=state.first_loss.double())
 
     def total(log_lr: Tensor) -> Tensor:
@@ -134,6 +147,9 @@ TINY = 0.02  # initial parameters are scaled by it, so that the outputs are near
         (ImageConv(), math.log(10), 0.15),
         (ImageConv(norm="batch"), math.log(10), 0.15),
         (ImageAutoencoder(), math.log(2), 0.05),
+        (ImageResNet(), math.log(10), 0.4),
+        (WordMLP(), math.log(256), 0.05),
+        (WordMLP(tied=False), math.log(256), 0.05),
         (CharRNN(), math.log(VOCABULARY), 0.1),
         (CharTransformer(), math.log(VOCABULARY), 0.25),
     ],
@@ -159,11 +175,19 @@ def test_norms_are_torchs(kind: str, axes: tuple[int, ...]) -> None:
     torch.testing.assert_close(norm(kind, moved, "n", x), by_hand)
 
 
+@pytest.mark.parametrize(("features", "groups"), [(8, 4), (6, 2), (3, 1)])
+def test_group_norm_is_torchs(features: int, groups: int) -> None:
+    x = torch.randn(5, features, 7, dtype=torch.float64)
+    params = {k: t[0].double() for k, t in init_norm("group", "n", 1, features, x.device).items()}
+    torch.testing.assert_close(norm("group", params, "n", x), F.group_norm(x, groups))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [2, 5, 8])
-def test_conv_is_torchs(side: int) -> None:
+def test_conv_is_torchs(side: int, stride: int) -> None:
     x, weight = torch.randn(2, 3, side, side), torch.randn(4, 3, 3, 3)
-    expected = F.conv2d(x, weight, stride=2, padding=1).flatten(2)
-    torch.testing.assert_close(conv(x.flatten(2), weight), expected)
+    expected = F.conv2d(x, weight, stride=stride, padding=1).flatten(2)
+    torch.testing.assert_close(conv(x.flatten(2), weight, stride), expected)
 
 
 @pytest.mark.parametrize(("cell", "layer"), [("gru", nn.GRU), ("lstm", nn.LSTM), ("rnn_tanh", nn.RNN)])
@@ -185,7 +209,14 @@ def test_recurrent_models_are_torchs(cell: str, layer: Callable[..., nn.Module])
     torch.testing.assert_close(family.logits(params, tokens), expected)
 
 
-@pytest.mark.parametrize("family", [CharTransformer(width=8, depth=2, length=6), CharRNN(width=8, length=6)])
+@pytest.mark.parametrize(
+    "family",
+    [
+        CharTransformer(width=8, depth=2, length=6),
+        CharTransformer(width=8, length=6, norm_first=False),
+        CharRNN(width=8, length=6),
+    ],
+)
 def test_no_prediction_sees_the_characters_after_it(family: Any) -> None:
     params, _, _, batch = lane(draw(family))
     tokens = batch["tokens"][:, :-1]
@@ -205,6 +236,57 @@ def test_lora_starts_at_its_frozen_network(shift: str) -> None:
     loss, buffers = family.loss(params, frozen, data, batch)
     torch.testing.assert_close(loss, F.cross_entropy(logits, batch["y"]))
     assert buffers is frozen
+
+
+@pytest.mark.parametrize("shift", ["labels", "images"])
+def test_fine_tuning_starts_where_adapters_do(shift: str) -> None:
+    adapted, whole = ImageLoRA(width=8, shift=shift), ImageFineTune(width=8, shift=shift)
+    params, frozen, data, batch = lane(draw(adapted))
+    own, _ = whole.init(whole.sample(generator(), 1), generator())
+    loss = whole.loss({k: p[0] for k, p in own.items()}, {}, data, batch)[0]
+    torch.testing.assert_close(loss, adapted.loss(params, frozen, data, batch)[0])
+
+
+def test_residual_blocks_that_give_nothing_leave_a_convolution() -> None:
+    family = ImageResNet(channels=3, depth=2, **SMALL)
+    params, _, _, batch = lane(draw(family))
+    for layer in (2, 4):
+        params[f"{layer}.weight"], params[f"{layer}.bias"] = torch.zeros(3, 3, 3, 3), torch.zeros(3)
+    x = F.conv2d(batch["x"].view(-1, 1, 4, 4), params["0.weight"], params["0.bias"], stride=2, padding=1)
+    logits = F.linear(F.relu(x).mean((2, 3)), params["output.weight"], params["output.bias"])
+    torch.testing.assert_close(family.loss(params, {}, {}, batch)[0], F.cross_entropy(logits, batch["y"]))
+
+
+def test_words_are_the_texts_most_frequent_ones_and_no_window_is_in_two_parts() -> None:
+    parts = [word_split("topics", half, split, 32, "cpu") for half in HALVES for split in SPLITS]
+    counts = torch.bincount(torch.cat([p.flatten() for p in parts]), minlength=32)[1:]
+    assert (counts[:-1] >= 0.9 * counts[1:]).all()
+    rows = [tuple(row) for part in parts for row in part.tolist()]
+    assert len(set(rows)) == len(rows)
+
+
+def test_rows_of_words_that_no_batch_holds_have_no_gradient_unless_tied() -> None:
+    for tied in (True, False):
+        family = WordMLP(words=200, batch_size=4, tied=tied)
+        params, _, data, batch = lane(draw(family))
+        table = params["embedding.weight"].requires_grad_()
+        (grad,) = torch.autograd.grad(family.loss(params, {}, data, batch)[0], table)
+        seen = torch.zeros(200, dtype=torch.bool)
+        seen[batch["words"][:, :-1].flatten()] = True
+        assert grad[seen].any(1).all()
+        assert grad[~seen].any(1).all() == tied
+
+
+def test_a_linear_network_that_is_its_target_has_no_loss_but_the_noise() -> None:
+    family = LinearNetwork(batch_size=4000, noise=0.3, conditions=(100.0, 100.0))
+    params, _, data, batch = lane(draw(family))
+    loss = family.loss({"0.weight": data["target"]}, {}, data, batch)[0].item()
+    assert loss == pytest.approx(0.5 * 8 * 0.09, rel=0.05)
+    assert (data["root"].max() / data["root"].min()).item() == pytest.approx(10.0)
+    weight = params["0.weight"].double().requires_grad_()
+    data = {k: t.double() for k, t in data.items()}
+    curvature = torch.autograd.functional.hessian(lambda w: family.loss({"0.weight": w}, {}, data, batch)[0], weight)
+    assert torch.linalg.cond(curvature[0, :, 0]).item() == pytest.approx(100.0, rel=0.3)
 
 
 @pytest.mark.parametrize("shift", ["labels", "images"])
@@ -280,6 +362,11 @@ def test_image_mlps_are_all_combinations() -> None:
         (UnknownNameError, "cell 'gur'.*did you mean 'gru'", lambda: CharRNN(cell="gur")),
         (ConfigurationError, "length=4096: expected less than 4096", lambda: CharRNN(length=4096)),
         (ConfigurationError, "width=10: expected a multiple of heads=4", lambda: CharTransformer(width=10, heads=4)),
+        (ConfigurationError, "channels=0", lambda: ImageResNet(channels=0)),
+        (ConfigurationError, "words=1", lambda: WordMLP(words=1)),
+        (ConfigurationError, "context=512: expected less than 512", lambda: WordMLP(context=512)),
+        (ConfigurationError, r"conditions\[0\]=0.5", lambda: LinearNetwork(conditions=(0.5, 2.0))),
+        (ConfigurationError, "init_scale=0", lambda: LinearNetwork(init_scale=0)),
         (ConfigurationError, "rank=0", lambda: ImageLoRA(rank=0)),
         (ConfigurationError, "depth=0", lambda: ImageLoRA(depth=0)),
         (UnknownNameError, "shift 'pixels'.*images, labels", lambda: ImageLoRA(shift="pixels")),

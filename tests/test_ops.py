@@ -7,17 +7,17 @@ import torch
 from tables import generator
 
 from l2o.ops import factored, features, kinds, moments, networks, numeric, recurrent
-from l2o.types import Clock, ConfigurationError
+from l2o.types import LOCAL, ConfigurationError, ParamInfo, Run
 
 
-def clock(step: int, total: int = 100) -> Clock:
-    return Clock(torch.tensor(step), torch.tensor(total))
+def clock(step: int, total: int = 100) -> Run:
+    return Run(torch.tensor(step), torch.tensor(total))
 
 
 def test_momenta_are_one_average_a_decay():
     decays = (0.1, 0.9, 0.999)
     grads = torch.randn(5, 2, 3, dtype=torch.float64)
-    m = moments.init_momenta(grads[0], decays)
+    m = moments.init_momenta(grads[0], len(decays))
     assert m.shape == (3, 2, 3)
     for g in grads:
         m = moments.momenta(m, g, decays)
@@ -149,14 +149,22 @@ def test_factors_of_a_square_of_rank_one_are_its_root(shape):
     along = [n if i == factored.factored_axes(torch.Size(shape))[1] else 1 for i, n in enumerate(shape)]
     across = [n // m for n, m in zip(shape, along, strict=True)]
     g = (0.5 + torch.rand(along, dtype=torch.float64)) * (0.5 + torch.rand(across, dtype=torch.float64))
-    slots = factored.factored(factored.init_factored(g, 1), g, torch.zeros(1, dtype=torch.float64))
-    torch.testing.assert_close(factored.preconditioner(slots, g.shape)[0], 1 / g, rtol=1e-6, atol=0)
+    slots = averaged(g, torch.zeros(1, dtype=torch.float64))
+    infos = kinds.infos_of({"g": g})
+    mean = factored.row_means({"g": slots}, infos, LOCAL)["g"]
+    torch.testing.assert_close(factored.preconditioner(slots, mean, infos["g"])[0], 1 / g, rtol=1e-6, atol=0)
+
+
+def averaged(g, decays):
+    infos = kinds.infos_of({"g": g})
+    start = factored.init_factored(g, infos["g"], len(decays))
+    return factored.factored({"g": start}, {"g": g}, infos, decays, LOCAL)["g"]
 
 
 def test_rows_and_columns_have_the_tensors_shape():
     g = torch.randn(3, 4, dtype=torch.float64)
-    slots = factored.factored(factored.init_factored(g, 2), g, torch.tensor([0.0, 0.9], dtype=torch.float64))
-    row, col = factored.rows_and_columns(slots, g.shape)
+    slots = averaged(g, torch.tensor([0.0, 0.9], dtype=torch.float64))
+    row, col = factored.rows_and_columns(slots, g, kinds.infos_of({"g": g})["g"])
     torch.testing.assert_close(row[0], g.square().mean(1, keepdim=True).expand(3, 4))
     torch.testing.assert_close(col[1], 0.1 * g.square().mean(0, keepdim=True).expand(3, 4))
 
@@ -175,8 +183,8 @@ def test_a_row_of_the_tensor_lstm_is_a_tensor():
 
 
 def test_width_multiplier_of_an_empty_tensor_is_a_number():
-    assert kinds.width_multiplier(torch.zeros(3, 0), "matrix") == 1.0
-    assert kinds.width_multiplier(torch.zeros(2, 3, 5), "matrix") == pytest.approx(1 / 15)
+    assert kinds.width_multiplier(torch.zeros(3, 0), ParamInfo((3, 0), "matrix")) == 1.0
+    assert kinds.width_multiplier(torch.zeros(2, 3, 5), ParamInfo((2, 3, 5), "matrix")) == pytest.approx(1 / 15)
 
 
 def test_constants_made_in_inference_mode_can_be_differentiated_with():

@@ -8,29 +8,28 @@ import plugin
 import pytest
 import torch
 from plugin import TOTAL, Mixing, make, parameters, set_gradients, source, train, untouched
-from tables import every_rule, identical
+from tables import every_rule, identical, one_update
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2o.kernels import mlp_rule
+from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer, learned
 from l2o.rules import MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
-from l2o.types import Clock
 
 
 def by_hand(rule, theta, params, steps: range) -> list[torch.Tensor]:
     """What the rule's own ``update`` makes of the parameters, of entries that have had a gradient."""
     names = {str(i): p for i, p in enumerate(params)}
     values = {n: p.detach().clone() for n, p in names.items()}
-    kinds = {n: "matrix" if p.ndim >= 2 else "vector" for n, p in names.items()}
-    state = rule.init(theta, values, kinds)
+    state = rule.init(theta, values, infos_of(values))
     had = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in names.items()}
     for step in steps:
         set_gradients(params, step)
         had = {n: had[n] | (p.grad != 0) for n, p in names.items()}
-        clock = Clock(torch.tensor(step), torch.tensor(TOTAL))
         loss = torch.tensor(1.0 / (1 + step)).to(params[0].dtype) if rule.needs_loss else None
-        updates, state = rule.update(theta, {n: p.grad for n, p in names.items()}, state, values, clock, loss)
+        grads = {n: p.grad for n, p in names.items()}
+        updates, state = one_update(rule, theta, grads, state, values, step, TOTAL, loss)
         values = {n: values[n] + torch.where(had[n], updates[n], 0.0) for n in values}
     return list(values.values())
 

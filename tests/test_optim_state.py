@@ -23,8 +23,8 @@ from plugin import (
 from tables import identical
 from torch import nn
 
-import l2o.hub
-from l2o._shelf import aliases
+import l2o.checkpoints.store
+from l2o.checkpoints.pretrained import aliases
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, Adam
 from l2o.types import ResumeError
@@ -192,7 +192,7 @@ def test_state_saved_before_the_first_step_loads():
 
 def test_it_is_made_from_a_path_and_shows_what_it_is(tmp_path):
     rule, theta = source(MLP(hidden=(4,)))
-    l2o.hub.save(tmp_path / "mine", rule, theta)
+    l2o.checkpoints.store.save(tmp_path / "mine", rule, theta)
     params = parameters()
     expected = train(LearnedOptimizer(parameters(), (rule, theta), total_steps=TOTAL), range(2))
     optimizer = LearnedOptimizer(params, tmp_path / "mine", total_steps=TOTAL, lr=1, weight_decay=0.5)
@@ -218,6 +218,6 @@ def test_an_alias_is_shown_by_the_name_that_it_stands_for():
 
 
 def test_a_rule_of_ones_own_is_loaded_when_its_class_is_given(tmp_path):
-    l2o.hub.save(tmp_path, *source(Mixing(memory=5)))
+    l2o.checkpoints.store.save(tmp_path, *source(Mixing(memory=5)))
     optimizer = LearnedOptimizer(parameters(), tmp_path, total_steps=TOTAL, rules=[Mixing])
     assert optimizer.rule == Mixing(memory=5)

@@ -14,7 +14,7 @@ from tables import generator, identical
 from torch import Tensor
 
 from l2o import LearnedOptimizer, MetaTraining, warmup_exponential, warmup_linear
-from l2o._files import load_tree, save_tree
+from l2o.disk import load_tree, save_tree
 from l2o.estimators import Backprop
 from l2o.rules import MLP, Celo
 from l2o.rules import Adam as Learned

@@ -13,8 +13,8 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from l2o import _remote
-from meta_train._config import config_path, open_settings
+from l2o.checkpoints import remote
+from meta_train.config.compose import config_path, open_settings
 from meta_train.convert import parser
 from meta_train.train import OPEN
 
@@ -79,7 +79,7 @@ def test_the_commands_of_the_documents_are_read(words):
     module, *arguments = words[words.index("-m") + 1 :]
     if module == "meta_train.convert":
         addresses = parser().parse_args(arguments).files
-        assert all(_remote.parse_weights(address) for address in addresses)
+        assert all(remote.parse_weights(address) for address in addresses)
         return
     assert module == "meta_train"
     one_of_a_sweep = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", each) for each in arguments if each != "-m"]

@@ -14,11 +14,11 @@ from server import Page, Server
 from tables import identical
 
 import l2o
-from l2o import hub
+from l2o.checkpoints import store
 from l2o.download import cache_folder
 from l2o.rules import LSTM, MLP
 from l2o.types import CheckpointError, ConfigurationError, DownloadError
-from meta_train.assemble import _warm_start
+from meta_train.config.assemble import _warm_start
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 RULE = MLP(hidden=(4,))
@@ -26,7 +26,7 @@ RULE = MLP(hidden=(4,))
 
 def publish(server: Server, folder: str, rule: l2o.UpdateRule = RULE) -> str:
     """Serve a checkpoint of ``rule`` in ``folder``; returns the SHA-256 of its card."""
-    here = hub.save(cache_folder().parent / "published", *source(rule))
+    here = store.save(cache_folder().parent / "published", *source(rule))
     for name in ("card.json", "theta.safetensors"):
         server.pages[f"{folder}/{name}"] = Page((here / name).read_bytes())
     return hashlib.sha256(server.pages[f"{folder}/card.json"].body).hexdigest()
@@ -55,12 +55,12 @@ def cached(name: str) -> Path:
 @pytest.mark.parametrize("form", ["/some/mlp", "/some/mlp/", "/some/mlp/card.json"])
 def test_an_address_is_fetched_once_and_used_offline(server: Server, form: str) -> None:
     address = f"{server.url}{form}#sha256={publish(server, '/some/mlp')}"
-    rule, theta = hub.load(address)
+    rule, theta = store.load(address)
     assert rule == RULE
     assert identical(theta, source(RULE)[1])
     server.pages.clear()
-    assert identical(hub.load(address)[1], theta)
-    assert hub.read_card(address)["rule"] == "MLP"
+    assert identical(store.load(address)[1], theta)
+    assert store.read_card(address)["rule"] == "MLP"
     assert server.asked == [("/some/mlp/card.json", None), ("/some/mlp/theta.safetensors", None)]
 
 
@@ -73,33 +73,33 @@ def test_an_address_serves_wherever_a_name_does(pinned: str) -> None:
 def test_a_query_stays_with_both_files(server: Server) -> None:
     digest = publish(server, "/mlp")
     server.pages |= {f"{path}?key=1": page for path, page in server.pages.items()}
-    hub.load(f"{server.url}/mlp?key=1#sha256={digest.upper()}")
+    store.load(f"{server.url}/mlp?key=1#sha256={digest.upper()}")
     assert [path for path, _ in server.asked] == ["/mlp/card.json?key=1", "/mlp/theta.safetensors?key=1"]
 
 
 @pytest.mark.parametrize("end", [f"@{COMMIT}", "@main#unpinned", "#unpinned", "@a/branch#unpinned"])
 def test_a_repository_is_fetched_once_and_used_offline(repository: Server, end: str) -> None:
-    assert hub.load(f"hf:owner/name{end}")[0] == RULE
+    assert store.load(f"hf:owner/name{end}")[0] == RULE
     repository.pages.clear()
-    assert hub.load(f"hf:owner/name{end}")[0] == RULE
+    assert store.load(f"hf:owner/name{end}")[0] == RULE
 
 
 def test_a_branch_may_be_pinned_by_its_card(repository: Server) -> None:
     digest = hashlib.sha256(repository.pages["/owner/name/resolve/main/card.json"].body).hexdigest()
-    assert hub.load(f"hf:owner/name@main#sha256={digest}")[0] == RULE
+    assert store.load(f"hf:owner/name@main#sha256={digest}")[0] == RULE
     publish(repository, "/owner/name/resolve/main", LSTM(hidden=(3,)))
     cached("card.json").unlink()
     with pytest.raises(DownloadError, match=f"expected {digest}"):
-        hub.load(f"hf:owner/name@main#sha256={digest}")
+        store.load(f"hf:owner/name@main#sha256={digest}")
 
 
 def test_what_is_unpinned_stays_as_it_came(repository: Server) -> None:
     for _ in range(2):
-        assert hub.load("hf:owner/name#unpinned")[0] == RULE
+        assert store.load("hf:owner/name#unpinned")[0] == RULE
         publish(repository, "/owner/name/resolve/main", LSTM(hidden=(3,)))
     cached("theta.safetensors").unlink()
     with pytest.raises(DownloadError, match=r"to take what is there now, remove .*main-"):
-        hub.load("hf:owner/name#unpinned")
+        store.load("hf:owner/name#unpinned")
 
 
 @pytest.mark.parametrize("body", [b"<html>Log in to this network</html>", b"", b"{}", b'{"theta": {}}'])
@@ -107,22 +107,22 @@ def test_what_is_no_card_is_not_kept_as_what_came_first(repository: Server, body
     card = f"/owner/name/resolve/{COMMIT}/card.json"
     good, repository.pages[card] = repository.pages[card], Page(body)
     with pytest.raises(CheckpointError, match=r"card\.json"):
-        hub.load(f"hf:owner/name@{COMMIT}")
+        store.load(f"hf:owner/name@{COMMIT}")
     repository.pages[card] = good
-    assert hub.load(f"hf:owner/name@{COMMIT}")[0] == RULE
+    assert store.load(f"hf:owner/name@{COMMIT}")[0] == RULE
 
 
 def test_what_is_not_there_leaves_nothing_to_remove(repository: Server) -> None:
     repository.pages.clear()
     with pytest.raises(DownloadError, match="404") as caught:
-        hub.load("hf:owner/name#unpinned")
+        store.load("hf:owner/name#unpinned")
     assert "remove" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "a b", "é"])
 def test_an_address_may_be_no_name_of_a_folder(server: Server, name: str) -> None:
     with pytest.raises(DownloadError, match=r"cannot download card\.json"):
-        hub.load(f"{server.url}/{name}#unpinned")
+        store.load(f"{server.url}/{name}#unpinned")
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,13 @@ def test_an_address_may_be_no_name_of_a_folder(server: Server, name: str) -> Non
 )
 def test_addresses_that_are_unpinned_or_none(server: Server, address: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        hub.load(address)
+        store.load(address)
     assert not cache_folder().exists()
 
 
 def test_only_this_machine_is_asked_over_http(server: Server) -> None:
     with pytest.raises(DownloadError, match="expected an address of https"):
-        hub.load("http://example.org/mlp#unpinned")
+        store.load("http://example.org/mlp#unpinned")
 
 
 ALTER = {
@@ -169,18 +169,18 @@ def test_what_is_not_what_the_pin_says_is_refused(server: Server, pinned: str, n
     page = server.pages[f"/some/mlp/{name}"]
     server.pages[f"/some/mlp/{name}"] = Page(ALTER[how](page.body))
     with pytest.raises(DownloadError, match=rf"(?s)source='{server.url}.*{name}: .*expected.*Check the address"):
-        hub.load(pinned)
+        store.load(pinned)
     server.pages[f"/some/mlp/{name}"] = page
-    assert hub.load(pinned)[0] == RULE
+    assert store.load(pinned)[0] == RULE
 
 
 def test_theta_that_broke_off_goes_on(server: Server, pinned: str) -> None:
     page = server.pages["/some/mlp/theta.safetensors"]
     server.pages["/some/mlp/theta.safetensors"] = Page(page.body, breaks_at=100)
     with pytest.raises(DownloadError, match="broke off after 100"):
-        hub.load(pinned)
+        store.load(pinned)
     server.pages["/some/mlp/theta.safetensors"] = page
-    assert hub.load(pinned)[0] == RULE
+    assert store.load(pinned)[0] == RULE
     assert server.asked[-1] == ("/some/mlp/theta.safetensors", "bytes=100-")
 
 
@@ -196,14 +196,14 @@ def test_theta_that_broke_off_goes_on(server: Server, pinned: str) -> None:
 def test_a_card_that_does_not_say_which_theta(server: Server, entry: object) -> None:
     server.pages["/mlp/card.json"] = Page(json.dumps({"theta": entry}).encode())
     with pytest.raises(CheckpointError, match=r"card\.json: (expected an entry 'theta'|θ has .* bytes)"):
-        hub.load(f"{server.url}/mlp#unpinned")
+        store.load(f"{server.url}/mlp#unpinned")
     assert len(server.asked) == 1
 
 
 def test_a_card_that_is_too_long(server: Server) -> None:
     server.pages["/mlp/card.json"] = Page(b" " * (2**20 + 1))
     with pytest.raises(DownloadError, match="longer than the 1048576 bytes"):
-        hub.load(f"{server.url}/mlp#unpinned")
+        store.load(f"{server.url}/mlp#unpinned")
 
 
 @pytest.mark.parametrize("name", ["card.json", "theta.safetensors"])
@@ -211,21 +211,21 @@ def test_a_card_that_is_too_long(server: Server) -> None:
 def test_a_cache_that_was_damaged_is_mended_or_named(server: Server, name: str, end: str) -> None:
     digest = publish(server, "/mlp")
     address = f"{server.url}/mlp{end}{digest if end.endswith('=') else ''}"
-    hub.load(address)
+    store.load(address)
     good = cached(name).read_bytes()
     cached(name).write_bytes(good.replace(b"MLP", b"SGD") if name == "card.json" else good[:-1] + b"\0")
     pages = dict(server.pages)
     server.pages.clear()
     with pytest.raises(DownloadError, match=f"cannot download {name}.*\n.*404[^$]*give its path"):
-        hub.load(address)
+        store.load(address)
     server.pages |= pages
-    assert hub.load(address)[0] == RULE
+    assert store.load(address)[0] == RULE
     assert cached(name).read_bytes() == good
 
 
 def test_two_at_once_fetch_each_file_once(server: Server, pinned: str) -> None:
     rules = []
-    threads = [threading.Thread(target=lambda: rules.append(hub.load(pinned)[0])) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: rules.append(store.load(pinned)[0])) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -235,6 +235,6 @@ def test_two_at_once_fetch_each_file_once(server: Server, pinned: str) -> None:
 
 
 def test_the_card_of_a_download_is_not_written(pinned: str) -> None:
-    for write in (hub.check_writable, lambda address: hub.annotate(address, {"licence": "MIT"})):
+    for write in (store.check_writable, lambda address: store.annotate(address, {"licence": "MIT"})):
         with pytest.raises(ConfigurationError, match=r"its card stays as it was published; copy the folder .*mlp-"):
             write(pinned)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from tables import generator
+from tables import generator, one_update
 
 from l2o.interop.references import REFERENCES
 from l2o.interop.traces import read_trace, replay
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.rules import MLP
-from l2o.types import CheckpointError, Clock
+from l2o.types import CheckpointError
 from meta_train.replay import run
 
 SMALL_FC = ROOT / "tests" / "golden" / "adafac_mlp_lopt.npz"
@@ -38,10 +38,9 @@ def recorded(rule, theta):
     grads = {k: torch.randn(STEPS, *s, generator=g) for k, s in SHAPES.items()}
     arrays = {f"init/{k}": p for k, p in params.items()} | {f"grads/{k}": x for k, x in grads.items()}
     arrays |= {f"theta/mlp/~/linear_{k[1:]}/{k[0]}": t for k, t in theta.items()}
-    state, after, steps = rule.init(theta, params, default_kinds(params)), [], []
+    state, after, steps = rule.init(theta, params, infos_of(params)), [], []
     for t in range(STEPS):
-        clock = Clock(torch.tensor(t), torch.tensor(TOTAL))
-        updates, state = rule.update(theta, {k: x[t] for k, x in grads.items()}, state, params, clock)
+        updates, state = one_update(rule, theta, {k: x[t] for k, x in grads.items()}, state, params, t, TOTAL)
         params = {k: p + updates[k] for k, p in params.items()}
         after.append(params)
         steps.append({k: -u for k, u in updates.items()})

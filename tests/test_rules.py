@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from tables import RULES, SEE_SHAPES, double, every_rule, generator, random_theta
+from tables import RULES, SEE_SHAPES, double, every_rule, generator, one_update, random_theta
 
 from l2o import rules
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.rules import (
     LSTM,
     MLP,
@@ -23,7 +23,7 @@ from l2o.rules import (
     RMSProp,
     RNNprop,
 )
-from l2o.types import Clock, ConfigurationError, OptState
+from l2o.types import ConfigurationError, OptState
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4), "conv": (2, 3, 2, 2), "empty": (0, 3), "one": (1,)}
 
@@ -38,11 +38,10 @@ def problem(dtype=torch.float64, seed=0):
 
 def steps(rule, theta, params, grads, total=10):
     """Params after every update by ``grads[t]``, and the last state."""
-    state = rule.init(theta, params, default_kinds(params))
+    state = rule.init(theta, params, infos_of(params))
     trajectory = []
     for t, g in enumerate(grads):
-        clock = Clock(torch.tensor(t), torch.tensor(total))
-        updates, state = rule.update(theta, g, state, params, clock, torch.tensor(1.0) if rule.needs_loss else None)
+        updates, state = one_update(rule, theta, g, state, params, t, total, torch.tensor(1.0))
         params = {k: p + updates[k] for k, p in params.items()}
         trajectory.append(params)
     return trajectory, state
@@ -65,14 +64,13 @@ def test_updates_have_the_shapes_and_dtype_of_the_parameters(rule, dtype):
 @every_rule
 def test_update_is_pure(rule):
     theta, params, grads = random_theta(rule), problem(), problem(seed=1)
-    state = rule.init(theta, params, default_kinds(params))
-    _, state = rule.update(theta, grads, state, params, Clock(torch.tensor(0), torch.tensor(9)), torch.tensor(1.0))
+    state = rule.init(theta, params, infos_of(params))
+    _, state = one_update(rule, theta, grads, state, params, loss=torch.tensor(1.0))
     inputs = (theta, grads, state, params)
     before = torch.utils._pytree.tree_map(torch.clone, inputs)
     rng = torch.get_rng_state()
-    clock = Clock(torch.tensor(1), torch.tensor(9))
-    first = rule.update(theta, grads, state, params, clock, torch.tensor(1.0))
-    again = rule.update(theta, grads, state, params, clock, torch.tensor(1.0))
+    first = one_update(rule, theta, grads, state, params, 1, loss=torch.tensor(1.0))
+    again = one_update(rule, theta, grads, state, params, 1, loss=torch.tensor(1.0))
     leaves = torch.utils._pytree.tree_leaves
     assert all(a.equal(b) for a, b in zip(leaves(inputs), leaves(before), strict=True))
     assert all(a.equal(b) for a, b in zip(leaves(first), leaves(again), strict=True))
@@ -167,8 +165,8 @@ def test_lstm_is_two_lstm_layers_and_a_linear_readout():
     """One step from zero state, written out with torch's LSTM as the reference."""
     rule = LSTM(hidden=(3, 2), scale=0.1)
     theta, grads = random_theta(rule), {"p": torch.tensor([0.3, -0.002]).double()}
-    state = rule.init(theta, grads, {"p": "vector"})
-    updates, new = rule.update(theta, grads, state, grads, Clock(torch.tensor(0), torch.tensor(5)))
+    state = rule.init(theta, grads, infos_of(grads))
+    updates, new = one_update(rule, theta, grads, state, grads)
     assert isinstance(new, OptState)
     for j, g in enumerate(grads["p"].tolist()):
         eps = torch.finfo(torch.float32).eps
@@ -189,11 +187,12 @@ def test_nn_adam_starts_at_its_settings():
     rule = NNAdam(lr=0.02, beta1=0.7, beta2=0.95, eps=0.01)
     params, grads = {"p": torch.zeros(5)}, {"p": torch.randn(5, generator=generator())}
     theta = rule.init_theta(generator())
-    state = rule.init(theta, params, {"p": "vector"})
-    slots = rule.update(theta, grads, state, params, Clock(torch.tensor(0), torch.tensor(9)))[1].per_param["p"]
-    expected = {"m": 0.3 * grads["p"], "v": 0.05 * grads["p"] ** 2, "lr": torch.tensor(0.02), "eps": torch.tensor(0.01)}
-    for name, value in expected.items():
-        torch.testing.assert_close(slots[name], value)
+    state = rule.init(theta, params, infos_of(params))
+    updates, state = one_update(rule, theta, grads, state, params)
+    m, v = 0.3 * grads["p"], 0.05 * grads["p"] ** 2
+    torch.testing.assert_close(state.per_param["p"]["m"], m)
+    torch.testing.assert_close(state.per_param["p"]["v"], v)
+    torch.testing.assert_close(updates["p"], -0.02 * 1.01 * m / (0.01 + (v + 1e-10).sqrt()))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +205,11 @@ def test_hyperparameters_of_nn_adam_stay_within_their_ranges(raw, lr, eps, left,
     theta = {k: torch.full_like(t, raw) if k.startswith("raw") else t for k, t in rule.init_theta(generator()).items()}
     theta, params = double(theta), {"p": torch.zeros(5).double()}
     grads = {"p": torch.randn(5, generator=generator()).double()}
-    state = rule.init(theta, params, {"p": "vector"})
-    slots = rule.update(theta, grads, state, params, Clock(torch.tensor(0), torch.tensor(9)))[1].per_param["p"]
-    expected = {"m": left * grads["p"], "v": left * grads["p"] ** 2, "lr": lr, "eps": eps}
+    state = rule.init(theta, params, infos_of(params))
+    updates, state = one_update(rule, theta, grads, state, params)
+    m, v, slots = left * grads["p"], left * grads["p"] ** 2, state.per_param["p"]
+    torch.testing.assert_close(updates["p"], -lr * (1.0 + eps) / (eps + (v + 1e-10).sqrt()) * m)
+    expected = {"m": m, "v": v}
     expected |= {"raw_beta1": next_raw, "raw_lr": 0.1 * math.log(lr), "raw_eps": 0.1 * math.log(eps)}
     for name, value in expected.items():
         torch.testing.assert_close(slots[name], torch.as_tensor(value, dtype=torch.float64))
@@ -294,6 +295,6 @@ def test_whether_initial_states_are_learned_is_said_truly(rule):
     """A state that is made of NaN where θ is: that of a rule which reads it."""
     theta = {name: torch.full_like(t, torch.nan) for name, t in rule.init_theta(generator()).items()}
     params = {"matrix": torch.ones(3, 4), "vector": torch.ones(3)}
-    state = rule.init(theta, params, default_kinds(params))
+    state = rule.init(theta, params, infos_of(params))
     reads = any(leaf.isnan().any() for leaf in torch.utils._pytree.tree_leaves(state))
     assert rule.learned_init or not reads

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import l2o.interop.pylo
 from l2o import rules
-from l2o.evaluation.rules_table import (
+from l2o.inspection.rules_table import (
     GRADIENT_TOLERANCE,
     Replays,
     Row,
@@ -30,7 +30,7 @@ from l2o.evaluation.rules_table import (
 from l2o.interop.references import REFERENCES
 from l2o.interop.traces import PARAMS_TOLERANCE, STEP_TOLERANCE, read_trace
 from l2o.rules import SGD, VeLO
-from l2o.types import Clock, Grads, OptState, Params, Stats, Theta, UpdateRule, Updates
+from l2o.types import Grads, OptState, Params, Run, Theta, UpdateRule
 from meta_train import rules_table as command
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -117,15 +117,12 @@ class Impure(UpdateRule):
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {"lr": torch.tensor(0.1)}
 
-    def init(self, theta: Theta, params: Params, kinds) -> OptState:
+    def init(self, theta: Theta, params: Params, infos) -> OptState:
         return OptState({name: {} for name in params}, {})
 
-    def accumulate(self, theta, grads: Grads, state: OptState, params, clock: Clock, loss) -> tuple[OptState, Stats]:
+    def update(self, theta, grads: Grads, state: OptState, params: Params, infos, run: Run, reduce=None):
         self.calls.append(1)
-        return state, {}
-
-    def apply(self, theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        return {name: -theta["lr"] * g * (len(self.calls) % 2) for name, g in grads.items()}
+        return {name: -theta["lr"] * g * (len(self.calls) % 2) for name, g in grads.items()}, state
 
 
 def test_a_plug_in_that_steps_otherwise_is_found() -> None:

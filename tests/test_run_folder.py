@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from training import OWN_RULE, command, outcome, snapshot
 
-from l2o._files import load_tree, save_tree
+from l2o.disk import load_tree, save_tree
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -8,10 +8,10 @@ from plugin import TOTAL, make
 from tables import RULES, generator, random_theta
 from torch import nn
 
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.ops.losses import average_losses, init_loss_averages
 from l2o.rules import Celo, Celo2, VeLO
-from l2o.types import Clock, ConfigurationError
+from l2o.types import ConfigurationError, Run
 
 OURS = {name: rule for name, rule in RULES.items() if name.startswith(("VeLO", "Celo"))}
 ours = pytest.mark.parametrize("rule", OURS.values(), ids=OURS.keys())
@@ -22,14 +22,19 @@ def tensors(seed: int, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
 
 
+def at(step, total, loss):
+    return Run(torch.tensor(step), torch.tensor(total), loss)
+
+
 def run(rule, params, theta=None, kinds=None, steps=4, total=10):
     """The parameters after ``steps`` updates by random gradients, which depend on a tensor's name and shape alone."""
     theta = theta or random_theta(rule)
-    state = rule.init(theta, params, kinds or default_kinds(params))
+    infos = infos_of(params, kinds)
+    state = rule.init(theta, params, infos)
     for t in range(steps):
         grads = {name: tensors(100 * t + len(name), **{name: tuple(p.shape)})[name] for name, p in params.items()}
         loss = torch.tensor(3.0 - 0.1 * t + (t == 2), dtype=torch.float64)
-        updates, state = rule.update(theta, grads, state, params, Clock(torch.tensor(t), torch.tensor(total)), loss)
+        updates, state = rule.update(theta, grads, state, params, infos, at(t, total, loss))
         params = {name: p + updates[name] for name, p in params.items()}
     return params, state
 
@@ -132,7 +137,7 @@ def test_the_derivative_of_loss_averages_survives_float32():
         losses = torch.linspace(2.0, 2.0 - 1e-5, 8, dtype=dtype, requires_grad=True)
         slots = init_loss_averages(losses)
         for t, loss in enumerate(losses):
-            slots, features = average_losses(slots, loss, Clock(torch.tensor(t), torch.tensor(0)), torch.tensor(50))
+            slots, features = average_losses(slots, at(t, 0, loss), torch.tensor(50))
         return torch.autograd.grad(features.sum() + slots["loss_means"].sum(), losses)[0].double()
 
     torch.testing.assert_close(derivative(torch.float32), derivative(torch.float64), rtol=1e-4, atol=1e-6)

@@ -7,14 +7,14 @@ import warnings
 import pytest
 import torch
 from plugin import source
-from tables import generator
+from tables import generator, one_update
 from torch import nn
 
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.ops.orthogonal import newton_schulz, newton_schulz_gram, orthogonalize, polar, row_column_scales
 from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
-from l2o.types import Clock, ConfigurationError
+from l2o.types import ConfigurationError
 
 DIRECTIONS = ("orthogonal", "normalized", "adam")
 SHAPES = {
@@ -34,13 +34,13 @@ def tensors(seed, dtype=torch.float64):
     return {name: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()}
 
 
-def trajectory(rule, grads, total=20, params=None):
+def trajectory(rule, grads, total=20, params=None, theta=None):
     """Updates of every step, and the last state."""
-    params = params or tensors(0)
-    theta = {k: t.to(next(iter(params.values())).dtype) for k, t in rule.init_theta(generator()).items()}
-    state, updates = rule.init(theta, params, default_kinds(params)), []
+    params, theta = params or tensors(0), theta or rule.init_theta(generator())
+    theta = {k: t.to(next(iter(params.values())).dtype) for k, t in theta.items()}
+    state, updates = rule.init(theta, params, infos_of(params)), []
     for step, g in enumerate(grads):
-        new, state = rule.update(theta, g, state, params, Clock(torch.tensor(step), torch.tensor(total)))
+        new, state = one_update(rule, theta, g, state, params, step, total)
         params = {k: p + new[k] for k, p in params.items()}
         updates.append(new)
     return updates, state
@@ -248,7 +248,7 @@ def test_every_dtype_descends(dtype, direction):
     ("setting", "message"),
     [
         ({"direction": "muon"}, "direction='muon': expected one of orthogonal, normalized, adam"),
-        ({"controller": None}, "controller=None: expected one of alignment, none"),
+        ({"controller": None}, "controller=None: expected one of alignment, mlp, none"),
         ({"schedule": "cosine"}, "schedule='cosine': expected one of decay, constant"),
         ({"iterations": 0}, "iterations=0"),
         ({"momentum": 1.0}, "momentum=1.0"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils.data import DataLoader, TensorDataset
 
-from l2o.evaluation.checks import HostReads
+from l2o.bench.checks import HostReads
 from l2o.tasks import DiabetesMLP, ImageMLP, ModuleTask, Quadratic, Repeated
 from l2o.tasks.data import image_split
 from l2o.types import ConfigurationError, TaskFamily, UnknownNameError

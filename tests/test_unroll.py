@@ -5,20 +5,20 @@ import torch
 from tables import RULES, TOTAL, Recorded, Shapes, every_rule, generator, random_theta
 from torch import nn
 
+from l2o.bench.checks import HostReads
 from l2o.estimators import Backprop
-from l2o.evaluation.checks import HostReads
 from l2o.rules import MLP, SGD, Adam
 from l2o.tasks import ImageMLP, ModuleTask, Quadratic
 from l2o.types import InnerState
-from l2o.unroll import expand_theta, initialise, inner_step, reset, running, start, unroll
+from l2o.unroll import expand_theta, init_state, inner_step, reset, running, sample_runs, unroll
 
 
 def meta_loss(rule, theta, family, steps=3, lanes=TOTAL, batches=None, second_order=True):
     """The summed losses of an unroll from step 0, as a function of one θ shared by the lanes."""
     g = batches or generator(5)
-    state = start(rule, expand_theta(theta, lanes), family, torch.full((lanes,), steps), g)
+    state = sample_runs(rule, expand_theta(theta, lanes), family, torch.full((lanes,), steps), g)
     lane_theta = {k: t.expand(lanes, *t.shape) for k, t in theta.items()}
-    state = initialise(rule, lane_theta, state)  # some rules learn the state that they begin with
+    state = init_state(rule, lane_theta, family, state)  # some rules learn the state that they begin with
     _, losses = unroll(rule, lane_theta, family, state, steps, g, second_order)
     return losses.sum()
 
@@ -115,7 +115,7 @@ def test_vectorised_lanes_equal_lanes_one_by_one(rule, family):
     def run(lanes):
         recorded, g = Recorded(family, lanes), generator(3)
         horizon = torch.tensor([6, 2, 6])[list(lanes)]  # one of them reaches its end on the way
-        state = start(rule, expand_theta(theta, len(lanes)), recorded, horizon, g)
+        state = sample_runs(rule, expand_theta(theta, len(lanes)), recorded, horizon, g)
         with torch.no_grad():
             return unroll(rule, expand_theta(theta, len(lanes)), recorded, state, 5, g)
 
@@ -131,7 +131,7 @@ def test_vectorised_lanes_equal_lanes_one_by_one(rule, family):
 def test_a_lane_at_its_horizon_stands_still():
     rule, g = Adam(), generator()
     theta = expand_theta(rule.init_theta(g), 2)
-    state = start(rule, theta, Quadratic(), torch.tensor([2, 4]), g)
+    state = sample_runs(rule, theta, Quadratic(), torch.tensor([2, 4]), g)
     assert running(state, 3).tolist() == [[True, True], [True, True], [False, True]]
     with torch.no_grad():
         at_end, _ = unroll(rule, theta, Quadratic(), state, 2, g)
@@ -156,11 +156,11 @@ def test_nothing_is_read_on_the_host_inside_an_unroll(rule):
     for family in families:
         g = generator()
         theta = expand_theta(rule.init_theta(g), 2)
-        state = start(rule, theta, family, torch.tensor([3, 9]), g)
+        state = sample_runs(rule, theta, family, torch.tensor([3, 9]), g)
         for t in theta.values():
             t.requires_grad_()
         with HostReads() as reads:
-            _, losses = unroll(rule, theta, family, initialise(rule, theta, state), 4, g)
+            _, losses = unroll(rule, theta, family, init_state(rule, theta, family, state), 4, g)
             torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
         assert reads.count == 0
     with HostReads() as reads:  # the counter does count
@@ -176,7 +176,7 @@ def test_reset_replaces_the_lanes_it_is_told_to():
 
     def fresh(index):
         n = len(index)
-        return start(rule, expand_theta(theta, n), Quadratic(), torch.full((n,), 5), g)
+        return sample_runs(rule, expand_theta(theta, n), Quadratic(), torch.full((n,), 5), g)
 
     with torch.no_grad():
         state, _ = unroll(rule, expand_theta(theta, 3), Quadratic(), fresh(torch.arange(3)), 2, g)
@@ -193,7 +193,7 @@ def test_reset_replaces_the_lanes_it_is_told_to():
 def test_losses_are_those_before_each_update():
     family, g = Quadratic(), generator()
     theta = expand_theta(SGD().init_theta(g), 2)
-    state = start(SGD(), theta, family, torch.tensor([3, 3]), g)
+    state = sample_runs(SGD(), theta, family, torch.tensor([3, 3]), g)
     batch = family.batch(state.data, "train", g)
     with torch.no_grad():
         after, loss = inner_step(SGD(), theta, family, state, batch)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from l2o._checks import real
-from l2o.draws import LaneGenerator
+from l2o.checks import check_float
 from l2o.estimators.curvature import check_curvature
 from l2o.estimators.episodes import Episodes, along, lane_metrics, lane_sums, reduce_rows
+from l2o.random import LaneGenerator
 from l2o.types import InnerState, Metrics, Theta
-from l2o.unroll import detach, expand_theta, initialise, reset, unroll
+from l2o.unroll import detach, expand_theta, init_state, reset, unroll
 
 
 class BackpropState(NamedTuple):
@@ -50,7 +50,7 @@ class Backprop(Episodes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        real("clip", self.clip, above=0.0)
+        check_float("clip", self.clip, above=0.0)
 
     def init(self, theta: Theta, generator: torch.Generator) -> BackpropState:
         inner = self.begin(theta, generator)
@@ -109,7 +109,7 @@ class Backprop(Episodes):
         self, theta: Theta, state: InnerState, steps: int, generator: LaneGenerator, first: bool
     ) -> tuple[InnerState, Tensor]:
         if first:
-            state = initialise(self.rule, theta, state)
+            state = init_state(self.rule, theta, self.family, state)
         return unroll(self.rule, theta, self.family, state, steps, generator, self.second_order, self.valid_weight)
 
 

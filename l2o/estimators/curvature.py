@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from l2o._contract import checked_batch, name_of
-from l2o.draws import LaneGenerator
+from l2o.family_checks import checked_batch, name_of
+from l2o.random import LaneGenerator
 from l2o.types import Batch, ConfigurationError, InnerState, Params, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta, gradients, lane_losses, updates
 
@@ -107,7 +107,7 @@ def _trial(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState
     away = one._replace(params={name: p + _AWAY * steps[name] for name, p in named})
     with torch.no_grad():
         loss, _, grads, _ = gradients(family, away, batch)
-        moves, _ = updates(rule, expand_theta(theta, 1), grads, away, loss)
+        moves, _ = updates(rule, expand_theta(theta, 1), grads, away, loss, family.kinds)
     # What gets no gradient may be cut off on purpose, as the row of a padding_idx is; let the rule not move it, then.
     rests = {name: (grads[name] == 0) & (moves[name] == 0) for name in grads}
     direction = {name: torch.where(rests[name], 0.0, step) for name, step in random().items()}

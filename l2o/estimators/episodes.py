@@ -9,17 +9,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from l2o import draws
-from l2o._checks import real, whole
-from l2o._names import unknown
-from l2o.draws import LaneGenerator
-from l2o.ranks import all_sum, ranks
+from l2o import random
+from l2o.checks import check_float, check_int, unknown
+from l2o.distributed import all_sum, ranks
+from l2o.random import LaneGenerator
 from l2o.types import ConfigurationError, InnerState, MetaGradient, Metrics, TaskFamily, Theta, UpdateRule
-from l2o.unroll import expand_theta, running, start
+from l2o.unroll import expand_theta, running, sample_runs
 
 Horizon = int | tuple[int, int]
 
-META_LOSSES = ("mean", "log", "relative")
+META_LOSSES = ("mean", "log", "relative", "end")
 WINDOWS = ("mean", "linear", "last")
 NOTHING = 1e-6
 """A first loss under it is zero but for rounding: no multiple of it says what is much."""
@@ -43,14 +42,15 @@ class Episodes(MetaGradient):
     rule, family: what is meta-trained, and on what.
     lanes: inner problems at once, over all processes.
     horizon: steps of an inner run; ``(low, high)`` draws each run's, log-uniformly.
-    truncation: steps of one estimate; None for a whole run, which then has one length.
+    truncation: steps of one estimate; None for whole runs, which then have one length, drawn anew for each estimate.
     curriculum: estimates over which the longest run grows, log-linearly, from ``low`` to ``high``; 0: at once.
     stagger: spread the ages of lanes evenly, so that each estimate sees all phases of a run.
     meta_loss: ``mean`` of the losses; of their logarithms (``log``), which weighs late progress as much as early and is
         blind to the scale of a task (cf. Lv et al. 2017, arXiv 1703.03633, on scale); or of the losses divided by the
         run's first (``relative``), which is blind to the scale alone. Either rises with every loss, of whatever sign,
         see `signed_log` and `scale`; what it weighs most, though, lies near zero, so that ``mean`` suits losses that
-        pass it as likelihoods do.
+        pass it as likelihoods do. ``end`` is of whole runs alone: of the mean over the last twentieth of the run the
+        logarithm, and a quarter of that of the tenth after its first third, so that two ways to one end differ.
     window: what a step counts within its run: all the same (``mean``), in proportion to its number (``linear``), or the
         last one alone (``last``). The weights of a run have the mean 1.
     valid_weight: of a loss on validation data (the batch of a fresh draw) in each step's loss; the training loss has
@@ -71,7 +71,7 @@ class Episodes(MetaGradient):
     truncation: int | None = 20
     curriculum: int = 0
     stagger: bool = True
-    meta_loss: Literal["mean", "log", "relative"] = "mean"
+    meta_loss: Literal["mean", "log", "relative", "end"] = "mean"
     window: Literal["mean", "linear", "last"] = "mean"
     valid_weight: float = 0.0
     log_floor: float = 1e-2
@@ -81,31 +81,35 @@ class Episodes(MetaGradient):
     """Adjacent lanes that share their problem."""
     shortest = 1
     """Fewest steps of a truncation."""
+    judges_whole_runs = False
+    """Whether whole runs may be of several lengths, and judged by their ends."""
 
     def __post_init__(self) -> None:
-        whole("lanes", self.lanes)
+        check_int("lanes", self.lanes)
         self._check_lengths()
+        if self.meta_loss == "end" and (self.truncation is not None or not self.judges_whole_runs):
+            raise ConfigurationError("meta_loss='end': expected truncation=None, whole runs, by evolution")
         for name, value, valid in (("meta_loss", self.meta_loss, META_LOSSES), ("window", self.window, WINDOWS)):
             if value not in valid:
                 raise ConfigurationError(unknown(name, value, valid))
-        real("valid_weight", self.valid_weight, least=0.0)
+        check_float("valid_weight", self.valid_weight, least=0.0)
         if self.valid_weight > 1.0:
             raise ConfigurationError(f"valid_weight={self.valid_weight}: expected at most 1")
-        real("log_floor", self.log_floor, above=0.0, below=1.0)
-        real("explosion", self.explosion, above=0.0)
+        check_float("log_floor", self.log_floor, above=0.0, below=1.0)
+        check_float("explosion", self.explosion, above=0.0)
 
     def _check_lengths(self) -> None:
         if isinstance(self.horizon, tuple | list):
-            if len(self.horizon) != 2 or self.truncation is None:
+            if len(self.horizon) != 2 or (self.truncation is None and not self.judges_whole_runs):
                 raise ConfigurationError(
                     f"horizon={self.horizon!r}: expected a number, or (low, high) where there is a truncation"
                 )
-            whole("horizon[1]", self.horizon[1], least=whole("horizon[0]", self.horizon[0], self.shortest))
+            check_int("horizon[1]", self.horizon[1], least=check_int("horizon[0]", self.horizon[0], self.shortest))
         else:
-            whole("horizon", self.horizon, self.shortest)
+            check_int("horizon", self.horizon, self.shortest)
         if self.truncation is not None:
-            whole("truncation", self.truncation, self.shortest)
-        whole("curriculum", self.curriculum, least=0)
+            check_int("truncation", self.truncation, self.shortest)
+        check_int("curriculum", self.curriculum, least=0)
 
     @property
     def longest(self) -> int:
@@ -114,7 +118,7 @@ class Episodes(MetaGradient):
 
     @property
     def steps(self) -> int:
-        """Steps of one estimate."""
+        """Steps of one estimate, or of the longest where they are whole runs of a range of lengths."""
         return self.longest if self.truncation is None else min(self.truncation, self.longest)
 
     @property
@@ -129,7 +133,7 @@ class Episodes(MetaGradient):
     def streams(self, generator: torch.Generator) -> Streams:
         """Advances ``generator`` by as much in every process; waits for the device once."""
         device = generator.device
-        batches, fresh, noise = draws.draw_seeds(generator, 3).tolist()
+        batches, fresh, noise = random.draw_seeds(generator, 3).tolist()
         ids = self.ids(torch.arange(self.own_lanes, device=device))
         return Streams(self._stream(device, batches, ids), fresh, LaneGenerator(device, noise, ids))
 
@@ -152,8 +156,12 @@ class Episodes(MetaGradient):
     def fresh(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
         """New runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
         generator = self._stream(index.device, seed, self.ids(index))
-        horizon = self._draw_horizon(generator, len(index) // self.copies, count).repeat_interleave(self.copies)
-        return start(self.rule, expand_theta(theta, len(index)), self.problems, horizon, generator)
+        if self.truncation is None:  # one length, the same in every process
+            one = LaneGenerator(index.device, seed, torch.zeros(1, dtype=torch.long, device=index.device))
+            horizon = self._draw_horizon(one, 1, count).repeat(len(index))
+        else:
+            horizon = self._draw_horizon(generator, len(index) // self.copies, count).repeat_interleave(self.copies)
+        return sample_runs(self.rule, expand_theta(theta, len(index)), self.problems, horizon, generator)
 
     @property
     def problems(self) -> TaskFamily:
@@ -166,7 +174,7 @@ class Episodes(MetaGradient):
         low, high = self.horizon
         grown = (estimates / max(self.curriculum, 1)).clamp(max=1.0) if self.curriculum else 1.0
         top = math.log(low) + math.log((high + 1) / low) * grown
-        uniform = draws.uniform(generator, count)
+        uniform = random.uniform(generator, count)
         return (math.log(low) + uniform * (top - math.log(low))).exp().long().clamp(low, high)
 
     def objective(self, losses: Tensor, before: InnerState, first_loss: Tensor) -> Tensor:
@@ -174,13 +182,16 @@ class Episodes(MetaGradient):
 
         The sum over a run's truncations, divided by their number, is the meta-loss of the run.
         """
+        if self.meta_loss == "end":
+            return _ends(losses, self.log_floor * scale(first_loss))
         if self.meta_loss == "log":
             losses = signed_log(losses, self.log_floor * scale(first_loss))
         elif self.meta_loss == "relative":
             losses = losses / scale(first_loss)
         # where, and not a product alone: a masked NaN must not come back as NaN * 0
         weights = self._weights(before, len(losses)).to(losses.dtype)
-        return torch.where(weights > 0, losses * weights, 0.0).sum(0) / self.steps
+        steps = before.total_steps if self.truncation is None else self.steps
+        return torch.where(weights > 0, losses * weights, 0.0).sum(0) / steps
 
     def _weights(self, before: InnerState, steps: int) -> Tensor:
         """What each step counts, ``[steps, lanes]``; 0 past the end of a run."""
@@ -202,6 +213,19 @@ class Episodes(MetaGradient):
         depth = torch.where(losses.isfinite(), -losses, 0.0).amax(0)
         depth = depth.view(-1, self.copies).amax(1).repeat_interleave(self.copies)
         return self.explosion * torch.maximum(scale(first_loss), depth)
+
+
+def last_steps(steps: int) -> int:
+    """How many steps make up the end of a run."""
+    return min(max(5, steps // 20), steps)
+
+
+def _ends(losses: Tensor, floor: Tensor) -> Tensor:
+    """Of whole runs ``[steps, lanes]``: the logarithm of the mean loss at the end, and 1/4 of that in the middle."""
+    steps = len(losses)
+    middle = losses[steps // 3 : steps // 3 + max(5, steps // 10)]
+    end = losses[-last_steps(steps) :]
+    return signed_log(end.mean(0), floor) + 0.25 * signed_log(middle.mean(0), floor)
 
 
 def scale(first_loss: Tensor) -> Tensor:

@@ -18,22 +18,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from l2o import draws
-from l2o._checks import real, whole
-from l2o._names import unknown
-from l2o.draws import LaneGenerator
-from l2o.estimators.episodes import Episodes, along, lane_metrics, lane_sums, reduce_rows
-from l2o.ranks import all_rows
+from l2o import random
+from l2o.checks import check_float, check_int, unknown
+from l2o.distributed import all_rows
+from l2o.estimators.compiled import CompiledFamily, CompiledRule
+from l2o.estimators.episodes import Episodes, along, lane_metrics, lane_sums, last_steps, reduce_rows
+from l2o.ops.numeric import over_root
+from l2o.random import LaneGenerator
 from l2o.tasks.repeated import Repeated
-from l2o.types import ConfigurationError, InnerState, Metrics, TaskFamily, Theta
-from l2o.unroll import detach, initialise, reset, unroll
+from l2o.types import ConfigurationError, InnerState, Metrics, TaskFamily, Theta, UpdateRule
+from l2o.unroll import detach, init_state, reset, unroll
 
-FITNESSES = ("difference", "rank", "sign")
+FITNESSES = ("difference", "rank", "sign", "standard")
 
 
 class EvolutionState(NamedTuple):
@@ -65,9 +67,13 @@ class Evolution(Episodes):
     accumulate: score the losses of a truncation by all perturbations of the run, not only by the one in force.
     fitness: what half the difference of a pair's losses is replaced by, in units of sigma: ``sign``, its sign;
         ``rank``, its sign times the rank of its size among all pairs, from 0 to 1 (the centred ranks, Salimans et al.
-        2017, section 2.1, of losses that are compared within pairs only); or nothing (``difference``).
+        2017, section 2.1, of losses that are compared within pairs only); ``standard``, half the difference over the
+        root mean square of all pairs'; or nothing (``difference``).
+    scaled: give the gradient times the square of a tensor's ``sigma_of / sigma``: θ then moves, under an outer
+        optimizer without a scale of its own for each entry, as if each tensor were measured in units of its deviation.
     explosion: at this multiple of its first a loss is cut off, since it is to be counted; a pair one of whose runs gets
         there is reset.
+    compile: rule and family, by `l2o.estimators.compiled`: slow to begin, then two to four times as fast.
 
     Pairs whose first loss is not finite count nothing.
     """
@@ -80,20 +86,23 @@ class Evolution(Episodes):
     sigma_steps: int = 0
     noise_steps: int | Literal["truncation", "episode"] = "truncation"
     accumulate: bool = True
-    fitness: Literal["difference", "rank", "sign"] = "difference"
+    fitness: Literal["difference", "rank", "sign", "standard"] = "difference"
+    scaled: bool = False
+    compile: bool = False
 
     copies = 2
+    judges_whole_runs = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lanes % 2:
             raise ConfigurationError(f"lanes={self.lanes}: expected an even number, two runs a pair")
-        real("sigma", self.sigma, above=0.0)
+        check_float("sigma", self.sigma, above=0.0)
         for name, value in (self.sigma_of or {}).items():
-            real(f"sigma_of.{name}", value, above=0.0)
+            check_float(f"sigma_of.{name}", value, above=0.0)
         if self.sigma_final is not None:
-            real("sigma_final", self.sigma_final, above=0.0)
-            whole("sigma_steps", self.sigma_steps)
+            check_float("sigma_final", self.sigma_final, above=0.0)
+            check_int("sigma_steps", self.sigma_steps)
         if self.fitness not in FITNESSES:
             raise ConfigurationError(unknown("fitness", self.fitness, FITNESSES))
         self._check_noise_steps()
@@ -103,7 +112,7 @@ class Evolution(Episodes):
             return
         if isinstance(self.noise_steps, str):
             raise ConfigurationError(unknown("noise_steps", self.noise_steps, ("truncation", "episode", "a number")))
-        if whole("noise_steps", self.noise_steps) % self.steps:
+        if check_int("noise_steps", self.noise_steps) % self.steps:
             raise ConfigurationError(f"noise_steps={self.noise_steps}: expected a multiple of truncation={self.steps}")
 
     @property
@@ -126,28 +135,50 @@ class Evolution(Episodes):
         streams = self.streams(generator)
         noise, score = self._perturb(theta, state, streams.noise)
         lane_theta = {k: torch.stack([t + noise[k], t - noise[k]], 1).flatten(0, 1) for k, t in theta.items()}
-        before = initialise(self.rule, lane_theta, state.inner)
-        after, losses = unroll(
-            self.rule, lane_theta, self.problems, before, self.steps, streams.batches, valid_weight=self.valid_weight
-        )
+        before = init_state(self.rule, lane_theta, self.problems, state.inner)
+        after, losses = self._unroll(lane_theta, before, streams.batches)
         exploded = self.exploded(losses, after.first_loss)
         limit = self.limit(losses, after.first_loss)
         counted = self.objective(torch.where(exploded, limit, losses), before, after.first_loss)
         unbroken = after.first_loss.isfinite()
         fitness = self._fitness(torch.where(unbroken, counted, 0.0))
         sums = lane_sums(losses, before, ~exploded.any(0), after.first_loss)
-        rows = {k: s * _like(fitness, s).to(s.dtype) for k, s in score.items()}
+        rows = {k: s * _like(fitness, s).to(s.dtype) * self._unit(k) for k, s in score.items()}
         grads, sums = reduce_rows(rows, unbroken[::2], sums)
         over = ((after.step >= after.total_steps) | exploded.any(0)).view(-1, 2).any(1).repeat_interleave(2)
         inner = reset(detach(after), over, lambda index: self.fresh(theta, index, streams.fresh, state.estimates))
         return grads, EvolutionState(inner, noise, score, state.estimates + 1), lane_metrics(sums)
+
+    def _unroll(self, theta: Theta, before: InnerState, generator: LaneGenerator) -> tuple[InnerState, Tensor]:
+        """One truncation. Of whole runs that are judged by their ends, the end alone has validation losses in it."""
+        steps = self.steps if isinstance(self.horizon, int) or self.truncation else int(before.total_steps.max())
+        last = last_steps(steps) if self.meta_loss == "end" and self.valid_weight else steps
+        (rule, family), state, losses = self._parts, before, []
+        for count, weight in ((steps - last, 0.0), (last, self.valid_weight)):
+            if count:
+                state, part = unroll(rule, theta, family, state, count, generator, valid_weight=weight)
+                losses.append(part)
+        return state, torch.cat(losses)
+
+    @cached_property
+    def _parts(self) -> tuple[UpdateRule, TaskFamily]:
+        """What is unrolled."""
+        return (
+            (CompiledRule(self.rule, self.family.kinds), CompiledFamily(self.problems))
+            if self.compile
+            else (self.rule, self.problems)
+        )
+
+    def _unit(self, name: str) -> float:
+        """What the gradient of a tensor is multiplied by."""
+        return ((self.sigma_of or {}).get(name, self.sigma) / self.sigma) ** 2 if self.scaled else 1.0
 
     def _perturb(self, theta: Theta, state: EvolutionState, generator: LaneGenerator) -> tuple[Theta, Theta]:
         """The noise of this truncation and the scores that go with it: new where a perturbation has had its time."""
         step = state.inner.step[::2]
         due = step == 0 if self.noise_steps == "episode" else step % self._noise_steps == 0
         keep = (step > 0) & self.accumulate
-        units = draws.normal(generator, len(step), sum(t.numel() for t in theta.values()))
+        units = random.normal(generator, len(step), sum(t.numel() for t in theta.values()))
         noise, score = {}, {}
         for (name, t), drawn in zip(theta.items(), units.split([t.numel() for t in theta.values()], 1), strict=True):
             sigma = self._sigma(name, state.estimates)
@@ -176,6 +207,8 @@ class Evolution(Episodes):
         if self.fitness == "sign":
             return self.sigma * half.sign()
         every = all_rows(half).abs()
+        if self.fitness == "standard":
+            return self.sigma * over_root(half, every.square().mean())
         rank = (every.unsqueeze(0) < half.abs().unsqueeze(1)).sum(1) / max(len(every) - 1, 1)
         return self.sigma * half.sign() * rank.to(half.dtype)
 

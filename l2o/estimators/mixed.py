@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l2o._checks import real
+from l2o.checks import check_float
 from l2o.types import ConfigurationError, MetaGradient, Metrics, Mixture, TaskFamily, Theta, UpdateRule
 
 
@@ -57,7 +57,7 @@ class Mixed(MetaGradient):
         if any(member.rule != self.rule for member in self.members.values()):
             raise ConfigurationError("members: their rules differ; a mixture meta-trains one rule")
         Mixture({name: member.family for name, member in self.members.items()}, self.weights)
-        real("decay", self.decay, least=0.0, below=1.0)
+        check_float("decay", self.decay, least=0.0, below=1.0)
 
     @property
     def rule(self) -> UpdateRule:  # type: ignore[override]

@@ -2,89 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from l2o._names import choose
+from l2o.checks import lookup
 from l2o.evaluation.curves import Advance, Curves, run, silent
-from l2o.evaluation.entrants import Entrant, MakeOptimizers, Rates, TorchEntrant
+from l2o.evaluation.entrants import Entrant, MakeOptimizers, TorchEntrant
 from l2o.meta import warmup_cosine
-from l2o.ops import schedules
-from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp
+from l2o.rules import SGD, AdaGrad, Adam, Momentum, RMSProp, Scheduled
 from l2o.tasks import Repeated
-from l2o.types import (
-    Clock,
-    ConfigurationError,
-    Grads,
-    Kind,
-    OptState,
-    Params,
-    Stats,
-    TaskFamily,
-    Theta,
-    UpdateRule,
-    Updates,
-)
+from l2o.types import ConfigurationError, TaskFamily, Theta, UnknownNameError, UpdateRule
 
-
-@dataclass(frozen=True)
-class Scheduled(UpdateRule):
-    """``rule`` with its updates warmed up over 5% of the run, then following half a cosine to 0; θ is the rule's."""
-
-    rule: UpdateRule
-
-    @property
-    def needs_loss(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the rule
-        return self.rule.needs_loss
-
-    @property
-    def learned_init(self) -> bool:  # type: ignore[override]
-        return self.rule.learned_init
-
-    def init_theta(self, generator: torch.Generator) -> Theta:
-        return self.rule.init_theta(generator)
-
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        return self.rule.init(theta, params, kinds)
-
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        return self.rule.accumulate(theta, grads, state, params, clock, loss)
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        updates = self.rule.apply(theta, state, stats, grads, params, clock)
-        factor = schedules.warmup_cosine(clock.step, clock.total_steps, warmup=clock.total_steps // 20)
-        return {name: u * factor.to(u.dtype) for name, u in updates.items()}
+EXTRA = ("pytorch_optimizer", "schedulefree", "prodigyopt")
+"""Packages of the extra ``baselines``."""
 
 
 @dataclass(frozen=True)
 class Baseline:
     """A rule and the learning rates that it is tried with, all in one vectorised run; an `Entrant`.
 
-    rule: has a field ``lr``, which the grid replaces; its other fields stay as they are in every trial.
+    rates: the grid of learning rates.
+    rule: has a field ``lr``, which they replace; its other fields stay as they are in every trial.
     cosine: run it `Scheduled` instead of at a constant learning rate.
     """
 
     label: str
     rule: Any
-    grid: tuple[float, ...]
+    rates: tuple[float, ...]
     cosine: bool = False
-
-    @property
-    def rates(self) -> Rates:
-        return self.grid
 
     def run(
         self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
     ) -> Curves:
         # Adjacent lanes share a seed's problem, and the grid runs fastest.
         theta = {k: t.repeat(seeds, *[1] * (t.ndim - 1)) for k, t in self.thetas(generator).items()}
-        copies = Repeated(family, len(self.grid))
+        copies = Repeated(family, len(self.rates))
         return run(self.scheduled_rule(), theta, copies, steps, generator, advance=advance)
 
     def scheduled_rule(self) -> UpdateRule:
@@ -92,8 +50,8 @@ class Baseline:
         return Scheduled(self.rule) if self.cosine else self.rule
 
     def thetas(self, generator: torch.Generator) -> Theta:
-        """θ of every trial, ``[len(grid), ...]`` on the generator's device; draws nothing from it."""
-        trials = [replace(self.rule, lr=lr).init_theta(generator) for lr in self.grid]
+        """θ of every trial, ``[len(rates), ...]`` on the generator's device; draws nothing from it."""
+        trials = [replace(self.rule, lr=lr).init_theta(generator) for lr in self.rates]
         return {name: torch.stack([theta[name] for theta in trials]) for name in trials[0]}
 
 
@@ -102,9 +60,52 @@ def half_decades(first: float, last: float) -> tuple[float, ...]:
     return tuple(10.0 ** (first + i / 2) for i in range(round((last - first) * 2) + 1))
 
 
+def torch_optimizer(
+    cls: Callable[..., torch.optim.Optimizer] | str, params: list[nn.Parameter], rate: float | None, **settings: Any
+) -> list[torch.optim.Optimizer]:
+    """One optimizer of a class, or of its import path, at ``rate``; None for ``settings``' own or the class's default.
+
+    A path ``module:Name`` or ``module.Name`` is imported here, so that what is not installed is missed only where used.
+    """
+    made = imported(cls) if isinstance(cls, str) else cls
+    return [made(params, **settings, **({} if rate is None else {"lr": rate}))]
+
+
+def imported(path: str) -> Any:
+    """What lies at an import path. Raises `UnknownNameError`, which names the extra of a baseline that needs one."""
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        extra = module.split(".")[0] in EXTRA
+        way_out = "pip install 'l2o[baselines]'" if extra else "expected module.Class or module:Class, found from here"
+        raise UnknownNameError(f"optimizer {path!r} cannot be imported ({error}); {way_out}") from error
+
+
 def adamw(lr: float) -> MakeOptimizers:
     """AdamW with torch's decay of weights, at ``lr`` where no trial has another."""
-    return lambda params, rate: [torch.optim.AdamW(params, lr=lr if rate is None else rate)]
+    return partial(_at, lr, partial(torch_optimizer, torch.optim.AdamW))
+
+
+def _at(
+    lr: float, make: MakeOptimizers, params: list[nn.Parameter], rate: float | None = None
+) -> Sequence[torch.optim.Optimizer]:
+    return make(params, lr if rate is None else rate)
+
+
+def muon_adamw(params: list[nn.Parameter], rate: float | None) -> list[torch.optim.Optimizer]:
+    """`torch.optim.Muon` as it stands for matrices, its steps scaled to AdamW's size; AdamW for the rest."""
+    lr = 1e-3 if rate is None else rate
+    matrices, rest = ([p for p in params if (p.ndim == 2) is is_matrix] for is_matrix in (True, False))
+    muons = [torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    return [*muons, *([torch.optim.AdamW(rest, lr=lr)] if rest else [])]
+
+
+def schedule_free(params: list[nn.Parameter], rate: float | None, **settings: Any) -> list[torch.optim.Optimizer]:
+    """Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682) in training mode, at its default rate."""
+    (optimizer,) = torch_optimizer("schedulefree.AdamWScheduleFree", params, rate, **settings)
+    optimizer.train()  # type: ignore[attr-defined]
+    return [optimizer]
 
 
 def muon(params: list[nn.Parameter], rate: float | None = None) -> list[torch.optim.Optimizer]:
@@ -121,9 +122,16 @@ def muon(params: list[nn.Parameter], rate: float | None = None) -> list[torch.op
     return optimizers
 
 
+@cache
 def cosine(step: int, total: int) -> float:
     """The factor of `Scheduled`."""
     return warmup_cosine(step, total, total // 20)
+
+
+@cache
+def half_cosine(step: int, total: int) -> float:
+    """A factor that falls from 1 to 0 by half a cosine, without warm-up."""
+    return warmup_cosine(step, total, 0)
 
 
 def linear(step: int, total: int) -> float:
@@ -132,25 +140,47 @@ def linear(step: int, total: int) -> float:
 
 
 _ADAM = half_decades(-4.0, 0.5)
+_NARROW = half_decades(-4.0, 0.0)
+_ADAMW = partial(torch_optimizer, torch.optim.AdamW)
 
 BASELINES: dict[str, Entrant] = {
     "sgd": Baseline("SGD", SGD(), half_decades(-4.0, 2.0)),
+    "heavy_ball": Baseline("heavy-ball momentum", Momentum(), half_decades(-5.0, 0.0)),
     "momentum": Baseline("Nesterov momentum", Momentum(nesterov=True), half_decades(-5.0, 0.0)),
-    "rmsprop": Baseline("RMSProp", RMSProp(), half_decades(-4.0, 0.0)),
+    "momentum_cosine": Baseline("Nesterov, warm-up + cosine", Momentum(nesterov=True), half_decades(-5.0, 0.0), True),
+    "rmsprop": Baseline("RMSProp", RMSProp(), _NARROW),
     "adagrad": Baseline("AdaGrad", AdaGrad(), half_decades(-3.5, 0.5)),
     "adam": Baseline("Adam", Adam(), _ADAM),
     "adam_cosine": Baseline("Adam, warm-up + cosine", Adam(), _ADAM, cosine=True),
+    "adamw_tuned": TorchEntrant("AdamW", _ADAMW, None, _NARROW),
+    "adamw_cosine": TorchEntrant("AdamW, warm-up + cosine", _ADAMW, cosine, _NARROW),
+    "adamw_clipped": TorchEntrant("AdamW, warm-up + cosine, clipped at 1", _ADAMW, cosine, _NARROW, clip=1.0),
+    "nadamw": TorchEntrant(
+        "NAdamW, warm-up + cosine",
+        partial(torch_optimizer, torch.optim.NAdam, decoupled_weight_decay=True, weight_decay=0.01),
+        cosine,
+        _NARROW,
+    ),
+    "adafactor": TorchEntrant(
+        "Adafactor, warm-up + cosine", partial(torch_optimizer, torch.optim.Adafactor), cosine, half_decades(-3.5, 0.5)
+    ),
+    "muon_adamw": TorchEntrant("Muon + AdamW, warm-up + cosine", muon_adamw, cosine, _NARROW),
+    "soap": TorchEntrant("SOAP, warm-up + cosine", partial(torch_optimizer, "pytorch_optimizer.SOAP"), cosine, _NARROW),
+    "schedule_free_tuned": TorchEntrant("Schedule-Free AdamW", schedule_free, None, _NARROW),
     "adamw": TorchEntrant("AdamW 0.001", adamw(1e-3)),
     "adamw_cosine_fixed": TorchEntrant("AdamW 0.003, warm-up + cosine", adamw(3e-3), cosine),
     "muon": TorchEntrant("Muon + Adam 0.003, linear decay", muon, linear),
+    "prodigy": TorchEntrant("Prodigy, cosine", partial(torch_optimizer, "prodigyopt.Prodigy"), half_cosine),
+    "schedule_free": TorchEntrant("Schedule-Free AdamW, default rate", schedule_free),
 }
 """By name. Those with a grid are tuned: it is wide enough that the best rate lies inside it on the tasks shipped here;
-reports say so where it does not. Adam with warm-up and cosine is AdamW without weight decay. The others have one trial,
-at the rate that a user would pick untuned."""
+reports say so where it does not. Rules run vectorised; tests have them equal to the torch optimizers of their names,
+and Adam with warm-up and cosine is AdamW without weight decay. The last ones have one trial, at the rate that a user
+would pick untuned."""
 
 
 def baselines(names: Iterable[str]) -> dict[str, Entrant]:
     """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names."""
     if isinstance(names, str):
         raise ConfigurationError(f"baselines={names!r}: expected a list, such as [{names}]")
-    return {name: choose("baseline", name, BASELINES) for name in names}
+    return {name: lookup("baseline", name, BASELINES) for name in names}

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 
 from l2o.evaluation.entrants import Entrant
-from l2o.evaluation.scores import Score, score, speed_up
+from l2o.evaluation.scores import Kept, Score, condense, score, speed_up, target
 from l2o.evaluation.trials import Setting, Trials, run_entrant
 
 LEARNED = "learned"
-"""Name of the learned optimizer that verdicts are about; the names of further ones begin with it."""
+"""Name of a learned optimizer that is judged; the names of further ones begin with it."""
+GIVEN = "given"
+"""Likewise of another optimizer that the user gives to be judged."""
 REFERENCE = "adam"
 """Name of the baseline that speed-ups and verdicts refer to."""
 USUAL = "adamw"
@@ -21,11 +23,21 @@ USUAL = "adamw"
 
 
 class Comparison(NamedTuple):
-    """What was run in a setting and how it is judged, by name: ``LEARNED`` first, then the others in their order."""
+    """What was run in a setting and how it is judged, by name: the judged ones first, then the baselines."""
 
     setting: Setting
-    trials: dict[str, Trials]
+    trials: dict[str, Kept]
     scores: dict[str, Score]
+
+    @classmethod
+    def of(cls, setting: Setting, trials: dict[str, Kept]) -> Comparison:
+        """Trials with their scores."""
+        return cls(setting, trials, {name: score(kept) for name, kept in trials.items()})
+
+    @property
+    def judged(self) -> list[str]:
+        """Names of those that verdicts are about, the first of which is the headline's."""
+        return [name for name in self.scores if is_judged(name)]
 
     @property
     def seconds(self) -> float:
@@ -35,6 +47,12 @@ class Comparison(NamedTuple):
     def speed_up(self, name: str) -> float | None:
         """Of an optimizer over the reference; None where the reference was not run."""
         return speed_up(self.scores[name], self.scores[REFERENCE]) if REFERENCE in self.scores else None
+
+    def wall_speed_up(self, name: str) -> float | None:
+        """In time rather than steps, over the reference as torch runs it; None where steps were not timed."""
+        relative = 1.0 if name == REFERENCE else self.trials[name].relative_step
+        steps = self.speed_up(name)
+        return None if relative is None or steps is None else steps / relative
 
     def ratio(self, name: str, other: str) -> float | None:
         """Final training loss over that of another optimizer, ``inf`` or NaN where one of them has no finite loss.
@@ -47,14 +65,14 @@ class Comparison(NamedTuple):
         return ours / theirs if theirs > 0 else 1.0 if ours <= theirs else float("inf")
 
     def reached(self, name: str) -> bool:
-        """Whether it ends at or under the final training loss of the reference; False where that was not run."""
+        """Whether it ends at or under the `target` of the reference; False where that was not run."""
         ours = self.scores[name].mean
-        return REFERENCE in self.scores and ours < float("inf") and ours <= self.scores[REFERENCE].mean
+        return REFERENCE in self.scores and ours < float("inf") and ours <= target(self.scores[REFERENCE])
 
 
-def is_learned(name: str) -> bool:
-    """Whether this is the name of a learned optimizer in a comparison."""
-    return name.split()[0] == LEARNED
+def is_judged(name: str) -> bool:
+    """Whether this is the name of an optimizer that is judged in a comparison, and not of a baseline."""
+    return name.split()[0] in (LEARNED, GIVEN)
 
 
 def compare(
@@ -66,11 +84,12 @@ def compare(
 ) -> Comparison:
     """Run every trial of every optimizer on the same problems.
 
-    entrants: by name, ``LEARNED`` first.     report: called with the trials of each as soon as they are done.
+    entrants: by name, the judged ones first.     report: called with the trials of each as soon as they are done.
     advance: called with the label of the one that is running and how many further steps of its runs are done.
     """
     trials = {}
     for name, entrant in entrants.items():
-        trials[name] = run_entrant(entrant, setting, device, partial(advance, entrant.label))
-        report(trials[name])
-    return Comparison(setting, trials, {name: score(t, setting.smoothing) for name, t in trials.items()})
+        done = run_entrant(entrant, setting, device, partial(advance, entrant.label))
+        trials[name] = condense(done, setting.smoothing)
+        report(done)
+    return Comparison.of(setting, trials)

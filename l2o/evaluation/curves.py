@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from l2o._checks import whole
+from l2o.checks import check_int
 from l2o.types import InnerState, TaskFamily, Theta, UpdateRule
-from l2o.unroll import start, unroll
+from l2o.unroll import sample_runs, unroll
 
 Train = Callable[[InnerState, int], tuple[InnerState, Tensor]]
 """So many inner steps of every lane: the new state, and the losses before each update ``[steps, lanes]``."""
@@ -59,10 +59,10 @@ def run(
     equal generators meet the same tasks, initialisations and batches. The host waits for the device nowhere in here.
     Raises `ConfigurationError` for a horizon or a number of evaluations that is not a positive whole number.
     """
-    points = evaluation_steps(whole("horizon", horizon), whole("evaluations", evaluations))
+    points = evaluation_steps(check_int("horizon", horizon), check_int("evaluations", evaluations))
     lanes = len(next(iter(theta.values())))
     with torch.no_grad():
-        state = start(rule, theta, family, torch.full((lanes,), horizon, device=generator.device), generator)
+        state = sample_runs(rule, theta, family, torch.full((lanes,), horizon, device=generator.device), generator)
 
         def train(state: InnerState, steps: int) -> tuple[InnerState, Tensor]:
             return unroll(rule, theta, family, state, steps, generator)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from l2o._checks import whole
+from l2o.checks import check_int
 from l2o.evaluation.curves import EVALUATIONS, Advance, Curves, evaluation_steps, run, silent, trace
 from l2o.tasks import Repeated
 from l2o.types import Grads, InnerState, OptState, Params, TaskFamily, Theta, UpdateRule
@@ -67,17 +67,19 @@ class TorchEntrant:
     """Torch optimizers, one set for every lane, on gradients that are those of a rule.
 
     make: see ``MakeOptimizers``.     schedule: factor of learning rates at a step of so many; None for constant ones.
+    clip: largest norm of a gradient, all tensors together; what is longer is shortened to it. None for no limit.
     """
 
     label: str
     make: MakeOptimizers
     schedule: Callable[[int, int], float] | None = None
     rates: Rates = UNTUNED
+    clip: float | None = None
 
     def run(
         self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
     ) -> Curves:
-        points = evaluation_steps(whole("steps", steps), EVALUATIONS)
+        points = evaluation_steps(check_int("steps", steps), EVALUATIONS)
         copies = Repeated(family, len(self.rates))
         state = _start(copies, torch.full((seeds * len(self.rates),), steps, device=generator.device), generator)
         lanes = [self._lane(state.params, lane, steps) for lane in range(len(state.step))]
@@ -88,9 +90,8 @@ class TorchEntrant:
         params = {name: nn.Parameter(p[lane].clone()) for name, p in stacked.items()}
         optimizers = self.make(list(params.values()), self.rates[lane % len(self.rates)])
         schedule = self.schedule
-        if schedule is None:
-            return Lane(params, optimizers, [])
-        return Lane(params, optimizers, [LambdaLR(o, lambda step: schedule(step, steps)) for o in optimizers])
+        schedulers = [] if schedule is None else [LambdaLR(o, lambda step: schedule(step, steps)) for o in optimizers]
+        return Lane(params, optimizers, schedulers, self.clip)
 
 
 class Lane(NamedTuple):
@@ -99,11 +100,14 @@ class Lane(NamedTuple):
     params: dict[str, nn.Parameter]
     optimizers: Sequence[Optimizer]
     schedulers: Sequence[LambdaLR]
+    clip: float | None
 
     def step(self, grads: Grads) -> None:
         """Move the parameters.  grads: of this lane."""
         for name, p in self.params.items():
-            p.grad = grads[name]
+            p.grad = grads[name] if self.clip is None else grads[name].clone()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.params.values(), self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
         for scheduler in self.schedulers:

@@ -1,31 +1,39 @@
-"""The picture of a report: training loss over steps, one panel a setting."""
+"""The pictures of a report: losses over steps, one panel a setting, and performance profiles."""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2o.evaluation.compare import LEARNED, Comparison, is_learned
-from l2o.evaluation.extras import require
+from l2o.evaluation.baselines import BASELINES
+from l2o.evaluation.compare import Comparison, is_judged
 from l2o.evaluation.scores import Score
 from l2o.evaluation.trials import Array
+from l2o.evaluation.verdicts import SHOWN
+from l2o.extras import require
 
 LEARNED_COLOUR = "#D55E00"
 LEARNED_COLOURS = (LEARNED_COLOUR, "#882255", "#332288", "#117733")
-"""Of several learned optimizers, from Tol's palette; then from the first again."""
+"""Of several judged optimizers, from Tol's palette; then from the first again."""
 # The rest of Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#666666")
-_DASHES = ("-", "--", "-.")
+COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#777777")
+_DASHES = ("-", "--", "-.", ":")
+_PLACES = [*SHOWN, *(name for name in BASELINES if name not in SHOWN)]
+_FEW = 8
+"""Up to so many baselines are all drawn; of more, those of ``SHOWN``."""
 _COLUMNS = 3
 _FLOOR = 1e-9
 """Losses under it, exact zeros among them, are drawn here: float32 has little to say of them."""
 _MANY_SEEDS = 10
 """Beyond these a band of quartiles says more than one of the range, which grows with the number of seeds."""
+_INK = "#123457"
+"""Of text and axes while an SVG is drawn; it becomes ``currentColor``, which a page sets for light and dark."""
 
 
 class _View(NamedTuple):
@@ -35,6 +43,29 @@ class _View(NamedTuple):
     floor: float
     ceiling: float
     off: float
+
+
+Style = dict[str, Any]
+"""Of a line: colour, dashes, width."""
+
+
+def styles(comparison: Comparison) -> dict[str, Style]:
+    """How each optimizer that is drawn is drawn, the last on top; a baseline looks the same in every picture."""
+    usual = [name for name in comparison.scores if not is_judged(name)]
+    drawn = [name for name in usual if len(usual) <= _FEW or name in SHOWN]
+    ours = comparison.judged
+    found = {name: baseline_style(name) for name in drawn}
+    for i, name in reversed(list(enumerate(ours))):
+        width = 1.9 if i else 2.6
+        found[name] = {"color": LEARNED_COLOURS[i % len(LEARNED_COLOURS)], "linewidth": width, "zorder": 3}
+    return found
+
+
+def baseline_style(name: str) -> Style:
+    """By its place among all baselines; of any other, by its name."""
+    place = _PLACES.index(name) if name in _PLACES else int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    dashes = _DASHES[place // len(COLOURS) % len(_DASHES)]
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "linewidth": 1.3, "zorder": 2}
 
 
 def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training loss") -> bytes:
@@ -48,15 +79,64 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
     figure = new_figure(max(5.0 * columns, 7.0), 4.0 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, comparison in zip(panels, comparisons, strict=False):
-        _draw(panel, comparison, loss_label)
+        draw_training(panel, comparison, loss_label)
     for panel in panels[len(comparisons) :]:
         panel.remove()
-    handles, labels = panels[0].get_legend_handles_labels()
-    # The learned optimizers are drawn last, over the others, the first one on top, and named first.
-    learned = sum(map(is_learned, comparisons[0].scores))
-    handles, labels = (x[: -learned - 1 : -1] + x[:-learned] for x in (handles, labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), max(2, columns)), frameon=False)
+    _legend(figure, panels[0], max(2, columns), len(comparisons[0].judged))
     return png(figure)
+
+
+def _legend(figure: Any, panel: Any, columns: int, judged: int) -> None:
+    """The judged optimizers, which are drawn last, are named first."""
+    handles, labels = panel.get_legend_handles_labels()
+    handles, labels = (x[: -judged - 1 : -1] + x[:-judged] for x in (handles, labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns), frameon=False)
+
+
+def setting_svg(comparison: Comparison, loss_label: str = "training loss") -> str:
+    """An SVG of the training and the validation losses in one setting, without a legend."""
+    with _ink():
+        figure = new_figure(9.0, 3.4)
+        left, right = figure.subplots(1, 2)
+        draw_training(left, comparison, loss_label)
+        draw_validation(right, comparison)
+        return svg(figure)
+
+
+def profile_picture(profiles: Mapping[str, Array], comparison: Comparison, make: Callable[[Any], Any]) -> Any:
+    """The share of tasks on which each optimizer is at the target within τ times the best one's steps.
+
+    make: `png` or `svg`.
+    """
+    with _ink() if make is svg else _plain():
+        figure = new_figure(9.0, 4.5 if make is png else 3.4)
+        panel = figure.subplots()
+        factors = np.geomspace(1.0, 16.0, 161)
+        for name, style in styles(comparison).items():
+            shares = [(profiles[name] <= factor).mean() for factor in factors]
+            panel.step(factors, shares, where="post", label=comparison.scores[name].label, **style)
+        panel.set(xscale="log", xlabel="τ, times the steps of the best optimizer", ylabel="share of tasks")
+        panel.set(ylim=(-0.02, 1.02), xlim=(1, 16), xticks=[1, 2, 4, 8, 16], xticklabels=["1", "2", "4", "8", "16"])
+        panel.minorticks_off()
+        frame(panel)
+        if make is png:  # a page has a key of its own
+            _legend(figure, panel, 3, len(comparison.judged))
+        return make(figure)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _ink() -> Iterator[None]:
+    require("matplotlib")
+    import matplotlib
+
+    of_ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "l2o", **dict.fromkeys(of_ink, _INK)}):
+        yield
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -77,28 +157,47 @@ def png(figure: Any) -> bytes:
     return out.getvalue()
 
 
+def svg(figure: Any) -> str:
+    """The figure as an ``<svg>`` element without a background, for a page of either colour scheme."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+
 def frame(panel: Any) -> None:
     """A light grid, and no lines at the top and on the right."""
-    panel.grid(which="major", color="#e0e0e0", linewidth=0.6)
+    panel.grid(which="major", color="#999999", alpha=0.3, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _draw(panel: Any, comparison: Comparison, loss_label: str) -> None:
-    setting, scores = comparison.setting, comparison.scores
-    view = _view([s.curve for s in scores.values()])
-    styles = [(c, d) for d in _DASHES for c in COLOURS]
-    usual = [s for name, s in scores.items() if not is_learned(name)]
-    for (colour, dashes), s in zip(styles, usual, strict=False):
-        _line(panel, s, view, color=colour, linestyle=dashes, linewidth=1.3, zorder=2)
-    learned = [(name, s) for name, s in scores.items() if is_learned(name)]
-    for (name, s), colour in reversed(list(zip(learned, itertools.cycle(LEARNED_COLOURS)))):
-        _line(panel, s, view, color=colour, linewidth=2.6 if name == LEARNED else 1.9, zorder=3)
+def draw_training(panel: Any, comparison: Comparison, loss_label: str) -> None:
+    """The smoothed training losses of a setting."""
+    setting, scores, drawn = comparison.setting, comparison.scores, styles(comparison)
+    view = _view([scores[name].curve for name in drawn])
+    for name, style in drawn.items():
+        _line(panel, scores[name].steps, scores[name].curve, view, scores[name], style)
     panel.set(xlabel="inner training step", ylabel=loss_label, yscale=view.scale, xlim=(0, setting.steps))
     panel.set_ylim(top=view.ceiling)
     spread = "quartiles" if setting.seeds > _MANY_SEEDS else "range"
-    panel.set_title(f"{setting.name}\n", fontsize=11, fontweight="bold")
-    subtitle = f"{setting.steps:,} steps; line and band: median and {spread} of {setting.seeds} seeds"
-    panel.text(0.5, 1.03, subtitle, transform=panel.transAxes, ha="center", fontsize=8.5, color="#555555")
+    _title(panel, setting.name, f"{setting.steps:,} steps; line and band: median and {spread} of {setting.seeds} seeds")
+
+
+def draw_validation(panel: Any, comparison: Comparison) -> None:
+    """The losses on held-out data in the course of the runs."""
+    scores, drawn = comparison.scores, styles(comparison)
+    view = _view([scores[name].valid_curve for name in drawn])
+    for name, style in drawn.items():
+        _line(panel, scores[name].valid_steps, scores[name].valid_curve, view, scores[name], style)
+    panel.set(xlabel="inner training step", ylabel="validation loss", yscale=view.scale)
+    panel.set(xlim=(0, comparison.setting.steps))
+    panel.set_ylim(top=view.ceiling)
+    _title(panel, "validation", "loss on held-out data")
+
+
+def _title(panel: Any, title: str, subtitle: str) -> None:
+    panel.set_title(f"{title}\n", fontsize=11, fontweight="bold")
+    panel.text(0.5, 1.03, subtitle, transform=panel.transAxes, ha="center", fontsize=8.5, alpha=0.75)
     frame(panel)
 
 
@@ -117,9 +216,8 @@ def _view(curves: Sequence[Array]) -> _View:
     return _View("linear", low, ceiling, ceiling + 10.0 * (ceiling - low))
 
 
-def _line(panel: Any, score: Score, view: _View, **style: Any) -> None:
-    low, middle, high = _band(score.curve, view)
-    steps = np.arange(1, len(middle) + 1)
+def _line(panel: Any, steps: Sequence[int], curve: Array, view: _View, score: Score, style: Style) -> None:
+    low, middle, high = _band(curve, view)
     tried = "untuned" if score.rate is None else f"best of {score.trials} learning rates"
     panel.plot(steps, middle, label=f"{score.label} ({tried})", **style)
     panel.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=style["zorder"] - 1)

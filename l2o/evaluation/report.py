@@ -1,68 +1,35 @@
-"""What an evaluation leaves behind: ``results.json``, ``report.md``, ``curves.png``, and a table on the terminal."""
+"""What an evaluation leaves behind: numbers, ``report.md``, ``report.html``, pictures, and tables on the terminal."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from l2o._files import atomic_write, try_folder
-from l2o.evaluation.compare import Comparison, is_learned
-from l2o.evaluation.cost import YARDSTICK, Cost
-from l2o.evaluation.extras import require
-from l2o.evaluation.plots import curves_png
-from l2o.evaluation.scores import diverged, final_losses
-from l2o.evaluation.trials import Trials
-from l2o.evaluation.verdicts import (
-    COLUMNS,
-    OVERFITTED,
-    SUMMARY_NOTE,
-    misses_first,
-    number,
-    overall,
-    overall_text,
-    summary_table,
-    table_row,
-    verdict,
-)
+from l2o.disk import atomic_write, try_folder
+from l2o.evaluation.aggregate import profile, summaries
+from l2o.evaluation.compare import Comparison, is_judged
+from l2o.evaluation.html import as_html
+from l2o.evaluation.markdown import Report, as_markdown
+from l2o.evaluation.plots import curves_png, png, profile_picture
+from l2o.evaluation.scores import Kept, diverged, final_losses
+from l2o.evaluation.tables import optimizers_table
+from l2o.evaluation.verdicts import COLUMNS, SUMMARY_NOTE, overall, overall_text, summary_table, table_row, verdict
+from l2o.extras import require
 from l2o.types import ConfigurationError
 
 FORMAT_VERSION = 1
+_CURVES = ("steps", "curve", "peak", "valid_steps", "valid_curve")
+"""Fields of a score that stay in the store."""
+_MANY = 4
+"""Of more settings than these, the terminal shows what they say together."""
 _PLAIN_WIDTH = 110
 """Characters a line where the output is no terminal."""
-_PROTOCOL = (
-    "- Every optimizer meets the same tasks, initialisations and batches.",
-    "- A learned optimizer: one run a seed, from its θ and the number of steps alone; nothing was tuned.",
-    "- A tuned baseline: every learning rate of its grid on every seed. Reported is that with the lowest seed-mean of",
-    "  the final training loss; a run with a loss that is not finite counts as infinitely bad.",
-    "- An untuned baseline: one run a seed, of torch's own optimizer, at the rate that stands in its name.",
-    "- Adam, warm-up + cosine: AdamW without weight decay; warm-up over 5% of the run, then half a cosine down to 0.",
-    "- Training loss: seed-mean of the final one, with a 95% interval (bootstrap over seeds).",
-    "- Validation: seed-mean of the loss on held-out data after the last step.",
-    "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
-    "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
-    "  training loss of tuned Adam; 0 if it never is.",
-    f"- Overfitting: that loss is reached, and validation is over {OVERFITTED} times that of tuned Adam.",
-)
-
-
-class Report(NamedTuple):
-    """Everything that a report tells.
-
-    source: the learned optimizer as the user named it.     facts: of the run (command, date, hardware, ...), in order.
-    costs: from `optimizer_costs`; empty where they were not measured.     loss_label: of the picture's axis, with unit.
-    """
-
-    source: str
-    comparisons: Sequence[Comparison]
-    facts: Mapping[str, str]
-    costs: Mapping[str, Cost]
-    loss_label: str = "training loss"
 
 
 def prepare_folder(path: Path) -> None:
@@ -77,29 +44,40 @@ def prepare_folder(path: Path) -> None:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write the three files of a report, each atomically, the numbers first: the rest can be made from them again.
+    """Write the files of a report, each atomically, the numbers first: the rest can be made from the store again.
 
     Raises `ConfigurationError` where matplotlib is missing.
     """
     write_text(report, folder)
     atomic_write(folder / "curves.png", curves_png(report.comparisons, report.loss_label))
+    if report.scored_together:
+        picture = profile_picture(profile(report.comparisons), report.comparisons[0], png)
+        atomic_write(folder / "profile.png", picture)
+    atomic_write(folder / "report.html", as_html(report).encode())
 
 
 def write_text(report: Report, folder: Path) -> None:
-    """Write ``results.json`` and ``report.md``, which is quickly done."""
+    """Write ``results.json`` and ``report.md``."""
     atomic_write(folder / "results.json", json.dumps(as_json(report), indent=1, allow_nan=False).encode())
     atomic_write(folder / "report.md", as_markdown(report).encode())
 
 
 def print_tables(report: Report) -> None:
-    """A table a setting on the terminal, and the verdict under it; then all settings; needs rich as `require` says."""
+    """A table a setting on the terminal, and the verdict under it, unless there are many; then all settings.
+
+    Raises `ConfigurationError` where rich is missing.
+    """
     console = new_console()
-    for comparison in report.comparisons:
+    many = report.scored_together and len(report.comparisons) > _MANY
+    for comparison in () if many else report.comparisons:
         setting = comparison.setting
         title = f"{setting.name}: {setting.steps} steps, {setting.seeds} seeds"
-        bold = [is_learned(name) for name in comparison.scores]
+        bold = [is_judged(name) for name in comparison.scores]
         _print_table(console, title, [COLUMNS, *(table_row(comparison, name) for name in comparison.scores)], bold)
         console.print(verdict(comparison), markup=False, end="\n\n")
+    if many:
+        table = optimizers_table(report.comparisons)
+        _print_table(console, "All optimizers", _shown(table.rows, console.width), table.bold)
     if len(report.comparisons) > 1:
         _print_table(console, "All settings, misses first", _shown(summary_table(report.comparisons), console.width))
         console.print(SUMMARY_NOTE, end="\n\n")
@@ -140,66 +118,6 @@ def _widest(cell: str) -> int:
     return max(map(len, cell.split()))
 
 
-def as_markdown(report: Report) -> str:
-    """The text of ``report.md``."""
-    return "\n".join([*_head(report), *_settings(report), *_costs(report.costs), *_protocol(report)]) + "\n"
-
-
-def _head(report: Report) -> Iterator[str]:
-    yield f"# `{report.source}`, untuned, beside its baselines\n"
-    yield from (f"- {overall_text(found)}" for found in overall(report.comparisons))
-    yield f"\n{SUMMARY_NOTE}\n"
-    headings, *rows = summary_table(report.comparisons)
-    yield from _table(headings, rows)
-    yield ""
-    yield from (f"- **{c.setting.name}**: {verdict(c)}" for c in misses_first(report.comparisons))
-    yield "\n![smoothed training loss over steps](curves.png)\n"
-
-
-def _settings(report: Report) -> Iterator[str]:
-    for comparison in report.comparisons:
-        setting = comparison.setting
-        yield f"## {setting.name}\n"
-        yield f"`{setting.family}`, {setting.steps} steps, {setting.seeds} seeds. The final training loss is the mean"
-        yield f"over the last {setting.smoothing} steps of the loss before the update.\n"
-        yield from _table(COLUMNS, [table_row(comparison, name) for name in comparison.scores])
-        yield f"\n{verdict(comparison)}\n"
-
-
-def _costs(costs: Mapping[str, Cost]) -> Iterator[str]:
-    if not costs:
-        return
-    yield "## Cost\n"
-    yield "One step of the optimizer alone on a perceptron of a million parameters; the median of several, in turn.\n"
-    columns = ("optimizer", "milliseconds a step", f"relative to {YARDSTICK}", "state bytes a parameter")
-    unit = costs[YARDSTICK].seconds
-    rows = [(n, f"{1e3 * c.seconds:.3g}", f"{c.seconds / unit:.3g}×", f"{c.state_bytes:.3g}") for n, c in costs.items()]
-    yield from _table(columns, rows)
-    yield ""
-
-
-def _protocol(report: Report) -> Iterator[str]:
-    yield "## How this was measured\n"
-    yield from _PROTOCOL
-    for setting in (comparison.setting for comparison in report.comparisons):
-        yield f"- Seeds of {setting.name}: {setting.seeds} problems, all drawn from a generator of seed {setting.seed}."
-    yield from (
-        f"- {label}: {len(grid)} trials a seed, learning rates {', '.join(map(number, grid))}."
-        for label, grid in _grids(report).items()
-    )
-    yield from (f"- {name}: {text}" for name, text in report.facts.items())
-
-
-def _grids(report: Report) -> dict[str, tuple[float, ...]]:
-    trials = report.comparisons[0].trials.values()
-    return {t.label: tuple(rate for rate in t.rates if rate is not None) for t in trials if t.rates != (None,)}
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for cells in (columns, ["---"] * len(columns), *rows):
-        yield f"| {' | '.join(cells)} |"
-
-
 def as_json(report: Report) -> dict[str, Any]:
     """The content of ``results.json``: how each run ended, and all that is said of them; what is not finite is null.
 
@@ -211,6 +129,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "source": report.source,
             "facts": dict(report.facts),
             "overall": [found._asdict() for found in overall(report.comparisons)],
+            "optimizers": [found._asdict() for found in summaries(report.comparisons)],
             "settings": [_setting_json(comparison) for comparison in report.comparisons],
             "costs": {name: cost._asdict() for name, cost in report.costs.items()},
         }
@@ -245,18 +164,18 @@ def _setting_json(comparison: Comparison) -> dict[str, Any]:
 
 def _optimizer_json(comparison: Comparison, name: str) -> dict[str, Any]:
     score, trials = comparison.scores[name], comparison.trials[name]
-    kept = {k: v for k, v in vars(score).items() if k != "curve"}
+    kept = {k: v for k, v in vars(score).items() if k not in _CURVES}
     return {
         **kept,
         "mean": score.mean,
         "speed_up": comparison.speed_up(name),
         "seconds": trials.seconds,
-        "runs": _runs_json(trials, comparison.setting.smoothing),
+        "runs": _runs_json(trials),
     }
 
 
-def _runs_json(trials: Trials, window: int) -> list[dict[str, Any]]:
-    final, lost = final_losses(trials.train, window), diverged(trials.train, window)
+def _runs_json(trials: Kept) -> list[dict[str, Any]]:
+    final, lost = final_losses(trials), diverged(trials)
     return [
         {
             "trial": i,

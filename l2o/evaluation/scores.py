@@ -1,16 +1,62 @@
-"""From curves to scores, in NumPy. Losses are ``[steps, seeds, trials]``; the score is that of the best trial."""
+"""From curves to scores, in NumPy. Losses are ``[points, seeds, trials]``; the score is that of the best trial."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from l2o.estimators.episodes import NOTHING
+from l2o.evaluation.entrants import Rates
 from l2o.evaluation.trials import Array, Trials
 
 RESAMPLES = 10_000
 """Bootstrap samples behind an interval."""
+RESOLUTION = 2.0**-23
+"""Losses of so little of the first one are rounding: who is lower there, or sooner, says nothing."""
+_EVEN, _EARLY = 96, 32
+"""Points of a curve that are kept: evenly spread ones, and ones that lie the closer the earlier, for early targets."""
+
+
+class Kept(NamedTuple):
+    """What is kept of all runs of one optimizer in one setting, short enough to be stored.
+
+    steps: so many updates were begun at each point, from 1 to the length of the run.
+    train: training loss ``[points, seeds, trials]``, each the mean over the window that ends there.
+    peak: the highest single loss since the last point, ``inf`` where one was not finite; of the same shape.
+    valid: ``[points, seeds, trials]``, after ``valid_steps`` updates.     label, rates, seconds: see `Trials`.
+    relative_step: time of a training step over that with torch's Adam, see `relative_step`; None where not measured.
+    """
+
+    label: str
+    rates: Rates
+    steps: list[int]
+    train: Array
+    peak: Array
+    valid: Array
+    valid_steps: list[int]
+    seconds: float
+    relative_step: float | None = None
+
+
+def kept_steps(length: int) -> list[int]:
+    """The points of a curve: every step of a short run, and no fewer than a hundred of a long one."""
+    if length <= _EVEN + _EARLY:
+        return list(range(1, length + 1))
+    even = {-(-length * k // _EVEN) for k in range(1, _EVEN + 1)}
+    early = {round(length ** (k / _EARLY)) for k in range(_EARLY)}
+    return sorted({1} | even | early)
+
+
+def condense(trials: Trials, window: int) -> Kept:
+    """What is kept of ``trials``.  window: steps that a training loss is the mean of."""
+    steps = kept_steps(len(trials.train))
+    raw = np.where(np.isfinite(trials.train), trials.train, np.inf)
+    peak = np.maximum.reduceat(raw, [0, *steps[:-1]], axis=0)
+    train = smooth(trials.train, window, steps)
+    return Kept(trials.label, trials.rates, steps, train, peak, trials.valid, trials.valid_steps, trials.seconds)
 
 
 @dataclass(frozen=True)
@@ -23,7 +69,9 @@ class Score:
     final: training loss of each seed ``[seeds]``, ``inf`` where a loss of the run was not finite.
     interval: 95% bootstrap interval over seeds of the mean of ``final``.
     valid: validation loss ``[seeds]`` at the end of the run.     diverged: bool ``[seeds]``.
-    curve: smoothed training loss ``[steps, seeds]``.
+    steps, curve: smoothed training loss ``[points, seeds]`` and where the points lie, as in `Kept`.
+    valid_curve: validation loss ``[points, seeds]`` after ``valid_steps`` updates.
+    peak: as in `Kept`, ``[points, seeds]``.
     """
 
     label: str
@@ -35,7 +83,11 @@ class Score:
     interval: tuple[float, float]
     valid: Array
     diverged: Array
+    steps: list[int]
     curve: Array
+    peak: Array
+    valid_steps: list[int]
+    valid_curve: Array
 
     @property
     def mean(self) -> float:
@@ -43,44 +95,50 @@ class Score:
         return float(self.final.mean())
 
 
-def score(trials: Trials, window: int) -> Score:
-    """The best trial of an optimizer.  window: steps that a training loss is the mean of."""
-    finals = final_losses(trials.train, window)
+def score(kept: Kept) -> Score:
+    """The best trial of an optimizer, one and the same over the whole run: never an envelope over learning rates."""
+    finals = final_losses(kept)
     best = best_trial(finals)
     final = finals[:, best]
     return Score(
-        label=trials.label,
-        trials=len(trials.rates),
+        label=kept.label,
+        trials=len(kept.rates),
         best=best,
-        rate=trials.rates[best],
-        at_edge=len(trials.rates) > 1 and best in (0, len(trials.rates) - 1),
+        rate=kept.rates[best],
+        at_edge=len(kept.rates) > 1 and best in (0, len(kept.rates) - 1),
         final=final,
         interval=bootstrap_interval(final),
-        valid=trials.valid[-1, :, best],
-        diverged=diverged(trials.train, window)[:, best],
-        curve=smooth(trials.train[:, :, best], window),
+        valid=kept.valid[-1, :, best],
+        diverged=diverged(kept)[:, best],
+        steps=kept.steps,
+        curve=kept.train[:, :, best],
+        peak=kept.peak[:, :, best],
+        valid_steps=kept.valid_steps,
+        valid_curve=kept.valid[:, :, best],
     )
 
 
-def smooth(losses: Array, window: int) -> Array:
-    """Mean over the last ``window`` steps, along the first axis; over those there are at the beginning."""
+def smooth(losses: Array, window: int, steps: Sequence[int]) -> Array:
+    """Mean over the last ``window`` steps, along the first axis, at ``steps``; over those there are at the beginning.
+
+    steps: counted from 1, so that 3 is the mean of what ends with the third.
+    """
     with np.errstate(invalid="ignore", over="ignore"):  # a diverged run stays what it is: inf or NaN
-        return np.stack([losses[max(0, t - window) : t].mean(0) for t in range(1, len(losses) + 1)])
+        return np.stack([losses[max(0, t - window) : t].mean(0) for t in steps])
 
 
-def final_losses(losses: Array, window: int) -> Array:
-    """Mean over the last ``window`` steps ``[seeds, trials]``; ``inf`` for a run in which a loss was not finite."""
-    finite = np.isfinite(losses).all(0)
-    return np.where(finite, np.where(finite, losses[-window:], 0.0).mean(0), np.inf)
+def final_losses(kept: Kept) -> Array:
+    """Training loss at the end ``[seeds, trials]``; ``inf`` for a run in which a loss was not finite."""
+    return np.where(np.isfinite(kept.peak).all(0), kept.train[-1], np.inf)
 
 
-def diverged(losses: Array, window: int) -> Array:
+def diverged(kept: Kept) -> Array:
     """Bool ``[seeds, trials]``: a loss was not finite, or the final one is above the one at initialisation.
 
     Where that is zero but for rounding, as of adapters on a solved problem, the former alone.
     """
-    final = final_losses(losses, window)
-    return ~(final <= np.where(np.abs(losses[0]) < NOTHING, np.finfo(np.float64).max, losses[0]))
+    first = kept.train[0]
+    return ~(final_losses(kept) <= np.where(np.abs(first) < NOTHING, np.finfo(np.float64).max, first))
 
 
 def best_trial(finals: Array) -> int:
@@ -97,13 +155,17 @@ def bootstrap_interval(values: Array, level: float = 0.95, seed: int = 0) -> tup
     return float(low), float(high)
 
 
+def target(reference: Score) -> float:
+    """The loss to be reached: the reference's final one, or where that is less, what float32 resolves of the first."""
+    return max(reference.mean, RESOLUTION * float(reference.curve[0].mean()))
+
+
 def speed_up(candidate: Score, reference: Score) -> float:
-    """Steps of the run over the first step at which the candidate's seed-mean curve is at the reference's final loss.
+    """Steps of the run over the first point at which the candidate's seed-mean curve is at the reference's `target`.
 
     0 where it never is (a miss), NaN where the reference itself has no finite final loss.
     """
     if not np.isfinite(reference.mean):
         return float("nan")
-    curve = candidate.curve.mean(1)
-    reached = curve <= reference.mean
-    return len(curve) / (int(reached.argmax()) + 1) if reached.any() else 0.0
+    reached = candidate.curve.mean(1) <= target(reference)
+    return candidate.steps[-1] / candidate.steps[int(reached.argmax())] if reached.any() else 0.0

@@ -9,13 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 
-from l2o import _checks
-from l2o._checks import whole
+from l2o import checks
+from l2o.checks import check_int, lookup
 from l2o.evaluation.curves import Advance, silent
 from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
 
 Array = NDArray[Any]
+
+SPLITS = {
+    "like": "like those of meta-training",
+    "larger": "100 times the size, or more",
+    "longer": "10 times the horizon, or more",
+    "other": "of another kind",
+}
+"""What problems are to those that learned optimizers were meta-trained on: meta-overfitting shows in the last three."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,9 @@ class Setting:
     name: heading in reports.     family, steps: the tasks and the length of a run.
     seeds: problems (task, initialisation and batches), the same for every optimizer.     seed: of all of them.
     window: steps that a training loss is the mean of; None for the protocol's 2% of ``steps``, at least 10.
+    split: what the problems are to meta-training, a key of ``SPLITS``.
+    revision: to be raised with what changes curves and is no setting, such as the code behind them; curves of different
+        revisions never meet. Of a suite's task it is the suite's version, unless the task keeps an older one.
     """
 
     name: str
@@ -33,12 +44,15 @@ class Setting:
     seeds: int = 5
     seed: int = 1000
     window: int | None = None
+    split: str = "other"
+    revision: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {"steps": 1, "seeds": 1, "seed": 0} | ({} if self.window is None else {"window": 1})
+        bounds = {"steps": 1, "seeds": 1, "seed": 0, "revision": 0} | ({} if self.window is None else {"window": 1})
         for name, least in bounds.items():
-            whole(name, getattr(self, name), least)
-        _checks.seed("seed", self.seed)
+            check_int(name, getattr(self, name), least)
+        checks.check_seed("seed", self.seed)
+        lookup("split", self.split, SPLITS)
         if self.window is not None and self.window > self.steps:
             raise ConfigurationError(f"window={self.window}: expected at most steps={self.steps}")
 

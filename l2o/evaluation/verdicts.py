@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from l2o.evaluation.compare import LEARNED, REFERENCE, USUAL, Comparison, is_learned
+from l2o.evaluation.compare import REFERENCE, USUAL, Comparison, is_judged
 from l2o.evaluation.scores import Score
 
 COLUMNS = ("optimizer", "trials", "best lr", "training loss [95%]", "validation", "diverged", "speed-up")
@@ -17,12 +17,14 @@ SUMMARY_NOTE = (
     "missed with a speed-up: it was there and left again. Under each optimizer: seed-means of its final training "
     "losses; lost: seeds that diverged."
 )
+SHOWN = ("sgd", "momentum", REFERENCE, "adam_cosine", USUAL, "adamw_cosine_fixed", "muon")
+"""Baselines that stand in the table and the pictures of all settings."""
 OVERFITTED = 1.1
 """A validation loss of so many times the reference's is called overfitting where the training loss is at its target."""
 
 
 class Overall(NamedTuple):
-    """A learned optimizer over all settings.
+    """A judged optimizer over all settings.
 
     reached: settings in which it ends at or under the reference's final training loss.
     speed_up: median over settings, a miss counting 0; None where the reference was not run.
@@ -42,8 +44,8 @@ class Overall(NamedTuple):
 
 
 def overall(comparisons: Sequence[Comparison]) -> list[Overall]:
-    """Each learned optimizer over all settings, in their order; empty without settings."""
-    names = [name for name in comparisons[0].scores if is_learned(name)] if comparisons else []
+    """Each judged optimizer over all settings, in their order; empty without settings."""
+    names = comparisons[0].judged if comparisons else []
     return [_overall(comparisons, name) for name in names]
 
 
@@ -86,27 +88,29 @@ def overall_text(found: Overall) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """In words: whether the learned optimizer ends at or under the reference, by what ratio, and the validation."""
-    learned, lost = comparison.scores[LEARNED], int(comparison.scores[LEARNED].diverged.sum())
-    failures = f" It diverged on {lost} of {len(learned.diverged)} seeds." if lost else " No seed diverged."
+    """In words: whether the first judged optimizer ends at or under the reference, by what ratio, and validation."""
+    name = comparison.judged[0]
+    ours = comparison.scores[name]
+    lost = int(ours.diverged.sum())
+    failures = f" It diverged on {lost} of {len(ours.diverged)} seeds." if lost else " No seed diverged."
     if REFERENCE not in comparison.scores:
         return f"{REFERENCE} is not among the baselines, so there is nothing to compare with.{failures}"
     adam = comparison.scores[REFERENCE]
-    ends = f"the learned optimizer ends at a training loss of {number(learned.mean)}"
+    ends = f"{ours.label} ends at a training loss of {number(ours.mean)}"
     tuned = f"best-of-grid {adam.label}'s {number(adam.mean)}"
-    reached = comparison.reached(LEARNED)
+    reached = comparison.reached(name)
     head = f"Target reached: {ends}, at or under" if reached else f"Target missed: {ends}, above"
-    beside = f"({_ratio(comparison.ratio(LEARNED, REFERENCE))}).{_beside_usual(comparison)}"
-    valid = f" Validation loss: {number(valid_loss(learned))} against {number(valid_loss(adam))}"
-    valid += ", far above: overfitting." if overfits(comparison, LEARNED) else "."
+    beside = f"({_ratio(comparison.ratio(name, REFERENCE))}).{_beside_usual(comparison, name)}"
+    valid = f" Validation loss: {number(valid_loss(ours))} against {number(valid_loss(adam))}"
+    valid += ", far above: overfitting." if overfits(comparison, name) else "."
     return f"{head} {tuned} {beside}{valid}{failures}"
 
 
-def _beside_usual(comparison: Comparison) -> str:
+def _beside_usual(comparison: Comparison, name: str) -> str:
     if USUAL not in comparison.scores:
         return ""
     usual = number(comparison.scores[USUAL].mean)
-    return f" Untuned AdamW at 0.001 ends at {usual} ({_ratio(comparison.ratio(LEARNED, USUAL))})."
+    return f" Untuned AdamW at 0.001 ends at {usual} ({_ratio(comparison.ratio(name, USUAL))})."
 
 
 def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
@@ -125,8 +129,11 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
 
 
 def summary_table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """Headings, then a row a setting: its name, target, speed-up, validation loss, and every final training loss."""
-    names = list(comparisons[0].scores)
+    """Headings, then a row a setting: its name, target, speed-up, validation loss, and final training losses.
+
+    Of many baselines those of ``SHOWN``; the section of each setting has them all.
+    """
+    names = [name for name in comparisons[0].scores if is_judged(name) or name in SHOWN]
     losses = [_heading(comparisons[0].scores[name], name) for name in names]
     headings = ("task", "target", "speed-up", "validation", *losses, "seconds")
     return [headings, *(_summary_row(c, names) for c in misses_first(comparisons))]
@@ -138,22 +145,23 @@ def misses_first(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _success(comparison: Comparison) -> tuple[bool, bool, float]:
-    reached = comparison.reached(LEARNED)
-    return reached, not overfits(comparison, LEARNED), comparison.speed_up(LEARNED) or 0.0
+    name = comparison.judged[0]
+    return comparison.reached(name), not overfits(comparison, name), comparison.speed_up(name) or 0.0
 
 
 def _heading(score: Score, name: str) -> str:
-    return score.label if is_learned(name) else f"{name}, best of {score.trials}" if score.trials > 1 else name
+    return score.label if is_judged(name) else f"{name}, best of {score.trials}" if score.trials > 1 else name
 
 
 def _summary_row(comparison: Comparison, names: Sequence[str]) -> tuple[str, ...]:
-    scores, speed_up = comparison.scores, comparison.speed_up(LEARNED)
-    reached = "overfits" if overfits(comparison, LEARNED) else "reached" if comparison.reached(LEARNED) else "missed"
+    scores, first = comparison.scores, comparison.judged[0]
+    speed_up = comparison.speed_up(first)
+    reached = "overfits" if overfits(comparison, first) else "reached" if comparison.reached(first) else "missed"
     return (
         comparison.setting.name,
         "none" if speed_up is None else reached,
         "none" if speed_up is None else f"{speed_up:.3g}×",
-        "/".join(number(valid_loss(scores[name]), 2) for name in (LEARNED, REFERENCE) if name in scores),
+        "/".join(number(valid_loss(scores[name]), 2) for name in (first, REFERENCE) if name in scores),
         *(_final(scores[name]) for name in names),
         f"{comparison.seconds:.0f}",
     )

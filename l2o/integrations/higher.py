@@ -19,10 +19,10 @@ import higher
 import torch
 from torch import Tensor
 
-from l2o.ops.kinds import default_kinds
+from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer
 from l2o.optim.guard import rest
-from l2o.types import Clock, ConfigurationError, OptState
+from l2o.types import ConfigurationError, OptState, Run
 
 
 class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
@@ -52,11 +52,12 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
                     key = f"{i}.{j}"
                     places[key], params[key], grads[key] = (group, j), group["params"][j], grad
         new = {key: p for key, p in params.items() if key not in self._opt.per_param}
-        fresh = self._rule.init(theta, new, default_kinds(new))
+        infos = infos_of(params)
+        fresh = self._rule.init(theta, new, infos)
         state = OptState({**self._opt.per_param, **fresh.per_param}, self._opt.shared or fresh.shared)
         device = next((p.device for p in params.values()), None)
-        clock = Clock(*(torch.full((), n, device=device) for n in (self._steps, self._total_steps)))
-        updates, self._opt = self._rule.update(theta, grads, state, params, clock)
+        run = Run(*(torch.full((), n, device=device) for n in (self._steps, self._total_steps)))
+        updates, self._opt = self._rule.update(theta, grads, state, params, infos, run)
         if not self._rule.rests:
             seen = {key: self._seen.get(key, torch.zeros_like(g, dtype=torch.bool)) for key, g in grads.items()}
             updates, now = rest(updates, grads, seen)

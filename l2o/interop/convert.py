@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2o import hub
-from l2o._files import user_path
-from l2o._names import choose
-from l2o._remote import fetch_weights, is_address
-from l2o._shelf import CARD
+from l2o.checkpoints import store
+from l2o.checkpoints.pretrained import CARD
+from l2o.checkpoints.remote import fetch_weights, is_address
+from l2o.checks import lookup
+from l2o.disk import user_path
 from l2o.interop import pylo
 from l2o.interop.files import Foreign, read_foreign
 from l2o.interop.recognize import recognize
@@ -60,7 +60,7 @@ def convert(
     rule, theta = _rebuild(chosen, theirs, hyper)
     others = [each for each in names if each != chosen]
     facts = [source.facts for source in sources]
-    return hub.save(
+    return store.save(
         folder,
         rule,
         theta,
@@ -78,7 +78,7 @@ def _read(file: str | Path) -> Foreign:
 def _names(theta: Theta, settings: Mapping[str, Any], name: str | None) -> list[str]:
     """All that the tensors fit; where ``name`` is not among them, what it lacks, or what they are instead."""
     if name is not None:
-        choose("optimizer", name, REFERENCES)
+        lookup("optimizer", name, REFERENCES)
     try:
         names = recognize(theta, settings)
     except CheckpointError:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from l2o._files import user_path
+from l2o.disk import user_path
 from l2o.interop.msgpack import Ext, unpack
 from l2o.types import CheckpointError
 

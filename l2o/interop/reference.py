@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
 
-from l2o.hub import check_theta
-from l2o.ops.kinds import default_kinds
+from l2o.checkpoints.store import check_theta
 from l2o.types import CheckpointError, ConfigurationError, Kind, Params, Theta, UpdateRule
 
 Settings = Mapping[str, Any]
@@ -20,7 +19,7 @@ Settings = Mapping[str, Any]
 
 
 def _default_kinds(settings: Settings, params: Params) -> dict[str, Kind]:
-    return default_kinds(params)
+    return {}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Reference:
     implied: names of hyperparameters that the above say already.
     only: values of further hyperparameters, the only ones that the rule knows.
     unused: beginnings of paths that the reference has and does not read.
-    kinds: what each parameter tensor is for.
+    kinds: what each parameter tensor is for, where its axes do not say it.
     """
 
     rule: type[UpdateRule]

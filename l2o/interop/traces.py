@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._files import user_path
-from l2o._names import unknown
+from l2o.checks import check_int, unknown
+from l2o.disk import user_path
 from l2o.interop.reference import Reference
 from l2o.interop.references import REFERENCES
-from l2o.types import CheckpointError, Clock, Kind, L2OError, Params, Theta, UpdateRule, Updates
+from l2o.ops.kinds import infos_of
+from l2o.types import CheckpointError, Kind, L2OError, Params, Run, Theta, UpdateRule, Updates
 
 PARAMS_TOLERANCE = 1e-5
 """Of a tensor's parameters after each update, in its largest value then."""
@@ -97,7 +97,7 @@ def _meta(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     if not isinstance(meta, dict) or not isinstance(meta.get("hyperparameters"), dict):
         raise CheckpointError("meta has no 'hyperparameters'")
     if meta.get("num_steps") is not None:
-        whole("num_steps", meta["num_steps"])
+        check_int("num_steps", meta["num_steps"])
     return meta
 
 
@@ -170,14 +170,15 @@ def _check_shapes(group: str, tensors: Params, init: Params, steps: int) -> None
 def replay(trace: Trace) -> list[TensorError]:
     """Run the rule from ``init`` on the recorded gradients and losses, in float32, and compare with the record."""
     params, total = trace.init, torch.tensor(trace.total_steps)
-    state = trace.rule.init(trace.theta, params, trace.kinds)
+    infos = infos_of(params, trace.kinds)
+    state = trace.rule.init(trace.theta, params, infos)
     worst = dict.fromkeys(params, 0.0)
     updates = []
     with torch.no_grad():
         for t, loss in enumerate(trace.losses):
             grads = {name: g[t] for name, g in trace.grads.items()}
             seen = loss if trace.rule.needs_loss else None
-            new, state = trace.rule.update(trace.theta, grads, state, params, Clock(torch.tensor(t), total), seen)
+            new, state = trace.rule.update(trace.theta, grads, state, params, infos, Run(torch.tensor(t), total, seen))
             params = {name: p + new[name] for name, p in params.items()}
             updates.append(new)
             for name, p in params.items():

@@ -23,7 +23,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from l2o import _files
+from l2o import disk
 from l2o.types import ConfigurationError, L2OError
 
 SOURCES = Path(__file__).parent
@@ -127,13 +127,13 @@ def build(source: str) -> Path:
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch) / "kernels.so"
             _run([*compiler, *FLAGS, *LINK, str(SOURCES / f"{source}.cpp"), "-o", str(built)])
-            _files.atomic_write(path, built.read_bytes())
+            disk.atomic_write(path, built.read_bytes())
     return path
 
 
 def cache_folder() -> Path:
     """The folder of compiled kernels, ours alone: whoever can write to it decides what runs here."""
-    folder = _files.cache_folder() / "kernels"
+    folder = disk.cache_folder() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

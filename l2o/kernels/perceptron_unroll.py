@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from l2o.kernels import mlp_rule, perceptron
 from l2o.kernels.arrays import Pointers, derivative_with_a_graph, plain, pointers
 from l2o.kernels.build import available, run
-from l2o.types import Clock, Grads, InnerState, OptState, Params, PerceptronBatches, Theta, Updates
+from l2o.types import Grads, InnerState, OptState, Params, PerceptronBatches, Run, Theta, Updates
 
 
 class _Unroll(ctypes.Structure):
@@ -62,7 +62,7 @@ class _Arrays(NamedTuple):
     left: Tensor
 
 
-Update = Callable[[Theta, Grads, OptState, Params, Clock], tuple[Updates, OptState]]
+Update = Callable[[Theta, Grads, OptState, Params, Run], tuple[Updates, OptState]]
 
 
 def unroll(
@@ -120,7 +120,7 @@ def _step_by_step(update: Update, theta: Theta, state: InnerState, batches: Perc
         assert result is not None  # whatever the kernel takes has one
         losses.append(result[0])
         grads = dict(zip(names, [g for layer in result[1] for g in layer], strict=True))
-        moves, opt = update(theta, grads, opt, params, Clock(step, state.total_steps))
+        moves, opt = update(theta, grads, opt, params, Run(step, state.total_steps))
         ahead = step < state.total_steps
         params = {k: p + torch.where(ahead.view(-1, *[1] * (p.ndim - 1)), moves[k], 0.0) for k, p in params.items()}
         step = step + ahead

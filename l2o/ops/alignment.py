@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l2o.ops.numeric import log_of, over_root, scalar_like
-from l2o.types import Clock, Slots, Theta
+from l2o.types import Run, Slots, Theta
 
 _START = {
     "gain": 30.0,  # of the log step, a run; at most _FASTEST a step
@@ -41,21 +41,22 @@ def init_alignment(like: Tensor) -> Slots:
     return {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square")}
 
 
-def cosine(dots: Tensor, norms: Tensor) -> Tensor:
-    """``sum(dots) / sum(norms)`` over tensors, 0 without norms.  dots, norms: ``[tensors]``, of gradient and step."""
-    total = norms.sum()
-    return dots.sum() / torch.where(total > 0, total, 1.0)
+def cosine(dot: Tensor, norm: Tensor) -> Tensor:
+    """``dot / norm``, 0 without norm.  Both 0-d: sums over tensors of products of gradient and step, and of norms."""
+    return dot / torch.where(norm > 0, norm, 1.0)
 
 
-def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, clock: Clock) -> Slots:
-    """The slots once the 0-d ``cosine`` of the gradient at ``clock.step`` and the step before is known.
+def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run, more: Tensor | float = 0.0) -> Slots:
+    """The slots once the 0-d ``cosine`` of the gradient at ``run.step`` and the step before is known.
+
+    more: push from elsewhere, from -1 to 1 as the signal's own.
 
     The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
     its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
     which noise does not show to be too much, leaks away.
     """
     value = {name: theta[f"log_{name}"].exp() for name in _START}
-    step, total = (t.to(cosine.dtype) for t in clock)
+    step, total = (t.to(cosine.dtype) for t in run[:2])
     keep = {name: torch.exp(-1.0 / value[name]) for name in ("fast", "slow")}
     seen = {"fast": ("fast", cosine), "slow": ("slow", cosine), "square": ("slow", cosine.square())}
     new = {name: torch.lerp(x, slots[name], keep[pace]) for name, (pace, x) in seen.items()}
@@ -67,6 +68,6 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, clock: Cl
     push = torch.tanh(value["slope"] * error) * torch.where(error < 0, sure, 1.0)
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
     leak = (value["leak"] / total).clamp(max=_FASTEST)
-    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * push, -value["range"], value["range"])
+    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -value["range"], value["range"])
     moved = {"log_step": log_step, **new}
     return {name: torch.where(step > 0, x, slots[name]) for name, x in moved.items()}

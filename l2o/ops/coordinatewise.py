@@ -1,7 +1,8 @@
 """Networks that look at every element of a tensor by itself: what they see of it, their layers, and their step.
 
 A tensor is given by its sources, a dict: ``grad`` and ``param [*shape]``, ``m [decays, *shape]``, and what a `Recipe`
-needs of ``v [1 or decays, *shape]`` and of the slots of `l2o.ops.factored`. Their channels (`l2o.ops.statistics`) are
+needs of ``v [1 or decays, *shape]``, of the slots of `l2o.ops.factored`, and of ``row_mean`` (`row_means` there); and by
+its ``axes``, those of rows and columns (`factored_axes`), which are the whole tensor's where this is a shard of it. Their channels (`l2o.ops.statistics`) are
 never there all at once: the functions here go over a tensor in blocks of elements, so that their scratch memory does
 not grow with it. They are written for one lane and any dtype and device, and are the reference of
 `l2o.kernels.coordinatewise`, which is what rules call.
@@ -26,6 +27,9 @@ from l2o.ops.statistics import Statistics, channels
 from l2o.types import Slots, Theta
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
+Axes = tuple[int, int] | None
+"""Of `l2o.ops.factored.factored_axes`."""
+
 _SECONDS = {"v", "m_over_rms", "inv_rms", "grad_over_rms"}
 _FACTORED = {"factored_grad", "row", "col", "inv_root_row", "inv_root_col", "factored_m"}
 
@@ -125,7 +129,7 @@ class Recipe:
     def sources(self, ndim: int) -> tuple[str, ...]:
         """The names of what is read of a tensor with ``ndim`` axes, in their order."""
         seconds = ("v",) if _SECONDS & {*self.groups} or (self.head and self.head.seconds) else ()
-        factored = ("row", "col") if ndim >= 2 else ("diag",)
+        factored = ("row", "col", "row_mean") if ndim >= 2 else ("diag",)
         return "grad", "param", "m", *seconds, *(factored if _FACTORED & {*self.groups} else ())
 
     def scaled_axes(self, ndim: int) -> tuple[int, ...]:
@@ -137,14 +141,14 @@ class Recipe:
         own = set(self.scaled_axes(len(shape)))
         return tuple(1 if axis - len(shape) in own else size for axis, size in enumerate(shape))
 
-    def count(self, shape: torch.Size) -> int:
-        """Elements that share their scales, at least 1: what `second_moment_scale` divides by."""
+    def count(self, shape: Sequence[int]) -> int:
+        """Elements of a whole tensor that share their scales, at least 1: what `second_moment_scale` divides by."""
         return max(math.prod(shape[axis] for axis in self.scaled_axes(len(shape))), 1)
 
 
-def feature_sums(recipe: Recipe, sources: Slots) -> Tensor:
+def feature_sums(recipe: Recipe, axes: Axes, sources: Slots) -> Tensor:
     """Sums of squares of the channels, ``[channels, *recipe.sums_shape(shape)]``."""
-    whole, shape = broadcast(sources), sources["grad"].shape
+    whole, shape = broadcast(axes, sources), sources["grad"].shape
     sums = None
     for index in blocks(shape):
         x = block_sums(recipe, cut(whole, index))
@@ -163,7 +167,14 @@ def block_sums(recipe: Recipe, x: Slots) -> Tensor:
 
 
 def network(
-    recipe: Recipe, weights: Theta, sources: Slots, sums: Tensor, count: int, gain: Tensor, means: Tensor | None = None
+    recipe: Recipe,
+    axes: Axes,
+    weights: Theta,
+    sources: Slots,
+    sums: Tensor,
+    count: int,
+    gain: Tensor,
+    means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The update ``[*shape]``, and the sums over elements of the network's outputs, ``[outputs]``.
 
@@ -171,7 +182,7 @@ def network(
     sums: of `feature_sums`, completed over all shards.     count: what they are divided by.
     gain: 0-d.     means: ``[outputs]``, of the outputs, where the head reads them.
     """
-    whole, shape = broadcast(sources), sources["grad"].shape
+    whole, shape = broadcast(axes, sources), sources["grad"].shape
     parts = [
         block(recipe, weights, cut(whole, index), cut({"sums": sums}, index)["sums"], count, gain, means)
         for index in blocks(shape)
@@ -192,9 +203,12 @@ def block(
     return outputs[0] if recipe.head is None else recipe.head(outputs, seen, gain, means), totals
 
 
-def broadcast(sources: Slots) -> Slots:
+def broadcast(axes: Axes, sources: Slots) -> Slots:
     """The sources, what is a row's or a column's with 1 for the axis that it is without; see `factors`."""
-    return sources | factors(sources, sources["grad"].shape) if "row" in sources else sources
+    if axes is None or "row" not in sources:
+        return sources
+    elementwise = {name: t for name, t in sources.items() if name != "row_mean"}
+    return elementwise | factors(sources, sources["row_mean"], axes)
 
 
 def blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:

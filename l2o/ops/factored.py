@@ -6,11 +6,13 @@ As in google/learned_optimization (learned_optimizers/common.py), from which the
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from l2o.ops.moments import momenta
-from l2o.types import Slots
+from l2o.types import Grads, Infos, ParamInfo, Reduce, Slots, Sum
 
 _EPS_SQUARE = 1e-30
 """Added to squared gradients."""
@@ -18,7 +20,7 @@ _EPS = 1e-9
 """Under roots and in quotients."""
 
 
-def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
+def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
     """The second largest axis and the largest, of equal ones the later as the larger; None for less than two axes.
 
     The reference asks `numpy.argsort`, which need not be stable: numpy 2 on a processor with AVX2 swaps the two of
@@ -30,51 +32,82 @@ def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
     return by_size[-2], by_size[-1]
 
 
-def init_factored(param: Tensor, decays: int) -> Slots:
+def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
     """Zeros: ``row [decays, *shape]`` without the largest axis and ``col`` without the second largest, or ``diag``."""
 
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros_like(like).expand(decays, *like.shape).clone()
 
-    axes = factored_axes(param.shape)
+    axes = factored_axes(info.shape)
     if axes is None:
         return {"diag": zeros(param)}
     second, largest = axes
-    return {"row": zeros(_mean(param, largest)), "col": zeros(_mean(param, second))}
+    return {"row": zeros(param.sum(largest)), "col": zeros(param.sum(second))}
 
 
-def factored(previous: Slots, grad: Tensor, decays: Tensor) -> Slots:
-    """The slots with ``grad`` averaged in.  decays: ``[decays]``, brought into 0 to 1."""
-    squares, decays = grad.square() + _EPS_SQUARE, decays.clamp(0.0, 1.0)
-    axes = factored_axes(grad.shape)
+def factored(
+    previous: Mapping[str, Slots], grads: Grads, infos: Infos, decays: Tensor, reduce: Reduce
+) -> dict[str, Slots]:
+    """The slots of each tensor with its gradient averaged in.  decays: ``[decays]``, brought into 0 to 1."""
+    sums = reduce.shards({name: _sums(g.square() + _EPS_SQUARE, infos[name]) for name, g in grads.items()})
+    decays = decays.clamp(0.0, 1.0)
+    new: dict[str, Slots] = {}
+    for name, g in grads.items():
+        axes, old = factored_axes(infos[name].shape), previous[name]
+        if axes is None:
+            new[name] = {"diag": momenta(old["diag"], g.square() + _EPS_SQUARE, decays)}
+            continue
+        lengths = {"row": axes[1], "col": axes[0]}
+        means = {slot: sums[name][slot] / _length(infos[name], axis) for slot, axis in lengths.items()}
+        new[name] = {slot: momenta(old[slot], mean, decays) for slot, mean in means.items()}
+    return new
+
+
+def _sums(squares: Tensor, info: ParamInfo) -> dict[str, Sum]:
+    axes = factored_axes(info.shape)
     if axes is None:
-        return {"diag": momenta(previous["diag"], squares, decays)}
+        return {}
     second, largest = axes
+    return {"row": Sum(squares.sum(largest), (largest,)), "col": Sum(squares.sum(second), (second,))}
+
+
+def row_means(slots: Mapping[str, Slots], infos: Infos, reduce: Reduce) -> dict[str, Tensor | None]:
+    """The mean of each tensor's ``row`` over the axis that it has, ``[decays, ...]``; None without factors."""
+    sums = {}
+    for name, own in slots.items():
+        axes = factored_axes(infos[name].shape)
+        sums[name] = {} if axes is None else {"row": Sum(own["row"].sum(_in_row(*axes), keepdim=True), axes[:1])}
     return {
-        "row": momenta(previous["row"], _mean(squares, largest), decays),
-        "col": momenta(previous["col"], _mean(squares, second), decays),
+        name: total["row"] / _length(infos[name], sums[name]["row"].axes[0]) if total else None
+        for name, total in reduce.shards(sums).items()
     }
 
 
-def rows_and_columns(slots: Slots, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """``row`` and ``col`` as views ``[decays, *shape]``; without factors, ``diag`` twice."""
-    axes = factored_axes(shape)
+def _in_row(second: int, largest: int) -> int:
+    """The second largest axis among those of ``row``, of which the first is that of the decays."""
+    return second + 1 if second < largest else second
+
+
+def rows_and_columns(slots: Slots, like: Tensor, info: ParamInfo) -> tuple[Tensor, Tensor]:
+    """``row`` and ``col`` as views ``[decays, *shape]``, of the shape of ``like``; without factors, ``diag`` twice."""
+    axes = factored_axes(info.shape)
     if axes is None:
         return slots["diag"], slots["diag"]
     second, largest = axes
-    whole = (-1, *shape)
+    whole = (-1, *like.shape)
     return slots["row"].unsqueeze(largest + 1).expand(whole), slots["col"].unsqueeze(second + 1).expand(whole)
 
 
-def factors(slots: Slots, shape: torch.Size) -> Slots:
-    """Of two and more axes: ``row, col`` and ``row_factor, col_factor``, with 1 for the axis that they are without.
+def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
+    """``row, col`` and ``row_factor, col_factor``, with 1 for the axis that they are without.
 
-    The factors are the inverse roots of rows over their mean, which is that of the whole tensor, and of columns. Their
-    product is the inverse root of the second moment that the slots stand for.
+    row_mean: see `row_means`.     axes: see `factored_axes`.
+    The factors are the inverse roots of rows over their mean and of columns. Their product is the inverse root of the
+    second moment that the slots stand for.
     """
-    second, largest = factored_axes(shape) or (0, 0)
+    second, largest = axes
     row, col = slots["row"].unsqueeze(largest + 1), slots["col"].unsqueeze(second + 1)
-    measured = row / (_mean(row, second + 1, keepdim=True) + _EPS)
+    measured = (slots["row"] / (row_mean + _EPS)).unsqueeze(largest + 1)
     factor = {f"{name}_factor": torch.rsqrt(x.clamp(min=_EPS)) for name, x in (("row", measured), ("col", col))}
     return {"row": row, "col": col, **factor}
 
@@ -84,14 +117,18 @@ def diagonal_factor(diag: Tensor) -> Tensor:
     return torch.rsqrt((diag + _EPS).clamp(min=_EPS))
 
 
-def preconditioner(slots: Slots, shape: torch.Size) -> Tensor:
-    """``[decays, *shape]``, the inverse root of the second moment that the slots stand for; a gradient's factor."""
-    if factored_axes(shape) is None:
+def preconditioner(slots: Slots, row_mean: Tensor | None, info: ParamInfo) -> Tensor:
+    """``[decays, *shape]``, the inverse root of the second moment that the slots stand for; a gradient's factor.
+
+    row_mean: see `row_means`.
+    """
+    axes = factored_axes(info.shape)
+    if axes is None or row_mean is None:
         return diagonal_factor(slots["diag"])
-    factor = factors(slots, shape)
+    factor = factors(slots, row_mean, axes)
     return factor["row_factor"] * factor["col_factor"]
 
 
-def _mean(x: Tensor, axis: int, keepdim: bool = False) -> Tensor:
-    """0, not NaN, over an axis of no entries: such a tensor must not disturb those it shares sums with."""
-    return x.sum(axis, keepdim=keepdim) / max(x.shape[axis], 1)
+def _length(info: ParamInfo, axis: int) -> int:
+    """1 of no entries: the mean is then 0, not NaN, which would disturb the tensors that it shares sums with."""
+    return max(info.shape[axis], 1)

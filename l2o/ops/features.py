@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from l2o.ops.kinds import size
 from l2o.ops.numeric import constant
-from l2o.types import Clock, Slots
+from l2o.types import Infos, Reduce, Run, Slots, Sum
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 """Steps; Metz et al. 2020 (arXiv 2009.11243, app. A) and google/learned_optimization."""
@@ -20,20 +22,20 @@ EPS = 1e-5
 """Of `second_moment_scale`, inside the root: a channel of zeros stays zero."""
 
 
-def step_embedding(clock: Clock, like: Tensor) -> Tensor:
+def step_embedding(run: Run, like: Tensor) -> Tensor:
     """``tanh(t / tau - 1)`` over `TIMESCALES`, ``[11]``: the age of the run in steps, whatever its length."""
-    return torch.tanh(clock.step.to(like.dtype) / constant(TIMESCALES, like) - 1.0)
+    return torch.tanh(run.step.to(like.dtype) / constant(TIMESCALES, like) - 1.0)
 
 
-def fraction_embedding(clock: Clock, like: Tensor) -> Tensor:
+def fraction_embedding(run: Run, like: Tensor) -> Tensor:
     """``tanh(10 (t / total - c))`` over `FRACTIONS`, ``[9]``: how far the run is, so that a schedule can be learned."""
-    fraction = clock.step.to(like.dtype) / clock.total_steps.to(like.dtype)
+    fraction = run.step.to(like.dtype) / run.total_steps.to(like.dtype)
     return torch.tanh((fraction - constant(FRACTIONS, like)) * 10.0)
 
 
-def sine_embedding(clock: Clock, like: Tensor) -> Tensor:
+def sine_embedding(run: Run, like: Tensor) -> Tensor:
     """``sin(t / (pi tau))`` over `TIMESCALES`, ``[11]`` (RNNMLPLOpt of google/learned_optimization)."""
-    return torch.sin(clock.step.to(like.dtype) / (constant(TIMESCALES, like) * math.pi))
+    return torch.sin(run.step.to(like.dtype) / (constant(TIMESCALES, like) * math.pi))
 
 
 def clip_log(x: Tensor) -> Tensor:
@@ -52,19 +54,36 @@ def log_and_sign(grad: Tensor, k: float = 5.0) -> Tensor:
     return torch.stack([magnitude, (grad * math.exp(k)).clamp(-1.0, 1.0)])
 
 
-def second_moment_scale(sum_of_squares: Tensor, count: Tensor | int, eps: float = EPS) -> Tensor:
+def second_moment_scale(sum_of_squares: Tensor, count: int, eps: float = EPS) -> Tensor:
     """``rsqrt(eps + mean(x^2))``, a channel at a time: times it, a channel has mean square one over its tensor."""
     return torch.rsqrt(eps + sum_of_squares / count)
 
 
-def square_sums(channels: Tensor) -> Slots:
-    """``sum_of_squares [channels]`` and ``count`` (0-d, at least 1) of ``[channels, *shape]``, for `normalised`."""
-    entries = math.prod(channels.shape[1:])
-    squares = channels.reshape(channels.shape[0], entries).square().sum(-1)
-    return {"sum_of_squares": squares, "count": squares.new_full((), max(entries, 1))}
+def channel_sums(channels: Tensor) -> Sum:
+    """Sums ``[channels]`` over the entries of ``[channels, *shape]``."""
+    return Sum(columns(channels).sum(-1), tuple(range(channels.ndim - 1)))
 
 
-def normalised(channels: Tensor, sums: Slots, eps: float = EPS) -> Tensor:
-    """``[channels, *shape] -> [channels, entries]``, each channel over its root mean square (`second_moment_scale`)."""
-    scale = second_moment_scale(sums["sum_of_squares"], sums["count"], eps)
-    return channels.reshape(channels.shape[0], math.prod(channels.shape[1:])) * scale.unsqueeze(-1)
+def tensor_means(channels: Mapping[str, Mapping[str, Tensor]], infos: Infos, reduce: Reduce) -> dict[str, Slots]:
+    """Means ``[channels]`` over each whole tensor, by parameter and name, of what is ``[channels, *shape]``."""
+    sums = {name: {key: channel_sums(x) for key, x in own.items()} for name, own in channels.items()}
+    totals = reduce.shards(sums)
+    return {name: {key: total / size(infos[name]) for key, total in own.items()} for name, own in totals.items()}
+
+
+def entry_sum(x: Tensor) -> Sum:
+    """The sum over all entries of a tensor ``[*shape]``, 0-d."""
+    return Sum(x.sum(), tuple(range(x.ndim)))
+
+
+def normalised(channels: Tensor, sum_of_squares: Tensor, count: int, eps: float = EPS) -> Tensor:
+    """``[channels, *shape] -> [channels, entries]``, each channel over its root mean square (`second_moment_scale`).
+
+    sum_of_squares: ``[channels]``, over the whole tensor.    count: of its entries.
+    """
+    return columns(channels) * second_moment_scale(sum_of_squares, count, eps).unsqueeze(-1)
+
+
+def columns(x: Tensor) -> Tensor:
+    """``[channels, *shape] -> [channels, entries]``, scalars and empty tensors included."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -1,26 +1,49 @@
-"""What a parameter tensor is for, where nobody says so, and what its width makes of a step."""
+"""What parameter tensors are, where nobody says so, and what a tensor's width makes of a step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from l2o.types import Kind, Params
+from l2o.types import Kind, ParamInfo
 
 
-def default_kinds(params: Params) -> dict[str, Kind]:
-    """``matrix`` for tensors of two and more axes, ``vector`` for the others."""
-    return {name: "matrix" if p.ndim >= 2 else "vector" for name, p in params.items()}
+def param_infos(shapes: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:
+    """What is known of tensors of such ``shapes``.
+
+    kinds: by name; by default tensors of two and more axes are a ``matrix``, the others a ``vector``.
+    """
+    said = kinds or {}
+    return {
+        name: ParamInfo(tuple(shape), said.get(name, "matrix" if len(shape) >= 2 else "vector"))
+        for name, shape in shapes.items()
+    }
 
 
-def width_multiplier(param: Tensor, kind: Kind) -> Tensor:
+def infos_of(params: Mapping[str, Tensor], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:
+    """`param_infos` of whole tensors without lanes."""
+    return param_infos({name: p.shape for name, p in params.items()}, kinds)
+
+
+def lane_infos(params: Mapping[str, Tensor], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:
+    """`param_infos` of the single lanes of ``params [lanes, ...]``."""
+    return param_infos({name: p.shape[1:] for name, p in params.items()}, kinds)
+
+
+def size(info: ParamInfo) -> int:
+    """How many entries the whole tensor has; 1 for an empty one, so that means over it are 0."""
+    return max(math.prod(info.shape), 1)
+
+
+def width_multiplier(param: Tensor, info: ParamInfo) -> Tensor:
     """``1 / fan_in`` of a hidden matrix, 1 of all else, 0-d: the factor on a step under which widths train alike.
 
     Maximal update parametrisation of learned optimizers (µLO, arXiv 2406.00153, section 4): hidden matrices 1 / fan_in,
     input, output and bias tensors 1. Of ``[out, in, ...]``, as `torch.nn` has it, fan_in is all but the first axis. The
     model itself is the user's: variance 1 / fan_in at hidden layers, output layer zero at first and divided by width.
-    What a matrix is for says the ``kind`` of its parameter group; in meta-training all matrices count as hidden.
+    What a matrix is for says the ``kind`` of its parameter group, in meta-training its family.
     """
-    fan_in = math.prod(param.shape[1:]) if kind == "matrix" else 1
+    fan_in = math.prod(info.shape[1:]) if info.kind == "matrix" else 1
     return param.new_full((), 1.0 / max(fan_in, 1))

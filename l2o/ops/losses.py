@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from l2o.types import Clock, Slots
+from l2o.types import Run, Slots
 
 _AVERAGES = 10
 LOSS_FEATURES = _AVERAGES - 1
@@ -20,20 +20,22 @@ def init_loss_averages(like: Tensor) -> Slots:
     return {"loss_means": like.new_zeros(_AVERAGES), "loss_minima": like.new_full((_AVERAGES,), _NEVER)}
 
 
-def average_losses(slots: Slots, loss: Tensor, clock: Clock, horizon: Tensor) -> tuple[Slots, Tensor]:
-    """The slots with ``loss`` (0-d, at the parameters before update ``clock.step``) in them, and the features ``[9]``.
+def average_losses(slots: Slots, run: Run, horizon: Tensor) -> tuple[Slots, Tensor]:
+    """The slots with ``run.loss`` in them, and the features ``[9]``.
 
-    horizon: 0-d, steps; half-lives go from 10 to it. It is ``clock.total_steps``, but for weights that were trained
+    horizon: 0-d, steps; half-lives go from 10 to it. It is ``run.total_steps``, but for weights that were trained
     with another one. A loss of more than twice the largest average counts as that.
 
     Each feature compares an average with the next slower one, both over the minimum so far: -1 to 1, negative while
     the loss falls; 0 in the first two steps.
     """
-    seen = clock.step.to(loss.dtype) + 1.0
+    loss = run.loss
+    assert loss is not None  # needs_loss
+    seen = run.step.to(loss.dtype) + 1.0
     decays = _decays(horizon.to(loss.dtype))
     correction = 1.0 - decays**seen
     means, minima = slots["loss_means"], slots["loss_minima"]
-    ceiling = torch.where(clock.step == 0, loss, (means / correction).max())
+    ceiling = torch.where(run.step == 0, loss, (means / correction).max())
     loss = torch.minimum(2.0 * ceiling.abs(), loss)
     means = decays * means + (1.0 - decays) * loss
     corrected = means / correction

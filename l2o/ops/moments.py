@@ -26,9 +26,9 @@ def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:
     return -torch.expm1(count * logsigmoid(logit_decay))
 
 
-def init_momenta(param: Tensor, decays: Sequence[float]) -> Tensor:
-    """Zero momenta ``[len(decays), *param.shape]``."""
-    return torch.zeros_like(param).expand(len(decays), *param.shape).clone()
+def init_momenta(param: Tensor, decays: int) -> Tensor:
+    """Zero momenta ``[decays, *param.shape]``."""
+    return torch.zeros_like(param).expand(decays, *param.shape).clone()
 
 
 def momenta(previous: Tensor, value: Tensor, decays: Sequence[float] | Tensor) -> Tensor:

@@ -31,11 +31,6 @@ def init_mlp(generator: torch.Generator, sizes: Sequence[int]) -> Theta:
     return theta
 
 
-def columns(x: Tensor) -> Tensor:
-    """``[channels, *shape] -> [channels, entries]``, scalars and empty tensors included."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``[in, n] -> [out, n]``."""
     return torch.addmm(bias.unsqueeze(-1), weight.T, x)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from l2o._checks import real
+from l2o.checks import check_float
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
@@ -30,12 +30,12 @@ def scalar_like(value: float, generator: torch.Generator) -> Tensor:
 
 def log_of(name: str, value: float) -> float:
     """The logarithm of a positive hyperparameter, or `ConfigurationError`; ``exp`` undoes it, whatever was learned."""
-    return math.log(real(name, value, above=0.0))
+    return math.log(check_float(name, value, above=0.0))
 
 
 def logit_of(name: str, value: float) -> float:
     """The logit of a hyperparameter strictly between 0 and 1, or `ConfigurationError`; ``sigmoid`` undoes it."""
-    value = real(name, value, above=0.0, below=1.0)
+    value = check_float(name, value, above=0.0, below=1.0)
     return math.log(value) - math.log1p(-value)
 
 
@@ -67,9 +67,3 @@ def safe_rsqrt(x: Tensor) -> Tensor:
     only; that of the root is then infinite, and times the momentum's 0 it would be NaN.
     """
     return torch.where(x > 1e-24, x, x.detach()).rsqrt()
-
-
-def channel_means(x: Tensor) -> Tensor:
-    """``[channels, *shape] -> [channels]``, means over the entries of a tensor; 0 where it has none."""
-    entries = math.prod(x.shape[1:])
-    return x.reshape(x.shape[0], entries).sum(-1) / max(entries, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,20 +74,29 @@ def newton_schulz_gram(x: Tensor, steps: int) -> Tensor:
     return product.to(x.dtype) @ x
 
 
-def row_column_scales(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def row_column_scales(
+    matrices: Tensor,
+    lengths: tuple[int, int] | None = None,
+    reduce: Callable[[dict[str, Tensor]], Sequence[Tensor]] = lambda sums: list(sums.values()),
+) -> tuple[Tensor, Tensor]:
     """``[..., rows]`` and ``[..., columns]``: factors that make the rows of a matrix, then its columns of one norm.
 
     Its mean square is then one. One round of the iteration of Scetbon et al. 2025 (arXiv 2502.06742), but for rows and
     columns far smaller than the others, which stay small: a row whose gradients have ended is to stop, not to go on at
     full size for as long as its momentum can be told from 0.
+
+    lengths: rows and columns of the whole matrix, where ``matrices`` is a part.
+    reduce: completes sums over ``rows``, ``columns`` or ``all``.
     """
-    one, entries = matrices.new_ones(()), matrices.shape[-2] * matrices.shape[-1]
+    one, (rows, columns) = matrices.new_ones(()), lengths or matrices.shape[-2:]
     squares = matrices.square().sum(-1)
-    row = over_root(one, squares + _SMALL * squares.mean(-1, keepdim=True))
+    squares, total = reduce({"columns": squares, "all": squares.sum(-1, keepdim=True)})
+    row = over_root(one, squares + _SMALL * total / rows)
     squares = (matrices * row.unsqueeze(-1)).square().sum(-2)
-    col = over_root(one, squares + _SMALL * squares.mean(-1, keepdim=True))
-    total = (squares * col.square()).sum(-1, keepdim=True)
-    return row, col * over_root(one * entries**0.5, total)
+    squares, total = reduce({"rows": squares, "all": squares.sum(-1, keepdim=True)})
+    col = over_root(one, squares + _SMALL * total / columns)
+    (total,) = reduce({"columns": (squares * col.square()).sum(-1, keepdim=True)})
+    return row, col * over_root(one * (rows * columns) ** 0.5, total)
 
 
 def _add_product(scale: float, x: Tensor, factor: float, left: Tensor, right: Tensor) -> Tensor:

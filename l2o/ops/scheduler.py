@@ -15,7 +15,7 @@ from l2o.ops.features import FRACTIONS, fraction_embedding
 from l2o.ops.losses import LOSS_FEATURES, average_losses, init_loss_averages
 from l2o.ops.networks import init_linear, linear
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
-from l2o.types import Clock, Slots, Theta
+from l2o.types import LOCAL, Reduce, Run, Slots, Theta
 
 RUN_FEATURES = len(FRACTIONS) + LOSS_FEATURES
 """What a scheduler sees of the run: how far it is, and how its loss goes."""
@@ -30,12 +30,13 @@ def init_scheduler(generator: torch.Generator, inputs: int, hidden: int, heads: 
     return theta
 
 
-def schedule(theta: Theta, x: Tensor, slots: Mapping[str, Slots]) -> dict[str, Slots]:
+def schedule(theta: Theta, x: Tensor, slots: Mapping[str, Slots], reduce: Reduce = LOCAL) -> dict[str, Slots]:
     """One step of the LSTM over ``slots``; ``x [inputs, tensors]`` in their order. Returns the new ``h, c`` of each.
 
     What the tensors tell each other is the largest activation among them (Metz et al. 2022, arXiv 2211.09760, app. B).
     """
-    loudest = torch.relu(linear(x, theta["w_mix"], theta["b_mix"])).amax(-1, keepdim=True)
+    said = torch.relu(linear(x, theta["w_mix"], theta["b_mix"])).unbind(-1)
+    loudest = reduce.largest(dict(zip(slots, said, strict=True))).unsqueeze(-1)
     return tensor_lstm(theta, linear(x, theta["w_in"], theta["b_in"]) + loudest, slots)[1]
 
 
@@ -49,13 +50,13 @@ def init_run_schedule(theta: Theta, like: Tensor) -> Slots:
     return lstm_slots(theta) | init_loss_averages(like)
 
 
-def run_schedule(theta: Theta, slots: Slots, clock: Clock, loss: Tensor) -> Slots:
+def run_schedule(theta: Theta, slots: Slots, run: Run) -> Slots:
     """One step of a scheduler that sees the run alone.
 
     The original has a state for each tensor. They are all the same, because their inputs are; one is kept here.
     """
-    averages, seen = average_losses(slots, loss, clock, clock.total_steps)
-    x = torch.cat([fraction_embedding(clock, loss), seen])
+    averages, seen = average_losses(slots, run, run.total_steps)
+    x = torch.cat([fraction_embedding(run, seen), seen])
     return averages | schedule(theta, x.unsqueeze(-1), {"run": slots})["run"]
 
 

@@ -5,7 +5,7 @@ Metz et al. 2022 (VeLO, arXiv 2211.09760, app. B) and google/learned_optimizatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from l2o.ops.factored import factored, init_factored, preconditioner, rows_and_columns
 from l2o.ops.moments import init_momenta, momenta
 from l2o.ops.numeric import constant, safe_rsqrt
-from l2o.types import Slots
+from l2o.types import Grads, Infos, ParamInfo, Reduce, Slots
 
 
 class Statistics(NamedTuple):
@@ -38,15 +38,22 @@ class Statistics(NamedTuple):
 
 
 def statistics(
-    grad: Tensor, param: Tensor, slots: Slots, rms_eps: float = 1e-6, diag_eps: float | None = None
+    grad: Tensor,
+    param: Tensor,
+    slots: Slots,
+    row_mean: Tensor | None,
+    info: ParamInfo,
+    rms_eps: float = 1e-6,
+    diag_eps: float | None = None,
 ) -> Statistics:
     """Of the slots ``m``, ``v`` and those of `l2o.ops.factored`, which have seen ``grad``.
 
+    row_mean: see `l2o.ops.factored.row_means`.
     rms_eps: added to ``v`` under the root.
     diag_eps: the same for the factor of the momenta of tensors without rows and columns; by default ``rms_eps``.
     """
-    row, col = rows_and_columns(slots, grad.shape)
-    factor = preconditioner(slots, grad.shape)
+    row, col = rows_and_columns(slots, grad, info)
+    factor = preconditioner(slots, row_mean, info)
     m_factor = factor if grad.ndim >= 2 else safe_rsqrt(slots["diag"] + (rms_eps if diag_eps is None else diag_eps))
     inv_rms = torch.rsqrt(slots["v"] + rms_eps)
     return Statistics(grad, param, slots["m"], slots["v"], inv_rms, row, col, factor, m_factor)
@@ -87,20 +94,37 @@ def channels(x: Statistics, groups: Sequence[str]) -> Tensor:
     return torch.cat([_GROUPS[name](x) for name in groups])
 
 
-def init_statistics(param: Tensor, decays: Sequence[float], rms_decay: float) -> Slots:
+def init_statistics(param: Tensor, info: ParamInfo, decays: int) -> Slots:
     """Zeros: ``m [decays, *shape]``, ``v [1, *shape]``, and the slots of `l2o.ops.factored`."""
-    factors = init_factored(param, len(decays))
-    return {"m": init_momenta(param, decays), "v": init_momenta(param, [rms_decay]), **factors}
+    factors = init_factored(param, info, decays)
+    return {"m": init_momenta(param, decays), "v": init_momenta(param, 1), **factors}
+
+
+class Decays(NamedTuple):
+    """Of `advance_statistics`.  momentum, factored: ``[D]``.  rms: ``[1]``."""
+
+    momentum: Tensor
+    rms: Tensor
+    factored: Tensor
+
+    @classmethod
+    def fixed(cls, momentum: Sequence[float], rms: float, factored: Sequence[float], like: Tensor) -> Decays:
+        """Decays that are not learned."""
+        return cls(constant(momentum, like), constant([rms], like), constant(factored, like))
 
 
 def advance_statistics(
-    slots: Slots, grad: Tensor, decays: Sequence[float], rms_decay: float, adafactor_decays: Sequence[float]
-) -> Slots:
-    """The slots of `init_statistics` with ``grad`` averaged in; as many ``adafactor_decays`` as ``decays``."""
+    slots: Mapping[str, Slots], grads: Grads, infos: Infos, decays: Decays, reduce: Reduce
+) -> dict[str, Slots]:
+    """The slots of `init_statistics` of each tensor with its gradient averaged in."""
+    factors = factored(slots, grads, infos, decays.factored, reduce)
     return {
-        "m": momenta(slots["m"], grad, decays),
-        "v": momenta(slots["v"], grad.square(), [rms_decay]),
-        **factored(slots, grad, constant(adafactor_decays, grad)),
+        name: {
+            "m": momenta(slots[name]["m"], g, decays.momentum),
+            "v": momenta(slots[name]["v"], g.square(), decays.rms),
+            **factors[name],
+        }
+        for name, g in grads.items()
     }
 
 

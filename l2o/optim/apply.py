@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from l2o.optim.members import Member
-from l2o.types import Clock, ConfigurationError, Grads, OptState, Params, Theta, UpdateRule, Updates
+from l2o.types import ConfigurationError, Grads, Infos, OptState, Params, Run, Theta, UpdateRule, Updates
 
 WORTH_A_KERNEL = 10**8
 """Updates of single entries in a run, which torch's operations take some 10 s longer for than a kernel, on a CPU."""
@@ -23,8 +23,8 @@ class Inputs(NamedTuple):
     grads: Grads
     state: OptState
     params: Params
-    clock: Clock
-    loss: Tensor | None
+    infos: Infos
+    run: Run
 
 
 def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState]:
@@ -59,7 +59,8 @@ def _worth_a_kernel(inputs: Inputs, total_steps: int) -> bool:
 def _fused(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState] | None:
     if type(rule).fused_update is UpdateRule.fused_update or not _worth_a_kernel(inputs, total_steps):
         return None
-    fused = rule.fused_update(*tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs))
+    lanes = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
+    fused = rule.fused_update(lanes.theta, lanes.grads, lanes.state, lanes.params, lanes.run)
     return cast("tuple[Updates, OptState] | None", tree_map_only(Tensor, lambda t: t.squeeze(0), fused))
 
 

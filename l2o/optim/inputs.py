@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2o import hub
-from l2o._checks import whole
+from l2o.checkpoints import store
+from l2o.checks import check_int
 from l2o.types import ConfigurationError, Theta, UpdateRule
 
 _START = 'start with LearnedOptimizer(params, "default", total_steps=10_000)'
@@ -27,7 +27,7 @@ def length(total_steps: Any) -> int:
             "total_steps=None: expected how many steps the run will have, because rules plan by the share of it that "
             f"is done (warm-up, smaller steps towards the end); {_START}"
         )
-    if whole("total_steps", total_steps) > _MOST_STEPS:
+    if check_int("total_steps", total_steps) > _MOST_STEPS:
         raise ConfigurationError(f"total_steps={total_steps}: expected at most {_MOST_STEPS:,}, the largest int64")
     return int(total_steps)
 
@@ -36,13 +36,13 @@ def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, Updat
     """What messages call the checkpoint, its rule and its θ, in copies; raises `ConfigurationError`, or as `load`."""
     match source:
         case str() | os.PathLike():
-            return hub.name_of(source), *hub.load(source, rules)
+            return store.name_of(source), *store.load(source, rules)
         case (UpdateRule() as rule, Mapping() as theta):
-            return repr(rule), rule, {k: t.detach().clone() for k, t in hub.check_theta(rule, dict(theta)).items()}
+            return repr(rule), rule, {k: t.detach().clone() for k, t in store.check_theta(rule, dict(theta)).items()}
     # The types alone: θ printed would bury the message.
     came = f"({', '.join(type(x).__name__ for x in source)})" if isinstance(source, tuple) else type(source).__name__
     raise ConfigurationError(
-        f"source={came}: expected a checkpoint's name (of {', '.join(hub.list_pretrained())}), path or address, or a "
+        f"source={came}: expected a checkpoint's name (of {', '.join(store.list_pretrained())}), path or address, or a "
         f"pair (rule, theta); {_START}"
     )
 

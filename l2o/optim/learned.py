@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from l2o import hub
+from l2o.checkpoints import store
 from l2o.optim import resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, updated, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import length, resolved, scalar
-from l2o.optim.members import Member, check_params, checked_gradient, kinds, label, settings
-from l2o.types import Clock, ConfigurationError, L2OError, OptState, Params, Slots, Theta, UpdateRule
+from l2o.optim.members import Member, check_params, checked_gradient, infos, label, settings
+from l2o.types import ConfigurationError, L2OError, OptState, Params, Run, Slots, Theta, UpdateRule
 
 _LOOK = 1000
 """Steps between two looks at the number of skipped ones, on devices that have to be waited for."""
@@ -62,7 +62,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        source: hub.Source | tuple[UpdateRule, Theta] | None = None,
+        source: store.Source | tuple[UpdateRule, Theta] | None = None,
         *,
         total_steps: int | None = None,
         lr: float = 1.0,
@@ -140,7 +140,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._skip(culprit(members, inputs.grads, {}, None))
         if in_place is not None:
             return
-        grads, old, loss = inputs.grads, inputs.state, inputs.loss
+        grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
         updates, new = updated(self.rule, inputs, self.total_steps)
         if not self.rule.rests:
             seen = {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
@@ -165,7 +165,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not finite(list(inputs.grads.values())):
             return False
         inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
-        new = self.rule.fused_step(*inputs[:-1], {m.key: factors[id(m.group)] for m in members})
+        new = self.rule.fused_step(*inputs, {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None
         slots.keep(self.state, members, new)
@@ -185,7 +185,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
         loss = scalar(loss, dtype, device) if self.rule.needs_loss else None
         theta = self._theta(dtype, device)
-        return Inputs(theta, grads, self._opt_state(theta, members, params), params, self._clock(device), loss)
+        state = self._opt_state(theta, members, params)
+        return Inputs(theta, grads, state, params, infos(members), self._run(device, loss))
 
     def _factors(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """On the updates of a group's parameters, and on the parameters."""
@@ -217,7 +218,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         dtype = next(iter(params.values())).dtype
         old = {m.key: slots.cast(own, dtype) for m in members if (own := self._own(m))}
         new = [m for m in members if m.key not in old]
-        fresh = self.rule.init(theta, {m.key: params[m.key] for m in new}, kinds(new)) if new else OptState({}, {})
+        fresh = self.rule.init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
         per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
         return OptState(per_param, slots.cast(self.state.get("shared") or fresh.shared, dtype))
 
@@ -225,7 +226,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """What the rule would start with, had it this parameter alone."""
         dtype = self._dtype()
         params = {member.key: member.param.detach().to(dtype)}
-        return self.rule.init(self._theta(dtype, member.param.device), params, kinds([member]))
+        return self.rule.init(self._theta(dtype, member.param.device), params, infos([member]))
 
     def _layout(self, member: Member) -> resume.Layout:
         if member.key not in self._layouts:
@@ -237,11 +238,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         kept = self.state.get(member.param)
         return slots.own(kept, self._layout(member)) if kept else {}
 
-    def _clock(self, device: torch.device) -> Clock:
+    def _run(self, device: torch.device, loss: Tensor | None) -> Run:
         called, skipped = slots.counts(self.state)
         # Fills, not copies of host tensors: the host would wait for those.
         step, total = (torch.full((), n, dtype=torch.int64, device=device) for n in (called, self.total_steps))
-        return Clock(step - skipped, total)
+        return Run(step - skipped, total, loss)
 
     def _count(self, skipped: int | Tensor, called: int = 1) -> None:
         steps, before = slots.counts(self.state)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from l2o._checks import real
-from l2o.ops.kinds import default_kinds
-from l2o.types import ConfigurationError, GradientError, Kind, ParameterError
+from l2o.checks import check_float
+from l2o.ops.kinds import infos_of
+from l2o.types import ConfigurationError, GradientError, Kind, ParameterError, ParamInfo
 
 
 class Member(NamedTuple):
@@ -72,7 +72,7 @@ def settings(group: Mapping[str, Any]) -> dict[str, float]:
             raise ConfigurationError(f"a group of parameters has no {name!r}: set group[{name!r}] to a number")
     if group.get("kind", "vector") not in get_args(Kind):
         raise ConfigurationError(f"kind={group['kind']!r}: expected one of {', '.join(get_args(Kind))}")
-    return {name: real(name, _number(group[name]), least=0.0) for name in ("lr", "weight_decay")}
+    return {name: check_float(name, _number(group[name]), least=0.0) for name in ("lr", "weight_decay")}
 
 
 def _number(value: Any) -> Any:
@@ -86,7 +86,7 @@ def label(member: Member) -> str:
     return f"parameter {member.key}{named}"
 
 
-def kinds(members: Sequence[Member]) -> dict[str, Kind]:
-    """What each parameter is for: what its group says, or what its axes suggest."""
-    default = default_kinds({m.key: m.param for m in members})
-    return {m.key: m.group.get("kind", default[m.key]) for m in members}
+def infos(members: Sequence[Member]) -> dict[str, ParamInfo]:
+    """What each parameter is: for what, its group says, or its axes suggest."""
+    said = {m.key: m.group["kind"] for m in members if "kind" in m.group}
+    return infos_of({m.key: m.param for m in members}, said)

@@ -6,7 +6,6 @@ google/learned_optimization, learned_optimizers/adafac_mlp_lopt.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -14,14 +13,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from l2o._checks import as_many, each, real, whole
-from l2o.ops.factored import factored, init_factored
-from l2o.ops.features import TIMESCALES, normalised, square_sums, step_embedding
-from l2o.ops.kinds import width_multiplier
-from l2o.ops.moments import init_momenta, learned_decays, momenta
+from l2o.checks import check_each, check_float, check_int, check_same_length
+from l2o.ops.factored import row_means
+from l2o.ops.features import TIMESCALES, channel_sums, normalised, step_embedding
+from l2o.ops.kinds import size, width_multiplier
+from l2o.ops.moments import learned_decays
 from l2o.ops.networks import init_mlp, mlp, over_entries
-from l2o.ops.statistics import SMALL_FC_GROUPS, Statistics, channels, statistics
-from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.ops.statistics import (
+    SMALL_FC_GROUPS,
+    Decays,
+    Statistics,
+    advance_statistics,
+    channels,
+    init_statistics,
+    statistics,
+)
+from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,14 @@ class AdafacMLP(UpdateRule):
     outputs: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
-        decay = partial(real, least=0.0, below=1.0)
-        each("momentum_decays", self.momentum_decays, decay)
-        each("adafactor_decays", self.adafactor_decays, decay)
+        check_each("hidden", self.hidden, check_int)
+        decay = partial(check_float, least=0.0, below=1.0)
+        check_each("momentum_decays", self.momentum_decays, decay)
+        check_each("adafactor_decays", self.adafactor_decays, decay)
         decay("rms_decay", self.rms_decay)
-        real("step_mult", self.step_mult, above=0.0)
-        real("exp_mult", self.exp_mult, least=0.0)
-        as_many("adafactor_decays", self.adafactor_decays, "momentum_decays", self.momentum_decays)
+        check_float("step_mult", self.step_mult, above=0.0)
+        check_float("exp_mult", self.exp_mult, least=0.0)
+        check_same_length("adafactor_decays", self.adafactor_decays, "momentum_decays", self.momentum_decays)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         inputs = 4 + 8 * len(self.momentum_decays) + len(TIMESCALES)
@@ -72,39 +79,52 @@ class AdafacMLP(UpdateRule):
         decays = len(self.momentum_decays)
         return {"momentum_decays": decays, "rms_decays": 1, "adafactor_decays": decays}
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        return OptState({name: self._slots(p, kinds[name]) for name, p in params.items()}, {})
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        return OptState({name: self._slots(p, infos[name]) for name, p in params.items()}, {})
 
-    def _slots(self, param: Tensor, kind: Kind) -> Slots:
-        slots = {"m": init_momenta(param, self.momentum_decays), "v": torch.zeros_like(param).unsqueeze(0)}
-        slots |= init_factored(param, len(self.adafactor_decays))
-        return slots | ({"width": width_multiplier(param, kind)} if self.mup else {})
+    def _slots(self, param: Tensor, info: ParamInfo) -> Slots:
+        slots = init_statistics(param, info, len(self.momentum_decays))
+        return slots | ({"width": width_multiplier(param, info)} if self.mup else {})
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        momentum = learned_decays(self.momentum_decays, theta["momentum_decays"])
-        rms = learned_decays((self.rms_decay,), theta["rms_decays"]).clamp(0.0, 1.0)
-        adafactor = learned_decays(self.adafactor_decays, theta["adafactor_decays"])
-        slots = {}
-        for name, g in grads.items():
-            old = state.per_param[name]
-            moments = {"m": momenta(old["m"], g, momentum), "v": momenta(old["v"], g.square(), rms)}
-            slots[name] = old | moments | factored(old, g, adafactor)
-        seen = {name: statistics(g, params[name], slots[name]) for name, g in grads.items()}
-        return OptState(slots, {}), {name: square_sums(channels(x, SMALL_FC_GROUPS)) for name, x in seen.items()}
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        new = advance_statistics(state.per_param, grads, infos, self._decays(theta), reduce)
+        means = row_means(new, infos, reduce)
+        seen = {name: statistics(g, params[name], new[name], means[name], infos[name]) for name, g in grads.items()}
+        features = {name: channels(x, SMALL_FC_GROUPS) for name, x in seen.items()}
+        sums = reduce.shards({name: {"squares": channel_sums(x.square())} for name, x in features.items()})
 
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
         def network(x: Tensor) -> tuple[Tensor]:
-            return (mlp(theta, x, step_embedding(clock, x)),)
+            return (mlp(theta, x, step_embedding(run, x)),)
 
-        seen = {name: statistics(g, params[name], state.per_param[name]) for name, g in grads.items()}
-        inputs = {name: (normalised(channels(x, SMALL_FC_GROUPS), stats[name]),) for name, x in seen.items()}
-        updates = {}
-        for name, (output,) in over_entries(network, inputs).items():
-            width = state.per_param[name]["width"] if self.mup else 1.0
-            updates[name] = self._step(output.reshape(self.outputs, *grads[name].shape), seen[name], width)
-        return updates
+        inputs = {name: (normalised(x, sums[name]["squares"], size(infos[name])),) for name, x in features.items()}
+        outputs = {
+            name: x.reshape(self.outputs, *grads[name].shape) for name, (x,) in over_entries(network, inputs).items()
+        }
+        means_of_outputs = self._means(outputs, infos, reduce)
+        slots = {name: {**state.per_param[name], **own} for name, own in new.items()}
+        widths = {name: slots[name]["width"] if self.mup else 1.0 for name in grads}
+        updates = {name: self._step(means_of_outputs[name], seen[name], widths[name]) for name in grads}
+        return updates, OptState(slots, {})
+
+    def _decays(self, theta: Theta) -> Decays:
+        return Decays(
+            learned_decays(self.momentum_decays, theta["momentum_decays"]),
+            learned_decays((self.rms_decay,), theta["rms_decays"]).clamp(0.0, 1.0),
+            learned_decays(self.adafactor_decays, theta["adafactor_decays"]),
+        )
+
+    def _means(self, outputs: dict[str, Tensor], infos: Infos, reduce: Reduce) -> dict[str, Tensor]:
+        """The outputs ``[outputs, *shape]`` of each tensor, some of them replaced by their means over it."""
+        return outputs
 
     def _step(self, output: Tensor, x: Statistics, width: Tensor | float) -> Tensor:
         """The update of one tensor.  output: ``[outputs, *shape]``.  width: factor on its step."""

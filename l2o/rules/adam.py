@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import real
+from l2o.checks import check_float
 from l2o.ops.moments import bias_correction, ema
 from l2o.ops.numeric import log_of, logit_of, safe_sqrt, scalar_like
 from l2o.rules.elementwise import ElementwiseRule
@@ -32,7 +32,7 @@ class Adam(ElementwiseRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        real("eps_root", self.eps_root, least=0.0)
+        check_float("eps_root", self.eps_root, least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {

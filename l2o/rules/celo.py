@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from l2o.ops.networks import over_entries
 from l2o.ops.scheduler import RUN_FEATURES, head, init_run_schedule, learned_rate, mixtures, run_schedule
 from l2o.ops.statistics import init_statistics
 from l2o.rules.hyper import HyperRule
-from l2o.types import Clock, Kind, OptState, Params, Slots, Theta
+from l2o.types import Infos, OptState, Params, Reduce, Run, Slots, Theta
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,14 @@ class Celo(HyperRule):
         heads = {"controls": self.inits, "lr": 1} if self.inits > 1 else {"lr": 1}
         return self.init_theta_of(generator, RUN_FEATURES, heads)
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        slots = {name: init_statistics(p, self.decays, self.rms_decay) for name, p in params.items()}
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        slots = {name: init_statistics(p, infos[name], len(self.decays)) for name, p in params.items()}
         return OptState(slots, init_run_schedule(theta, next(iter(params.values()))))
 
     def schedule(
-        self, theta: Theta, state: OptState, params: Params, clock: Clock, loss: Tensor
+        self, theta: Theta, state: OptState, params: Params, infos: Infos, run: Run, reduce: Reduce
     ) -> tuple[dict[str, Slots], Slots]:
-        return {}, run_schedule(theta, state.shared, clock, loss)
+        return {}, run_schedule(theta, state.shared, run)
 
     def outputs(self, theta: Theta, state: OptState, features: dict[str, Tensor]) -> dict[str, Tensor]:
         h = state.shared["h"].unsqueeze(-1)

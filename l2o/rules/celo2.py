@@ -11,22 +11,40 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from l2o._checks import as_many, each, real, whole
-from l2o.ops.factored import preconditioner
-from l2o.ops.features import second_moment_scale
+from l2o.checks import check_each, check_float, check_int, check_same_length
+from l2o.ops.factored import preconditioner, row_means
+from l2o.ops.features import columns, entry_sum, second_moment_scale
+from l2o.ops.kinds import size
 from l2o.ops.moments import debias, momenta
-from l2o.ops.networks import columns, init_mlp, mlp, over_entries
+from l2o.ops.networks import init_mlp, mlp, over_entries
 from l2o.ops.orthogonal import orthogonalize
 from l2o.ops.statistics import (
     UNFACTORED_GROUPS,
     VELO_GROUPS,
+    Decays,
     advance_statistics,
     channels,
     clip_gradient,
     init_statistics,
     statistics,
 )
-from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import (
+    LOCAL,
+    ConfigurationError,
+    Grads,
+    Infos,
+    Kind,
+    OptState,
+    ParamInfo,
+    Params,
+    Reduce,
+    Run,
+    Slots,
+    Sum,
+    Theta,
+    UpdateRule,
+    Updates,
+)
 
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 _ADAM = ("first", "second")
@@ -57,7 +75,6 @@ class Celo2(UpdateRule):
     weight_decay: decoupled, a part of each step; independent of the plug-in's, which is measured over the run.
     θ: ``w0, b0, ...``. Scalars and vectors have no rows and columns and use the first half of ``w0``.
     Slots: ``m, v, count``, ``row, col`` or ``diag``; on the Adam path ``first, second``.
-    Needs whole tensors: for the scaling of its output, and Newton-Schulz for all of a matrix at once.
     """
 
     hidden: tuple[int, ...] = (8, 8)
@@ -77,71 +94,90 @@ class Celo2(UpdateRule):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
+        check_each("hidden", self.hidden, check_int)
         if self.activation not in _ACTIVATIONS:
             raise ConfigurationError(f"activation={self.activation!r}: expected one of {sorted(_ACTIVATIONS)}")
-        each("decays", self.decays, partial(real, least=0.0, below=1.0))
-        each("adafactor_decays", self.adafactor_decays, partial(real, least=0.0, below=1.0))
-        as_many("adafactor_decays", self.adafactor_decays, "decays", self.decays)
-        each("adam", self.adam, _kind)
+        check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
+        check_each("adafactor_decays", self.adafactor_decays, partial(check_float, least=0.0, below=1.0))
+        check_same_length("adafactor_decays", self.adafactor_decays, "decays", self.decays)
+        check_each("adam", self.adam, _kind)
         for name in ("rms_decay", "adam_beta1", "adam_beta2"):
-            real(name, getattr(self, name), least=0.0, below=1.0)
+            check_float(name, getattr(self, name), least=0.0, below=1.0)
         for name in ("step_mult", "adam_mult"):
-            real(name, getattr(self, name), above=0.0)
+            check_float(name, getattr(self, name), above=0.0)
         for name in ("exp_mult", "weight_decay"):
-            real(name, getattr(self, name), least=0.0)
+            check_float(name, getattr(self, name), least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_mlp(generator, [6 + 8 * len(self.decays), *self.hidden, 2])
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        return OptState({name: self._slots(p, kinds[name]) for name, p in params.items()}, {})
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        return OptState({name: self._slots(p, infos[name]) for name, p in params.items()}, {})
 
-    def _slots(self, param: Tensor, kind: Kind) -> Slots:
-        if kind in self.adam:
+    def _slots(self, param: Tensor, info: ParamInfo) -> Slots:
+        if info.kind in self.adam:
             return {slot: torch.zeros_like(param) for slot in _ADAM}
-        return init_statistics(param, self.decays, self.rms_decay) | {"count": param.new_zeros(())}
+        return init_statistics(param, info, len(self.decays)) | {"count": param.new_zeros(())}
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        slots = {name: self._advance(state.per_param[name], g) for name, g in grads.items()}
-        stats: Stats = {}
-        for name, g in _learned(grads, slots).items():
-            squares = self._features(g, params[name], slots[name]).square()
-            stats[name] = {
-                "sum_of_squares": _matrix_sum(squares, g.ndim),
-                "sum_of_squared_entries": params[name].square().sum(),
-            }
-        return OptState(slots, {}), stats
+    def needs_whole(self, info: ParamInfo) -> bool:
+        return self.orthogonalize and len(info.shape) >= 2 and info.kind not in self.adam
 
-    def _advance(self, slots: Slots, grad: Tensor) -> Slots:
-        if _ADAM[0] in slots:
-            seen = zip(_ADAM, (grad, grad.square()), (self.adam_beta1, self.adam_beta2), strict=True)
-            return {slot: momenta(slots[slot].unsqueeze(0), x, [beta]).squeeze(0) for slot, x, beta in seen}
-        own = advance_statistics(slots, clip_gradient(grad), self.decays, self.rms_decay, self.adafactor_decays)
-        return own | {"count": slots["count"] + 1.0}
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        learned = {name: clip_gradient(g) for name, g in grads.items() if infos[name].kind not in self.adam}
+        moved, own = self._adam({name: g for name, g in grads.items() if name not in learned}, state, params)
+        old = {name: state.per_param[name] for name in learned}
+        decays = Decays.fixed(self.decays, self.rms_decay, self.adafactor_decays, next(iter(grads.values())))
+        new = advance_statistics(old, learned, infos, decays, reduce)
+        slots = {name: {**x, "count": old[name]["count"] + 1.0} for name, x in new.items()}
+        means = row_means(slots, infos, reduce)
+        features = {
+            name: self._features(g, params[name], slots[name], means[name], infos[name]) for name, g in learned.items()
+        }
+        squares = {
+            name: {"features": _matrix_sum(x.square(), infos[name]), "param": entry_sum(params[name].square())}
+            for name, x in features.items()
+        }
+        sums = reduce.shards(squares)
+        outputs = self._outputs(theta, features, sums, infos)
+        steps = self._directions(outputs, sums, params, infos, reduce)
+        updates = {name: -self.step_mult * (d + self.weight_decay * params[name]) for name, d in steps.items()} | moved
+        return {name: updates[name] for name in grads}, OptState({name: (slots | own)[name] for name in grads}, {})
 
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        features: dict[bool, dict[str, tuple[Tensor]]] = {False: {}, True: {}}
-        for name, g in _learned(grads, state.per_param).items():
-            x = self._features(g, params[name], state.per_param[name])
-            scale = second_moment_scale(stats[name]["sum_of_squares"], _matrix_size(g), EPS_NORM)
-            features[g.ndim >= 2][name] = (columns(x * scale),)  # two numbers of channels, so two calls
-        outputs = over_entries(partial(self._network, theta), features[False])
-        outputs |= over_entries(partial(self._network, theta), features[True])
-        updates = {}
-        for name, p in params.items():
-            if name in outputs:
-                step = self._direction(outputs[name][0].reshape(p.shape), stats[name]) + self.weight_decay * p
-            else:
-                first, second = (state.per_param[name][slot] for slot in _ADAM)
-                step = self.adam_mult * (first * torch.rsqrt(second + EPS_ROOT) + self.weight_decay * p)
+    def _adam(self, grads: Grads, state: OptState, params: Params) -> tuple[Updates, dict[str, Slots]]:
+        """Updates and new slots of the tensors of kinds that Adam updates."""
+        updates, slots = {}, {}
+        for name, g in grads.items():
+            seen = zip(_ADAM, (g, g.square()), (self.adam_beta1, self.adam_beta2), strict=True)
+            old = state.per_param[name]
+            slots[name] = {slot: momenta(old[slot].unsqueeze(0), x, [beta]).squeeze(0) for slot, x, beta in seen}
+            first, second = slots[name].values()
+            step = self.adam_mult * (first * torch.rsqrt(second + EPS_ROOT) + self.weight_decay * params[name])
             updates[name] = -self.step_mult * step
-        return updates
+        return updates, slots
 
-    def _features(self, grad: Tensor, param: Tensor, slots: Slots) -> Tensor:
-        """``[15 or 30, *shape]`` with three decays."""
+    def _outputs(
+        self, theta: Theta, features: Mapping[str, Tensor], sums: Mapping[str, Slots], infos: Infos
+    ) -> dict[str, Tensor]:
+        """What the network says of each tensor, in its shape."""
+        inputs: dict[bool, dict[str, tuple[Tensor]]] = {False: {}, True: {}}  # two numbers of channels, so two calls
+        for name, x in features.items():
+            scale = second_moment_scale(sums[name]["features"], _matrix_size(infos[name]), EPS_NORM)
+            inputs[len(infos[name].shape) >= 2][name] = (columns(x * scale),)
+        outputs = over_entries(partial(self._network, theta), inputs[False])
+        outputs |= over_entries(partial(self._network, theta), inputs[True])
+        return {name: outputs[name][0].reshape(x.shape[1:]) for name, x in features.items()}
+
+    def _features(self, grad: Tensor, param: Tensor, slots: Slots, row_mean: Tensor | None, info: ParamInfo) -> Tensor:
+        """``[15 or 30, *shape]`` with three decays.  grad: clipped."""
         seen = slots
         if self.bias_correction:
             decays = {"m": self.decays, "v": (self.rms_decay,)}
@@ -150,22 +186,28 @@ class Celo2(UpdateRule):
                 for slot, moments in slots.items()
                 if slot != "count"
             }
-        x = statistics(clip_gradient(grad), param, seen, rms_eps=EPS_ROOT)
-        x = x._replace(grad_factor=preconditioner(slots, grad.shape))  # which the original never corrects
-        return channels(x, UNFACTORED_GROUPS if grad.ndim < 2 else VELO_GROUPS)
+        x = statistics(grad, param, seen, row_mean, info, rms_eps=EPS_ROOT)
+        x = x._replace(grad_factor=preconditioner(slots, row_mean, info))  # which the original never corrects
+        return channels(x, UNFACTORED_GROUPS if len(info.shape) < 2 else VELO_GROUPS)
 
     def _network(self, theta: Theta, x: Tensor) -> tuple[Tensor]:
         weights = theta | {"w0": theta["w0"][: len(x)]}
         direction, magnitude = mlp(weights, x, activation=_ACTIVATIONS[self.activation]).split(1)
         return (direction * (magnitude * self.exp_mult).exp(),)
 
-    def _direction(self, d: Tensor, stats: Slots) -> Tensor:
-        """What is left of the network's output ``d``, of the tensor's shape: of unit size."""
-        if self.param_scale:
-            d = d * (stats["sum_of_squared_entries"] / max(d.numel(), 1) + EPS_NORM).sqrt()
-        if self.orthogonalize and d.ndim >= 2:
-            d = orthogonalize(d)
-        return d * second_moment_scale(_matrix_sum(d.square(), d.ndim), _matrix_size(d), EPS_NORM)
+    def _directions(
+        self, outputs: dict[str, Tensor], sums: Mapping[str, Slots], params: Params, infos: Infos, reduce: Reduce
+    ) -> dict[str, Tensor]:
+        """What is left of the network's outputs: of unit size."""
+        for name, d in outputs.items():
+            if self.param_scale:
+                d = d * (sums[name]["param"] / size(infos[name]) + EPS_NORM).sqrt()
+            outputs[name] = orthogonalize(d) if self.needs_whole(infos[name]) else d
+        squares = reduce.shards({name: {"d": _matrix_sum(d.square(), infos[name])} for name, d in outputs.items()})
+        return {
+            name: d * second_moment_scale(squares[name]["d"], _matrix_size(infos[name]), EPS_NORM)
+            for name, d in outputs.items()
+        }
 
 
 def _kind(name: str, value: Any) -> None:
@@ -173,15 +215,12 @@ def _kind(name: str, value: Any) -> None:
         raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(get_args(Kind))}")
 
 
-def _learned(grads: Grads, slots: Mapping[str, Slots]) -> Grads:
-    """The gradients of the tensors that Adam does not update."""
-    return {name: g for name, g in grads.items() if _ADAM[0] not in slots[name]}
+def _matrix_sum(x: Tensor, info: ParamInfo) -> Sum:
+    """``x [..., *shape]`` summed over the last two of the tensor's axes, which stay at size 1."""
+    axes = len(info.shape)
+    last = range(max(axes - 2, 0), axes)
+    return Sum(x.sum([axis - axes for axis in last], keepdim=True) if axes else x, tuple(last))
 
 
-def _matrix_sum(x: Tensor, ndim: int) -> Tensor:
-    """``x [..., *shape]`` summed over the last two of the ``ndim`` axes of a tensor, which stay at size 1."""
-    return x.sum(tuple(range(-min(ndim, 2), 0)), keepdim=True) if ndim else x
-
-
-def _matrix_size(x: Tensor) -> int:
-    return max(math.prod(x.shape[-2:]), 1)
+def _matrix_size(info: ParamInfo) -> int:
+    return max(math.prod(info.shape[-2:]), 1)

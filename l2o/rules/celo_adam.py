@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
+from l2o.checks import check_float, check_int
 from l2o.ops.moments import debias, init_momenta, momenta
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.scheduler import RUN_FEATURES, init_run_schedule, init_scheduler, learned_rate, run_schedule
 from l2o.ops.statistics import clip_gradient
-from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class CeloAdam(UpdateRule):
     Slots: ``m, v, count``; shared: ``h, c, loss_means, loss_minima``.
     """
 
-    needs_loss: ClassVar[bool] = True
-    rests: ClassVar[bool] = True
+    needs_loss = True
+    rests = True
 
     lstm_hidden: int = 64
     beta1: float = 0.9
@@ -41,34 +39,38 @@ class CeloAdam(UpdateRule):
     step_mult: float = 0.001
 
     def __post_init__(self) -> None:
-        whole("lstm_hidden", self.lstm_hidden)
-        real("beta1", self.beta1, least=0.0, below=1.0)
-        real("beta2", self.beta2, least=0.0, below=1.0)
-        real("eps", self.eps, above=0.0)
-        real("eps_root", self.eps_root, least=0.0)
-        real("step_mult", self.step_mult, above=0.0)
+        check_int("lstm_hidden", self.lstm_hidden)
+        check_float("beta1", self.beta1, least=0.0, below=1.0)
+        check_float("beta2", self.beta2, least=0.0, below=1.0)
+        check_float("eps", self.eps, above=0.0)
+        check_float("eps_root", self.eps_root, least=0.0)
+        check_float("step_mult", self.step_mult, above=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_scheduler(generator, RUN_FEATURES, self.lstm_hidden, {"lr": 1})
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {
             # Updates are counted a tensor, as in `l2o.rules.Adam`.
-            name: {"m": init_momenta(p, [self.beta1]), "v": init_momenta(p, [self.beta2]), "count": p.new_zeros(())}
+            name: {"m": init_momenta(p, 1), "v": init_momenta(p, 1), "count": p.new_zeros(())}
             for name, p in params.items()
         }
         return OptState(slots, init_run_schedule(theta, next(iter(params.values()))))
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        assert loss is not None  # needs_loss
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
         slots = {name: self._advance(state.per_param[name], clip_gradient(g)) for name, g in grads.items()}
-        return OptState(slots, run_schedule(theta, state.shared, clock, loss)), {}
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        rate = self.step_mult * learned_rate(theta, state.shared["h"])
-        return {name: -rate * self._direction(state.per_param[name]) for name in grads}
+        shared = run_schedule(theta, state.shared, run)
+        rate = self.step_mult * learned_rate(theta, shared["h"])
+        return {name: -rate * self._direction(own) for name, own in slots.items()}, OptState(slots, shared)
 
     def _advance(self, slots: Slots, grad: Tensor) -> Slots:
         return {

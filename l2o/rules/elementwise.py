@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.ops.groups import by_shape
+from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
+
+_SMALL = 1 << 14
+"""Entries up to which tensors of one shape are stacked: copies then cost less than operations a tensor."""
 
 
 class ElementwiseRule(UpdateRule):
@@ -34,13 +38,26 @@ class ElementwiseRule(UpdateRule):
     def step(self, theta: Theta, grad: Tensor, slots: Slots) -> Tensor:
         """The update of one tensor, given its advanced state."""
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         return OptState({name: self.slots(p) for name, p in params.items()}, {})
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        return OptState({name: self.advance(theta, g, state.per_param[name]) for name, g in grads.items()}, {}), {}
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        slots: dict[str, Slots] = {}
+        updates: Updates = {}
+        for group in by_shape(grads, state, infos, together=_SMALL):
+            for name, step, own in group.each(partial(self._step, theta)):
+                updates[name], slots[name] = step, own
+        return updates, OptState(slots, {})
 
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        return {name: self.step(theta, g, state.per_param[name]) for name, g in grads.items()}
+    def _step(self, theta: Theta, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        slots = self.advance(theta, grad, slots)
+        return self.step(theta, grad, slots), slots

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from l2o._checks import each, real, whole
+from l2o.checks import check_each, check_float, check_int
 from l2o.kernels import mlp_gpu, mlp_rule, perceptron_unroll
 from l2o.kernels.arrays import plain
-from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, fraction_embedding, normalised, square_sums, step_embedding
-from l2o.ops.kinds import width_multiplier
+from l2o.ops.features import EPS, FRACTIONS, TIMESCALES, channel_sums, fraction_embedding, normalised, step_embedding
+from l2o.ops.kinds import lane_infos, size, width_multiplier
 from l2o.ops.moments import init_momenta, momenta
 from l2o.ops.networks import init_mlp, mlp, over_entries
 from l2o.types import (
-    Clock,
+    LOCAL,
     ConfigurationError,
     Grads,
+    Infos,
     InnerState,
-    Kind,
     OptState,
+    ParamInfo,
     Params,
     PerceptronBatches,
+    Reduce,
+    Run,
     Slots,
-    Stats,
     Theta,
     UpdateRule,
     Updates,
@@ -65,55 +66,57 @@ class MLP(UpdateRule):
     def __post_init__(self) -> None:
         if self.time not in _TIME:
             raise ConfigurationError(f"time={self.time!r}: expected one of {sorted(_TIME)}")
-        each("hidden", self.hidden, whole)
-        each("decays", self.decays, partial(real, least=0.0, below=1.0))
-        real("step_mult", self.step_mult, above=0.0)
-        real("exp_mult", self.exp_mult, least=0.0)
+        check_each("hidden", self.hidden, check_int)
+        check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
+        check_float("step_mult", self.step_mult, above=0.0)
+        check_float("exp_mult", self.exp_mult, least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return init_mlp(generator, [2 + len(self.decays) + _TIME[self.time][0], *self.hidden, 2])
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        return OptState({name: self._slots(p, kinds[name]) for name, p in params.items()}, {})
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        return OptState({name: self._slots(p, infos[name]) for name, p in params.items()}, {})
 
-    def _slots(self, param: Tensor, kind: Kind) -> Slots:
-        width = {"width": width_multiplier(param, kind)} if self.mup else {}
-        return {"m": init_momenta(param, self.decays)} | width
+    def _slots(self, param: Tensor, info: ParamInfo) -> Slots:
+        width = {"width": width_multiplier(param, info)} if self.mup else {}
+        return {"m": init_momenta(param, len(self.decays))} | width
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        old = state.per_param
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        old, embed = state.per_param, _TIME[self.time][1]
         slots = {name: {**old[name], "m": momenta(old[name]["m"], g, self.decays)} for name, g in grads.items()}
-        stats = {name: square_sums(_channels(g, params[name], slots[name]["m"])) for name, g in grads.items()}
-        return OptState(slots, {}), stats
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        embed = _TIME[self.time][1]
+        channels = {name: _channels(g, params[name], slots[name]["m"]) for name, g in grads.items()}
+        sums = reduce.shards({name: {"squares": channel_sums(x.square())} for name, x in channels.items()})
 
         def network(x: Tensor) -> tuple[Tensor]:
-            direction, magnitude = mlp(theta, x, embed(clock, x))
+            direction, magnitude = mlp(theta, x, embed(run, x))
             return (direction * (magnitude * self.exp_mult).exp() * -self.step_mult,)
 
-        inputs = {
-            name: (normalised(_channels(g, params[name], state.per_param[name]["m"]), stats[name]),)
-            for name, g in grads.items()
-        }
-        outputs = over_entries(network, inputs)
-        steps = {name: outputs[name][0].reshape(g.shape) for name, g in grads.items()}
-        return {name: x * state.per_param[name]["width"] for name, x in steps.items()} if self.mup else steps
+        inputs = {name: (normalised(x, sums[name]["squares"], size(infos[name])),) for name, x in channels.items()}
+        steps = {name: x.reshape(grads[name].shape) for name, (x,) in over_entries(network, inputs).items()}
+        if self.mup:
+            steps = {name: x * slots[name]["width"] for name, x in steps.items()}
+        return steps, OptState(slots, {})
 
     def fused_update(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
     ) -> tuple[Updates, OptState] | None:
         if self.mup or not plain(theta.values(), anywhere=True):
             return None
-        lanes = Clock(*(t.unsqueeze(-1) for t in clock))
+        lanes = Run(*(t.unsqueeze(-1) for t in run[:2]))
         time = _TIME[self.time][1](lanes, theta["b0"])
         kernel = mlp_gpu if theta["b0"].is_cuda else mlp_rule
 
         def reference(theta: Theta, grads: Grads, state: OptState, params: Params) -> tuple[Updates, OptState]:
-            return self._update_lanes(theta, grads, state, params, clock)
+            return self.update_lanes(theta, grads, state, params, run)
 
         return kernel.update(self._constants, theta, grads, state, params, time, reference)
 
@@ -125,14 +128,19 @@ class MLP(UpdateRule):
         ahead = torch.arange(len(batches.rows), device=state.step.device).view(-1, 1, 1)
         # As in the engine, a clock stands still at the horizon.
         step = torch.minimum(state.step.unsqueeze(-1) + ahead, state.total_steps.unsqueeze(-1))
-        time = _TIME[self.time][1](Clock(step, state.total_steps.unsqueeze(-1)), theta["b0"])
-        return perceptron_unroll.unroll(self._constants, theta, state, batches, time, self._update_lanes)
+        time = _TIME[self.time][1](Run(step, state.total_steps.unsqueeze(-1)), theta["b0"])
+        return perceptron_unroll.unroll(self._constants, theta, state, batches, time, self.update_lanes)
 
-    def _update_lanes(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock
+    def update_lanes(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
     ) -> tuple[Updates, OptState]:
         """``update`` of all lanes, without a kernel."""
-        return vmap(self.update)(theta, grads, state, params, clock)
+        infos = lane_infos(params)
+
+        def update(theta: Theta, g: Grads, opt: OptState, p: Params, step: Tensor, total: Tensor) -> Any:
+            return self.update(theta, g, opt, p, infos, Run(step, total))
+
+        return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state, params, *run[:2]))
 
     @property
     def _constants(self) -> mlp_rule.Constants:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
-from l2o.ops.features import clip_log
+from l2o.checks import check_float, check_int
+from l2o.ops.features import clip_log, tensor_means
 from l2o.ops.networks import linear
-from l2o.ops.numeric import channel_means, scalar_like
+from l2o.ops.numeric import scalar_like
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
-from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 _CLIP = 1000.0
 """Of the gradient, on both sides."""
@@ -54,7 +54,7 @@ class NNAdam(UpdateRule):
     lr, beta1, beta2, eps: where θ's raw numbers start.
     θ: ``raw_lr, raw_beta1, raw_beta2, raw_eps``, 0-d; ``lstm_w, lstm_b, lstm_h, lstm_c`` (`l2o.ops.recurrent`);
     ``w_out, b_out``, at first 0.
-    Slots: ``m, v``; ``h, c``; the raw numbers of the next update; and ``lr, eps``, 0-d, those of this one.
+    Slots: ``m, v``; ``h, c``; the raw numbers of the next update, 0-d.
     """
 
     hidden: int = 32
@@ -68,13 +68,13 @@ class NNAdam(UpdateRule):
     rests = True
 
     def __post_init__(self) -> None:
-        whole("hidden", self.hidden)
-        real("output_scale", self.output_scale, above=0.0)
-        real("decay_strength", self.decay_strength, least=0.0, below=1.0)
-        real("lr", self.lr, above=0.0)
-        real("eps", self.eps, above=0.0)
-        real("beta1", self.beta1, least=0.0, below=1.0)
-        real("beta2", self.beta2, least=0.0, below=1.0)
+        check_int("hidden", self.hidden)
+        check_float("output_scale", self.output_scale, above=0.0)
+        check_float("decay_strength", self.decay_strength, least=0.0, below=1.0)
+        check_float("lr", self.lr, above=0.0)
+        check_float("eps", self.eps, above=0.0)
+        check_float("beta1", self.beta1, least=0.0, below=1.0)
+        check_float("beta2", self.beta2, least=0.0, below=1.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         starts = {"lr": self.lr, "beta1": 1.0 - self.beta1, "beta2": 1.0 - self.beta2, "eps": self.eps}
@@ -85,26 +85,35 @@ class NNAdam(UpdateRule):
             name: torch.zeros(shape, dtype=torch.float32, device=generator.device) for name, shape in shapes.items()
         }
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         raw = {name: theta[name].clone() for name in _VALUES}
-        hyper = {name: _VALUES[f"raw_{name}"](raw[f"raw_{name}"]) for name in ("lr", "eps")}
         return OptState(
             {
-                name: {"m": torch.zeros_like(p), "v": torch.zeros_like(p), **raw, **hyper, **lstm_slots(theta)}
+                name: {"m": torch.zeros_like(p), "v": torch.zeros_like(p), **raw, **lstm_slots(theta)}
                 for name, p in params.items()
             },
             {},
         )
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        slots = {name: _moments(state.per_param[name], g) for name, g in grads.items()}
-        seen = [_features(g, params[name], slots[name]) for name, g in grads.items()]
-        h, cells = tensor_lstm(theta, torch.stack(seen, -1), slots)
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        clipped = {name: g.clamp(-_CLIP, _CLIP) for name, g in grads.items()}
+        slots, updates = {}, {}
+        for name, g in clipped.items():
+            slots[name], updates[name] = _step(state.per_param[name], g)
+        seen = _features(clipped, params, slots, infos, reduce)
+        h, cells = tensor_lstm(theta, torch.stack(list(seen.values()), -1), slots)
         deltas = (self.output_scale * linear(h, theta["w_out"], theta["b_out"])).unbind(-1)
         raws = {name: self._moved(theta, slots[name], delta) for name, delta in zip(slots, deltas, strict=True)}
-        return OptState({name: {**slots[name], **raws[name], **cells[name]} for name in slots}, {}), {}
+        return updates, OptState({name: {**slots[name], **raws[name], **cells[name]} for name in slots}, {})
 
     def _moved(self, theta: Theta, slots: Slots, delta: Tensor) -> Slots:
         """The raw numbers plus ``delta [4]``, within the ranges of the values."""
@@ -116,35 +125,42 @@ class NNAdam(UpdateRule):
             new[name] = 0.1 * torch.log(1.0 - value if "beta" in name else value)
         return new
 
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        return {name: _step(state.per_param[name]) for name in grads}
+
+def _step(slots: Slots, grad: Tensor) -> tuple[Slots, Tensor]:
+    """Momentum and second moment with the current decays, and the update.  grad: clipped."""
+    lr, beta1, beta2, eps = (value(slots[name]) for name, value in _VALUES.items())
+    m = torch.lerp(grad, slots["m"], beta1)
+    v = torch.lerp(grad.square(), slots["v"], beta2)
+    return {**slots, "m": m, "v": v}, -lr * (1.0 + eps) / (eps + torch.sqrt(v + 1e-10)) * m
 
 
-def _moments(slots: Slots, grad: Tensor) -> Slots:
-    """Momentum and second moment with the current decays, and the ``lr`` and ``eps`` that go with them."""
-    hyper = {name.removeprefix("raw_"): value(slots[name]) for name, value in _VALUES.items()}
-    grad = grad.clamp(-_CLIP, _CLIP)
-    m = torch.lerp(grad, slots["m"], hyper["beta1"])
-    v = torch.lerp(grad.square(), slots["v"], hyper["beta2"])
-    return {**slots, "m": m, "v": v, "lr": hyper["lr"], "eps": hyper["eps"]}
+def _features(
+    grads: Grads, params: Params, slots: Mapping[str, Slots], infos: Infos, reduce: Reduce
+) -> dict[str, Tensor]:
+    """``[19]``, of each tensor.  grads: clipped."""
+    seen = {
+        name: {"x": torch.stack([g, slots[name]["m"], params[name], slots[name]["v"]])} for name, g in grads.items()
+    }
+    sizes = {name: {**own, "size": own["x"][:1].abs()} for name, own in seen.items()}
+    means = tensor_means(sizes, infos, reduce)
+    spreads = {
+        name: {"x": (own["x"] - means[name]["x"].view(-1, *[1] * grads[name].ndim)).square()}
+        for name, own in seen.items()
+    }
+    variances = tensor_means(spreads, infos, reduce)
+    return {
+        name: _of_tensor(slots[name], own["x"], variances[name]["x"], own["size"], infos[name])
+        for name, own in means.items()
+    }
 
 
-def _step(slots: Slots) -> Tensor:
-    lr, eps = slots["lr"], slots["eps"]
-    return -lr * (1.0 + eps) / (eps + torch.sqrt(slots["v"] + 1e-10)) * slots["m"]
-
-
-def _features(grad: Tensor, param: Tensor, slots: Slots) -> Tensor:
-    """``[19]``, of one tensor."""
-    grad = grad.clamp(-_CLIP, _CLIP)
-    channels = torch.stack([grad, slots["m"], param, slots["v"]])
-    means = channel_means(channels)
-    spread = channels - means.view(-1, *[1] * grad.ndim)
-    variances = 0.5 * clip_log(channel_means(spread.square()))
+def _of_tensor(slots: Slots, means: Tensor, variances: Tensor, mean_abs: Tensor, info: ParamInfo) -> Tensor:
+    """``[19]``.  means, variances: ``[4]``, of gradient, momentum, parameter, second moment.  mean_abs: ``[1]``."""
     magnitude, sign = 0.5 * clip_log(means), torch.sign(means)
-    mean_abs = 0.5 * clip_log(channel_means(grad.abs().unsqueeze(0)))
     raw = {name: 0.2 * slots[name].clamp(-5.0, 5.0) for name in _VALUES}
-    is_bias, is_scalar = (grad.new_full((), 1.0 if grad.ndim == ndim else -1.0) for ndim in (1, 0))
+    is_bias, is_scalar = (means.new_full((), 1.0 if len(info.shape) == ndim else -1.0) for ndim in (1, 0))
     head = [raw["raw_beta1"], raw["raw_beta2"], raw["raw_eps"], is_bias, is_scalar, raw["raw_lr"]]
-    pairs = torch.stack([magnitude, sign], -1)  # of g, m, p, v
-    return torch.cat([torch.stack(head), pairs[0], mean_abs, pairs[1:].flatten(), variances])
+    pairs = torch.stack([magnitude, sign], -1)
+    return torch.cat(
+        [torch.stack(head), pairs[0], 0.5 * clip_log(mean_abs), pairs[1:].flatten(), 0.5 * clip_log(variances)]
+    )

@@ -11,18 +11,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from l2o._checks import each, real, whole
-from l2o.ops.features import TIMESCALES, clip_log, normalised, sine_embedding, square_sums
+from l2o.checks import check_each, check_float, check_int
+from l2o.ops.features import TIMESCALES, channel_sums, clip_log, normalised, sine_embedding, tensor_means
+from l2o.ops.kinds import size
 from l2o.ops.moments import init_momenta, momenta
 from l2o.ops.networks import init_linear, init_mlp, linear, mlp, over_entries
-from l2o.ops.numeric import channel_means, safe_sqrt
+from l2o.ops.numeric import constant, safe_sqrt
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
-from l2o.types import Clock, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 _LOSS_DECAY = 0.9
 _CLIP_DECAY = 0.99
@@ -41,19 +42,17 @@ class RNNMLP(UpdateRule):
     The LSTM sees statistics of each tensor, the loss, and what MLP and LSTM sent in the last update. It would see
     validation losses too, which nobody has here: it gets the value of none.
 
-    The MLP runs in the first pass, because what it sends is part of the state; the update is a slot therefore.
-
     hidden: units of the MLP's hidden layers.          lstm_hidden: of the LSTM.
     from_mlp, from_lstm, to_mlp: sizes of what goes from the MLP to the LSTM, from the LSTM (a mean over the tensors) to
         itself, and from the LSTM to the MLP.
     decays: of momenta and second moments.          step_mult, exp_mult: of the two outputs.
     θ: ``w0, b0, ...`` of the MLP; ``lstm_w, lstm_b, lstm_h, lstm_c`` (`l2o.ops.recurrent`); ``w_mlp, b_mlp`` and
     ``w_lstm, b_lstm``, from the LSTM to the MLP and to itself; ``from_mlp, from_lstm``, what is sent at first.
-    Slots: ``m, v [decays, *shape]``; ``h, c``; ``from_mlp``; ``update [*shape]``. Shared: ``from_lstm``; averages
+    Slots: ``m, v [decays, *shape]``; ``h, c``; ``from_mlp``. Shared: ``from_lstm``; averages
     ``loss_mean, loss_variance`` and ``grad_rms``, 0-d.
     """
 
-    needs_loss: ClassVar[bool] = True
+    needs_loss = True
 
     hidden: tuple[int, ...] = (32, 32)
     lstm_hidden: int = 64
@@ -65,12 +64,12 @@ class RNNMLP(UpdateRule):
     exp_mult: float = 0.001
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
+        check_each("hidden", self.hidden, check_int)
         for name in ("lstm_hidden", "from_mlp", "from_lstm", "to_mlp"):
-            whole(name, getattr(self, name))
-        each("decays", self.decays, partial(real, least=0.0, below=1.0))
-        real("step_mult", self.step_mult, above=0.0)
-        real("exp_mult", self.exp_mult, least=0.0)
+            check_int(name, getattr(self, name))
+        check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
+        check_float("step_mult", self.step_mult, above=0.0)
+        check_float("exp_mult", self.exp_mult, least=0.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         entry = 3 + 4 * len(self.decays) + len(TIMESCALES) + 3 + self.to_mlp
@@ -82,13 +81,12 @@ class RNNMLP(UpdateRule):
             theta[name] = init_linear(generator, getattr(self, name), 1)[0].squeeze(1)
         return theta
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         per_param = {
             name: {
-                "m": init_momenta(p, self.decays),
-                "v": init_momenta(p, self.decays),
+                "m": init_momenta(p, len(self.decays)),
+                "v": init_momenta(p, len(self.decays)),
                 "from_mlp": theta["from_mlp"].clone(),
-                "update": torch.zeros_like(p),
                 **lstm_slots(theta),
             }
             for name, p in params.items()
@@ -97,101 +95,126 @@ class RNNMLP(UpdateRule):
         averages = {"loss_mean": zero, "loss_variance": zero.clone(), "grad_rms": zero + (1.0 - _CLIP_DECAY)}
         return OptState(per_param, {"from_lstm": theta["from_lstm"].clone(), **averages})
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        assert loss is not None  # needs_loss
-        averages, loss_features = _normalised_loss(state.shared, loss, clock)
-        averages["grad_rms"], grads = _clipped(state.shared["grad_rms"], grads, clock)
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        averages, loss = _normalised_loss(state.shared, run)
+        averages["grad_rms"], grads = _clipped(state.shared["grad_rms"], grads, infos, run, reduce)
         slots = {name: self._moments(state.per_param[name], g) for name, g in grads.items()}
-        h, cells = self._advance(theta, grads, OptState(slots, state.shared), params, loss_features)
-        from_lstm = linear(h, theta["w_lstm"], theta["b_lstm"]).mean(-1)
-        to_mlp = linear(h, theta["w_mlp"], theta["b_mlp"]).unbind(-1)
-        inputs = {}
-        for (name, g), given in zip(grads.items(), to_mlp, strict=True):
-            same = torch.cat([_run_features(params[name], clock, len(grads)), given])
-            inputs[name] = (_entry_features(g, params[name], slots[name], same),)
-        outputs = over_entries(lambda x: (mlp(theta, x),), inputs)
-        new = {name: slots[name] | cells[name] | self._results(outputs[name][0], g.shape) for name, g in grads.items()}
-        return OptState(new, {"from_lstm": from_lstm, **averages}), {}
-
-    def _advance(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, loss_features: list[Tensor]
-    ) -> tuple[Tensor, dict[str, Slots]]:
-        """The LSTM's output and its new state; see `tensor_lstm`."""
+        seen = _means(grads, params, slots, infos, reduce)
         sent = state.shared["from_lstm"]
-        seen = []
-        for name, g in grads.items():
-            slots = state.per_param[name]
-            seen.append(torch.cat([sent, slots["from_mlp"], _tensor_features(g, params[name], slots, loss_features)]))
-        return tensor_lstm(theta, torch.stack(seen, -1), state.per_param)
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        return {name: state.per_param[name]["update"] for name in grads}
+        x = [torch.cat([sent, slots[name]["from_mlp"], own.features(loss, infos[name])]) for name, own in seen.items()]
+        h, cells = tensor_lstm(theta, torch.stack(x, -1), slots)
+        count = reduce.tensors({name: sent.new_ones(()) for name in grads})
+        from_lstm = linear(h, theta["w_lstm"], theta["b_lstm"]).unbind(-1)
+        shared = {"from_lstm": reduce.tensors(dict(zip(grads, from_lstm, strict=True))) / count, **averages}
+        to_mlp = linear(h, theta["w_mlp"], theta["b_mlp"]).unbind(-1)
+        given = {
+            name: torch.cat([_run_features(seen[name].param_norm, infos[name], run, count), own])
+            for name, own in zip(grads, to_mlp, strict=True)
+        }
+        inputs = _entry_features(grads, params, slots, given, infos, reduce)
+        outputs = {name: x for name, (x,) in over_entries(lambda x: (mlp(theta, x),), inputs).items()}
+        said = {name: {"from_mlp": x[2:].reshape(self.from_mlp, *grads[name].shape)} for name, x in outputs.items()}
+        new = {name: slots[name] | cells[name] | own for name, own in tensor_means(said, infos, reduce).items()}
+        return {name: self._step(x, grads[name].shape) for name, x in outputs.items()}, OptState(new, shared)
 
     def _moments(self, slots: Slots, grad: Tensor) -> Slots:
         m, v = momenta(slots["m"], grad, self.decays), momenta(slots["v"], grad.square(), self.decays)
         return {**slots, "m": m, "v": v}
 
-    def _results(self, outputs: Tensor, shape: torch.Size) -> Slots:
+    def _step(self, outputs: Tensor, shape: torch.Size) -> Tensor:
         """outputs: ``[2 + from_mlp, entries]``."""
-        step = outputs[0] * (outputs[1] * self.exp_mult).exp() * -self.step_mult
-        return {"update": step.reshape(shape), "from_mlp": channel_means(outputs[2:])}
+        return (outputs[0] * (outputs[1] * self.exp_mult).exp() * -self.step_mult).reshape(shape)
 
 
-def _normalised_loss(shared: Slots, loss: Tensor, clock: Clock) -> tuple[Slots, list[Tensor]]:
-    """The averages with ``loss`` in them; ``loss``, and 0 for the validation loss, over the averages' deviation."""
+def _normalised_loss(shared: Slots, run: Run) -> tuple[Slots, list[Tensor]]:
+    """The averages with the loss in them; loss, and 0 for the validation loss, over the averages' deviation."""
+    loss = run.loss
+    assert loss is not None  # needs_loss
     mean = _LOSS_DECAY * shared["loss_mean"] + (1.0 - _LOSS_DECAY) * loss
     variance = _LOSS_DECAY * shared["loss_variance"] + (1.0 - _LOSS_DECAY) * (mean - loss).square()
-    correction = 1.0 / (1.0 - _LOSS_DECAY ** (clock.step.to(loss.dtype) + 1.0) + 1e-8)
+    correction = 1.0 / (1.0 - _LOSS_DECAY ** (run.step.to(loss.dtype) + 1.0) + 1e-8)
     scale = torch.rsqrt(variance * correction + 1e-8)
     features = [((x - mean * correction) * scale).clamp(-5.0, 5.0) for x in (loss, torch.zeros_like(loss))]
     return {"loss_mean": mean, "loss_variance": variance}, features
 
 
-def _clipped(grad_rms: Tensor, grads: Grads, clock: Clock) -> tuple[Tensor, Grads]:
-    """The gradients, clipped by what was seen before them, and the average with them in it."""
-    limit = _CLIP_MULT * grad_rms / (1.0 - _CLIP_DECAY ** (clock.step.to(grad_rms.dtype) + 1.0))
+def _clipped(grad_rms: Tensor, grads: Grads, infos: Infos, run: Run, reduce: Reduce) -> tuple[Tensor, Grads]:
+    """The average with the gradients in it, and they, clipped by what was seen before them."""
+    limit = _CLIP_MULT * grad_rms / (1.0 - _CLIP_DECAY ** (run.step.to(grad_rms.dtype) + 1.0))
     grads = {name: torch.minimum(torch.maximum(g, -limit), limit) for name, g in grads.items()}
-    squares = torch.stack([channel_means(g.square().unsqueeze(0)) for g in grads.values()]).mean()
-    return _CLIP_DECAY * grad_rms + (1.0 - _CLIP_DECAY) * torch.sqrt(1e-8 + squares), grads
+    means = tensor_means({name: {"g": g.square().unsqueeze(0)} for name, g in grads.items()}, infos, reduce)
+    squares = reduce.tensors({name: torch.cat([own["g"], torch.ones_like(own["g"])]) for name, own in means.items()})
+    return _CLIP_DECAY * grad_rms + (1.0 - _CLIP_DECAY) * torch.sqrt(1e-8 + squares[0] / squares[1]), grads
 
 
-def _tensor_features(grad: Tensor, param: Tensor, slots: Slots, loss: list[Tensor]) -> Tensor:
-    """``[18]``."""
-    tensors = (slots["m"], slots["v"], param)
-    means = [channel_means(x.unsqueeze(0)) for x in tensors]  # over the decays too
-    variances = [channel_means((x - mean).square().unsqueeze(0)) for x, mean in zip(tensors, means, strict=True)]
-    mean_features = [feature for mean in means for feature in (clip_log(mean), torch.sign(mean))]
-    lengths = [*param.shape, *[1] * _AXES][:_AXES]
-    return torch.cat(
-        [
-            clip_log(_norm(grad)),
-            grad.new_full((1,), 1.0 if grad.ndim == 0 else -1.0),
-            *mean_features,
-            clip_log(_norm(param)),
-            *(grad.new_full((1,), math.log(max(length, 1)) - 1.0) for length in lengths),
-            *(x.unsqueeze(0) for x in loss),
-            *(clip_log(variance) for variance in variances),
-        ]
-    )
+class _Means(NamedTuple):
+    """Of one tensor, ``[1]`` each.  means, variances: of momenta and second moments, over the decays too, parameter."""
+
+    grad_norm: Tensor
+    param_norm: Tensor
+    means: list[Tensor]
+    variances: list[Tensor]
+
+    def features(self, loss: list[Tensor], info: ParamInfo) -> Tensor:
+        """``[18]``."""
+        signed = [feature for mean in self.means for feature in (clip_log(mean), torch.sign(mean))]
+        lengths = [math.log(max(length, 1)) - 1.0 for length in [*info.shape, *[1] * _AXES][:_AXES]]
+        is_scalar = [-1.0 if info.shape else 1.0]
+        return torch.cat(
+            [
+                clip_log(self.grad_norm),
+                constant(is_scalar, self.grad_norm),
+                *signed,
+                clip_log(self.param_norm),
+                constant(lengths, self.grad_norm),
+                *(x.unsqueeze(0) for x in loss),
+                *(clip_log(variance) for variance in self.variances),
+            ]
+        )
 
 
-def _run_features(param: Tensor, clock: Clock, tensors: int) -> Tensor:
+def _means(grads: Grads, params: Params, slots: Mapping[str, Slots], infos: Infos, reduce: Reduce) -> dict[str, _Means]:
+    seen = {name: {"m": slots[name]["m"], "v": slots[name]["v"], "p": p.unsqueeze(0)} for name, p in params.items()}
+    squares = {name: torch.stack([grads[name], p]).square() for name, p in params.items()}
+    first = tensor_means({name: {**own, "squares": squares[name]} for name, own in seen.items()}, infos, reduce)
+    means = {name: {key: first[name][key].mean(0, keepdim=True) for key in own} for name, own in seen.items()}
+    spreads = {
+        name: {key: (x - means[name][key].view(-1, *[1] * (x.ndim - 1))).square() for key, x in own.items()}
+        for name, own in seen.items()
+    }
+    second = tensor_means(spreads, infos, reduce)
+    found = {}
+    for name, own in means.items():
+        norms = safe_sqrt(first[name]["squares"] * size(infos[name])).split(1)
+        variances = [second[name][key].mean(0, keepdim=True) for key in own]
+        found[name] = _Means(norms[0], norms[1], list(own.values()), variances)
+    return found
+
+
+def _run_features(param_norm: Tensor, info: ParamInfo, run: Run, tensors: Tensor) -> Tensor:
     """``[14]``: age of the run, number of tensors, norm and number of entries of this one."""
-    counts = [param.new_full((1,), math.log(tensors) - 1.0), param.new_full((1,), math.log(max(param.numel(), 1)))]
-    return torch.cat([sine_embedding(clock, param), counts[0], torch.log(_norm(param) + 1e-8), counts[1]])
+    count, entries = torch.log(tensors).unsqueeze(0) - 1.0, constant([math.log(size(info))], param_norm)
+    return torch.cat([sine_embedding(run, param_norm), count, torch.log(param_norm + 1e-8), entries])
 
 
-def _entry_features(grad: Tensor, param: Tensor, slots: Slots, given: Tensor) -> Tensor:
+def _entry_features(
+    grads: Grads, params: Params, slots: Mapping[str, Slots], given: Mapping[str, Tensor], infos: Infos, reduce: Reduce
+) -> dict[str, tuple[Tensor]]:
     """``[3 + 4 decays + len(given), entries]``; ``given [k]`` is the same for all entries, and not normalised."""
-    m, v = slots["m"], slots["v"]
-    inv_rms = torch.rsqrt(v + 1e-6)
-    plain = torch.stack([grad, param, torch.log(param.abs() + 1e-8)])
-    own = torch.cat([plain, m, v, m * inv_rms, inv_rms])
-    own = normalised(own, square_sums(own))
-    return torch.cat([own, given.unsqueeze(-1).expand(-1, own.shape[-1])])
-
-
-def _norm(x: Tensor) -> Tensor:
-    return safe_sqrt(x.square().sum()).unsqueeze(0)
+    own = {}
+    for name, g in grads.items():
+        p, m, v = params[name], slots[name]["m"], slots[name]["v"]
+        inv_rms = torch.rsqrt(v + 1e-6)
+        own[name] = torch.cat([torch.stack([g, p, torch.log(p.abs() + 1e-8)]), m, v, m * inv_rms, inv_rms])
+    sums = reduce.shards({name: {"squares": channel_sums(x.square())} for name, x in own.items()})
+    inputs = {name: normalised(x, sums[name]["squares"], size(infos[name])) for name, x in own.items()}
+    return {name: (torch.cat([x, given[name].unsqueeze(-1).expand(-1, x.shape[-1])]),) for name, x in inputs.items()}

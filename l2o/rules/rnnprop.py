@@ -6,18 +6,30 @@ arXiv 1703.03633, section 4; settings of VITA-Group/Open-L2O ("L2O-DM and L2O-RN
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import elu
 
-from l2o._checks import each, real, whole
-from l2o.ops.entry_lstm import entry_lstm, entry_lstm_slots, init_entry_lstm, readout
+from l2o.checks import check_each, check_float, check_int
+from l2o.ops.coordinatewise_lstm import coordinatewise_lstm, coordinatewise_slots, init_coordinatewise_lstm, readout
 from l2o.ops.networks import init_linear, linear
 from l2o.ops.numeric import safe_sqrt
-from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import (
+    LOCAL,
+    ConfigurationError,
+    Grads,
+    Infos,
+    OptState,
+    Params,
+    Reduce,
+    Run,
+    Slots,
+    Theta,
+    UpdateRule,
+    Updates,
+)
 
 _EPS = 1e-8
 """Added to the root of the second moment, as in Adam."""
@@ -31,7 +43,7 @@ class RNNprop(UpdateRule):
 
     hidden: units of each LSTM layer.    projected: units of the ELU layer before them.
     scale: the largest step of an entry.    beta1, beta2: of the moments, not learned.
-    θ: ``w_in, b_in`` of the ELU layer; those of `l2o.ops.entry_lstm`.
+    θ: ``w_in, b_in`` of the ELU layer; those of `l2o.ops.coordinatewise_lstm`.
     Slots: ``m, v``; ``count``, 0-d, of updates; ``h0, c0, ...``, ``[hidden, *shape]``.
     """
 
@@ -42,39 +54,44 @@ class RNNprop(UpdateRule):
     beta2: float = 0.95
 
     def __post_init__(self) -> None:
-        each("hidden", self.hidden, whole)
+        check_each("hidden", self.hidden, check_int)
         if not self.hidden:
             raise ConfigurationError(f"hidden={self.hidden!r}: expected at least one layer")
-        whole("projected", self.projected)
-        real("scale", self.scale, above=0.0)
-        real("beta1", self.beta1, least=0.0, below=1.0)
-        real("beta2", self.beta2, least=0.0, below=1.0)
+        check_int("projected", self.projected)
+        check_float("scale", self.scale, above=0.0)
+        check_float("beta1", self.beta1, least=0.0, below=1.0)
+        check_float("beta2", self.beta2, least=0.0, below=1.0)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         w_in, b_in = init_linear(generator, 2, self.projected)
-        return {"w_in": w_in, "b_in": b_in, **init_entry_lstm(generator, self.projected, self.hidden)}
+        return {"w_in": w_in, "b_in": b_in, **init_coordinatewise_lstm(generator, self.projected, self.hidden)}
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         return OptState({name: self._slots(p) for name, p in params.items()}, {})
 
     def _slots(self, param: Tensor) -> Slots:
         moments = {"m": torch.zeros_like(param), "v": torch.zeros_like(param), "count": param.new_zeros(())}
-        return moments | entry_lstm_slots(param, self.hidden)
+        return moments | coordinatewise_slots(param, self.hidden)
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
         def project(x: Tensor) -> Tensor:
             return elu(linear(x, theta["w_in"], theta["b_in"]))
 
-        slots = {name: self._moments(g, state.per_param[name]) for name, g in grads.items()}
-        features = {name: self._features(g, slots[name]) for name, g in grads.items()}
-        cells = entry_lstm(theta, features, state.per_param, project)
-        return OptState({name: slots[name] | cells[name] for name in grads}, {}), {}
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        outputs = readout(theta, state.per_param, {name: g.shape for name, g in grads.items()})
-        return {name: self.scale * torch.tanh(x) for name, x in outputs.items()}
+        moments = {name: self._moments(g, state.per_param[name]) for name, g in grads.items()}
+        features = {name: self._features(g, moments[name]) for name, g in grads.items()}
+        cells = coordinatewise_lstm(theta, features, state.per_param, project)
+        outputs = readout(theta, cells, {name: g.shape for name, g in grads.items()})
+        updates = {name: self.scale * torch.tanh(x) for name, x in outputs.items()}
+        return updates, OptState({name: moments[name] | cells[name] for name in grads}, {})
 
     def _moments(self, grad: Tensor, slots: Slots) -> Slots:
         return {

@@ -13,10 +13,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from l2o._checks import real
+from l2o.checks import check_float
+from l2o.ops.features import channel_sums
+from l2o.ops.kinds import size
 from l2o.ops.statistics import Statistics
 from l2o.rules.adafac_mlp import AdafacMLP
-from l2o.types import ConfigurationError
+from l2o.types import ConfigurationError, Infos, Reduce
 
 _NOMINAL: dict[str, Callable[[Statistics], Tensor]] = {
     "sgd": lambda x: x.grad,
@@ -43,8 +45,7 @@ class STAR(AdafacMLP):
     nominal: the direction, ``sgd, sgdm, aggmo, adam`` or ``adam_aggmo``.
     nominal_lr, weight_decay: a step's.
     nominal_controller, decay_controller: whether the network sets n and r; else they are 1 and 0.
-    mean_magnitude, mean_nominal, mean_decay: replace s, n, r by their means over the tensor; ``apply`` then needs whole
-        tensors.
+    mean_magnitude, mean_nominal, mean_decay: replace s, n, r by their means over the tensor.
     """
 
     nominal: Literal["sgd", "sgdm", "aggmo", "adam", "adam_aggmo"] = "adam_aggmo"
@@ -66,20 +67,29 @@ class STAR(AdafacMLP):
         if self.nominal not in _NOMINAL:
             raise ConfigurationError(f"nominal={self.nominal!r}: expected one of {sorted(_NOMINAL)}")
         for name in ("nominal_lr", "weight_decay", "nominal_exp_mult", "decay_exp_mult"):
-            real(name, getattr(self, name), least=0.0)
+            check_float(name, getattr(self, name), least=0.0)
+
+    def _means(self, outputs: dict[str, Tensor], infos: Infos, reduce: Reduce) -> dict[str, Tensor]:
+        averaged = [
+            i for i, mean in enumerate((False, self.mean_magnitude, self.mean_nominal, self.mean_decay)) if mean
+        ]
+        if not averaged:
+            return outputs
+        sums = reduce.shards({name: {"sums": channel_sums(x)} for name, x in outputs.items()})
+        means = {name: sums[name]["sums"] / size(infos[name]) for name in outputs}
+        return {
+            name: torch.stack([means[name][i].expand_as(y) if i in averaged else y for i, y in enumerate(x)])
+            for name, x in outputs.items()
+        }
 
     def _step(self, output: Tensor, x: Statistics, width: Tensor | float) -> Tensor:
         d, s, n, r = output
         n = n if self.nominal_controller else torch.ones_like(n)
         r = r if self.decay_controller else torch.zeros_like(r)
-        learned = d * (_mean_if(self.mean_magnitude, s) * self.exp_mult).exp() * self.step_mult
+        learned = d * (s * self.exp_mult).exp() * self.step_mult
         if self.normalise:
             learned = learned * x.inv_rms[0]
-        nominal = (_mean_if(self.mean_nominal, n) * self.nominal_exp_mult).exp() * self.nominal_lr
+        nominal = (n * self.nominal_exp_mult).exp() * self.nominal_lr
         step = learned + nominal * _NOMINAL[self.nominal](x)
-        decay = (_mean_if(self.mean_decay, r) * self.decay_exp_mult).exp() * self.weight_decay
+        decay = (r * self.decay_exp_mult).exp() * self.weight_decay
         return -width * step - decay * x.param
-
-
-def _mean_if(wanted: bool, x: Tensor) -> Tensor:
-    return x.sum() / max(x.numel(), 1) if wanted else x

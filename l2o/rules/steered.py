@@ -7,22 +7,40 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
+from l2o.checks import check_float, check_int
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine, init_alignment, init_controller
+from l2o.ops.controller import Seen, decide, init_decisions, init_seen, longer_mean
+from l2o.ops.groups import Group, by_shape, shard_sums, stack, tensor_sum, unstacked
 from l2o.ops.moments import bias_correction, decay, ema
 from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
 from l2o.ops.orthogonal import polar, row_column_scales
 from l2o.ops.schedules import linear_warmup, power_decay
-from l2o.types import Clock, ConfigurationError, Grads, Kind, OptState, Params, Slots, Stats, Theta, UpdateRule, Updates
+from l2o.types import (
+    LOCAL,
+    ConfigurationError,
+    Grads,
+    Infos,
+    OptState,
+    ParamInfo,
+    Params,
+    Reduce,
+    Run,
+    Slots,
+    Sum,
+    Theta,
+    UpdateRule,
+    Updates,
+)
 
 Direction = Literal["orthogonal", "normalized", "adam"]
-Controller = Literal["alignment", "none"]
+Controller = Literal["alignment", "mlp", "none"]
 Schedule = Literal["decay", "constant"]
 
 _FAN_IN = 64.0
@@ -35,14 +53,6 @@ _FLOOR = 0.01
 """Share of the step that is left at the end of the run, and after it."""
 
 
-class _Group(NamedTuple):
-    """The tensors of one shape, one operation for all.  names: of ``k`` tensors.  Others: ``[k, *shape]``."""
-
-    names: Sequence[str]
-    grad: Tensor
-    slots: Slots
-
-
 @dataclass(frozen=True)
 class Steered(UpdateRule):
     """``update = -lr * factor * schedule(t / T) * exp(z) * direction``, whatever the scale of the gradients.
@@ -52,7 +62,8 @@ class Steered(UpdateRule):
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
-    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0.
+    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp``: that of
+        ``alignment``, and a small network (`l2o.ops.controller`) that adds to its push and gives each tensor a factor.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.
@@ -64,7 +75,7 @@ class Steered(UpdateRule):
     log_power`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, ``m, row, col`` (scales) of a normalized one, else
     ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
-    Needs whole matrices, and sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not lr=0.
+    The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
 
     direction: Direction = "orthogonal"
@@ -89,8 +100,8 @@ class Steered(UpdateRule):
             value, valid = getattr(self, name), get_args(literal)
             if value not in valid:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
-        whole("iterations", self.iterations)
-        real("fan_in", self.fan_in)
+        check_int("iterations", self.iterations)
+        check_float("fan_in", self.fan_in)
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     def init_theta(self, generator: torch.Generator) -> Theta:
@@ -100,15 +111,21 @@ class Steered(UpdateRule):
         unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
-        return theta | (init_controller(generator) if self.controller == "alignment" else {})
+        theta |= init_controller(generator) if self.controller != "none" else {}
+        return theta | (init_decisions(generator) if self.controller == "mlp" else {})
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
-        slots = {name: self._init_slots(p) for name, p in params.items()}
-        return OptState(slots, init_alignment(theta["log_lr"]) if self.controller == "alignment" else {})
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
+        shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
+        return OptState(slots, shared | ({"long": shared["slow"]} if self.controller == "mlp" else {}))
 
-    def _init_slots(self, param: Tensor) -> Slots:
+    def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
+        own = self._init_direction(param, info)
+        return own | init_seen(param) if self.controller == "mlp" else own
+
+    def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
-        match self._path(param.shape):
+        match self._path(info.shape):
             case "orthogonal":
                 return {"m": m, "d": torch.zeros_like(m)}
             case "normalized":
@@ -116,39 +133,106 @@ class Steered(UpdateRule):
                 return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
         return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
 
+    def needs_whole(self, info: ParamInfo) -> bool:
+        return self._path(info.shape) == "orthogonal"
+
     def _path(self, shape: tuple[int, ...]) -> Direction:
         """The direction of a tensor: a row, a column or nothing at all is no matrix."""
         return self.direction if min(_as_matrix(shape)) > 1 else "adam"
 
-    def accumulate(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, clock: Clock, loss: Tensor | None
-    ) -> tuple[OptState, Stats]:
-        groups = _groups(grads, state)
-        slots: dict[str, Slots] = {name: {} for name in grads}
-        for group in groups:
-            for slot, values in self._advance(theta, group.grad, group.slots).items():
-                for name, value in zip(group.names, values.unbind(), strict=True):
-                    slots[name][slot] = value
-        sums = [self._alignment(theta, group) for group in groups] if self.controller == "alignment" else []
-        return OptState(slots, self._control(theta, state.shared, sums, clock)), {}
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        groups = by_shape(grads, state, infos)
+        sums = shard_sums(groups, [self._sums(theta, group, params) for group in groups], reduce)
+        shared, decided = self._controlled(theta, state.shared, groups, sums, run, reduce)
+        size = self._size(theta, shared, run)
+        slots: dict[str, Slots] = {}
+        updates: Updates = {}
+        for group, own, more in zip(groups, sums, decided, strict=True):
+            new = self._advance(theta, group, reduce) | more
+            d = self._direction(theta, new, group)
+            own_size = size * more["factor"].exp() if more else size
+            scales = self._scales(theta, own_size, own["params"], [group.shape] * len(d))
+            steps = -scales.view(-1, *[1] * (d.ndim - 1)) * d
+            updates.update(zip(group.names, steps.unbind(), strict=True))
+            slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
+        return {name: updates[name] for name in grads}, OptState({name: slots[name] for name in grads}, shared)
 
-    def _alignment(self, theta: Theta, group: _Group) -> tuple[Tensor, Tensor]:
-        """Products of gradients and the step before, and those of their norms, ``[k]``, but for a factor of all."""
-        shape = group.grad.shape
-        g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, shape))
-        norms = safe_sqrt(g.square().sum(1)) * safe_sqrt(d.square().sum(1))
-        (factor,) = self._factors(theta, [shape[1:]])
-        return factor * (g * d).sum(1), factor * norms
+    def _sums(self, theta: Theta, group: Group, params: Params) -> dict[str, Sum]:
+        """Products of gradients and the step before, and squares, ``[k]``."""
+        g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, group))
+        p = _flat(stack([params[name] for name in group.names]))
+        axes = tuple(range(len(group.shape)))
+        seen = {"dots": g * d, "grads": g.square(), "directions": d.square(), "params": p.square()}
+        seen |= {"momenta": _flat(group.slots["m"]).square()} if self.controller == "mlp" else {}
+        return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
 
-    def _control(self, theta: Theta, shared: Slots, sums: Sequence[tuple[Tensor, Tensor]], clock: Clock) -> Slots:
+    def _controlled(
+        self,
+        theta: Theta,
+        shared: Slots,
+        groups: Sequence[Group],
+        sums: Sequence[Slots],
+        run: Run,
+        reduce: Reduce,
+    ) -> tuple[Slots, Sequence[Slots]]:
+        """What is shared, and what is decided of each group, ``[k]``; nothing but by the ``mlp``."""
         if self.controller == "none":
-            return shared
-        dots, norms = (torch.cat(parts) for parts in zip(*sums, strict=True))
-        return control(theta, shared, cosine(dots, norms), clock)
+            return shared, [{}] * len(groups)
+        products = [self._products(theta, group, own) for group, own in zip(groups, sums, strict=True)]
+        aligned = cosine(*tensor_sum(groups, products, reduce))
+        if self.controller == "alignment":
+            return control(theta, shared, aligned, run), [{}] * len(groups)
+        growth, decided = self._decided(theta, shared, groups, sums, products, run)
+        votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth, products, strict=True)]
+        push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
+        long = longer_mean(shared["long"], aligned, run)
+        return control(theta, shared, aligned, run, push) | {"long": long}, decided
 
-    def _advance(self, theta: Theta, grad: Tensor, slots: Slots) -> Slots:
-        """New slots.  All ``[k, *shape]``."""
-        match self._path(grad.shape[1:]):
+    def _products(self, theta: Theta, group: Group, own: Slots) -> Tensor:
+        """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
+        (factor,) = self._factors(theta, [group.shape])
+        norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
+        products = factor * torch.stack([own["dots"], norms], 1)
+        return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
+
+    def _decided(
+        self,
+        theta: Theta,
+        shared: Slots,
+        groups: Sequence[Group],
+        sums: Sequence[Slots],
+        products: Sequence[Tensor],
+        run: Run,
+    ) -> tuple[Sequence[Tensor], list[Slots]]:
+        """Of each group, ``[k]``: what it says of growth, and its new slots. The network sees all tensors at once."""
+        seen = [
+            Seen(
+                cosine(*both.unbind(1)),
+                over_root(safe_sqrt(own["momenta"]), own["grads"]),
+                safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
+                *(group.slots[name] for name in ("near", "far", "factor")),
+            )
+            for group, own, both in zip(groups, sums, products, strict=True)
+        ]
+        sizes = [len(group.names) for group in groups]
+        shapes = [_as_matrix(group.shape) for group in groups for _ in group.names]
+        growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), shapes, run)
+        parts = {name: t.split(sizes) for name, t in slots.items()}
+        return growth.split(sizes), [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
+
+    def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:
+        """New slots, ``[k, ...]``."""
+        grad, slots = group.grad, group.slots
+        match self._path(group.shape):
             case "orthogonal":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
                 d = polar(_matrices(ema(m, grad, theta["logit_momentum"])), self.iterations)
@@ -156,20 +240,22 @@ class Steered(UpdateRule):
                 return {"m": m, "d": over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)}
             case "normalized":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
-                row, col = row_column_scales(_matrices(m))
+                complete = partial(_completed, group, reduce)
+                row, col = row_column_scales(_matrices(m), _as_matrix(group.shape), complete)
                 return {"m": m, "row": row, "col": col}
         m = ema(slots["m"], grad, theta["logit_beta1"])
         v = ema(slots["v"], grad.square(), theta["logit_beta2"])
         return {"m": m, "v": v, "count": slots["count"] + 1.0}
 
-    def _direction(self, theta: Theta, slots: Slots, shape: tuple[int, ...]) -> Tensor:
+    def _direction(self, theta: Theta, slots: Slots, group: Group) -> Tensor:
         """Of slots ``[k, *shape]``; 0 before the first gradient."""
-        match self._path(shape[1:]):
+        match self._path(group.shape):
             case "orthogonal":
                 return slots["d"]
             case "normalized":
-                return (_matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)).view(shape)
-        count = slots["count"].view(-1, *[1] * (len(shape) - 1)).clamp(min=1.0)
+                scaled = _matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
+                return scaled.view_as(group.grad)
+        count = slots["count"].view(-1, *[1] * (group.grad.ndim - 1)).clamp(min=1.0)
         m = slots["m"] / bias_correction(theta["logit_beta1"], count)
         return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
 
@@ -184,16 +270,6 @@ class Steered(UpdateRule):
     def _are_matrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
         """Bool ``[len(shapes)]``: which do not follow Adam."""
         return constant([float(self._path(shape) != "adam") for shape in shapes], like) > 0.0
-
-    def apply(self, theta: Theta, state: OptState, stats: Stats, grads: Grads, params: Params, clock: Clock) -> Updates:
-        size = self._size(theta, state.shared, clock)
-        updates: Updates = {}
-        for group in _groups(grads, state):
-            squares = _flat(_stack([params[name] for name in group.names])).square().sum(1)
-            d = self._direction(theta, group.slots, group.grad.shape)
-            scales = self._scales(theta, size, squares, [d.shape[1:]] * len(d)).view(-1, *[1] * (d.ndim - 1))
-            updates.update(zip(group.names, (-scales * d).unbind(), strict=True))
-        return {name: updates[name] for name in grads}
 
     def _scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
@@ -211,9 +287,12 @@ class Steered(UpdateRule):
         grads: Grads,
         state: OptState,
         params: Params,
-        clock: Clock,
+        infos: Infos,
+        run: Run,
         factors: Mapping[str, tuple[float, float]],
     ) -> OptState | None:
+        if self.controller == "mlp":
+            return None
         decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
         momentum = decay(theta["logit_momentum"]) if self.direction != "adam" else decays[0]
         tensors = [
@@ -227,9 +306,11 @@ class Steered(UpdateRule):
         dots, gradients, directions, squares = seen.to(theta["log_lr"].dtype)
         shapes = [p.shape for p in params.values()]
         weights = self._factors(theta, shapes)
-        sums = [(weights * dots, weights * safe_sqrt(gradients) * safe_sqrt(directions))]
-        shared = self._control(theta, state.shared, sums, clock)
-        scales = self._scales(theta, self._size(theta, shared, clock), squares, shapes)
+        shared = state.shared
+        if self.controller == "alignment":
+            norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
+            shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
+        scales = self._scales(theta, self._size(theta, shared, run), squares, shapes)
         if not (seen.isfinite().all() and scales.isfinite().all()):
             return None  # nothing is written yet, and `update` shows what is wrong
         steps.advance((-scales).tolist())
@@ -246,12 +327,12 @@ class Steered(UpdateRule):
         together = 1 if min(_as_matrix(tensors[0].shape)) >= _LARGE else len(tensors)
         for first in range(0, len(tensors), together):
             some = list(tensors[first : first + together])
-            d = polar(_matrices(_stack(some)), self.iterations)
+            d = polar(_matrices(stack(some)), self.iterations)
             torch._foreach_copy_(some, list(d.reshape(-1, *some[0].shape).unbind()))
 
-    def _size(self, theta: Theta, shared: Slots, clock: Clock) -> Tensor:
+    def _size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """0-d, of the step of all tensors."""
-        step, total = (t.to(theta["log_lr"].dtype) for t in clock)
+        step, total = (t.to(theta["log_lr"].dtype) for t in run[:2])
         schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"]))
         if self.schedule == "decay":
             schedule = schedule * power_decay(step, total, theta["log_power"].exp(), _FLOOR)
@@ -270,17 +351,12 @@ def _like(grad: Tensor, param: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
-def _groups(grads: Grads, state: OptState) -> list[_Group]:
-    groups = []
-    for names in _by_shape(grads).values():
-        slots = {slot: _stack([state.per_param[n][slot] for n in names]) for slot in state.per_param[names[0]]}
-        groups.append(_Group(names, _stack([grads[n] for n in names]), slots))
-    return groups
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """``[k, *shape]``; a large tensor that is the only one of its shape is not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+def _completed(group: Group, reduce: Reduce, sums: dict[str, Tensor]) -> list[Tensor]:
+    """Sums ``[k, ...]`` over rows, columns or all entries of matrices."""
+    first, others = (0,), tuple(range(1, len(group.shape)))
+    axes = {"rows": first, "columns": others, "all": first + others}
+    (found,) = shard_sums([group], [{name: Sum(x, axes[name]) for name, x in sums.items()}], reduce)
+    return list(found.values())
 
 
 @functools.lru_cache(maxsize=1024)  # asked several times a step of each tensor

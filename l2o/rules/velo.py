@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o.ops.features import clip_log, fraction_embedding
+from l2o.checks import check_int
+from l2o.ops.features import clip_log, fraction_embedding, tensor_means
 from l2o.ops.losses import average_losses, init_loss_averages
-from l2o.ops.networks import columns, over_entries
+from l2o.ops.networks import over_entries
+from l2o.ops.numeric import constant
 from l2o.ops.recurrent import lstm_slots
 from l2o.ops.scheduler import RUN_FEATURES, head, mixtures, schedule
 from l2o.ops.statistics import init_statistics
 from l2o.rules.hyper import HyperRule
-from l2o.types import Clock, Kind, OptState, Params, Slots, Theta
+from l2o.types import Infos, OptState, Params, Reduce, Run, Slots, Theta
 
 MAX_AXES = 5
 """Numbers of axes, 0 to 4, that the LSTM tells apart; more look like none of them."""
@@ -42,7 +43,7 @@ class VeLO(HyperRule):
         ``w_controls, b_controls``, which read rate and mixture off the state; ``w0, b0, ...``, ``[inits, in, out]`` and
         ``[inits, out]``.
     Slots: ``m, v``, ``row, col`` or ``diag``, ``h, c``; shared: ``loss_means, loss_minima``.
-    Needs whole tensors: the LSTM sees means over a tensor, of its moments before the update.
+    The LSTM sees means over a tensor, of its moments before the update.
     """
 
     lstm_hidden: int = 512
@@ -52,30 +53,30 @@ class VeLO(HyperRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss_horizon is not None:
-            whole("loss_horizon", self.loss_horizon)
+            check_int("loss_horizon", self.loss_horizon)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         inputs = RUN_FEATURES + 1 + MAX_AXES + 2 * len(self.decays)
         return self.init_theta_of(generator, inputs, {"controls": self.inits, "lr": 1})
 
-    def init(self, theta: Theta, params: Params, kinds: Mapping[str, Kind]) -> OptState:
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {
-            name: init_statistics(p, self.decays, self.rms_decay) | lstm_slots(theta) for name, p in params.items()
+            name: init_statistics(p, infos[name], len(self.decays)) | lstm_slots(theta) for name, p in params.items()
         }
         return OptState(slots, init_loss_averages(next(iter(params.values()))))
 
     def schedule(
-        self, theta: Theta, state: OptState, params: Params, clock: Clock, loss: Tensor
+        self, theta: Theta, state: OptState, params: Params, infos: Infos, run: Run, reduce: Reduce
     ) -> tuple[dict[str, Slots], Slots]:
-        total = clock.total_steps
+        total = run.total_steps
         horizon = total if self.loss_horizon is None else torch.full_like(total, self.loss_horizon)
-        shared, seen = average_losses(state.shared, loss, clock, horizon)
+        shared, seen = average_losses(state.shared, run, horizon)
         if not params:
             return {}, shared
-        run = torch.cat([fraction_embedding(clock, loss), seen])
+        of_run = torch.cat([fraction_embedding(run, seen), seen])
         slots = {name: state.per_param[name] for name in params}
-        x = [torch.cat([run, _tensor_features(slots[name], p)]) for name, p in params.items()]
-        return schedule(theta, torch.stack(x, -1), slots), shared
+        x = [torch.cat([of_run, own]) for own in _tensor_features(slots, params, infos, reduce).values()]
+        return schedule(theta, torch.stack(x, -1), slots, reduce), shared
 
     def outputs(self, theta: Theta, state: OptState, features: dict[str, Tensor]) -> dict[str, Tensor]:
         if not features:
@@ -89,19 +90,28 @@ class VeLO(HyperRule):
         return outputs
 
 
-def _tensor_features(slots: Slots, param: Tensor) -> Tensor:
+def _tensor_features(slots: Mapping[str, Slots], params: Params, infos: Infos, reduce: Reduce) -> dict[str, Tensor]:
     """What the LSTM sees of a tensor before its update, ``[6 + 2 decays]``: size of its moments, number of its axes.
 
     The moments are measured in units of the tensor's root mean square. The last group has the distances of ``v`` from
     the means of the momenta, as in the original, where those of ``v`` from its own mean must have been meant.
     """
-    scale = torch.rsqrt(param.square().mean().clamp(min=1e-9))
-    m, v = columns(slots["m"]) * scale, columns(slots["v"]) * scale
-    mean = m.mean(-1, keepdim=True)
-    axes = sum(size > 1 for size in param.shape)
-    one_hot = torch.stack([torch.full_like(scale, float(axes == n)) for n in range(MAX_AXES)])
-    spreads = [(x - mean).square().mean(-1) for x in (m, v)]
-    return torch.cat([_size(v.mean(-1)), one_hot, *(_size(x) for x in spreads)])
+    squares = tensor_means({name: {"param": p.square().unsqueeze(0)} for name, p in params.items()}, infos, reduce)
+    scales = {name: torch.rsqrt(own["param"].clamp(min=1e-9)) for name, own in squares.items()}
+    moments = {name: {slot: slots[name][slot] * scale for slot in "mv"} for name, scale in scales.items()}
+    means = tensor_means(moments, infos, reduce)
+    spreads = {
+        name: {slot: (x - means[name]["m"].view(-1, *[1] * (x.ndim - 1))).square() for slot, x in own.items()}
+        for name, own in moments.items()
+    }
+    variances = tensor_means(spreads, infos, reduce)
+    seen = {}
+    for name, own in means.items():
+        axes = sum(length > 1 for length in infos[name].shape)
+        one_hot = [float(axes == n) for n in range(MAX_AXES)]
+        parts = (_size(variances[name][slot]) for slot in "mv")
+        seen[name] = torch.cat([_size(own["v"]), constant(one_hot, own["v"]), *parts])
+    return seen
 
 
 def _size(x: Tensor) -> Tensor:

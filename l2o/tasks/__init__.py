@@ -8,11 +8,14 @@ from l2o.tasks.conv import ImageConv
 from l2o.tasks.coordinates import CoordinateMLP
 from l2o.tasks.image import ImageMLP
 from l2o.tasks.lasso import Lasso
-from l2o.tasks.lora import ImageLoRA
+from l2o.tasks.linear import LinearNetwork
+from l2o.tasks.lora import ImageFineTune, ImageLoRA
 from l2o.tasks.module import ModuleTask
 from l2o.tasks.quadratic import Quadratic
 from l2o.tasks.repeated import Repeated
+from l2o.tasks.residual import ImageResNet
 from l2o.tasks.tables import DiabetesMLP
+from l2o.tasks.words import WordMLP
 
 __all__ = [
     "Bfloat16Gradients",
@@ -25,9 +28,12 @@ __all__ = [
     "GradientNoise",
     "ImageAutoencoder",
     "ImageConv",
+    "ImageFineTune",
     "ImageLoRA",
     "ImageMLP",
+    "ImageResNet",
     "Lasso",
+    "LinearNetwork",
     "ModuleTask",
     "Plateau",
     "Quadratic",
@@ -36,4 +42,5 @@ __all__ = [
     "Repeated",
     "Rosenbrock",
     "Saddle",
+    "WordMLP",
 ]

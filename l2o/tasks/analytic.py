@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from l2o._checks import real
-from l2o.draws import integers, log_uniform, normal, uniform
+from l2o.checks import check_float
+from l2o.random import integers, log_uniform, normal, uniform
 from l2o.tasks.ranges import check_log_range, check_range, check_whole_range
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
 
@@ -75,7 +75,7 @@ class Landscape(TaskFamily):
     def __post_init__(self) -> None:
         check_ends(check_whole_range, "dims", self.dims, least=self.least_dim)
         check_ends(check_range, "conditions", self.conditions, least=1.0, most=math.inf)
-        real("noise", self.noise, least=0.0)
+        check_float("noise", self.noise, least=0.0)
 
     @abc.abstractmethod
     def value(self, z: Tensor, data: TaskData) -> Tensor:

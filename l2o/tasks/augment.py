@@ -6,17 +6,17 @@ They nest, and apply to gradients from the inside out. `Repeated` goes outermost
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import hashed_normal, keys, log_uniform, stream
+from l2o.checks import check_int, lookup
+from l2o.random import hashed_normal, keys, log_uniform, stream
 from l2o.tasks.ranges import check_log_range
-from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, Grads, Kind, Params, Split, TaskData, TaskFamily
 
 _INNER = "inner."
 """Begins the names of the family's own tensors, so that augmentations nest and a family sees no foreign ones."""
@@ -53,8 +53,12 @@ class Augmented(TaskFamily):
             raise ConfigurationError(f"family={self.family!r}: expected a TaskFamily")
 
     @property
-    def keyed(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the family
+    def keyed(self) -> bool:
         return self.family.keyed
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return self.family.kinds
 
     def own_data(self, generator: torch.Generator, lanes: int) -> TaskData:
         """What the subclass samples for each lane."""
@@ -117,7 +121,7 @@ class Reparametrized(Augmented):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_log_range("[low, high]", (self.low, self.high))
-        choose("per", self.per, dict.fromkeys(("task", "tensor", "parameter")))
+        lookup("per", self.per, dict.fromkeys(("task", "tensor", "parameter")))
 
     def own_buffers(self, params: Params, generator: torch.Generator) -> Buffers:
         if self.per == "task":
@@ -235,7 +239,7 @@ class DelayedGradients(Augmented):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("delay", self.delay)
+        check_int("delay", self.delay)
 
     def own_buffers(self, params: Params, generator: torch.Generator) -> Buffers:
         lanes = len(next(iter(params.values())))

@@ -8,8 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from l2o._checks import each, whole
-from l2o._names import choose
+from l2o.checks import check_each, check_int, lookup
 from l2o.tasks.image_task import ImageTask
 from l2o.tasks.layers import ACTIVATIONS, RECONSTRUCTION, check_network, init_linear, linear, mean_loss
 from l2o.types import Batch, Buffers, Params, Split, TaskData
@@ -35,10 +34,10 @@ class ImageAutoencoder(ImageTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        each("hidden", self.hidden, whole)
-        whole("code", self.code)
+        check_each("hidden", self.hidden, check_int)
+        check_int("code", self.code)
         check_network(self.activation)
-        choose("criterion", self.criterion, RECONSTRUCTION)
+        lookup("criterion", self.criterion, RECONSTRUCTION)
 
     def parameters(self, generator: torch.Generator, lanes: int) -> Params:
         pixels = self.side**2

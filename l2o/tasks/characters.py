@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import integers, normal, uniform
+from l2o.checks import check_int, lookup
+from l2o.random import integers, normal, uniform
 from l2o.tasks.data import HALVES
 from l2o.tasks.layers import init_linear, init_norm, linear, norm
 from l2o.tasks.recurrent import CELLS
@@ -44,10 +43,10 @@ class CharTask(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("text", self.text, TEXTS)
-        choose("half", self.half, HALVES)
-        whole("batch_size", self.batch_size)
-        if whole("length", self.length) >= BLOCK:
+        lookup("text", self.text, TEXTS)
+        lookup("half", self.half, HALVES)
+        check_int("batch_size", self.batch_size)
+        if check_int("length", self.length) >= BLOCK:
             raise ConfigurationError(f"length={self.length}: expected less than {BLOCK}, the length of a block of text")
 
     @abc.abstractmethod
@@ -87,8 +86,8 @@ class CharRNN(CharTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("cell", self.cell, CELLS)
-        whole("width", self.width)
+        lookup("cell", self.cell, CELLS)
+        check_int("width", self.width)
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
         lanes, bound = len(data["lane"]), self.width**-0.5
@@ -111,25 +110,27 @@ class CharRNN(CharTask):
 
 @dataclass(frozen=True)
 class CharTransformer(CharTask):
-    """A causal transformer (Vaswani et al. 2017, arXiv 1706.03762) with the norms before the sublayers, as in GPT-2.
+    """A causal transformer (Vaswani et al. 2017, arXiv 1706.03762).
 
+    norm_first: normalise before the sublayers and the output, as GPT-2 does, or else after each sublayer, as the paper.
     width: of the embeddings, a multiple of ``heads``.     depth: blocks of attention and a perceptron of 4 × width.
     Text and windows: see `CharTask`.
 
     Parameters: ``token`` and ``position`` embeddings ``[lanes, VOCABULARY or length, width]``; in each block
     ``{block}.qkv``, ``{block}.mix``, ``{block}.up`` and ``{block}.down``, and at last ``output``: a ``weight [lanes,
-    out, in]`` and a ``bias [lanes, out]`` each; ``{block}.before_qkv``, ``{block}.before_up`` and ``before_output``: a
-    ``gain`` and an ``offset [lanes, width]`` each.
+    out, in]`` and a ``bias [lanes, out]`` each; ``{block}.before_qkv``, ``{block}.before_up`` and ``before_output``, or
+    ``{block}.after_mix`` and ``{block}.after_down``: a ``gain`` and an ``offset [lanes, width]`` each.
     """
 
     width: int = 32
     depth: int = 1
     heads: int = 2
+    norm_first: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("depth", self.depth)
-        if whole("width", self.width) % whole("heads", self.heads):
+        check_int("depth", self.depth)
+        if check_int("width", self.width) % check_int("heads", self.heads):
             raise ConfigurationError(f"width={self.width}: expected a multiple of heads={self.heads}")
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
@@ -147,19 +148,29 @@ class CharTransformer(CharTask):
         for block in range(self.depth):
             for name, shape in layers.items():
                 params |= init_linear(f"{block}.{name}", generator, lanes, *shape)
-            for name in ("qkv", "up"):
-                params |= init_norm("layer", f"{block}.before_{name}", lanes, width, generator.device)
-        params |= init_norm("layer", "before_output", lanes, width, generator.device)
+        for name in self._norms():
+            params |= init_norm("layer", name, lanes, width, generator.device)
         return params | init_linear("output", generator, lanes, VOCABULARY, width), {}
 
+    def _norms(self) -> list[str]:
+        places = ("before_qkv", "before_up") if self.norm_first else ("after_mix", "after_down")
+        each = [f"{block}.{place}" for block in range(self.depth) for place in places]
+        return [*each, "before_output"] if self.norm_first else each
+
     def logits(self, params: Params, tokens: Tensor) -> Tensor:
+        norms = self._norms()
+
+        def normed(name: str, x: Tensor) -> Tensor:
+            return norm("layer", params, name, x) if name in norms else x
+
         # Positions are rows like any other but in attention.
         x = (params["token.weight"][tokens] + params["position.weight"]).flatten(0, 1)
         for block in range(self.depth):
-            x = x + self._attention(params, f"{block}", norm("layer", params, f"{block}.before_qkv", x))
-            up = linear(params, f"{block}.up", norm("layer", params, f"{block}.before_up", x))
-            x = x + linear(params, f"{block}.down", F.gelu(up))
-        output = linear(params, "output", norm("layer", params, "before_output", x))
+            mixed = self._attention(params, f"{block}", normed(f"{block}.before_qkv", x))
+            x = normed(f"{block}.after_mix", x + mixed)
+            up = linear(params, f"{block}.up", normed(f"{block}.before_up", x))
+            x = normed(f"{block}.after_down", x + linear(params, f"{block}.down", F.gelu(up)))
+        output = linear(params, "output", normed("before_output", x))
         return output.view(*tokens.shape, VOCABULARY)
 
     def _attention(self, params: Params, block: str, x: Tensor) -> Tensor:

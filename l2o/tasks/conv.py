@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._checks import each, whole
+from l2o.checks import check_each, check_int
 from l2o.tasks.image import check_batch_norm
 from l2o.tasks.image_task import ImageClassifier
 from l2o.tasks.layers import ACTIVATIONS, CRITERIA, check_network, init_linear, init_norm, linear, mean_loss, norm
@@ -40,7 +40,7 @@ class ImageConv(ImageClassifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self.activation, self.norm)
-        each("channels", self.channels, whole)
+        check_each("channels", self.channels, check_int)
         check_batch_norm(self.norm, self)
 
     def parameters(self, generator: torch.Generator, lanes: int) -> Params:
@@ -61,26 +61,28 @@ class ImageConv(ImageClassifier):
         return mean_loss(CRITERIA[self.criterion], logits, batch["y"], share), buffers
 
 
-def conv(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.conv2d(x, weight, stride=2, padding=1)`` of small square images as one matrix product, without bias.
+def conv(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
+    """``F.conv2d(x, weight, stride=stride, padding=1)`` of small square images as one matrix product, without bias.
 
     x: ``[batch, in, positions]``, the positions row by row.     weight: ``[out, in, 3, 3]``.
-    Returns ``[batch, out, positions]``, of half the side, rounded up.
+    Returns ``[batch, out, positions]``, of a side ``stride`` times shorter, rounded up.
 
     A convolution is linear in its kernel: the kernel times a constant basis is its dense matrix. For 8 and 64 lanes of
     batch 128 on a CPU, images of 8×8 take half to three quarters of the time of a vectorised ``conv2d``, which becomes
     one of many groups, second derivatives included; images of 14×14 the same time, of 28×28 six to eight times as long.
     """
     channels, fan_in = weight.shape[:2]
-    basis = _basis(math.isqrt(x.shape[-1]), x)
+    basis = _basis(math.isqrt(x.shape[-1]), stride, x)
     after, before = basis.shape[1:]
     dense = (weight.flatten(2) @ basis.flatten(1)).view(channels, fan_in, after, before)
     matrix = dense.transpose(1, 2).reshape(channels * after, fan_in * before)
     return F.linear(x.flatten(1), matrix).view(-1, channels, after)
 
 
-def _basis(side: int, like: Tensor) -> Tensor:
+def _basis(side: int, stride: int, like: Tensor) -> Tensor:
     """``[9, after, before]``: 1 where an entry of the kernel leads from a position before to one after, else 0."""
-    entry, after, before = (torch.arange(n, device=like.device) for n in (KERNEL, (side + 1) // 2, side))
-    line = (before == 2 * after.view(-1, 1) + entry.view(-1, 1, 1) - 1).to(like.dtype)  # of rows, and so of columns
+    entry, after, before = (torch.arange(n, device=like.device) for n in (KERNEL, -(-side // stride), side))
+    line = (before == stride * after.view(-1, 1) + entry.view(-1, 1, 1) - 1).to(
+        like.dtype
+    )  # of rows, and so of columns
     return torch.einsum("iar,jbc->ijabrc", line, line).reshape(KERNEL**2, -1, side**2)

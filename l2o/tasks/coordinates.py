@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._checks import real, whole
-from l2o._names import choose
-from l2o.draws import integers
+from l2o.checks import check_float, check_int, lookup
+from l2o.random import integers
 from l2o.tasks.layers import ACTIVATIONS, init_linear, linear
 from l2o.tasks.pictures import PICTURES, SIDE, pictures, pixel_split
 from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
@@ -51,12 +50,12 @@ class CoordinateMLP(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("half", self.half, PICTURES)
-        choose("activation", self.activation, {_SINE: None, **ACTIVATIONS})
+        lookup("half", self.half, PICTURES)
+        lookup("activation", self.activation, {_SINE: None, **ACTIVATIONS})
         for name in ("batch_size", "width", "depth"):
-            whole(name, getattr(self, name))
-        real("frequency", self.frequency, above=0.0)
-        if whole("side", self.side, 4) > SIDE:
+            check_int(name, getattr(self, name))
+        check_float("frequency", self.frequency, above=0.0)
+        if check_int("side", self.side, 4) > SIDE:
             raise ConfigurationError(f"side={self.side}: expected at most {SIDE}, the side of the pictures")
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from l2o._names import choose
+from l2o.checks import lookup
 from l2o.tasks.mnist import load_mnist
 from l2o.types import DataError
 
@@ -59,9 +59,9 @@ def image_split(dataset: str, half: str, split: str, device: torch.device | str)
     The four parts of a set are disjoint and the same in every process. Each is loaded once a process and device.
     Raises `UnknownNameError` for an unknown name, `DataError` where the files are missing or damaged.
     """
-    choose("dataset", dataset, IMAGE_SETS)
-    choose("half", half, HALVES)
-    choose("split", split, SPLITS)
+    lookup("dataset", dataset, IMAGE_SETS)
+    lookup("half", half, HALVES)
+    lookup("split", split, SPLITS)
     return _image_split(dataset, half, split, torch.device(device))
 
 

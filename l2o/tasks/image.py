@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o.draws import hashed_integers, several_keys
+from l2o.checks import check_int
 from l2o.kernels import perceptron
+from l2o.random import hashed_integers, several_keys
 from l2o.tasks.image_task import ImageClassifier
 from l2o.tasks.layers import ACTIVATIONS, CRITERIA, check_network, init_linear, init_norm, linear, mean_loss, norm
 from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, PerceptronBatches, TaskData
@@ -39,8 +39,8 @@ class ImageMLP(ImageClassifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self.activation, self.norm)
-        whole("width", self.width)
-        whole("depth", self.depth, 0)
+        check_int("width", self.width)
+        check_int("depth", self.depth, 0)
         check_batch_norm(self.norm, self)
 
     def parameters(self, generator: torch.Generator, lanes: int) -> Params:

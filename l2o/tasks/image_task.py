@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import integers, keys, log_uniform, mix, shift, uniform
+from l2o.checks import check_int, lookup
+from l2o.random import integers, keys, log_uniform, mix, shift, uniform
 from l2o.tasks.data import HALVES, IMAGE_SETS, image_split
 from l2o.tasks.layers import CRITERIA
 from l2o.tasks.ranges import Range, check_log_range, check_range, check_whole_range, log_whole
@@ -54,11 +53,11 @@ class ImageTask(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("dataset", self.dataset, IMAGE_SETS)
-        choose("half", self.half, HALVES)
-        whole("batch_size", self.batch_size)
+        lookup("dataset", self.dataset, IMAGE_SETS)
+        lookup("half", self.half, HALVES)
+        check_int("batch_size", self.batch_size)
         full = _side(self.dataset)
-        if full % whole("pool", self.pool):
+        if full % check_int("pool", self.pool):
             raise ConfigurationError(f"pool={self.pool}: expected a divisor of {full}, the side of {self.dataset}")
         check_whole_range("effective_batch", self.effective_batch, most=self.batch_size)
         check_whole_range("subset", self.subset)
@@ -142,7 +141,7 @@ class ImageClassifier(ImageTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("criterion", self.criterion, CRITERIA)
+        lookup("criterion", self.criterion, CRITERIA)
         check_range("label_noise", self.label_noise, most=1.0)
         check_log_range("input_scale", self.input_scale)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
-from l2o.draws import log_uniform, normal, uniform
+from l2o.checks import check_float, check_int
+from l2o.random import log_uniform, normal, uniform
 from l2o.tasks.analytic import Ends, active_entries, check_ends, log_uniform_spectrum
 from l2o.tasks.ranges import check_log_range, check_range, check_whole_range
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
@@ -48,12 +48,12 @@ class Lasso(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        whole("rows", self.rows)
+        check_int("rows", self.rows)
         check_ends(check_whole_range, "dims", self.dims)
         check_ends(check_range, "conditions", self.conditions, least=1.0, most=math.inf)
         check_ends(check_range, "densities", self.densities, most=1.0)
         check_ends(check_log_range, "penalties", self.penalties)
-        real("noise", self.noise, least=0.0)
+        check_float("noise", self.noise, least=0.0)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         active = active_entries(generator, lanes, self.dims)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._names import choose
-from l2o.draws import uniform
+from l2o.checks import lookup
+from l2o.random import uniform
 from l2o.types import Params
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,9 +22,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
 }
-NORMS = {"none": "", "layer": "each example over its features", "batch": "each feature over the batch"}
+NORMS = {
+    "none": "",
+    "layer": "each example over its features",
+    "group": "each example over groups of its features",
+    "batch": "each feature over the batch",
+}
 """What is brought to mean 0 and variance 1."""
 
+_GROUPS = 4
+"""Of features; as many as their number allows."""
 _NORM_EPS = 1e-5
 """As in `torch.nn.BatchNorm1d` and `torch.nn.LayerNorm`."""
 
@@ -57,11 +64,12 @@ def init_norm(kind: str, name: str, lanes: int, features: int, device: torch.dev
 
 
 def norm(kind: str, params: Params, name: str, x: Tensor, share: Tensor | None = None) -> Tensor:
-    """Layer or batch normalisation of ``x [batch, features, ...]``; further axes are positions of the features.
+    """Layer, group or batch normalisation of ``x [batch, features, ...]``; further axes are positions of the features.
 
     kind: a key of ``NORMS``.     share: ``[batch]``, each example's part in the statistics, adding up to 1.
 
-    Layer normalisation (Ba et al. 2016, arXiv 1607.06450) takes positions and features together. Batch normalisation
+    Layer normalisation (Ba et al. 2016, arXiv 1607.06450) takes positions and features together, group normalisation
+    (Wu and He 2018, arXiv 1803.08494) those of each group. Batch normalisation
     (Ioffe and Szegedy 2015, arXiv 1502.03167) takes the statistics of the batch at hand, in validation too: there are
     no running averages, so the loss is a function of the parameters and the batch alone.
     """
@@ -76,6 +84,9 @@ def norm(kind: str, params: Params, name: str, x: Tensor, share: Tensor | None =
 def _mean(kind: str, x: Tensor, share: Tensor | None) -> Tensor:
     if kind == "layer":
         return x.mean(tuple(range(1, x.ndim)), keepdim=True)
+    if kind == "group":
+        groups = x.unflatten(1, (math.gcd(x.shape[1], _GROUPS), -1))
+        return groups.mean(tuple(range(2, groups.ndim)), keepdim=True).expand_as(groups).reshape(x.shape)
     if share is None:
         return x.mean((0, *range(2, x.ndim)), keepdim=True)
     examples = x.flatten(2).mean(2) if x.ndim > 2 else x
@@ -106,5 +117,5 @@ def mean_loss(criterion: Callable[..., Tensor], output: Tensor, target: Tensor, 
 
 def check_network(activation: str, norm: str = "none") -> None:
     """Raises `UnknownNameError` for names that are not in ``ACTIVATIONS`` and ``NORMS``."""
-    choose("activation", activation, ACTIVATIONS)
-    choose("norm", norm, NORMS)
+    lookup("activation", activation, ACTIVATIONS)
+    lookup("norm", norm, NORMS)

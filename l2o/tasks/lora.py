@@ -9,9 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._names import choose
-from l2o.draws import integers, normal, uniform
+from l2o.checks import check_int, lookup
+from l2o.random import integers, normal, uniform
 from l2o.tasks.image_task import ImageClassifier, pooled_split
 from l2o.tasks.layers import ACTIVATIONS, CRITERIA, check_network, linear, mean_loss
 from l2o.types import Batch, Buffers, Params, Split, TaskData
@@ -52,10 +51,10 @@ class ImageLoRA(ImageClassifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self.activation)
-        whole("width", self.width)
-        whole("depth", self.depth)
-        whole("rank", self.rank)
-        choose("shift", self.shift, SHIFTS)
+        check_int("width", self.width)
+        check_int("depth", self.depth)
+        check_int("rank", self.rank)
+        lookup("shift", self.shift, SHIFTS)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         data = super().sample(generator, lanes)
@@ -98,6 +97,28 @@ class ImageLoRA(ImageClassifier):
 
     def _sizes(self) -> list[int]:
         return [self.side**2, *[self.width] * self.depth, self.classes]
+
+
+@dataclass(frozen=True)
+class ImageFineTune(ImageLoRA):
+    """The same adaptation by all of the network's own parameters, which the frozen ones are the start of.
+
+    Parameters: ``{layer}.weight [lanes, out, in]`` and ``{layer}.bias [lanes, out]``; no adapters, so that ``rank``
+    says nothing, and no buffers. Everything else as in `ImageLoRA`.
+    """
+
+    def parameters(self, generator: torch.Generator, lanes: int) -> Params:
+        base = _fitted(self.dataset, self.half, self.pool, self.activation, tuple(self._sizes()))
+        return {k: t.to(generator.device).expand(lanes, *t.shape).clone() for k, t in base.items()}
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        return ImageClassifier.init(self, data, generator)
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
+        x = batch["x"].to(params["0.weight"].dtype)
+        for layer in range(self.depth + 1):
+            x = linear(params, f"{layer}", ACTIVATIONS[self.activation](x) if layer else x)
+        return mean_loss(CRITERIA[self.criterion], x, batch["y"], batch.get("share")), buffers
 
 
 @cache

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from l2o._files import cache_folder, user_path
+from l2o.disk import cache_folder, user_path
 from l2o.download import fetch
 from l2o.types import ConfigurationError, DataError, DownloadError
 

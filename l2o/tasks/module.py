@@ -15,9 +15,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from l2o._checks import whole
-from l2o._contract import check_scalar, check_trainable, vectorised
-from l2o.draws import LaneGenerator, keys
+from l2o.checks import check_int
+from l2o.family_checks import check_scalar, check_trainable, vectorised
+from l2o.random import LaneGenerator, keys
 from l2o.tasks.sources import Examples, Source, as_source
 from l2o.tasks.stateless import Stateless, seeded
 from l2o.types import Batch, Buffers, ConfigurationError, L2OError, Params, Split, TaskData, TaskFamily
@@ -62,7 +62,7 @@ class ModuleTask(TaskFamily):
 
     def __post_init__(self) -> None:
         if self.batch_size is not None:
-            whole("batch_size", self.batch_size)
+            check_int("batch_size", self.batch_size)
         for name in ("module", "criterion"):
             if not callable(getattr(self, name)):
                 came = type(getattr(self, name)).__name__

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2o._names import choose
+from l2o.checks import lookup
 from l2o.tasks.data import HALVES, SPLITS, split_indices
 from l2o.types import DataError
 
@@ -31,7 +31,7 @@ def pictures(half: str, device: torch.device) -> Tensor:
     Each is the square in the middle, averaged over areas; grey ones have three equal channels. Loaded once a process
     and device. Raises `UnknownNameError` for an unknown half, `DataError` where scikit-image is missing or damaged.
     """
-    return torch.stack([_square(_load(name)) for name in choose("half", half, PICTURES)]).to(device)
+    return torch.stack([_square(_load(name)) for name in lookup("half", half, PICTURES)]).to(device)
 
 
 def _load(name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -61,7 +61,7 @@ def pixel_split(side: int, split: str, device: torch.device | str) -> Tensor:
 
     Raises `UnknownNameError` for an unknown split.
     """
-    choose("split", split, SPLITS)
+    lookup("split", split, SPLITS)
     return _pixel_split(side, split, torch.device(device))
 
 

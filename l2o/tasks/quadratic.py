@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2o._checks import real, whole
-from l2o.draws import normal
+from l2o.checks import check_float, check_int
+from l2o.random import normal
 from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
 
 
@@ -32,9 +32,9 @@ class Quadratic(TaskFamily):
     keyed = True
 
     def __post_init__(self) -> None:
-        whole("dim", self.dim)
-        real("noise", self.noise, least=0.0)
-        real("init_scale", self.init_scale, least=0.0)
+        check_int("dim", self.dim)
+        check_float("noise", self.noise, least=0.0)
+        check_float("init_scale", self.init_scale, least=0.0)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"w": normal(generator, lanes, self.dim, self.dim), "y": normal(generator, lanes, self.dim)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l2o._checks import each, real, whole
-from l2o.draws import log_uniform
+from l2o.checks import check_each, check_float, check_int
+from l2o.random import log_uniform
 from l2o.types import ConfigurationError
 
 Range = tuple[float, float] | None
@@ -16,21 +16,21 @@ Range = tuple[float, float] | None
 def check_range(name: str, value: Range, most: float, least: float = 0.0) -> None:
     """Raises `ConfigurationError` for what is not None nor two numbers with least <= lowest <= highest <= most."""
     if value is not None:
-        each(name, value, lambda part, number: real(part, number, least))
+        check_each(name, value, lambda part, number: check_float(part, number, least))
         _check_ends(name, value, most)
 
 
 def check_log_range(name: str, value: Range) -> None:
     """Raises `ConfigurationError` for what is not None nor two positive numbers, the lower one first."""
     if value is not None:
-        each(name, value, lambda part, number: real(part, number, above=0.0))
+        check_each(name, value, lambda part, number: check_float(part, number, above=0.0))
         _check_ends(name, value)
 
 
 def check_whole_range(name: str, value: Range, least: int = 1, most: float = 2.0**24) -> None:
     """Raises `ConfigurationError` for what is not None nor two whole numbers, the lower one first, in those bounds."""
     if value is not None:
-        each(name, value, lambda part, number: whole(part, number, least))
+        check_each(name, value, lambda part, number: check_int(part, number, least))
         _check_ends(name, value, most)
 
 

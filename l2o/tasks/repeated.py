@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from l2o._checks import whole
-from l2o._contract import checked_batch, checked_init, checked_sample
-from l2o.types import Batch, Buffers, ConfigurationError, Grads, Params, PerceptronBatches, Split, TaskData, TaskFamily
+from l2o.checks import check_int
+from l2o.family_checks import checked_batch, checked_init, checked_sample
+from l2o.types import (
+    Batch,
+    Buffers,
+    ConfigurationError,
+    Grads,
+    Kind,
+    Params,
+    PerceptronBatches,
+    Split,
+    TaskData,
+    TaskFamily,
+)
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,15 @@ class Repeated(TaskFamily):
     copies: int
 
     def __post_init__(self) -> None:
-        whole("copies", self.copies)
+        check_int("copies", self.copies)
 
     @property
-    def keyed(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the family
+    def keyed(self) -> bool:
         return self.family.keyed
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return self.family.kinds
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         if lanes % self.copies:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from l2o.draws import integers, keys
+from l2o.random import integers, keys
 from l2o.tasks.stateless import reseed, seeded, untouched
 from l2o.types import ConfigurationError
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from l2o.draws import hashes, shift, stream
+from l2o.random import hashes, shift, stream
 from l2o.tasks.recurrent import CELLS, run_cell, run_layers
 from l2o.types import ConfigurationError
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2o._checks import whole
-from l2o._names import choose
+from l2o.checks import check_int, lookup
 from l2o.tasks.data import HALVES, split_indices
 from l2o.tasks.module import ModuleTask
 from l2o.types import Batch, Buffers, DataError, Params, Split, TaskData, TaskFamily
@@ -26,7 +25,8 @@ class DiabetesMLP(TaskFamily):
     The table is scikit-learn's ``load_diabetes`` (Efron et al. 2004, "Least angle regression"): 442 patients, 221 in
     each half. Columns and target are standardised by the patients for training, so that a constant scores about 1.
 
-    half: ``meta_train`` or ``meta_test``.     batch_size: patients a batch.     width, depth: of the hidden layers.
+    half: ``meta_train`` or ``meta_test``.     batch_size: patients a batch; None for all of them.
+    width, depth: of the hidden layers.
 
     Lanes differ in their initialisation and batches: see `ModuleTask`, which this is one of.
     Raises `UnknownNameError` for an unknown name, `ConfigurationError` for a number out of its range, `DataError` where
@@ -35,16 +35,17 @@ class DiabetesMLP(TaskFamily):
 
     half: str = "meta_train"
     _: KW_ONLY
-    batch_size: int = 32
+    batch_size: int | None = 32
     width: int = 32
     depth: int = 2
 
     keyed = True
 
     def __post_init__(self) -> None:
-        choose("half", self.half, HALVES)
-        for name, least in {"batch_size": 1, "width": 1, "depth": 0}.items():
-            whole(name, getattr(self, name), least)
+        lookup("half", self.half, HALVES)
+        least = {"width": 1, "depth": 0} | ({} if self.batch_size is None else {"batch_size": 1})
+        for name, bound in least.items():
+            check_int(name, getattr(self, name), bound)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return self._task.sample(generator, lanes)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2o._names import choose
+from l2o.checks import lookup
 from l2o.tasks.data import HALVES, SPLITS, split_indices
 from l2o.types import DataError
 
@@ -50,9 +50,9 @@ def text_split(text: str, half: str, split: str, device: torch.device | str) -> 
     The four parts are disjoint and the same in every process; what does not fill a block at the end is left out.
     Raises `UnknownNameError` for an unknown name, `DataError` where the text is missing.
     """
-    choose("text", text, TEXTS)
-    choose("half", half, HALVES)
-    choose("split", split, SPLITS)
+    lookup("text", text, TEXTS)
+    lookup("half", half, HALVES)
+    lookup("split", split, SPLITS)
     return _text_split(text, half, split, torch.device(device))
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: the engine, steps of the plug-in, memory, and the checks and measurements of a GPU."""

@@ -1,0 +1,137 @@
+"""What a step of an optimizer costs: time beside the usual ones in the same run, and memory for its state."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from l2o.bench.memory import scratch_bytes
+from l2o.optim import LearnedOptimizer
+from l2o.optim.apply import WORTH_A_KERNEL
+from l2o.types import Theta, UpdateRule
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]
+"""The optimizer of these parameters, or several that share them."""
+
+YARDSTICK = "AdamW (fused)"
+USUAL: dict[str, MakeOptimizer] = {
+    YARDSTICK: lambda params: torch.optim.AdamW(params, fused=True),
+    "Adam": lambda params: torch.optim.Adam(params),
+}
+
+
+class Cost(NamedTuple):
+    """What a step costs.
+
+    seconds: median time of a step.     state_bytes: of optimizer state, a parameter.
+    cpu_seconds: median time that the thread ran for in a step, which other programs hardly lengthen; None where the
+        work is not done by one thread of the CPU.
+    scratch_bytes: memory that a step takes beyond what it finds, at its peak, a parameter; None where nobody counts it.
+    """
+
+    seconds: float
+    state_bytes: float
+    cpu_seconds: float | None
+    scratch_bytes: float | None
+
+
+def optimizer_costs(
+    learned: Mapping[str, tuple[UpdateRule, Theta]], device: torch.device | str = "cpu"
+) -> dict[str, Cost]:
+    """Plug-ins, fused AdamW and Adam on a perceptron of a million parameters, by name.
+
+    learned: rules with their θ, by name.
+    """
+    module = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)).to(device)
+    return step_cost({**{name: partial(plug_in, *each) for name, each in learned.items()}, **USUAL}, module)
+
+
+def plug_in(rule: UpdateRule, theta: Theta, params: list[nn.Parameter]) -> LearnedOptimizer:
+    """For a run that is long enough for a kernel of the rule, if it has one."""
+    entries = sum(p.numel() for p in params)
+    return LearnedOptimizer(params, (rule, theta), total_steps=max(10_000, math.ceil(WORTH_A_KERNEL / entries)))
+
+
+def step_cost(
+    makers: Mapping[str, MakeOptimizer], module: nn.Module, rounds: int = 11, seconds: float = 0.0
+) -> dict[str, Cost]:
+    """Time optimizers in turn, each on its own copy of ``module`` with the same gradients, drawn once.
+
+    makers: by name.     rounds: steps of each that are timed, at least; one before them is not.
+    seconds: how long to go on, at least.
+    """
+    stepping = {name: Stepping(make, module) for name, make in makers.items()}
+    for each in stepping.values():
+        each.step()
+    began, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - began < seconds:
+        for each in stepping.values():
+            each.timed_step()
+        done += 1
+    return {name: each.cost() for name, each in stepping.items()}
+
+
+class Stepping:
+    """An optimizer on its own copy of a module, with gradients that stay, and the times of its steps."""
+
+    def __init__(self, make: MakeOptimizer, module: nn.Module) -> None:
+        self._params = _with_gradients(module)
+        made = make(self._params)
+        self._optimizers = [made] if isinstance(made, Optimizer) else made
+        self._device = self._params[0].device
+        self._seconds: list[float] = []
+        self._cpu_seconds: list[float] = []
+
+    def step(self) -> None:
+        """One step, to its end."""
+        for optimizer in self._optimizers:
+            optimizer.step(lambda: 1.0)  # a loss, which some rules read
+        wait(self._device)
+
+    def timed_step(self) -> None:
+        """One step whose time counts."""
+        began, cpu_began = time.perf_counter(), time.thread_time()
+        self.step()
+        self._cpu_seconds.append(time.thread_time() - cpu_began)
+        self._seconds.append(time.perf_counter() - began)
+
+    def cost(self) -> Cost:
+        """Of the steps so far, and of one more, whose memory is watched."""
+        entries = sum(p.numel() for p in self._params)
+        alone = self._device.type == "cpu" and torch.get_num_threads() == 1
+        scratch = scratch_bytes(self.step, self._device)
+        return Cost(
+            seconds=median(self._seconds),
+            state_bytes=sum(_state_bytes(optimizer) for optimizer in self._optimizers) / entries,
+            cpu_seconds=median(self._cpu_seconds) if alone else None,
+            scratch_bytes=None if scratch is None else scratch / entries,
+        )
+
+
+def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
+    params = list(copy.deepcopy(module).parameters())
+    generator = torch.Generator(params[0].device).manual_seed(0)
+    for p in params:
+        p.grad = torch.empty_like(p).normal_(std=1e-2, generator=generator)
+    return params
+
+
+def wait(device: torch.device | str) -> None:
+    """Until the device has done what it was asked to."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    leaves = tree_leaves(list(optimizer.state.values()))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))

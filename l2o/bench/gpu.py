@@ -1,0 +1,179 @@
+"""What `make gpu` measures: the engine by lanes, a step of optimizers by size, a minute of the main job."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._pytree import tree_map
+
+from l2o.bench.checks import COMPILERS, Figures, distance
+from l2o.bench.engine import FAMILY, HORIZON, RULES, Engine, measure, seconds_a_call
+from l2o.bench.memory import peak_memory_mb
+from l2o.bench.steps import Shapes, measure_steps
+from l2o.estimators import Backprop
+from l2o.evaluation.scores import score
+from l2o.evaluation.trials import Setting, run_learned
+from l2o.meta import MetaTraining
+from l2o.ops import networks
+from l2o.rules import MLP
+from l2o.tasks import ImageMLP
+from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, UpdateRule, Updates
+from l2o.unroll import expand_theta, inner_step, sample_runs
+
+
+class LeftOut(Exception):
+    """Why something is not measured, which is no fault."""
+
+
+Advance = Callable[[], InnerState]
+"""One inner step of all lanes: the state after it."""
+
+
+def engine(setup: str, lanes: int, seconds: float, device: torch.device) -> Figures:
+    """`measure`, and the memory of the device."""
+    figures = measure(Engine(setup, "mlp", lanes), seconds, str(device), time.time())
+    return {**figures, "peak_mb": peak_mb(device)}
+
+
+def peak_mb(device: torch.device) -> float:
+    """Of the device since it was last reset, in MB (10^6 bytes); of the process, where that is the CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory_mb()
+
+
+def inner_steps(variant: str, lanes: int, seconds: float, device: torch.device) -> Figures:
+    """Inner steps a second on one batch, without derivatives with respect to θ, in one of ``VARIANTS``.
+
+    error: of the parameters after five steps, beside those of ``torch``.
+    """
+    with torch.no_grad():
+        want, _ = _five_steps("torch", lanes, device)
+        got, advance = _five_steps(variant, lanes, device)
+        error = distance(got.params, want.params)
+        assert error < 1e-3, f"{error:.2g} apart from torch's operations after five steps"
+        with _kernels(variant):
+            rate = lanes / seconds_a_call(advance, seconds, str(device))
+    return {"variant": variant, "lanes": lanes, "steps_per_second": rate, "error": error, "peak_mb": peak_mb(device)}
+
+
+def _five_steps(variant: str, lanes: int, device: torch.device) -> tuple[InnerState, Advance]:
+    with _kernels(variant):
+        advance = VARIANTS[variant](lanes, device)
+        states = [advance() for _ in range(5)]
+    return tree_map(torch.clone, states[-1]), advance
+
+
+def with_kernels(work: Callable[[], Figures]) -> Figures:
+    """``work`` with kernels also where they have to be asked for: those in Triton, on a GPU."""
+    with patch.dict(os.environ, L2O_KERNELS="1"):
+        return work()
+
+
+def with_large_blocks(work: Callable[[], Figures]) -> Figures:
+    """``work`` with 2^20 entries at once through the networks of rules, 16 times as many as on a CPU."""
+    with patch.object(networks, "BLOCK", 1 << 20):
+        return work()
+
+
+def _kernels(variant: str) -> Any:
+    return patch.dict(os.environ, L2O_KERNELS="1" if variant == "kernel" else "0")
+
+
+def _step(rule: UpdateRule, lanes: int, device: torch.device) -> tuple[Callable[[InnerState], InnerState], InnerState]:
+    generator = torch.Generator(device).manual_seed(0)
+    theta = expand_theta(rule.init_theta(generator), lanes)
+    state = sample_runs(rule, theta, FAMILY, torch.full((lanes,), HORIZON, device=device), generator)
+    batch = FAMILY.batch(state.data, "train", generator)
+    return lambda state: inner_step(rule, theta, FAMILY, state, batch)[0], state
+
+
+def _eager(rule: UpdateRule, lanes: int, device: torch.device) -> Advance:
+    step, state = _step(rule, lanes, device)
+
+    def advance() -> InnerState:
+        nonlocal state
+        state = step(state)
+        return state
+
+    return advance
+
+
+def _graph(rule: UpdateRule, lanes: int, device: torch.device) -> Advance:
+    """A step as one CUDA graph, which writes the new state over the old."""
+    if device.type != "cuda":
+        raise LeftOut("CUDA graphs are of CUDA")
+    step, state = _step(rule, lanes, device)
+    state = tree_map(torch.clone, state)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is allocated or copied once must not be part of the graph
+        for _ in range(3):
+            step(state)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tree_map(lambda old, new: old.copy_(new), state, step(state))
+
+    def advance() -> InnerState:
+        graph.replay()
+        return state
+
+    return advance
+
+
+class Compiled(MLP):
+    """The update of all lanes, compiled in the place of a kernel."""
+
+    def fused_update(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
+    ) -> tuple[Updates, OptState]:
+        return _compiled(self, theta["b0"].device.type)(theta, grads, state, params, run)
+
+
+@cache
+def _compiled(rule: MLP, device: str) -> Any:
+    return torch.compile(rule.update_lanes, backend=COMPILERS[device])
+
+
+VARIANTS: dict[str, Callable[[int, torch.device], Advance]] = {
+    "torch": partial(_eager, RULES["mlp"]),
+    "graph": partial(_graph, RULES["mlp"]),
+    "compiled": partial(_eager, Compiled(time="steps")),
+    "kernel": partial(_eager, RULES["mlp"]),
+}
+"""Ways to take the same inner step: torch's operations, those as a CUDA graph, compiled, and by a kernel."""
+
+
+def step(source: tuple[UpdateRule, Theta], network: str | Shapes, device: torch.device) -> Figures:
+    """A step of a rule on one of `NETWORKS`, beside those of torch.  beside: nanoseconds of theirs, a parameter."""
+    own, *others = measure_steps({"own": source}, network, 0.0, str(device))
+    beside = {other["rule"]: other["wall_ns_per_parameter"] for other in others}
+    return {**own, "ms": own["wall_ns_per_parameter"] * own["parameters"] / 1e6, "beside": beside}
+
+
+def main_job(seconds: float, device: torch.device) -> Figures:
+    """Meta-trains the rule of the README's script; held-out losses are of images and tasks that it never saw."""
+    generator = torch.Generator(device).manual_seed(0)
+    rule, lanes = MLP(), 16
+    estimator = Backprop(
+        rule, ImageMLP(dataset="digits", width=32), lanes=lanes, horizon=200, truncation=20, meta_loss="log"
+    )
+    training = MetaTraining(
+        estimator, rule.init_theta(generator), lambda theta: torch.optim.Adam(theta, lr=1e-3), generator
+    )
+    setting = Setting("digits", ImageMLP(dataset="digits", half="meta_test", width=32), steps=200)
+
+    def held_out() -> float:
+        return float(score(run_learned(rule, training.theta, setting, device), setting.smoothing).mean)
+
+    before, inner, began = held_out(), 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        inner += int(training.outer_step()["inner_steps"])
+    rate = inner / (time.perf_counter() - began)
+    figures = {"outer_steps": training.step, "inner_steps": inner, "steps_per_second": rate, "lanes": lanes}
+    return {**figures, "held_out_loss_before": before, "held_out_loss_after": held_out(), "peak_mb": peak_mb(device)}

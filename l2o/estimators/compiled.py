@@ -1,0 +1,147 @@
+"""A rule and a family compiled by ``torch.compile``: what all lanes do in an inner step, in few fused loops.
+
+The update of a rule with a state of many small tensors is some hundred small operations, whose dispatch takes longer
+than their arithmetic. Each combination of rule, family and number of lanes is compiled once, at its first step, in 10
+to 60 s; torch keeps the result on disk for other runs. Results differ from the engine's own by rounding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from l2o.ops.kinds import lane_infos
+from l2o.types import (
+    LOCAL,
+    Batch,
+    Buffers,
+    Grads,
+    Infos,
+    Kind,
+    OptState,
+    Params,
+    Reduce,
+    Run,
+    Split,
+    TaskData,
+    TaskFamily,
+    Theta,
+    UpdateRule,
+    Updates,
+)
+
+
+class CompiledRule(UpdateRule):
+    """``rule``, whose update of all lanes is compiled; for unrolls without derivatives.  kinds: of the family."""
+
+    def __init__(self, rule: UpdateRule, kinds: Mapping[str, Kind]) -> None:
+        self.rule, self.kinds = rule, kinds
+        self._update = _compiled(self._all)
+
+    @property
+    def learned_init(self) -> bool:
+        return self.rule.learned_init
+
+    @property
+    def needs_loss(self) -> bool:
+        return self.rule.needs_loss
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return self.rule.init_theta(generator)
+
+    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
+        return self.rule.init(theta, params, infos)
+
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        return self.rule.update(theta, grads, state, params, infos, run, reduce)
+
+    def fused_update(
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
+    ) -> tuple[Updates, OptState] | None:
+        return cast("tuple[Updates, OptState]", self._update(theta, grads, state, params, run))
+
+    def _all(self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
+        infos, needs_loss = lane_infos(params, self.kinds), self.needs_loss
+
+        def one(theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
+            return self.rule.update(theta, grads, state, params, infos, run if needs_loss else run._replace(loss=None))
+
+        # Contiguous, as at the start of a run: with other strides all would be compiled again.
+        return tree_map(lambda t: t.contiguous(), vmap(one)(theta, grads, state, params, run))
+
+
+class CompiledFamily(TaskFamily):
+    """``family``, whose losses and gradients of all lanes are compiled where it has no closed form of them."""
+
+    def __init__(self, family: TaskFamily) -> None:
+        self.family = family
+        self._losses = _compiled(vmap(family.loss))
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:  # type: ignore[override]  # likewise
+        return self.family.kinds
+
+    @property
+    def keyed(self) -> bool:  # type: ignore[override]  # not of the class: it is that of the family
+        return self.family.keyed
+
+    def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
+        return self.family.sample(generator, lanes)
+
+    def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
+        return self.family.init(data, generator)
+
+    def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
+        return self.family.batch(data, split, generator)
+
+    def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
+        return self.family.loss(params, buffers, data, batch)
+
+    def fused_gradient(
+        self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Tensor, Buffers, Grads] | None:
+        result = self.family.fused_gradient(params, buffers, data, batch)
+        if result is not None:
+            return result
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+            losses, after = self._losses(leaves, buffers, data, batch)
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+        after = {name: b.detach() for name, b in after.items()}
+        return losses.detach(), after, dict(zip(params, grads, strict=True))
+
+    def transform_gradients(
+        self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
+    ) -> tuple[Grads, Buffers]:
+        return self.family.transform_gradients(grads, buffers, data, batch)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of tensors, compiled by itself: torch would count the recompilations of all lanes' together."""
+
+    def called(*arguments: Any) -> Any:
+        with warnings.catch_warnings():  # of caches that a compiled function leaves out, and of torch's own imports
+            warnings.simplefilter("ignore")
+            return made()(*arguments)
+
+    @cache
+    def made() -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False, isolate_recompiles=True)
+
+    return called

@@ -1,0 +1,196 @@
+"""Curves that are run once ever: append-only files, each curve by a digest of what it belongs to (see `identity`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2o.disk import atomic_write
+from l2o.evaluation.entrants import Entrant
+from l2o.evaluation.identity import curve_key, digest
+from l2o.evaluation.scores import Kept
+from l2o.evaluation.trials import Array, Setting
+from l2o.types import ConfigurationError, ResumeError
+
+FORMAT = 1
+"""Of the files; to be raised when one of today could no longer be read."""
+_ARRAYS = ("train", "peak", "valid")
+_BITS = {"train": 11, "peak": 6, "valid": 11}
+"""Of 23 in the mantissa of a loss that are kept: three significant digits, of a peak two, and half the bytes."""
+
+
+class Record(NamedTuple):
+    """One curve.
+
+    facts: what people may want to know: suite, task, optimizer, rate, seed, seconds.
+    steps, train, peak, valid, valid_steps: as in `Kept`, of one run.
+    """
+
+    facts: Mapping[str, Any]
+    steps: list[int]
+    train: Array
+    peak: Array
+    valid: Array
+    valid_steps: list[int]
+
+
+class Store:
+    """All curves in ``folder``, to which it appends, and in ``bases``, folders that it only reads.
+
+    Raises `ResumeError` for a file that is damaged or of another format.
+    """
+
+    def __init__(self, folder: Path, bases: Iterable[Path] = ()) -> None:
+        self.folder = folder
+        self._records: dict[str, Record] = {}
+        self._seen: set[Path] = set()
+        for each in (*bases, folder):
+            self._read(each)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _read(self, folder: Path) -> None:
+        for path in sorted(set(folder.glob("*.npz")) - self._seen):
+            self._records.update(read(path))
+            self._seen.add(path)
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        self._read(self.folder)
+
+    def lacking(self, suite: str, setting: Setting, entrant: Entrant) -> list[float | None]:
+        """The learning rates of which a seed is missing."""
+        return [
+            rate for rate in entrant.rates if not all(k in self._records for k in _keys(suite, setting, entrant, rate))
+        ]
+
+    def add(self, suite: str, setting: Setting, entrant: Entrant, kept: Kept) -> Path:
+        """Append the curves of some or all learning rates, those of ``kept``; atomically, in a file of their own."""
+        records = {}
+        for trial, rate in enumerate(kept.rates):
+            for seed, key in enumerate(_keys(suite, setting, entrant, rate)):
+                arrays = (_rounded(getattr(kept, name)[:, seed, trial], _BITS[name]) for name in _ARRAYS)
+                train, peak, valid = arrays
+                records[key] = Record(
+                    {
+                        "suite": suite,
+                        "revision": setting.revision,
+                        "task": setting.name,
+                        "optimizer": kept.label,
+                        "rate": rate,
+                        "seed": seed,
+                        "seconds": round(kept.seconds / (setting.seeds * len(kept.rates)), 3),
+                        "relative_step": kept.relative_step,
+                    },
+                    kept.steps,
+                    train,
+                    peak,
+                    valid,
+                    kept.valid_steps,
+                )
+        self._records.update(records)
+        path = write(self.folder, records)
+        self._seen.add(path)
+        return path
+
+    def kept(self, suite: str, setting: Setting, entrant: Entrant) -> Kept:
+        """All trials of an optimizer. Raises `ConfigurationError` where some are missing."""
+        if self.lacking(suite, setting, entrant):
+            raise ConfigurationError(f"{setting.name}: {entrant.label} has not been run; run the suite first")
+        rows = [[self._records[k] for k in _keys(suite, setting, entrant, rate)] for rate in entrant.rates]
+        first = rows[0][0]
+        arrays = [np.stack([np.stack([getattr(r, name) for r in row], 1) for row in rows], 2) for name in _ARRAYS]
+        train, peak, valid = (a.astype(np.float64) for a in arrays)
+        seconds = sum(r.facts["seconds"] for row in rows for r in row)
+        return Kept(
+            entrant.label,
+            entrant.rates,
+            first.steps,
+            train,
+            peak,
+            valid,
+            first.valid_steps,
+            seconds,
+            first.facts["relative_step"],
+        )
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Every curve as a plain dict, for a table or for pandas: facts, final losses, and the curve itself."""
+        for record in self._records.values():
+            rest = {name: getattr(record, name) for name in record._fields[1:]}
+            yield {**record.facts, "final": float(record.train[-1]), "valid_final": float(record.valid[-1]), **rest}
+
+    def pack(
+        self, folder: Path, suite: str, settings: Iterable[Setting], entrants: Mapping[str, Entrant]
+    ) -> list[Path]:
+        """Write the curves of a suite, a file an optimizer, into ``folder``: what is committed, or handed on."""
+        paths = []
+        for name, entrant in entrants.items():
+            keys = [k for s in settings for rate in entrant.rates for k in _keys(suite, s, entrant, rate)]
+            paths.append(write(folder, {key: self._records[key] for key in keys if key in self._records}, name))
+        return paths
+
+
+def _keys(suite: str, setting: Setting, entrant: Entrant, rate: float | None) -> list[str]:
+    return [curve_key(suite, setting, entrant, rate, seed) for seed in range(setting.seeds)]
+
+
+def write(folder: Path, records: Mapping[str, Record], name: str = "") -> Path:
+    """One file of curves: an array for all of one length.  name: of the file; without, that of its content."""
+    lengths: dict[tuple[int, int], list[str]] = {}
+    for key, record in records.items():
+        lengths.setdefault((len(record.train), record.steps[-1]), []).append(key)
+    arrays: dict[str, Array] = {}
+    groups = []
+    for i, keys in enumerate(lengths.values()):
+        first = records[keys[0]]
+        arrays |= {f"{i}.{a}": np.stack([getattr(records[k], a) for k in keys]) for a in _ARRAYS}
+        facts = {key: dict(records[key].facts) for key in keys}
+        groups.append({"steps": first.steps, "valid_steps": first.valid_steps, "facts": facts})
+    header = json.dumps({"format": FORMAT, "groups": groups}).encode()
+    out = io.BytesIO()
+    np.savez_compressed(out, header=np.frombuffer(header, np.uint8), **arrays)  # type: ignore[arg-type]
+    path = folder / f"{name or digest(sorted(records))}.npz"
+    atomic_write(path, out.getvalue())
+    return path
+
+
+def read(path: Path) -> dict[str, Record]:
+    """The curves of a file, by key. Raises `ResumeError`, which says that it may be deleted."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            header = json.loads(file["header"].tobytes())
+            if header["format"] != FORMAT:
+                raise ResumeError(
+                    f"{path} has format {header['format']!r}, this l2o reads {FORMAT}: use the l2o that wrote it"
+                )
+            return dict(_unpacked(header["groups"], file))
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, ResumeError):
+            raise
+        raise ResumeError(
+            f"{path} is damaged ({error}); delete it, and the same command runs its curves again"
+        ) from error
+
+
+def _unpacked(groups: Sequence[Mapping[str, Any]], file: Mapping[str, Array]) -> Iterator[tuple[str, Record]]:
+    for i, group in enumerate(groups):
+        train, peak, valid = (file[f"{i}.{name}"] for name in _ARRAYS)
+        for row, (key, facts) in enumerate(group["facts"].items()):
+            yield key, Record(facts, group["steps"], train[row], peak[row], valid[row], group["valid_steps"])
+
+
+def _rounded(losses: Array, kept: int) -> Array:
+    """float32 with so many bits of mantissa, to the nearest; what is not finite stays so."""
+    with np.errstate(over="ignore"):
+        bits = losses.astype(np.float32).view(np.uint32)
+    drop = np.uint32(23 - kept)
+    rounded = ((bits + (np.uint32(1) << (drop - np.uint32(1)))) >> drop) << drop
+    return np.where(np.isfinite(losses), rounded, bits).astype(np.uint32).view(np.float32)

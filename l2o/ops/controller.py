@@ -1,0 +1,112 @@
+"""Decisions about the steps of tensors by a small network, from what needs no loss and has no scale of gradients.
+
+The network is one for all tensors. It adds to what `l2o.ops.alignment` does, and nothing at first: its last layer is
+zero until something is learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2o.ops.networks import init_mlp, mlp
+from l2o.ops.numeric import constant, over_root
+from l2o.types import Run, Slots, Theta
+
+OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "begun")
+OF_TENSOR = ("signal", "size", "fan_in", "fan_out", "matrix", "near", "far", "factor")
+"""Inputs: what the tensors of a run share, and what each has of its own; see `decide`."""
+_PREFIX = "decide_"
+_HIDDEN = 16
+_NEAR, _FAR, _LONG = 5.0, 20.0, 100.0
+"""Steps that means of cosines go over: of single tensors, and the longest of all together."""
+_UNIT = 4.0
+"""Of cosines, as inputs: their size is about a quarter."""
+_LEAST_SIGNAL = 0.05
+_PACE = 0.1
+"""Of a tensor's factor towards what the network says: a step is not to follow the noise of its inputs."""
+_RANGE = 1.5
+"""Of the logarithm of a tensor's factor."""
+
+
+class Seen(NamedTuple):
+    """What a step shows of each tensor, ``[tensors]``.
+
+    cosines: of its gradient and its step before.     signal: norm of its momentum over that of its gradient, near one
+    where gradients agree, and near ``sqrt((1 - β) / (1 + β))`` where they are noise.     sizes: root mean squares of
+    its parameters.     near, far, factor: its slots, see `init_seen`.
+    """
+
+    cosines: Tensor
+    signal: Tensor
+    sizes: Tensor
+    near: Tensor
+    far: Tensor
+    factor: Tensor
+
+
+def init_decisions(generator: torch.Generator) -> Theta:
+    """θ of the network, ``decide_w0, decide_b0, ...``; the last layer is zero."""
+    theta = init_mlp(generator, (len(OF_TENSOR) + len(OF_RUN), _HIDDEN, 2))
+    theta["w1"] = torch.zeros_like(theta["w1"])
+    return {f"{_PREFIX}{name}": t for name, t in theta.items()}
+
+
+def init_seen(like: Tensor) -> Slots:
+    """Slots of a tensor, 0-d: running means of its cosine (``near, far``), and the logarithm of its ``factor``."""
+    return {name: like.new_zeros(()) for name in ("near", "far", "factor")}
+
+
+def decide(
+    theta: Theta, shared: Slots, seen: Seen, shapes: Sequence[tuple[int, int]], run: Run
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What each tensor says of the growth of the step of all, and its new slots, all ``[tensors]``.
+
+    shared: of `l2o.ops.alignment`, and ``long``, before this step.     shapes: of the tensors as matrices.
+    """
+    step, total = (t.to(seen.cosines.dtype) for t in run[:2])
+    means = {"near": (seen.near, _NEAR), "far": (seen.far, _FAR)}
+    new = {name: _follow(mean, seen.cosines, steps, step) for name, (mean, steps) in means.items()}
+    inputs = torch.stack([*_of_tensors(seen, shapes), _UNIT * new["near"], _UNIT * new["far"], seen.factor])
+    network = {name.removeprefix(_PREFIX): t for name, t in theta.items() if name.startswith(_PREFIX)}
+    growth, factor = mlp(network, inputs, _of_run(shared, step, total), torch.tanh)
+    bounded = _RANGE * torch.tanh(factor / _RANGE)
+    return growth, {**new, "factor": torch.lerp(seen.factor, bounded, _PACE)}
+
+
+def longer_mean(long: Tensor, cosine: Tensor, run: Run) -> Tensor:
+    """The new ``long`` of all tensors, 0-d."""
+    return _follow(long, cosine, _LONG, run.step)
+
+
+def _follow(mean: Tensor, cosine: Tensor, steps: float, step: Tensor) -> Tensor:
+    """The running mean over ``steps``; the first gradient has no step before it."""
+    return torch.where(step > 0, torch.lerp(cosine, mean, math.exp(-1.0 / steps)), mean)
+
+
+def _of_run(shared: Slots, step: Tensor, total: Tensor) -> Tensor:
+    """Inputs that all tensors share, ``[k]``; lengths of runs by their logarithm, 0 at 300 steps."""
+    variance = (shared["square"] - shared["slow"].square()).clamp(min=0.0)
+    return torch.stack(
+        [
+            *(_UNIT * shared[name] for name in ("fast", "slow", "long")),
+            _UNIT * over_root(variance, variance),
+            0.5 * shared["log_step"],
+            (step / total).clamp(max=1.0),
+            0.5 * torch.log(total / 300.0),
+            torch.exp(-step / 20.0),
+        ]
+    )
+
+
+def _of_tensors(seen: Seen, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Inputs of each tensor, ``[tensors]`` each; 0 for a matrix of 64 inputs and outputs with entries of 1/8."""
+    rows, columns = ([float(max(shape[axis], 1)) for shape in shapes] for axis in (0, 1))
+    fans = [constant([0.5 * math.log(n / 64.0) for n in sizes], seen.sizes) for sizes in (columns, rows)]
+    kinds = constant([float(min(shape) > 1) for shape in shapes], seen.sizes)
+    sizes = 0.25 * torch.log(seen.sizes + 1e-5) + 0.25 * math.log(8.0)
+    return [1.0 + torch.log(seen.signal.clamp(min=_LEAST_SIGNAL)), sizes, *fans, kinds]

@@ -1,0 +1,1 @@
+"""From the command line to objects: composing, building, and assembling a run."""

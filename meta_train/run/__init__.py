@@ -1,0 +1,1 @@
+"""A run: its folder, its session, its processes, what is held out and what is kept."""
