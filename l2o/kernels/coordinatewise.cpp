@@ -80,7 +80,7 @@ struct AllTables {
         return {w, w.all[t], lane, memory.get() + lane * offsets.back() + offsets[t]};
     }
     void make(int64_t lane, int64_t t) const {
-        if (offsets[t] < offsets[t + 1]) of(lane, t).make(w, w.all[t]);
+        if (offsets[t] < offsets[t + 1]) of(lane, t).make(w, w.all[t], lane);
     }
 };
 

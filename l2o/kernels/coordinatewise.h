@@ -24,9 +24,9 @@ void l2o_layout_Field(int64_t* out) {
 }
 
 // Where it is: each lane contiguous, with an axis of decays after that of lanes in m, v, row and col. Without factors,
-// `row` is the second moment of each element.
+// `row` is the second moment of each element; with them, `row_mean` are the means of rows over the axis that they have.
 struct Addresses {
-    const float *grad, *param, *m, *v, *row, *col;
+    const float *grad, *param, *m, *v, *row, *col, *row_mean;
     float* sums;    // of squares [lanes, channels, entries / inner]: written by the first pass, read by the second
     float* update;  // [lanes, entries], or null
 };
@@ -137,33 +137,30 @@ struct Tables {
         return {(root ? right_root : right) + d * rights(f), false};
     }
 
-    // The factor of columns, and of rows, which are measured by their mean over `n` rows that lie `stride` apart.
+    // The factor of columns, and of rows, `n` of which have a mean in common and lie `stride` apart.
     static void column_factors(const float* col, int64_t size, float* factor) {
         each(size, [=](int64_t i) { factor[i] = inverse_root(std::max(col[i], EPS)); });
     }
-    static void row_factors(const float* row, int64_t size, int64_t n, int64_t stride, float* factor) {
-        for (int64_t start = 0; start < size; start += n * stride)
-            for (int64_t k = start; k < start + stride; k++) {
-                double total = 0;
-                for (int64_t i = 0; i < n; i++) total += row[k + i * stride];
-                const float mean = float(total / n) + EPS;
-                for (int64_t i = k; i < k + n * stride; i += stride)
-                    factor[i] = inverse_root(std::max(row[i] / mean, EPS));
-            }
+    static void row_factors(const float* row, const float* mean, int64_t size, int64_t n, int64_t stride, float* factor) {
+        for (int64_t start = 0; start < size; start += stride, start % (n * stride) ? mean : mean += stride)
+            each(stride, [=](int64_t i) {
+                factor[start + i] = inverse_root(std::max(row[start + i] / (mean[i] + EPS), EPS));
+            });
     }
 
-    void make(const Call& w, const Tensor& f) const {
+    void make(const Call& w, const Tensor& f, int64_t lane) const {
         const int64_t l = w.factors * lefts(f), r = w.factors * rights(f);
         const float *from_left = left, *from_right = right;
+        const float* mean = f.row_mean + lane * w.factors * f.axes[0] * f.axes[2] * f.axes[4];
         float *to_left = left_root, *to_right = right_root;
         each(l, [=](int64_t i) { to_left[i] = inverse_root(from_left[i] + ROOT_EPS); });
         each(r, [=](int64_t i) { to_right[i] = inverse_root(from_right[i] + ROOT_EPS); });
         if (f.row_lacks_q) {
-            row_factors(left, l, f.axes[1], f.axes[2] * f.axes[4], left_factor);
+            if (f.row_mean) row_factors(left, mean, l, f.axes[1], f.axes[2] * f.axes[4], left_factor);
             column_factors(right, r, right_factor);
         } else {
             column_factors(left, l, left_factor);
-            row_factors(right, r, f.axes[3], f.axes[4], right_factor);
+            if (f.row_mean) row_factors(right, mean, r, f.axes[3], f.axes[4], right_factor);
         }
     }
 };

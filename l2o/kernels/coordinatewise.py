@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_map
 from l2o.kernels import coordinatewise_cpu as cpu
 from l2o.kernels.arrays import derivative_with_a_graph
 from l2o.ops import coordinatewise as reference
-from l2o.ops.coordinatewise import Recipe
-from l2o.types import Grads, Params, Slots, Theta, Updates
+from l2o.ops.coordinatewise import Axes, Recipe
+from l2o.ops.factored import factored_axes
+from l2o.types import Grads, Infos, Params, Slots, Sum, Theta, Updates
 
 _RECIPES: dict[str, Recipe] = {}
 """By the name that the ops have for them: their arguments are tensors, numbers and strings."""
@@ -33,44 +34,71 @@ def _named(recipe: Recipe) -> str:
     return repr(recipe)
 
 
-def feature_sums(recipe: Recipe, grads: Grads, params: Params, slots: Mapping[str, Slots]) -> dict[str, Tensor]:
-    """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name.
+class Tensors(NamedTuple):
+    """What the ops read of tensors, by name.
 
-    slots: of each tensor; see `Recipe.sources`.
+    slots: of each; see `Recipe.sources`.     row_means: see `l2o.ops.factored.row_means`.
     """
-    names = list(grads)
-    sources = _sources(recipe, names, grads, params, slots)
+
+    grads: Grads
+    params: Params
+    slots: Mapping[str, Slots]
+    infos: Infos
+    row_means: Mapping[str, Tensor | None] = {}
+
+    def only(self, names: Iterable[str]) -> Tensors:
+        """Some of them."""
+        return self._replace(grads={name: self.grads[name] for name in names})
+
+    def sources(self, recipe: Recipe) -> list[Tensor]:
+        """Of one tensor after the other, in the order of gradients."""
+        flat: list[Tensor] = []
+        for name, grad in self.grads.items():
+            own: Any = {"row_mean": self.row_means.get(name), **self.slots[name], "grad": grad}
+            own["param"] = self.params[name]
+            flat += [own[source] for source in recipe.sources(grad.ndim)]
+        return flat
+
+    @property
+    def axes(self) -> list[int]:
+        """Those of `factored_axes`, two for each tensor, -1 for those without."""
+        return [axis for name in self.grads for axis in factored_axes(self.infos[name].shape) or (-1, -1)]
+
+
+def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
+    """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name."""
+    arguments = 0, tensors.axes, tensors.sources(recipe)
     if forward_ad._current_level >= 0:  # which custom ops have no rule for
-        return dict(zip(names, sums_in_blocks(recipe, 0, sources), strict=True))
-    return dict(zip(names, _feature_sums(_named(recipe), 0, sources), strict=True))
+        found = sums_in_blocks(recipe, *arguments)
+    else:
+        found = _feature_sums(_named(recipe), *arguments)
+    axes = {name: tuple(axis + g.ndim for axis in recipe.scaled_axes(g.ndim)) for name, g in tensors.grads.items()}
+    return {name: Sum(sums, axes[name]) for name, sums in zip(tensors.grads, found, strict=True)}
 
 
 def network(
     recipe: Recipe,
     weights: Theta,
-    grads: Grads,
-    params: Params,
-    slots: Mapping[str, Slots],
+    tensors: Tensors,
     sums: Mapping[str, Tensor],
-    counts: Mapping[str, int],
     gains: Tensor,
     means: Tensor | None = None,
 ) -> tuple[Updates, Tensor]:
     """The update of each tensor, by name, none without a head; and the sums over its elements of the network's outputs.
 
     weights: ``w0, b0, w1, ...``; each ``[in, out]`` or ``[out]``, or one for every tensor, ``[tensors, ...]``.
-    sums: of `feature_sums`, completed over all shards.     counts: what they are divided by, `Recipe.count`.
+    sums: of `feature_sums`, completed over all shards.
     gains: ``[tensors]``, on the updates.     means: ``[tensors, outputs]``, of the outputs, where the head reads them.
-    Returns updates, and sums ``[tensors, outputs]``; both in the order of ``grads``.
+    Returns updates, and sums ``[tensors, outputs]``; both in the order of the gradients.
     """
-    names = list(grads)
+    names = list(tensors.grads)
+    counts = [recipe.count(tensors.infos[name].shape) for name in names]
     layers = [t if t.ndim == (3 if i % 2 == 0 else 2) else t.unsqueeze(0) for i, t in enumerate(_ordered(weights))]
-    tensors = (layers, gains, means, [sums[name] for name in names], _sources(recipe, names, grads, params, slots))
-    divided_by = [counts[name] for name in names]
+    inputs = layers, gains, means, [sums[name] for name in names], tensors.sources(recipe)
     if forward_ad._current_level >= 0:
-        *updates, totals = network_in_blocks(recipe, 0, divided_by, *tensors)
+        *updates, totals = network_in_blocks(recipe, 0, tensors.axes, counts, *inputs)
     else:
-        *updates, totals = _coordinatewise(_named(recipe), 0, divided_by, *tensors)
+        *updates, totals = _coordinatewise(_named(recipe), 0, tensors.axes, counts, *inputs)
     return dict(zip(names, updates, strict=False)), totals
 
 
@@ -83,45 +111,39 @@ def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
     return weights | {"w0": first, "b0": weights["b0"] + shared @ common}
 
 
-def _sources(
-    recipe: Recipe, names: Sequence[str], grads: Grads, params: Params, slots: Mapping[str, Slots]
-) -> list[Tensor]:
-    """Of all tensors, one after the other."""
-    flat = []
-    for name in names:
-        every = {**slots[name], "grad": grads[name], "param": params[name]}
-        flat += [every[source] for source in recipe.sources(grads[name].ndim)]
-    return flat
-
-
 def _ordered(weights: Theta) -> list[Tensor]:
     """``w0, b0, w1, ...`` of what may hold more."""
     layers = sum(name[0] == "w" and name[1:].isdecimal() for name in weights)
     return [weights[f"{kind}{i}"] for i in range(layers) for kind in "wb"]
 
 
-def by_tensor(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[Slots]:
-    """What `_sources` put one after the other."""
-    found, at = [], 0
-    while at < len(sources):
+def by_tensor(
+    recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]
+) -> list[tuple[Axes, Slots]]:
+    """Axes and sources of each tensor, which `Tensors` put one after the other."""
+    found: list[tuple[Axes, Slots]] = []
+    at = 0
+    for second, largest in zip(axes[::2], axes[1::2], strict=True):
         names = recipe.sources(sources[at].ndim - bool(lanes))
-        found.append(dict(zip(names, sources[at : at + len(names)], strict=True)))
+        own = dict(zip(names, sources[at : at + len(names)], strict=True))
+        found.append((None if second < 0 else (second, largest), own))
         at += len(names)
     return found
 
 
 @torch.library.custom_op("l2o::feature_sums", mutates_args=())
-def _feature_sums(recipe: str, lanes: int, sources: Sequence[Tensor]) -> list[Tensor]:
-    """lanes: 0 where tensors have no axis of lanes."""
+def _feature_sums(recipe: str, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor]:
+    """lanes: 0 where tensors have no axis of lanes.     axes, sources: see `Tensors`."""
     made = _RECIPES[recipe]
-    found = cpu.feature_sums(made, lanes, sources)
-    return found if found is not None else [t.clone() for t in sums_in_blocks(made, lanes, sources)]
+    found = cpu.feature_sums(made, lanes, axes, sources)
+    return found if found is not None else sums_in_blocks(made, lanes, axes, sources)
 
 
 @torch.library.custom_op("l2o::coordinatewise", mutates_args=())
 def _coordinatewise(
     recipe: str,
     lanes: int,
+    axes: Sequence[int],
     counts: Sequence[int],
     weights: Sequence[Tensor],
     gains: Tensor,
@@ -131,19 +153,23 @@ def _coordinatewise(
 ) -> list[Tensor]:
     """Updates, then sums of outputs.  weights: ``[1 or tensors, ...]`` after the lanes."""
     made = _RECIPES[recipe]
-    found = cpu.coordinatewise(made, lanes, counts, cpu.Inputs(weights, gains, means, sums, sources))
-    return found if found is not None else network_in_blocks(made, lanes, counts, weights, gains, means, sums, sources)
+    inputs = cpu.Inputs(weights, gains, means, sums, sources)
+    found = cpu.coordinatewise(made, lanes, axes, counts, inputs)
+    return found if found is not None else network_in_blocks(made, lanes, axes, counts, *inputs)
 
 
-def sums_in_blocks(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[Tensor]:
+def sums_in_blocks(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor]:
     """``_feature_sums`` in torch's operations."""
-    one = functools.partial(reference.feature_sums, recipe)
-    return [_over_lanes(one, lanes)(own) for own in by_tensor(recipe, lanes, sources)]
+    return [
+        _over_lanes(functools.partial(reference.feature_sums, recipe, own_axes), lanes)(own)
+        for own_axes, own in by_tensor(recipe, lanes, axes, sources)
+    ]
 
 
 def network_in_blocks(
     recipe: Recipe,
     lanes: int,
+    axes: Sequence[int],
     counts: Sequence[int],
     weights: Sequence[Tensor],
     gains: Tensor,
@@ -153,8 +179,8 @@ def network_in_blocks(
 ) -> list[Tensor]:
     """``_coordinatewise`` in torch's operations."""
     results = []
-    for i, own in enumerate(by_tensor(recipe, lanes, sources)):
-        call = _Call.of(recipe, lanes, i, counts[i], weights, gains, means)
+    for i, (own_axes, own) in enumerate(by_tensor(recipe, lanes, axes, sources)):
+        call = _Call.of(recipe, lanes, i, counts[i], weights, gains, means, own_axes)
         results.append(_over_lanes(lambda x, s, t, call=call: call.network(x, s, t), lanes)(own, sums[i], call.tensors))
     updates, totals = zip(*results, strict=True)
     return [*(updates if recipe.head else ()), torch.stack(totals, 1 if lanes else 0)]
@@ -164,6 +190,7 @@ class _Call(NamedTuple):
     """What the network has of one tensor besides sources and sums.  tensors: weights, ``gain`` and ``means``."""
 
     recipe: Recipe
+    axes: Axes
     count: int
     tensors: dict[str, Tensor]
 
@@ -177,17 +204,18 @@ class _Call(NamedTuple):
         weights: Sequence[Tensor],
         gains: Tensor,
         means: Tensor | None,
+        axes: Axes,
     ) -> _Call:
         """Of tensor ``i``; views."""
         axis = 1 if lanes else 0
         own = {f"{'wb'[k % 2]}{k // 2}": t.select(axis, i if t.shape[axis] > 1 else 0) for k, t in enumerate(weights)}
         own["gain"] = gains.select(axis, i)
-        return cls(recipe, count, own if means is None else own | {"means": means.select(axis, i)})
+        return cls(recipe, axes, count, own if means is None else own | {"means": means.select(axis, i)})
 
     def network(self, sources: Slots, sums: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`l2o.ops.coordinatewise.network`, of one lane."""
         return reference.network(
-            self.recipe, tensors, sources, sums, self.count, tensors["gain"], tensors.get("means")
+            self.recipe, self.axes, tensors, sources, sums, self.count, tensors["gain"], tensors.get("means")
         )
 
     def block(self, x: Slots, sums: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -220,14 +248,16 @@ def _apart(info: Any, lanes: int, outputs: list[Tensor]) -> tuple[list[Tensor], 
     return parted, [0] * len(outputs)
 
 
-def _vmap_sums(info: Any, in_dims: Any, recipe: str, lanes: int, sources: list[Tensor]) -> Any:
-    (sources,) = _merged(info, in_dims[2:], lanes, [sources])
-    return _apart(info, lanes, _feature_sums(recipe, max(lanes, 1) * info.batch_size, sources))
+def _vmap_sums(info: Any, in_dims: Any, recipe: str, lanes: int, axes: list[int], sources: list[Tensor]) -> Any:
+    (sources,) = _merged(info, in_dims[3:], lanes, [sources])
+    return _apart(info, lanes, _feature_sums(recipe, max(lanes, 1) * info.batch_size, axes, sources))
 
 
-def _vmap_network(info: Any, in_dims: Any, recipe: str, lanes: int, counts: list[int], *tensors: Any) -> Any:
-    merged = _merged(info, in_dims[3:], lanes, tensors)
-    return _apart(info, lanes, _coordinatewise(recipe, max(lanes, 1) * info.batch_size, counts, *merged))
+def _vmap_network(
+    info: Any, in_dims: Any, recipe: str, lanes: int, axes: list[int], counts: list[int], *tensors: Any
+) -> Any:
+    merged = _merged(info, in_dims[4:], lanes, tensors)
+    return _apart(info, lanes, _coordinatewise(recipe, max(lanes, 1) * info.batch_size, axes, counts, *merged))
 
 
 _feature_sums.register_vmap(_vmap_sums)
@@ -235,12 +265,12 @@ _coordinatewise.register_vmap(_vmap_network)
 
 
 def _keep_sums(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.recipe, ctx.lanes, sources = inputs
+    ctx.recipe, ctx.lanes, ctx.axes, sources = inputs
     ctx.save_for_backward(*sources)
 
 
 def _keep_network(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.recipe, ctx.lanes, ctx.counts, weights, gains, means, sums, sources = inputs
+    ctx.recipe, ctx.lanes, ctx.axes, ctx.counts, weights, gains, means, sums, sources = inputs
     ctx.sizes = len(weights), means is not None, len(sums)
     ctx.save_for_backward(*weights, gains, *(() if means is None else (means,)), *sums, *sources)
 
@@ -248,14 +278,14 @@ def _keep_network(ctx: Any, inputs: Any, output: Any) -> None:
 def _d_sums(ctx: Any, d_sums: Sequence[Tensor | None]) -> tuple[Any, ...]:
     recipe, sources = _RECIPES[ctx.recipe], ctx.saved_tensors
     if torch.is_grad_enabled():
-        again = functools.partial(sums_in_blocks, recipe, ctx.lanes)
-        return None, None, _with_a_graph(lambda *tensors: again(tensors), sources, d_sums)
+        again = functools.partial(sums_in_blocks, recipe, ctx.lanes, ctx.axes)
+        return None, None, None, _with_a_graph(lambda *tensors: again(tensors), sources, d_sums)
     found: list[Tensor | None] = []
-    for own, d in zip(by_tensor(recipe, ctx.lanes, sources), d_sums, strict=True):
-        one = _over_lanes(functools.partial(reference.block_sums, recipe), ctx.lanes)
-        grads = _pulled_back(ctx.lanes, lambda x, s, t, one=one: (one(x),), own, None, {}, (d,), (True,))
+    one = _over_lanes(functools.partial(reference.block_sums, recipe), ctx.lanes)
+    for (axes, own), d in zip(by_tensor(recipe, ctx.lanes, ctx.axes, sources), d_sums, strict=True):
+        grads = _pulled_back(ctx.lanes, axes, lambda x, s, t: (one(x),), own, None, {}, (d,), (True,))
         found += [grads[name] for name in own]
-    return None, None, found
+    return None, None, None, found
 
 
 def _d_network(ctx: Any, d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -264,25 +294,26 @@ def _d_network(ctx: Any, d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
 
         def again(*tensors: Tensor) -> list[Tensor]:
-            return network_in_blocks(recipe, lanes, ctx.counts, *_split(tensors, *ctx.sizes))
+            return network_in_blocks(recipe, lanes, ctx.axes, ctx.counts, *_split(tensors, *ctx.sizes))
 
         grads = _with_a_graph(again, ctx.saved_tensors, d_outputs)
-        return None, None, None, *_split(grads, *ctx.sizes)
+        return None, None, None, None, *_split(grads, *ctx.sizes)
     axis = 1 if lanes else 0
     *d_updates, d_totals = d_outputs
     d_shared = {name: torch.zeros_like(t) for name, t in _shared(weights, gains, means).items() if t.requires_grad}
     d_sums: list[Tensor | None] = []
     d_sources: list[Tensor | None] = []
-    for i, own in enumerate(by_tensor(recipe, lanes, sources)):
-        call = _Call.of(recipe, lanes, i, ctx.counts[i], weights, gains, means)
+    for i, (axes, own) in enumerate(by_tensor(recipe, lanes, ctx.axes, sources)):
+        call = _Call.of(recipe, lanes, i, ctx.counts[i], weights, gains, means, axes)
         cotangents = (d_updates[i] if d_updates else None, None if d_totals is None else d_totals.select(axis, i))
         one = _over_lanes(call.block, lanes)
-        grads = _pulled_back(lanes, one, own, sums[i], call.tensors, cotangents, (True, False))
+        grads = _pulled_back(lanes, axes, one, own, sums[i], call.tensors, cotangents, (True, False))
         d_sums.append(grads["sums"])
         d_sources += [grads[name] for name in own]
         for name, total in d_shared.items():
             total.select(axis, i if total.shape[axis] > 1 else 0).add_(grads[name])
     return (
+        None,
         None,
         None,
         None,
@@ -325,6 +356,7 @@ def _with_a_graph(
 
 def _pulled_back(
     lanes: int,
+    axes: Axes,
     f: Callable[..., tuple[Tensor, ...]],
     sources: Slots,
     sums: Tensor | None,
@@ -338,7 +370,7 @@ def _pulled_back(
     """
     leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in sources.items()}
     with torch.enable_grad():
-        whole = _over_lanes(reference.broadcast, lanes)(leaves)
+        whole = _over_lanes(functools.partial(reference.broadcast, axes), lanes)(leaves)
     if sums is not None:
         whole = whole | {"sums": sums}
     totals = {name: torch.zeros_like(t) for name, t in {**whole, **tensors}.items() if t.requires_grad}
@@ -370,7 +402,7 @@ def _through_broadcast(leaves: Slots, whole: Slots, totals: dict[str, Tensor]) -
     """From the gradients of what `broadcast` made to those of ``leaves``."""
     grads: dict[str, Tensor | None] = {**dict.fromkeys([*leaves, "sums"]), **totals}
     made = [name for name in ("row", "col", "row_factor", "col_factor") if name in whole and name in totals]
-    moving = [name for name in ("row", "col") if name in leaves and leaves[name].requires_grad]
+    moving = [name for name in ("row", "col", "row_mean") if name in leaves and leaves[name].requires_grad]
     if moving:
         found = torch.autograd.grad(
             [whole[name] for name in made],

@@ -20,12 +20,11 @@ from torch import Tensor
 from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, pointers, whole_numbers
 from l2o.kernels.build import available, run
 from l2o.ops.coordinatewise import ACTIVATIONS, NOMINAL, Nominal, Product, Recipe
-from l2o.ops.factored import factored_axes
 from l2o.ops.statistics import GROUPS
 
 Shapes = tuple[torch.Size, ...]
 
-_ADDRESSES = ("grad", "param", "m", "v", "row", "col", "sums", "update")
+_ADDRESSES = ("grad", "param", "m", "v", "row", "col", "row_mean", "sums", "update")
 _PLACES = {name: i for i, name in enumerate(_ADDRESSES)} | {"diag": _ADDRESSES.index("row")}
 
 
@@ -81,11 +80,11 @@ class Plan:
     sums: tuple[tuple[int, ...], ...]
 
 
-def feature_sums(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[Tensor] | None:
+def feature_sums(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor] | None:
     """None where the kernel does not fit, or cannot be had."""
     if not _ordinary(sources):
         return None
-    plan = _plan(recipe, lanes, tuple(t.shape for t in sources), None)
+    plan = _plan(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), None)
     if plan is None or not available("coordinatewise"):
         return None
     sources = [t.contiguous() for t in sources]
@@ -95,12 +94,14 @@ def feature_sums(recipe: Recipe, lanes: int, sources: Sequence[Tensor]) -> list[
     return sums
 
 
-def coordinatewise(recipe: Recipe, lanes: int, counts: Sequence[int], inputs: Inputs) -> list[Tensor] | None:
+def coordinatewise(
+    recipe: Recipe, lanes: int, axes: Sequence[int], counts: Sequence[int], inputs: Inputs
+) -> list[Tensor] | None:
     """Updates, then sums of outputs; None where the kernel does not fit, or cannot be had."""
     weights, gains, means, sums, sources = inputs
     if not _ordinary([*weights, gains, *sums, *sources, *(() if means is None else (means,))]):
         return None
-    plan = _plan(recipe, lanes, tuple(t.shape for t in sources), tuple(counts))
+    plan = _plan(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), tuple(counts))
     if plan is None or not (_network_fits(recipe, lanes, plan, inputs) and available("coordinatewise")):
         return None
     sources, sums = [t.contiguous() for t in sources], [t.contiguous() for t in sums]
@@ -142,10 +143,12 @@ def _ordinary(tensors: Iterable[Tensor]) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def _plan(recipe: Recipe, lanes: int, shapes: Shapes, counts: tuple[int, ...] | None) -> Plan | None:
+def _plan(
+    recipe: Recipe, lanes: int, flat_axes: tuple[int, ...], shapes: Shapes, counts: tuple[int, ...] | None
+) -> Plan | None:
     """Of the sources; None where the kernel would not stay inside its arrays.
 
-    counts: see ``Field.count``; of each tensor.
+    flat_axes: two of each tensor, see `l2o.kernels.coordinatewise`.     counts: see ``Field.count``; of each tensor.
     """
     tensors = _by_tensor(recipe, lanes, shapes)
     if not tensors:
@@ -153,11 +156,16 @@ def _plan(recipe: Recipe, lanes: int, shapes: Shapes, counts: tuple[int, ...] | 
     decays = _decays(lanes, tensors)
     if decays[1] not in (0, 1, decays[0]) or decays[2] not in (0, decays[0]):
         return None
-    if any(own != _expected(recipe, lanes, own["grad"], decays) for own in tensors):
+    axes = list(zip(flat_axes[::2], flat_axes[1::2], strict=True))
+    if len(axes) != len(tensors) or any(
+        own != _expected(recipe, lanes, pair, own["grad"], decays) for own, pair in zip(tensors, axes, strict=True)
+    ):
         return None
     inner = [own["grad"][bool(lanes) :] for own in tensors]
     width, first = _channels(recipe, decays), (lanes,) if lanes else ()
-    fields = [_field(recipe, shape, n) for shape, n in zip(inner, counts or [1] * len(inner), strict=True)]
+    fields = [
+        _field(recipe, shape, *each) for shape, *each in zip(inner, axes, counts or [1] * len(inner), strict=True)
+    ]
     starts, at = [], 0
     for own in tensors:
         starts.append(at)
@@ -187,11 +195,17 @@ def _decays(lanes: int, tensors: Sequence[dict[str, torch.Size]]) -> tuple[int, 
     return tensors[0]["m"][axis], 0 if v is None else v[axis], factors[0] if factors else 0
 
 
-def _expected(recipe: Recipe, lanes: int, grad: torch.Size, decays: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """What the sources of a tensor have to be."""
+def _expected(
+    recipe: Recipe, lanes: int, axes: tuple[int, int], grad: torch.Size, decays: tuple[int, int, int]
+) -> dict[str, tuple[int, ...]]:
+    """What the sources of a tensor have to be; nothing where ``axes`` do not fit it."""
     first, shape = (lanes,) if lanes else (), grad[bool(lanes) :]
-    axes = factored_axes(shape) or (0, 0)
-    row, col = ((*shape[:axis], *shape[axis + 1 :]) for axis in reversed(axes))
+    names = recipe.sources(len(shape))
+    if "row" in names and not (axes[0] != axes[1] and all(0 <= axis < len(shape) for axis in axes)):
+        return {}
+    second, largest = axes
+    row, col = ((*shape[:axis], *shape[axis + 1 :]) for axis in (largest, second))
+    mean = tuple(1 if axis == second else n for axis, n in enumerate(shape) if axis != largest)
     momenta, seconds, factors = ((*first, n) for n in decays)
     every = {
         "grad": (*first, *shape),
@@ -200,9 +214,10 @@ def _expected(recipe: Recipe, lanes: int, grad: torch.Size, decays: tuple[int, i
         "v": (*seconds, *shape),
         "row": (*factors, *row),
         "col": (*factors, *col),
+        "row_mean": (*factors, *mean),
         "diag": (*factors, *shape),
     }
-    return {name: every[name] for name in recipe.sources(len(shape))}
+    return {name: every[name] for name in names}
 
 
 def _network_fits(recipe: Recipe, lanes: int, plan: Plan, inputs: Inputs) -> bool:
@@ -230,11 +245,10 @@ def _channels(recipe: Recipe, decays: tuple[int, int, int]) -> int:
     return sum(counts.get(group, 1) for group in recipe.groups)
 
 
-def _field(recipe: Recipe, shape: torch.Size, count: int) -> _Field:
+def _field(recipe: Recipe, shape: torch.Size, axes: tuple[int, int], count: int) -> _Field:
     inner = math.prod(shape[axis] for axis in recipe.scaled_axes(len(shape)))
     field = _Field(entries=math.prod(shape), inner=inner, count=count)
-    axes = factored_axes(shape)
-    if axes is not None and "row" in recipe.sources(len(shape)):
+    if "row" in recipe.sources(len(shape)):
         first, last = sorted(axes)
         parts = shape[:first], shape[first : first + 1], shape[first + 1 : last], shape[last : last + 1], shape[last + 1 :]
         field.axes = tuple(math.prod(part) for part in parts)
