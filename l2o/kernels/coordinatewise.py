@@ -7,7 +7,6 @@ the CPU take the kernels of coordinatewise.cpp; all others, and derivatives, tak
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vmap
-from torch.utils._pytree import tree_map
 
 from l2o.kernels import coordinatewise_cpu as cpu
 from l2o.kernels.arrays import derivative_with_a_graph
 from l2o.ops import coordinatewise as reference
 from l2o.ops.coordinatewise import Axes, Recipe
 from l2o.ops.factored import factored_axes
-from l2o.types import Grads, Infos, Params, Slots, Sum, Theta, Updates
+from l2o.ops.kinds import size
+from l2o.types import Grads, Infos, Params, Reduce, Slots, Sum, Theta, Updates
 
 _RECIPES: dict[str, Recipe] = {}
 """By the name that the ops have for them: their arguments are tensors, numbers and strings."""
@@ -67,6 +66,8 @@ class Tensors(NamedTuple):
 
 def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
     """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name."""
+    if not tensors.grads:
+        return {}
     arguments = 0, tensors.axes, tensors.sources(recipe)
     if forward_ad._current_level >= 0:  # which custom ops have no rule for
         found = sums_in_blocks(recipe, *arguments)
@@ -74,6 +75,12 @@ def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
         found = _feature_sums(_named(recipe), *arguments)
     axes = {name: tuple(axis + g.ndim for axis in recipe.scaled_axes(g.ndim)) for name, g in tensors.grads.items()}
     return {name: Sum(sums, axes[name]) for name, sums in zip(tensors.grads, found, strict=True)}
+
+
+def completed_sums(recipe: Recipe, tensors: Tensors, reduce: Reduce) -> dict[str, Tensor]:
+    """`feature_sums` over whole tensors."""
+    sums = reduce.shards({name: {"squares": own} for name, own in feature_sums(recipe, tensors).items()})
+    return {name: own["squares"] for name, own in sums.items()}
 
 
 def network(
@@ -91,15 +98,25 @@ def network(
     gains: ``[tensors]``, on the updates.     means: ``[tensors, outputs]``, of the outputs, where the head reads them.
     Returns updates, and sums ``[tensors, outputs]``; both in the order of the gradients.
     """
-    names = list(tensors.grads)
+    names, layers = list(tensors.grads), _layers(weights)
+    if not names:
+        return {}, gains.new_zeros(0, layers[-1].shape[-1])
     counts = [recipe.count(tensors.infos[name].shape) for name in names]
-    layers = [t if t.ndim == (3 if i % 2 == 0 else 2) else t.unsqueeze(0) for i, t in enumerate(_ordered(weights))]
     inputs = layers, gains, means, [sums[name] for name in names], tensors.sources(recipe)
     if forward_ad._current_level >= 0:
         *updates, totals = network_in_blocks(recipe, 0, tensors.axes, counts, *inputs)
     else:
         *updates, totals = _coordinatewise(_named(recipe), 0, tensors.axes, counts, *inputs)
     return dict(zip(names, updates, strict=False)), totals
+
+
+def completed_means(totals: Tensor, infos: Infos, names: Iterable[str], reduce: Reduce) -> Tensor:
+    """Means over whole tensors of the network's outputs, ``[tensors, outputs]``, of their sums in `network`."""
+    sums = {
+        name: {"outputs": Sum(own, tuple(range(len(infos[name].shape))))}
+        for name, own in zip(names, totals, strict=True)
+    }
+    return torch.stack([own["outputs"] / size(infos[name]) for name, own in reduce.shards(sums).items()])
 
 
 def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
@@ -111,15 +128,14 @@ def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
     return weights | {"w0": first, "b0": weights["b0"] + shared @ common}
 
 
-def _ordered(weights: Theta) -> list[Tensor]:
-    """``w0, b0, w1, ...`` of what may hold more."""
-    layers = sum(name[0] == "w" and name[1:].isdecimal() for name in weights)
-    return [weights[f"{kind}{i}"] for i in range(layers) for kind in "wb"]
+def _layers(weights: Theta) -> list[Tensor]:
+    """``w0, b0, w1, ...`` of what may hold more, each with an axis for tensors."""
+    count = sum(name[0] == "w" and name[1:].isdecimal() for name in weights)
+    found = [(weights[f"{kind}{i}"], axes) for i in range(count) for kind, axes in (("w", 3), ("b", 2))]
+    return [t if t.ndim == axes else t.unsqueeze(0) for t, axes in found]
 
 
-def by_tensor(
-    recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]
-) -> list[tuple[Axes, Slots]]:
+def by_tensor(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[tuple[Axes, Slots]]:
     """Axes and sources of each tensor, which `Tensors` put one after the other."""
     found: list[tuple[Axes, Slots]] = []
     at = 0
@@ -364,9 +380,9 @@ def _pulled_back(
     cotangents: Sequence[Tensor | None],
     cuts: Sequence[bool],
 ) -> dict[str, Tensor | None]:
-    """The gradients of ``sources``, ``sums`` and ``tensors`` that need any, by name; block after block, without a graph.
+    """The gradients of ``sources``, ``sums`` and ``tensors`` that need any, by name; by blocks, without a graph.
 
-    f: of sources and sums of a block, and ``tensors``, all lanes at once: outputs, of which those of ``cuts`` are blocks.
+    f: of sources and sums of a block, and ``tensors``, all lanes at once. Of its outputs those of ``cuts`` are blocks.
     """
     leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in sources.items()}
     with torch.enable_grad():
@@ -401,8 +417,8 @@ def _pulled_back(
 def _through_broadcast(leaves: Slots, whole: Slots, totals: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """From the gradients of what `broadcast` made to those of ``leaves``."""
     grads: dict[str, Tensor | None] = {**dict.fromkeys([*leaves, "sums"]), **totals}
-    made = [name for name in ("row", "col", "row_factor", "col_factor") if name in whole and name in totals]
-    moving = [name for name in ("row", "col", "row_mean") if name in leaves and leaves[name].requires_grad]
+    made = [name for name in totals if name in whole and whole[name].grad_fn is not None]
+    moving = [name for name, leaf in leaves.items() if leaf.requires_grad and whole.get(name) is not leaf]
     if moving:
         found = torch.autograd.grad(
             [whole[name] for name in made],

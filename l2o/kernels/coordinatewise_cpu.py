@@ -151,7 +151,7 @@ def _plan(
     flat_axes: two of each tensor, see `l2o.kernels.coordinatewise`.     counts: see ``Field.count``; of each tensor.
     """
     tensors = _by_tensor(recipe, lanes, shapes)
-    if not tensors:
+    if not tensors or recipe.raw:
         return None
     decays = _decays(lanes, tensors)
     if decays[1] not in (0, 1, decays[0]) or decays[2] not in (0, decays[0]):
@@ -250,7 +250,13 @@ def _field(recipe: Recipe, shape: torch.Size, axes: tuple[int, int], count: int)
     field = _Field(entries=math.prod(shape), inner=inner, count=count)
     if "row" in recipe.sources(len(shape)):
         first, last = sorted(axes)
-        parts = shape[:first], shape[first : first + 1], shape[first + 1 : last], shape[last : last + 1], shape[last + 1 :]
+        parts = (
+            shape[:first],
+            shape[first : first + 1],
+            shape[first + 1 : last],
+            shape[last : last + 1],
+            shape[last + 1 :],
+        )
         field.axes = tuple(math.prod(part) for part in parts)
         field.factored, field.row_lacks_q = 1, axes[1] == last
     return field

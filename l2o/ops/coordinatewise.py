@@ -2,10 +2,11 @@
 
 A tensor is given by its sources, a dict: ``grad`` and ``param [*shape]``, ``m [decays, *shape]``, and what a `Recipe`
 needs of ``v [1 or decays, *shape]``, of the slots of `l2o.ops.factored`, and of ``row_mean`` (`row_means` there); and by
-its ``axes``, those of rows and columns (`factored_axes`), which are the whole tensor's where this is a shard of it. Their channels (`l2o.ops.statistics`) are
-never there all at once: the functions here go over a tensor in blocks of elements, so that their scratch memory does
-not grow with it. They are written for one lane and any dtype and device, and are the reference of
-`l2o.kernels.coordinatewise`, which is what rules call.
+its ``axes``, those of rows and columns, which are the whole tensor's where this is a shard of it.
+
+Channels (`l2o.ops.statistics`) are never there all at once: the functions here go over a tensor in blocks of elements,
+so that their scratch memory does not grow with it. They are written for one lane and any dtype and device, and are the
+reference of `l2o.kernels.coordinatewise`, which is what rules call.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class Recipe:
     rms_eps, diag_eps: see `l2o.ops.statistics.statistics`.     clip: gradients are clipped to ± this.
     scale_eps: of `second_moment_scale`.
     matrices: scale channels over the last two axes of a tensor, not over all of it.
+    raw: take the factor of gradients from other slots than that of momenta; see `raw_factors`.
     """
 
     groups: tuple[str, ...]
@@ -125,12 +127,14 @@ class Recipe:
     clip: float | None = None
     scale_eps: float = EPS
     matrices: bool = False
+    raw: bool = False
 
     def sources(self, ndim: int) -> tuple[str, ...]:
         """The names of what is read of a tensor with ``ndim`` axes, in their order."""
         seconds = ("v",) if _SECONDS & {*self.groups} or (self.head and self.head.seconds) else ()
         factored = ("row", "col", "row_mean") if ndim >= 2 else ("diag",)
-        return "grad", "param", "m", *seconds, *(factored if _FACTORED & {*self.groups} else ())
+        needed = factored if _FACTORED & {*self.groups} else ()
+        return "grad", "param", "m", *seconds, *needed, *(f"raw_{name}" for name in needed if self.raw)
 
     def scaled_axes(self, ndim: int) -> tuple[int, ...]:
         """The axes, from behind, over which the channels of a tensor with ``ndim`` axes have mean square one."""
@@ -207,8 +211,19 @@ def broadcast(axes: Axes, sources: Slots) -> Slots:
     """The sources, what is a row's or a column's with 1 for the axis that it is without; see `factors`."""
     if axes is None or "row" not in sources:
         return sources
-    elementwise = {name: t for name, t in sources.items() if name != "row_mean"}
-    return elementwise | factors(sources, sources["row_mean"], axes)
+    found = {name: t for name, t in sources.items() if not name.endswith(("row", "col", "row_mean"))}
+    found |= factors(sources, sources["row_mean"], axes)
+    if "raw_row" in sources:
+        raw = factors({"row": sources["raw_row"], "col": sources["raw_col"]}, sources["raw_row_mean"], axes)
+        found |= {f"raw_{name}": raw[name] for name in ("row_factor", "col_factor")}
+    return found
+
+
+def raw_factors(slots: Slots, row_mean: Tensor | None) -> Slots:
+    """The sources that `Recipe.raw` needs besides, of the slots of `l2o.ops.factored` and their `row_means`."""
+    every = {**slots, "row_mean": row_mean}
+    names = ("diag",) if row_mean is None else ("row", "col", "row_mean")
+    return {f"raw_{name}": t for name in names if (t := every[name]) is not None}
 
 
 def blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
@@ -250,10 +265,11 @@ def _statistics(recipe: Recipe, x: Slots) -> Statistics:
     seen = Statistics(grad, x["param"], x["m"], v, torch.rsqrt(v + recipe.rms_eps), none, none, none, none)
     if "diag" in x:
         eps = recipe.rms_eps if recipe.diag_eps is None else recipe.diag_eps
-        diag = x["diag"]
-        return seen._replace(row=diag, col=diag, grad_factor=diagonal_factor(diag), m_factor=safe_rsqrt(diag + eps))
+        diag, factor = x["diag"], diagonal_factor(x.get("raw_diag", x["diag"]))
+        return seen._replace(row=diag, col=diag, grad_factor=factor, m_factor=safe_rsqrt(diag + eps))
     if "row" in x:
         row, col = (x[name].expand(-1, *grad.shape) for name in ("row", "col"))
         factor = x["row_factor"] * x["col_factor"]
-        return seen._replace(row=row, col=col, grad_factor=factor, m_factor=factor)
+        raw = x["raw_row_factor"] * x["raw_col_factor"] if recipe.raw else factor
+        return seen._replace(row=row, col=col, grad_factor=raw, m_factor=factor)
     return seen
