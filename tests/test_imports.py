@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"types"},
     "ops": {"types", "checks"},
     "kernels": {"types", "checks", "disk", "ops", "random"},
-    "rules": {"types", "checks", "ops"},
+    "rules": {"types", "checks", "ops", "kernels"},
     "tasks": SUPPORT,
     "fused": {"types", "ops", "kernels", "rules", "tasks"},
     "unroll": {"types", "family_checks", "ops", "fused"},

@@ -230,16 +230,23 @@ class Number(ctypes.Structure):
     _fields_ = (("value", ctypes.c_int),)
 
 
+ANSWER = """
+extern "C" int answer(const int* x) { return *x; }
+extern "C" void l2o_layout_Number(long long* out) { out[0] = sizeof(int), out[1] = 0; }
+"""
+
+
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     """A small kernel and a broken one in place of those of l2o, an empty cache, a process that has built nothing."""
-    (tmp_path / "mlp_rule.cpp").write_text('extern "C" int answer(const int* x) { return *x; }')
+    (tmp_path / "mlp_rule.cpp").write_text(ANSWER)
     (tmp_path / "perceptron.cpp").write_text("#error this is not built")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     monkeypatch.setattr(build, "_said", set())
     monkeypatch.setenv("L2O_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("L2O_KERNELS", raising=False)
     monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_compared", set())
     return tmp_path
 
 
@@ -253,6 +260,14 @@ def test_kernels_are_built_once_when_asked_for_and_kept(sources):
     assert built.parent.stat().st_mode & 0o777 == 0o700
     (sources / "mlp_rule.cpp").write_text('extern "C" int answer(const int* x) { return *x + 1; }')
     assert ctypes.CDLL(str(build.build("mlp_rule"))).answer(ctypes.byref(Number(42))) == 43
+
+
+@pytest.mark.parametrize("told", ["out[1] = 8", "out[1] = 0, out[2] = 4", "out[0] = 8"])
+def test_a_structure_that_is_laid_out_otherwise_is_refused(sources, told):
+    (sources / "mlp_rule.cpp").write_text(ANSWER.replace("out[1] = 0", told))
+    assert build.available("mlp_rule")
+    with pytest.raises(L2OError, match=r"Number of mlp_rule\.cpp is laid out"):
+        build.run("mlp_rule", "answer", Number(42))
 
 
 def test_several_are_had_together_or_not_at_all(sources):

@@ -35,6 +35,8 @@ _lock = threading.Lock()
 _said: set[str] = set()
 _loaded: dict[str, ctypes.CDLL | str] = {}
 """By source: the library, or why there is none."""
+_compared: set[tuple[str, type[ctypes.Structure]]] = set()
+"""Sources, and structures that are known to be laid out as theirs."""
 
 
 def setting() -> str:
@@ -77,12 +79,30 @@ def available(*sources: str) -> bool:
 def run(source: str, function: str, *structures: ctypes.Structure) -> int:
     """Call a kernel of ``source``, which has to be `available`, the GIL released.
 
-    Returns its code; raises MemoryError where it has no memory.
+    Returns its code; raises MemoryError where it has no memory, `L2OError` where a structure is not laid out as there.
     """
+    for structure in map(type, structures):
+        if (source, structure) not in _compared:
+            _compare(source, structure)
     code: int = getattr(_loaded[source], function)(*map(ctypes.byref, structures))
     if code == 1:
         raise MemoryError(f"{function}: no memory to work in")
     return code
+
+
+def _compare(source: str, structure: type[ctypes.Structure]) -> None:
+    """Size and offsets of a structure, and of those it points to, with the library's: else it would write anywhere."""
+    name = structure.__name__.removeprefix("_")
+    own = [ctypes.sizeof(structure), *(getattr(structure, field[0]).offset for field in structure._fields_)]
+    found = (ctypes.c_int64 * (len(own) + 1))(*[-1] * (len(own) + 1))
+    getattr(_loaded[source], f"l2o_layout_{name}", lambda _: None)(found)
+    if [*own, -1] != list(found):
+        raise L2OError(f"{name} of {source}.cpp is laid out as {list(found)}, its mirror in Python as {own}")
+    for field in structure._fields_:
+        pointed = getattr(field[1], "_type_", None)
+        if isinstance(pointed, type) and issubclass(pointed, ctypes.Structure):
+            _compare(source, pointed)
+    _compared.add((source, structure))
 
 
 def _load(source: str) -> ctypes.CDLL | str:

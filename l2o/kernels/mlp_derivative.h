@@ -13,6 +13,10 @@ struct Derivative {
     float* const* d_params;
     float* const* d_m_old;
 };
+void l2o_layout_Derivative(int64_t* out) {
+    layout(out, &Derivative::d_updates, &Derivative::d_m_new, &Derivative::d_theta, &Derivative::d_grads,
+           &Derivative::d_params, &Derivative::d_m_old);
+}
 }
 
 namespace {

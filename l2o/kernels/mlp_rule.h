@@ -26,6 +26,12 @@ struct Step {
     float* const* updates;
     float* scales;  // [lanes, tensors, channels]
 };
+void l2o_layout_Step(int64_t* out) {
+    layout(out, &Step::lanes, &Step::tensors, &Step::layers, &Step::decays, &Step::times, &Step::threads,
+           &Step::entries, &Step::widths, &Step::strides, &Step::decay, &Step::time, &Step::step_mult, &Step::exp_mult,
+           &Step::eps, &Step::theta, &Step::grads, &Step::params, &Step::m_old, &Step::m_new, &Step::updates,
+           &Step::scales);
+}
 }
 
 namespace {

@@ -19,6 +19,11 @@ struct Perceptron {
     float* const* grads;
     float* losses;  // [lanes]
 };
+void l2o_layout_Perceptron(int64_t* out) {
+    layout(out, &Perceptron::lanes, &Perceptron::batch, &Perceptron::layers, &Perceptron::activation,
+           &Perceptron::threads, &Perceptron::widths, &Perceptron::x, &Perceptron::y, &Perceptron::params,
+           &Perceptron::grads, &Perceptron::losses);
+}
 }
 
 namespace {

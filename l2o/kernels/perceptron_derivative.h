@@ -12,6 +12,9 @@ struct Cotangents {
     const float* losses;        // [lanes]
     const float* const* grads;  // as the perceptron's
 };
+void l2o_layout_Cotangents(int64_t* out) {
+    layout(out, &Cotangents::losses, &Cotangents::grads);
+}
 }
 
 namespace {

@@ -18,6 +18,10 @@ struct Unroll {
     float* const* params;
     float* losses;  // [steps, lanes]; not read by the derivative
 };
+void l2o_layout_Unroll(int64_t* out) {
+    layout(out, &Unroll::steps, &Unroll::copies, &Unroll::n, &Unroll::kept, &Unroll::x, &Unroll::y, &Unroll::rows,
+           &Unroll::left, &Unroll::params, &Unroll::losses);
+}
 }
 
 namespace {

@@ -17,6 +17,10 @@ struct UnrollDerivative {
     float* const* d_m;
     float* const* d_theta;
 };
+void l2o_layout_UnrollDerivative(int64_t* out) {
+    layout(out, &UnrollDerivative::d_losses, &UnrollDerivative::d_params, &UnrollDerivative::d_m,
+           &UnrollDerivative::d_theta);
+}
 }
 
 namespace {

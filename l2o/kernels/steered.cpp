@@ -9,6 +9,8 @@
 #include <vector>
 
 #include <omp.h>
+
+#include "layout.h"
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -259,3 +261,12 @@ extern "C" int l2o_steered_advance(const Step* step) {
 
 // Once the directions of orthogonal matrices are in their place: those, and their parameters.
 extern "C" int l2o_steered_finish(const Step* step) { return each(step, finish); }
+
+extern "C" void l2o_layout_Tensor(int64_t* out) {
+    layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::second,
+           &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::keep, &Tensor::scale, &Tensor::sums);
+}
+
+extern "C" void l2o_layout_Step(int64_t* out) {
+    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::tensor);
+}

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 
+#include "layout.h"
+
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
 #elif defined(__AVX__)

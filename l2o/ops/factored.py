@@ -98,6 +98,25 @@ def rows_and_columns(slots: Slots, like: Tensor, info: ParamInfo) -> tuple[Tenso
     return slots["row"].unsqueeze(largest + 1).expand(whole), slots["col"].unsqueeze(second + 1).expand(whole)
 
 
+def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
+    """``row, col`` and ``row_factor, col_factor``, with 1 for the axis that they are without.
+
+    row_mean: see `row_means`.     axes: see `factored_axes`.
+    The factors are the inverse roots of rows over their mean and of columns. Their product is the inverse root of the
+    second moment that the slots stand for.
+    """
+    second, largest = axes
+    row, col = slots["row"].unsqueeze(largest + 1), slots["col"].unsqueeze(second + 1)
+    measured = (slots["row"] / (row_mean + _EPS)).unsqueeze(largest + 1)
+    factor = {f"{name}_factor": torch.rsqrt(x.clamp(min=_EPS)) for name, x in (("row", measured), ("col", col))}
+    return {"row": row, "col": col, **factor}
+
+
+def diagonal_factor(diag: Tensor) -> Tensor:
+    """The inverse root of the second moment of a tensor that is not factored; a gradient's factor."""
+    return torch.rsqrt((diag + _EPS).clamp(min=_EPS))
+
+
 def preconditioner(slots: Slots, row_mean: Tensor | None, info: ParamInfo) -> Tensor:
     """``[decays, *shape]``, the inverse root of the second moment that the slots stand for; a gradient's factor.
 
@@ -105,10 +124,9 @@ def preconditioner(slots: Slots, row_mean: Tensor | None, info: ParamInfo) -> Te
     """
     axes = factored_axes(info.shape)
     if axes is None or row_mean is None:
-        return torch.rsqrt((slots["diag"] + _EPS).clamp(min=_EPS))
-    second, largest = axes
-    row = (slots["row"] / (row_mean + _EPS)).unsqueeze(largest + 1)
-    return torch.rsqrt(row.clamp(min=_EPS)) * torch.rsqrt(slots["col"].unsqueeze(second + 1).clamp(min=_EPS))
+        return diagonal_factor(slots["diag"])
+    factor = factors(slots, row_mean, axes)
+    return factor["row_factor"] * factor["col_factor"]
 
 
 def _length(info: ParamInfo, axis: int) -> int:

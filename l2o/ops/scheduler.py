@@ -65,11 +65,10 @@ def learned_rate(theta: Theta, h: Tensor) -> Tensor:
     return 0.1 * head(theta, "lr", h.unsqueeze(-1)).exp().reshape(())
 
 
-def mixtures(theta: Theta, control: Tensor) -> list[Theta]:
-    """An MLP for each column of ``control [inits, tensors]``: ``mean_k(control[k] A[k])`` of each of its tensors.
+def mixtures(theta: Theta, control: Tensor) -> Theta:
+    """``mean_k(control[k] A[k])``, an MLP for each column of ``control [inits, tensors]``, ``[tensors, ...]``.
 
     ``A`` are ``w0, b0, ...`` of θ, ``[inits, ...]``.
     """
     names = [name for name in theta if name[1:].isdecimal()]
-    mixed = {name: torch.tensordot(control / len(control), theta[name], dims=([0], [0])) for name in names}
-    return [{name: weights[i] for name, weights in mixed.items()} for i in range(control.shape[1])]
+    return {name: torch.tensordot(control / len(control), theta[name], dims=([0], [0])) for name in names}

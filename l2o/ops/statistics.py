@@ -60,7 +60,7 @@ def statistics(
 
 
 _EPS = 1e-8
-"""Of the inverse roots of rows and columns."""
+"""Of the inverse roots of rows and columns, and of the logarithm."""
 
 _GROUPS: dict[str, Callable[[Statistics], Tensor]] = {
     "grad": lambda x: x.grad.unsqueeze(0),
@@ -77,11 +77,13 @@ _GROUPS: dict[str, Callable[[Statistics], Tensor]] = {
     "inv_root_row": lambda x: torch.rsqrt(x.row + _EPS),
     "inv_root_col": lambda x: torch.rsqrt(x.col + _EPS),
     "factored_m": lambda x: x.m * x.m_factor,
+    "log_param": lambda x: torch.log(x.param.abs() + _EPS).unsqueeze(0),
 }
+GROUPS = tuple(_GROUPS)
 
-VELO_GROUPS = tuple(_GROUPS)
+VELO_GROUPS = GROUPS[:14]
 """In the order of ``w0__0`` to ``w0__13`` of VeLO, Celo and Celo2: 30 channels with three decays."""
-SMALL_FC_GROUPS = tuple(name for name in _GROUPS if name not in ("clipped_grad", "grad_over_rms"))
+SMALL_FC_GROUPS = tuple(name for name in VELO_GROUPS if name not in ("clipped_grad", "grad_over_rms"))
 """In the order of the inputs of small_fc (AdafacMLPLOpt): 28 channels with three decays."""
 UNFACTORED_GROUPS = VELO_GROUPS[:9]
 """What Celo2 shows of tensors without rows and columns: 15 channels."""

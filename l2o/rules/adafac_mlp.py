@@ -6,6 +6,7 @@ google/learned_optimization, learned_optimizers/adafac_mlp_lopt.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -14,20 +15,15 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int, check_same_length
+from l2o.kernels.coordinatewise import Tensors, completed_sums, network, with_shared
+from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.factored import row_means
-from l2o.ops.features import TIMESCALES, channel_sums, normalised, step_embedding
-from l2o.ops.kinds import size, width_multiplier
+from l2o.ops.features import TIMESCALES, step_embedding
+from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import learned_decays
-from l2o.ops.networks import init_mlp, mlp, over_entries
-from l2o.ops.statistics import (
-    SMALL_FC_GROUPS,
-    Decays,
-    Statistics,
-    advance_statistics,
-    channels,
-    init_statistics,
-    statistics,
-)
+from l2o.ops.networks import init_mlp
+from l2o.ops.numeric import constant
+from l2o.ops.statistics import SMALL_FC_GROUPS, Decays, advance_statistics, init_statistics
 from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 
@@ -97,23 +93,15 @@ class AdafacMLP(UpdateRule):
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
         new = advance_statistics(state.per_param, grads, infos, self._decays(theta), reduce)
-        means = row_means(new, infos, reduce)
-        seen = {name: statistics(g, params[name], new[name], means[name], infos[name]) for name, g in grads.items()}
-        features = {name: channels(x, SMALL_FC_GROUPS) for name, x in seen.items()}
-        sums = reduce.shards({name: {"squares": channel_sums(x.square())} for name, x in features.items()})
-
-        def network(x: Tensor) -> tuple[Tensor]:
-            return (mlp(theta, x, step_embedding(run, x)),)
-
-        inputs = {name: (normalised(x, sums[name]["squares"], size(infos[name])),) for name, x in features.items()}
-        outputs = {
-            name: x.reshape(self.outputs, *grads[name].shape) for name, (x,) in over_entries(network, inputs).items()
-        }
-        means_of_outputs = self._means(outputs, infos, reduce)
-        slots = {name: {**state.per_param[name], **own} for name, own in new.items()}
-        widths = {name: slots[name]["width"] if self.mup else 1.0 for name in grads}
-        updates = {name: self._step(means_of_outputs[name], seen[name], widths[name]) for name in grads}
-        return updates, OptState(slots, {})
+        recipe, tensors = self._recipe(), Tensors(grads, params, new, infos, row_means(new, infos, reduce))
+        sums = completed_sums(recipe, tensors, reduce)
+        weights = with_shared(theta, theta["w0"].shape[0] - len(TIMESCALES), step_embedding(run, theta["b0"]))
+        gains = constant([-self._gain] * len(grads), theta["b0"])
+        if self.mup:
+            gains = gains * torch.stack([own["width"] for own in state.per_param.values()])
+        means = self._means(recipe, weights, tensors, sums, gains, reduce)
+        updates, _ = network(recipe, weights, tensors, sums, gains, means)
+        return updates, OptState({name: {**state.per_param[name], **own} for name, own in new.items()}, {})
 
     def _decays(self, theta: Theta) -> Decays:
         return Decays(
@@ -122,11 +110,22 @@ class AdafacMLP(UpdateRule):
             learned_decays(self.adafactor_decays, theta["adafactor_decays"]),
         )
 
-    def _means(self, outputs: dict[str, Tensor], infos: Infos, reduce: Reduce) -> dict[str, Tensor]:
-        """The outputs ``[outputs, *shape]`` of each tensor, some of them replaced by their means over it."""
-        return outputs
+    @property
+    def _gain(self) -> float:
+        """What the head's output is multiplied with, but for the sign and ``mup``."""
+        return self.step_mult
 
-    def _step(self, output: Tensor, x: Statistics, width: Tensor | float) -> Tensor:
-        """The update of one tensor.  output: ``[outputs, *shape]``.  width: factor on its step."""
-        direction, magnitude = output
-        return direction * (magnitude * self.exp_mult).exp() * (-self.step_mult * width)
+    def _recipe(self) -> Recipe:
+        return Recipe(SMALL_FC_GROUPS, Product(self.exp_mult))
+
+    def _means(
+        self,
+        recipe: Recipe,
+        weights: Theta,
+        tensors: Tensors,
+        sums: Mapping[str, Tensor],
+        gains: Tensor,
+        reduce: Reduce,
+    ) -> Tensor | None:
+        """Those of the outputs that the head reads, ``[tensors, outputs]``."""
+        return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from l2o.ops.networks import over_entries
 from l2o.ops.scheduler import RUN_FEATURES, head, init_run_schedule, learned_rate, mixtures, run_schedule
 from l2o.ops.statistics import init_statistics
 from l2o.rules.hyper import HyperRule
@@ -48,12 +48,10 @@ class Celo(HyperRule):
     ) -> tuple[dict[str, Slots], Slots]:
         return {}, run_schedule(theta, state.shared, run)
 
-    def outputs(self, theta: Theta, state: OptState, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def mixed(self, theta: Theta, state: OptState, names: Sequence[str]) -> tuple[Theta, Tensor]:
         h = state.shared["h"].unsqueeze(-1)
         control = h.new_ones(1, 1)  # the softmax of one number
         if self.inits > 1:
             control = torch.softmax(head(theta, "controls", h), 0)
-        (weights,) = mixtures(theta, control)
-        outputs = over_entries(self.network(weights), {name: (x,) for name, x in features.items()})
-        rate = learned_rate(theta, state.shared["h"]) if self.scheduled else 1.0
-        return {name: rate * output for name, (output,) in outputs.items()}
+        rate = learned_rate(theta, state.shared["h"]) if self.scheduled else h.new_ones(())
+        return mixtures(theta, control), rate.expand(len(names))

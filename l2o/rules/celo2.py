@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int, check_same_length
-from l2o.ops.factored import preconditioner, row_means
-from l2o.ops.features import columns, entry_sum, second_moment_scale
+from l2o.kernels.coordinatewise import Tensors, feature_sums, network
+from l2o.ops.coordinatewise import ACTIVATIONS, Product, Recipe, raw_factors
+from l2o.ops.factored import row_means
+from l2o.ops.features import entry_sum, second_moment_scale
 from l2o.ops.kinds import size
 from l2o.ops.moments import debias, momenta
-from l2o.ops.networks import init_mlp, mlp, over_entries
+from l2o.ops.networks import init_mlp
 from l2o.ops.orthogonal import orthogonalize
 from l2o.ops.statistics import (
     UNFACTORED_GROUPS,
     VELO_GROUPS,
     Decays,
     advance_statistics,
-    channels,
     clip_gradient,
     init_statistics,
-    statistics,
 )
 from l2o.types import (
     LOCAL,
@@ -46,7 +46,6 @@ from l2o.types import (
     Updates,
 )
 
-_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 _ADAM = ("first", "second")
 """Slots of a tensor that Adam updates: its moments."""
 EPS_ROOT = 1e-8
@@ -95,8 +94,8 @@ class Celo2(UpdateRule):
 
     def __post_init__(self) -> None:
         check_each("hidden", self.hidden, check_int)
-        if self.activation not in _ACTIVATIONS:
-            raise ConfigurationError(f"activation={self.activation!r}: expected one of {sorted(_ACTIVATIONS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigurationError(f"activation={self.activation!r}: expected one of {sorted(ACTIVATIONS)}")
         check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
         check_each("adafactor_decays", self.adafactor_decays, partial(check_float, least=0.0, below=1.0))
         check_same_length("adafactor_decays", self.adafactor_decays, "decays", self.decays)
@@ -138,19 +137,47 @@ class Celo2(UpdateRule):
         decays = Decays.fixed(self.decays, self.rms_decay, self.adafactor_decays, next(iter(grads.values())))
         new = advance_statistics(old, learned, infos, decays, reduce)
         slots = {name: {**x, "count": old[name]["count"] + 1.0} for name, x in new.items()}
-        means = row_means(slots, infos, reduce)
-        features = {
-            name: self._features(g, params[name], slots[name], means[name], infos[name]) for name, g in learned.items()
-        }
-        squares = {
-            name: {"features": _matrix_sum(x.square(), infos[name]), "param": entry_sum(params[name].square())}
-            for name, x in features.items()
-        }
-        sums = reduce.shards(squares)
-        outputs = self._outputs(theta, features, sums, infos)
-        steps = self._directions(outputs, sums, params, infos, reduce)
-        updates = {name: -self.step_mult * (d + self.weight_decay * params[name]) for name, d in steps.items()} | moved
+        seen = {name: self._debiased(own) for name, own in slots.items()}
+        means = row_means(seen, infos, reduce)
+        if self.bias_correction:  # of the momenta's factor alone: the original never corrects the gradient's
+            raw = row_means(slots, infos, reduce)
+            seen = {name: own | raw_factors(slots[name], raw[name]) for name, own in seen.items()}
+        tensors = Tensors(learned, params, seen, infos, means)
+        # Two numbers of channels, so two calls.
+        flat, matrices = (
+            tensors.only([n for n in learned if (len(infos[n].shape) >= 2) is two]) for two in (False, True)
+        )
+        recipes = {two: self._recipe(two) for two in (False, True)}
+        squares = feature_sums(recipes[False], flat) | feature_sums(recipes[True], matrices)
+        sums = reduce.shards(
+            {name: {"features": own, "param": entry_sum(params[name].square())} for name, own in squares.items()}
+        )
+        outputs = self._outputs(theta, recipes[False], flat, sums) | self._outputs(theta, recipes[True], matrices, sums)
+        steps = self._steps(outputs, sums, params, infos, reduce)
+        updates = steps | moved
         return {name: updates[name] for name in grads}, OptState({name: (slots | own)[name] for name in grads}, {})
+
+    def _recipe(self, matrices: bool) -> Recipe:
+        return Recipe(
+            VELO_GROUPS if matrices else UNFACTORED_GROUPS,
+            Product(self.exp_mult),
+            self.activation,
+            rms_eps=EPS_ROOT,
+            scale_eps=EPS_NORM,
+            matrices=True,
+            raw=self.bias_correction,
+        )
+
+    def _debiased(self, slots: Slots) -> Slots:
+        """The slots that the MLP is shown."""
+        if not self.bias_correction:
+            return slots
+        decays = {"m": self.decays, "v": (self.rms_decay,)}
+        return {
+            slot: debias(moments, decays.get(slot, self.adafactor_decays), slots["count"])
+            for slot, moments in slots.items()
+            if slot != "count"
+        }
 
     def _adam(self, grads: Grads, state: OptState, params: Params) -> tuple[Updates, dict[str, Slots]]:
         """Updates and new slots of the tensors of kinds that Adam updates."""
@@ -164,50 +191,31 @@ class Celo2(UpdateRule):
             updates[name] = -self.step_mult * step
         return updates, slots
 
-    def _outputs(
-        self, theta: Theta, features: Mapping[str, Tensor], sums: Mapping[str, Slots], infos: Infos
-    ) -> dict[str, Tensor]:
+    def _outputs(self, theta: Theta, recipe: Recipe, tensors: Tensors, sums: Mapping[str, Slots]) -> dict[str, Tensor]:
         """What the network says of each tensor, in its shape."""
-        inputs: dict[bool, dict[str, tuple[Tensor]]] = {False: {}, True: {}}  # two numbers of channels, so two calls
-        for name, x in features.items():
-            scale = second_moment_scale(sums[name]["features"], _matrix_size(infos[name]), EPS_NORM)
-            inputs[len(infos[name].shape) >= 2][name] = (columns(x * scale),)
-        outputs = over_entries(partial(self._network, theta), inputs[False])
-        outputs |= over_entries(partial(self._network, theta), inputs[True])
-        return {name: outputs[name][0].reshape(x.shape[1:]) for name, x in features.items()}
+        if not tensors.grads:
+            return {}
+        features = {name: sums[name]["features"] for name in tensors.grads}
+        own = next(iter(features.values())).shape[0]
+        gains = [theta["b0"].new_ones(())] * len(features)
+        if self.param_scale:
+            gains = [(sums[name]["param"] / size(tensors.infos[name]) + EPS_NORM).sqrt() for name in features]
+        weights = theta | {"w0": theta["w0"][:own]}
+        return network(recipe, weights, tensors, features, torch.stack(gains))[0]
 
-    def _features(self, grad: Tensor, param: Tensor, slots: Slots, row_mean: Tensor | None, info: ParamInfo) -> Tensor:
-        """``[15 or 30, *shape]`` with three decays.  grad: clipped."""
-        seen = slots
-        if self.bias_correction:
-            decays = {"m": self.decays, "v": (self.rms_decay,)}
-            seen = {
-                slot: debias(moments, decays.get(slot, self.adafactor_decays), slots["count"])
-                for slot, moments in slots.items()
-                if slot != "count"
-            }
-        x = statistics(grad, param, seen, row_mean, info, rms_eps=EPS_ROOT)
-        x = x._replace(grad_factor=preconditioner(slots, row_mean, info))  # which the original never corrects
-        return channels(x, UNFACTORED_GROUPS if len(info.shape) < 2 else VELO_GROUPS)
-
-    def _network(self, theta: Theta, x: Tensor) -> tuple[Tensor]:
-        weights = theta | {"w0": theta["w0"][: len(x)]}
-        direction, magnitude = mlp(weights, x, activation=_ACTIVATIONS[self.activation]).split(1)
-        return (direction * (magnitude * self.exp_mult).exp(),)
-
-    def _directions(
+    def _steps(
         self, outputs: dict[str, Tensor], sums: Mapping[str, Slots], params: Params, infos: Infos, reduce: Reduce
-    ) -> dict[str, Tensor]:
-        """What is left of the network's outputs: of unit size."""
-        for name, d in outputs.items():
-            if self.param_scale:
-                d = d * (sums[name]["param"] / size(infos[name]) + EPS_NORM).sqrt()
-            outputs[name] = orthogonalize(d) if self.needs_whole(infos[name]) else d
-        squares = reduce.shards({name: {"d": _matrix_sum(d.square(), infos[name])} for name, d in outputs.items()})
-        return {
-            name: d * second_moment_scale(squares[name]["d"], _matrix_size(infos[name]), EPS_NORM)
-            for name, d in outputs.items()
-        }
+    ) -> Updates:
+        """The updates: what is left of the network's outputs, of unit size, and weight decay."""
+        directions = {name: orthogonalize(d) if self.needs_whole(infos[name]) else d for name, d in outputs.items()}
+        squares = reduce.shards({name: {"d": _matrix_sum(d.square(), infos[name])} for name, d in directions.items()})
+        updates = {}
+        for name, d in directions.items():
+            scale = second_moment_scale(squares[name]["d"], _matrix_size(infos[name]), EPS_NORM)
+            updates[name] = d * (scale * -self.step_mult)
+            if self.weight_decay:
+                updates[name] = updates[name] - self.step_mult * self.weight_decay * params[name]
+        return updates
 
 
 def _kind(name: str, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int, check_same_length
+from l2o.kernels.coordinatewise import Tensors, feature_sums, network
+from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.factored import row_means
-from l2o.ops.features import channel_sums, entry_sum, normalised
+from l2o.ops.features import entry_sum
 from l2o.ops.kinds import size
-from l2o.ops.networks import init_mlp, mlp
+from l2o.ops.networks import init_mlp
 from l2o.ops.scheduler import init_scheduler
-from l2o.ops.statistics import VELO_GROUPS, Decays, advance_statistics, channels, clip_gradient, statistics
+from l2o.ops.statistics import VELO_GROUPS, Decays, advance_statistics, clip_gradient
 from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
-
-Network = Callable[[Tensor], tuple[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,11 @@ class HyperRule(UpdateRule):
         """One step of the scheduler: the slots that it changes of each tensor of ``params``, and all shared ones."""
 
     @abc.abstractmethod
-    def outputs(self, theta: Theta, state: OptState, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``rate * o0 * exp(exp_mult * o1)``, ``[1, entries]``, of the ``features [channels, entries]`` of tensors."""
+    def mixed(self, theta: Theta, state: OptState, names: Sequence[str]) -> tuple[Theta, Tensor]:
+        """The network, one or one for each tensor (see `l2o.kernels.coordinatewise.network`), and rates ``[tensors]``.
+
+        state: after `schedule`.     names: of the tensors that have entries, one at least.
+        """
 
     def init_theta_of(self, generator: torch.Generator, inputs: int, heads: Mapping[str, int]) -> Theta:
         """A scheduler with ``inputs`` and ``heads``, and a stack of MLPs."""
@@ -83,36 +86,19 @@ class HyperRule(UpdateRule):
         clipped = {name: clip_gradient(g) for name, g in grads.items()}
         decays = Decays.fixed(self.decays, self.rms_decay, self.adafactor_decays, shared["loss_means"])
         new = advance_statistics(state.per_param, clipped, infos, decays, reduce)
-        means = row_means(new, infos, reduce)
-        features = {
-            name: channels(statistics(g, params[name], new[name], means[name], infos[name], diag_eps=0.0), VELO_GROUPS)
-            for name, g in clipped.items()
-        }
-        sums = reduce.shards(
-            {
-                name: {"features": channel_sums(x.square()), "param": entry_sum(params[name].square())}
-                for name, x in features.items()
-            }
-        )
+        recipe = Recipe(VELO_GROUPS, Product(self.exp_mult), diag_eps=0.0)
+        tensors = Tensors(clipped, params, new, infos, row_means(new, infos, reduce))
+        parts = {name: {"features": own} for name, own in feature_sums(recipe, tensors).items()}
+        sums = reduce.shards({name: own | {"param": entry_sum(params[name].square())} for name, own in parts.items()})
         slots = {name: state.per_param[name] | own | scheduled.get(name, {}) for name, own in new.items()}
-        inputs = {
-            name: normalised(x, sums[name]["features"], size(infos[name]))
-            for name, x in _filled(features, infos).items()
-        }
         updates = {name: torch.zeros_like(g) for name, g in grads.items()}
-        for name, output in self.outputs(theta, OptState(slots, shared), inputs).items():
-            scale = (sums[name]["param"] / size(infos[name]) + 1e-9).sqrt()
-            updates[name] = (-self.step_mult * scale * output).reshape(grads[name].shape)
+        if names := list(_filled(grads, infos)):
+            weights, rates = self.mixed(theta, OptState(slots, shared), names)
+            squares = torch.stack([sums[name]["param"] / size(infos[name]) for name in names])
+            gains = -self.step_mult * rates * (squares + 1e-9).sqrt()
+            features = {name: sums[name]["features"] for name in names}
+            updates |= network(recipe, weights, tensors.only(names), features, gains)[0]
         return updates, OptState(slots, shared)
-
-    def network(self, weights: Theta) -> Network:
-        """``o0 * exp(exp_mult * o1)`` of columns of features."""
-
-        def network(x: Tensor) -> tuple[Tensor]:
-            direction, magnitude = mlp(weights, x).split(1)
-            return (direction * (magnitude * self.exp_mult).exp(),)
-
-        return network
 
 
 def _filled(tensors: dict[str, Tensor], infos: Infos) -> dict[str, Tensor]:

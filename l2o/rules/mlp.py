@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int
-from l2o.ops.features import FRACTIONS, TIMESCALES, channel_sums, fraction_embedding, normalised, step_embedding
-from l2o.ops.kinds import size, width_multiplier
+from l2o.kernels.coordinatewise import Tensors, completed_sums, network, with_shared
+from l2o.ops.coordinatewise import Product, Recipe
+from l2o.ops.features import FRACTIONS, TIMESCALES, fraction_embedding, step_embedding
+from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import init_momenta, momenta
-from l2o.ops.networks import init_mlp, mlp, over_entries
+from l2o.ops.networks import init_mlp
+from l2o.ops.numeric import constant
 from l2o.types import (
     LOCAL,
     ConfigurationError,
@@ -30,6 +33,8 @@ from l2o.types import (
     Updates,
 )
 
+_GROUPS = ("grad", "param", "m")
+"""What the network sees of each element (`l2o.ops.statistics`)."""
 _TIME = {"steps": (len(TIMESCALES), step_embedding), "fraction": (len(FRACTIONS), fraction_embedding)}
 
 
@@ -88,24 +93,14 @@ class MLP(UpdateRule):
     ) -> tuple[Updates, OptState]:
         old = state.per_param
         slots = {name: {**old[name], "m": momenta(old[name]["m"], g, self.decays)} for name, g in grads.items()}
-        channels = {name: _channels(g, params[name], slots[name]["m"]) for name, g in grads.items()}
-        sums = reduce.shards({name: {"squares": channel_sums(x.square())} for name, x in channels.items()})
-
-        def network(x: Tensor) -> tuple[Tensor]:
-            direction, magnitude = mlp(theta, x, self.time_embedding(run, x))
-            return (direction * (magnitude * self.exp_mult).exp() * -self.step_mult,)
-
-        inputs = {name: (normalised(x, sums[name]["squares"], size(infos[name])),) for name, x in channels.items()}
-        steps = {name: x.reshape(grads[name].shape) for name, (x,) in over_entries(network, inputs).items()}
+        recipe, tensors = Recipe(_GROUPS, Product(self.exp_mult)), Tensors(grads, params, slots, infos)
+        sums = completed_sums(recipe, tensors, reduce)
+        weights = with_shared(theta, 2 + len(self.decays), self.time_embedding(run, theta["b0"]))
+        gains = constant([-self.step_mult] * len(grads), theta["b0"])
         if self.mup:
-            steps = {name: x * slots[name]["width"] for name, x in steps.items()}
-        return steps, OptState(slots, {})
+            gains = gains * torch.stack([own["width"] for own in slots.values()])
+        return network(recipe, weights, tensors, sums, gains)[0], OptState(slots, {})
 
     def time_embedding(self, run: Run, like: Tensor) -> Tensor:
         """``[k]``, the last inputs of each entry, in the dtype of ``like``."""
         return _TIME[self.time][1](run, like)
-
-
-def _channels(grad: Tensor, param: Tensor, m: Tensor) -> Tensor:
-    """``[2 + len(decays), *shape]``."""
-    return torch.cat([grad.unsqueeze(0), param.unsqueeze(0), m])

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int
-from l2o.ops.features import TIMESCALES, channel_sums, clip_log, normalised, sine_embedding, tensor_means
+from l2o.kernels.coordinatewise import Tensors, completed_means, completed_sums, network, with_shared
+from l2o.ops.coordinatewise import Product, Recipe
+from l2o.ops.features import TIMESCALES, clip_log, sine_embedding, tensor_means
 from l2o.ops.kinds import size
 from l2o.ops.moments import init_momenta, momenta
-from l2o.ops.networks import init_linear, init_mlp, linear, mlp, over_entries
+from l2o.ops.networks import init_linear, init_mlp, linear
 from l2o.ops.numeric import constant, safe_sqrt
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
 from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
@@ -33,6 +35,8 @@ _TENSOR_FEATURES = 18
 """What the LSTM sees of a tensor, besides what it is sent."""
 _AXES = 4
 """As many axes have their length in those features."""
+_GROUPS = ("grad", "param", "log_param", "m", "v", "m_over_rms", "inv_rms")
+"""What the MLP sees of each element (`l2o.ops.statistics`)."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +124,18 @@ class RNNMLP(UpdateRule):
             name: torch.cat([_run_features(seen[name].param_norm, infos[name], run, count), own])
             for name, own in zip(grads, to_mlp, strict=True)
         }
-        inputs = _entry_features(grads, params, slots, given, infos, reduce)
-        outputs = {name: x for name, (x,) in over_entries(lambda x: (mlp(theta, x),), inputs).items()}
-        said = {name: {"from_mlp": x[2:].reshape(self.from_mlp, *grads[name].shape)} for name, x in outputs.items()}
-        new = {name: slots[name] | cells[name] | own for name, own in tensor_means(said, infos, reduce).items()}
-        return {name: self._step(x, grads[name].shape) for name, x in outputs.items()}, OptState(new, shared)
+        recipe, tensors = Recipe(_GROUPS, Product(self.exp_mult)), Tensors(grads, params, slots, infos)
+        sums = completed_sums(recipe, tensors, reduce)
+        weights = with_shared(theta, 3 + 4 * len(self.decays), torch.stack(list(given.values())))
+        gains = constant([-self.step_mult] * len(grads), sent)
+        updates, totals = network(recipe, weights, tensors, sums, gains)
+        said = completed_means(totals, infos, grads, reduce)[:, 2:].unbind()
+        new = {name: slots[name] | cells[name] | {"from_mlp": own} for name, own in zip(grads, said, strict=True)}
+        return updates, OptState(new, shared)
 
     def _moments(self, slots: Slots, grad: Tensor) -> Slots:
         m, v = momenta(slots["m"], grad, self.decays), momenta(slots["v"], grad.square(), self.decays)
         return {**slots, "m": m, "v": v}
-
-    def _step(self, outputs: Tensor, shape: torch.Size) -> Tensor:
-        """outputs: ``[2 + from_mlp, entries]``."""
-        return (outputs[0] * (outputs[1] * self.exp_mult).exp() * -self.step_mult).reshape(shape)
 
 
 def _normalised_loss(shared: Slots, run: Run) -> tuple[Slots, list[Tensor]]:
@@ -204,17 +207,3 @@ def _run_features(param_norm: Tensor, info: ParamInfo, run: Run, tensors: Tensor
     """``[14]``: age of the run, number of tensors, norm and number of entries of this one."""
     count, entries = torch.log(tensors).unsqueeze(0) - 1.0, constant([math.log(size(info))], param_norm)
     return torch.cat([sine_embedding(run, param_norm), count, torch.log(param_norm + 1e-8), entries])
-
-
-def _entry_features(
-    grads: Grads, params: Params, slots: Mapping[str, Slots], given: Mapping[str, Tensor], infos: Infos, reduce: Reduce
-) -> dict[str, tuple[Tensor]]:
-    """``[3 + 4 decays + len(given), entries]``; ``given [k]`` is the same for all entries, and not normalised."""
-    own = {}
-    for name, g in grads.items():
-        p, m, v = params[name], slots[name]["m"], slots[name]["v"]
-        inv_rms = torch.rsqrt(v + 1e-6)
-        own[name] = torch.cat([torch.stack([g, p, torch.log(p.abs() + 1e-8)]), m, v, m * inv_rms, inv_rms])
-    sums = reduce.shards({name: {"squares": channel_sums(x.square())} for name, x in own.items()})
-    inputs = {name: normalised(x, sums[name]["squares"], size(infos[name])) for name, x in own.items()}
-    return {name: (torch.cat([x, given[name].unsqueeze(-1).expand(-1, x.shape[-1])]),) for name, x in inputs.items()}

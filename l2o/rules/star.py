@@ -6,29 +6,18 @@ Harrison et al. 2022, "A Closer Look at Learned Optimization: Stability, Robustn
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from l2o.checks import check_float
-from l2o.ops.features import channel_sums
-from l2o.ops.kinds import size
-from l2o.ops.statistics import Statistics
+from l2o.kernels.coordinatewise import Tensors, completed_means, network
+from l2o.ops.coordinatewise import NOMINAL, Nominal, Recipe
+from l2o.ops.statistics import SMALL_FC_GROUPS
 from l2o.rules.adafac_mlp import AdafacMLP
-from l2o.types import ConfigurationError, Infos, Reduce
-
-_NOMINAL: dict[str, Callable[[Statistics], Tensor]] = {
-    "sgd": lambda x: x.grad,
-    "sgdm": lambda x: x.m[-1],
-    "aggmo": lambda x: x.m.mean(0),
-    "adam": lambda x: x.m[-1] * x.inv_rms[0],
-    "adam_aggmo": lambda x: (x.m * x.inv_rms).mean(0),
-}
-"""Directions without a network: gradient, slowest momentum (the last decay), mean of the momenta; over the root mean
-square or not."""
+from l2o.types import ConfigurationError, Reduce, Theta
 
 
 @dataclass(frozen=True)
@@ -64,32 +53,43 @@ class STAR(AdafacMLP):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nominal not in _NOMINAL:
-            raise ConfigurationError(f"nominal={self.nominal!r}: expected one of {sorted(_NOMINAL)}")
+        if self.nominal not in NOMINAL:
+            raise ConfigurationError(f"nominal={self.nominal!r}: expected one of {sorted(NOMINAL)}")
         for name in ("nominal_lr", "weight_decay", "nominal_exp_mult", "decay_exp_mult"):
             check_float(name, getattr(self, name), least=0.0)
 
-    def _means(self, outputs: dict[str, Tensor], infos: Infos, reduce: Reduce) -> dict[str, Tensor]:
-        averaged = [
-            i for i, mean in enumerate((False, self.mean_magnitude, self.mean_nominal, self.mean_decay)) if mean
-        ]
-        if not averaged:
-            return outputs
-        sums = reduce.shards({name: {"sums": channel_sums(x)} for name, x in outputs.items()})
-        means = {name: sums[name]["sums"] / size(infos[name]) for name in outputs}
-        return {
-            name: torch.stack([means[name][i].expand_as(y) if i in averaged else y for i, y in enumerate(x)])
-            for name, x in outputs.items()
-        }
+    @property
+    def _gain(self) -> float:
+        return 1.0
 
-    def _step(self, output: Tensor, x: Statistics, width: Tensor | float) -> Tensor:
-        d, s, n, r = output
-        n = n if self.nominal_controller else torch.ones_like(n)
-        r = r if self.decay_controller else torch.zeros_like(r)
-        learned = d * (s * self.exp_mult).exp() * self.step_mult
-        if self.normalise:
-            learned = learned * x.inv_rms[0]
-        nominal = (n * self.nominal_exp_mult).exp() * self.nominal_lr
-        step = learned + nominal * _NOMINAL[self.nominal](x)
-        decay = (r * self.decay_exp_mult).exp() * self.weight_decay
-        return -width * step - decay * x.param
+    def _recipe(self) -> Recipe:
+        head = Nominal(
+            direction=self.nominal,
+            step_mult=self.step_mult,
+            exp_mult=self.exp_mult,
+            lr=self.nominal_lr,
+            weight_decay=self.weight_decay,
+            lr_exp_mult=self.nominal_exp_mult,
+            decay_exp_mult=self.decay_exp_mult,
+            sets_lr=self.nominal_controller,
+            sets_decay=self.decay_controller,
+            mean_magnitude=self.mean_magnitude,
+            mean_lr=self.mean_nominal,
+            mean_decay=self.mean_decay,
+            normalise=self.normalise,
+        )
+        return Recipe(SMALL_FC_GROUPS, head)
+
+    def _means(
+        self,
+        recipe: Recipe,
+        weights: Theta,
+        tensors: Tensors,
+        sums: Mapping[str, Tensor],
+        gains: Tensor,
+        reduce: Reduce,
+    ) -> Tensor | None:
+        if not (isinstance(recipe.head, Nominal) and recipe.head.needs_means and tensors.grads):
+            return None
+        _, totals = network(replace(recipe, head=None), weights, tensors, sums, gains)
+        return completed_means(totals, tensors.infos, tensors.grads, reduce)

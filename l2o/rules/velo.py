@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from l2o.checks import check_int
 from l2o.ops.features import clip_log, fraction_embedding, tensor_means
 from l2o.ops.losses import average_losses, init_loss_averages
-from l2o.ops.networks import over_entries
 from l2o.ops.numeric import constant
 from l2o.ops.recurrent import lstm_slots
 from l2o.ops.scheduler import RUN_FEATURES, head, mixtures, schedule
@@ -78,16 +77,10 @@ class VeLO(HyperRule):
         x = [torch.cat([of_run, own]) for own in _tensor_features(slots, params, infos, reduce).values()]
         return schedule(theta, torch.stack(x, -1), slots, reduce), shared
 
-    def outputs(self, theta: Theta, state: OptState, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not features:
-            return {}
-        h = torch.stack([state.per_param[name]["h"] for name in features], -1)
+    def mixed(self, theta: Theta, state: OptState, names: Sequence[str]) -> tuple[Theta, Tensor]:
+        h = torch.stack([state.per_param[name]["h"] for name in names], -1)
         control = WEIGHT_SCALE * head(theta, "controls", h)
-        rates = head(theta, "lr", h).unbind(-1)
-        outputs = {}
-        for (name, x), weights, rate in zip(features.items(), mixtures(theta, control), rates, strict=True):
-            outputs[name] = rate * over_entries(self.network(weights), {name: (x,)})[name][0]
-        return outputs
+        return mixtures(theta, control), head(theta, "lr", h).squeeze(0)
 
 
 def _tensor_features(slots: Mapping[str, Slots], params: Params, infos: Infos, reduce: Reduce) -> dict[str, Tensor]:

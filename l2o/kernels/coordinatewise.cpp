@@ -1,0 +1,366 @@
+#pragma GCC target("prefer-vector-width=512")
+// Two passes over the elements of tensors: sums of squares of their channels, and the network over their channels.
+//
+// Work is cut into pieces of one tensor of one lane, the same whatever the number of threads, and sums over pieces are
+// taken in their order: results do not depend on threads.
+#include "coordinatewise.h"
+
+#include <new>
+
+#include <omp.h>
+
+namespace {
+
+// Elements of one tensor: several whole groups of those that share scales, or a part of one.
+struct Piece {
+    int64_t tensor, begin, end, first_group, groups, slot;  // slot: of the piece's first group among those of a lane
+};
+
+struct Plan {
+    std::vector<Piece> pieces;
+    int64_t slots = 0;
+
+    explicit Plan(const Call& w) {
+        for (int64_t t = 0; t < w.tensors; t++) {
+            const Tensor& f = w.all[t];
+            const int64_t inner = std::max<int64_t>(f.inner, 1);
+            const int64_t together = std::max<int64_t>(PIECE / inner, 1), stretch = together * inner;
+            for (int64_t start = 0; start < f.entries; start += stretch) {
+                const int64_t stop = std::min(start + stretch, f.entries), groups = (stop - start) / inner;
+                for (int64_t begin = start; begin < stop; begin += PIECE) {
+                    pieces.push_back({t, begin, std::min(begin + PIECE, stop), start / inner, groups, slots});
+                    slots += groups;
+                }
+            }
+        }
+    }
+    int64_t count() const { return pieces.size(); }
+};
+
+// first(lane, i, work) for i < firsts, then middle(lane, i, work) for i < middles, then last(lane) of each lane. A thread
+// takes whole lanes, which need no waiting for each other, unless there are too few to share them out evenly.
+template <class First, class Middle, class Last>
+void phases(const Call& w, int64_t firsts, int64_t middles, First first, Middle middle, Last last) {
+    std::vector<Scratch> scratch;
+    for (int64_t i = 0; i < w.threads; i++) scratch.emplace_back(w);
+    const bool whole_lanes = w.lanes % w.threads == 0 || w.lanes >= 4 * w.threads;
+#pragma omp parallel num_threads(w.threads)
+    {
+        Scratch& work = scratch[omp_get_thread_num()];
+        if (whole_lanes) {
+#pragma omp for schedule(dynamic)
+            for (int64_t lane = 0; lane < w.lanes; lane++) {
+                for (int64_t i = 0; i < firsts; i++) first(lane, i);
+                for (int64_t i = 0; i < middles; i++) middle(lane, i, work);
+                last(lane);
+            }
+        } else {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < w.lanes * firsts; i++) first(i / firsts, i % firsts);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < w.lanes * middles; i++) middle(i / middles, i % middles, work);
+#pragma omp for
+            for (int64_t lane = 0; lane < w.lanes; lane++) last(lane);
+        }
+    }
+}
+
+// The tables of all tensors of all lanes.
+struct AllTables {
+    std::vector<int64_t> offsets{0};
+    std::unique_ptr<float[]> memory;
+    const Call& w;
+
+    AllTables(const Call& w, bool wanted) : w(w) {
+        for (int64_t t = 0; t < w.tensors; t++)
+            offsets.push_back(offsets.back() + (wanted ? Tables::size(w, w.all[t], w.layers) : 0));
+        memory.reset(new float[w.lanes * offsets.back()]);
+    }
+    Tables of(int64_t lane, int64_t t) const {
+        return {w, w.all[t], lane, memory.get() + lane * offsets.back() + offsets[t]};
+    }
+    void make(int64_t lane, int64_t t) const {
+        if (offsets[t] < offsets[t + 1]) of(lane, t).make(w, w.all[t], lane);
+    }
+};
+
+// f(begin, n) over the blocks of a piece.
+template <class F> void blocks(const Piece& piece, F f) {
+    for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) f(begin, std::min(BLOCK, piece.end - begin));
+}
+
+// f(group, from, count) over the groups that share scales in a block: from is counted from the beginning of the block.
+template <class F> void groups(const Tensor& f, int64_t begin, int64_t n, F visit) {
+    for (int64_t e = begin; e < begin + n;) {
+        const int64_t group = e / f.inner, stop = std::min((group + 1) * f.inner, begin + n);
+        visit(group, e - begin, stop - e);
+        e = stop;
+    }
+}
+
+float square_sum(const float* x, int64_t n) {
+    vec total[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH)
+        for (int k = 0; k < 2; k++) {
+            const vec y = load<vec>(x + i + k * WIDTH);
+            total[k] += y * y;
+        }
+    float rest = 0;
+    for (; i < n; i++) rest += x[i] * x[i];
+    return sum(total[0] + total[1]) + rest;
+}
+
+float table_sum(const Tensor& f, const Tables& tables, int64_t group, int64_t d) {
+    const auto [x, is_left] = tables.table(f, group, d);
+    const int64_t size = is_left ? lefts(f) : rights(f);
+    double total = 0;
+    for (int64_t i = 0; i < size; i += BLOCK) total += square_sum(x + i, std::min(BLOCK, size - i));
+    return float(total * double(f.axes[is_left ? 3 : 1]));
+}
+
+// First pass over a piece.  sums: [groups, channels], zeros at first.
+void look(const Call& w, const Needs& needs, const Piece& piece, const Block& all, Scratch& work, float* sums) {
+    blocks(piece, [&](int64_t begin, int64_t n) {
+        const Block block{w, all.f, all.tables, all.lane, begin, n};
+        block.prepare(needs.seconds, needs.factors, work);
+        every_channel(w, [&](int64_t group, int64_t d, int64_t c) {
+            if (by_table(all.f, group)) return;
+            block.channel(group, d, 1.0f, work, work.h[0]);
+            groups(all.f, begin, n, [&](int64_t at, int64_t from, int64_t count) {
+                sums[(at - piece.first_group) * w.widths[0] + c] += square_sum(work.h[0] + from, count);
+            });
+        });
+    });
+}
+
+void set_sums(const Call& w, const Plan& plan, const AllTables& tables, int64_t lane, const float* parts) {
+    for (int64_t t = 0, p = 0; t < w.tensors; t++) {
+        const Tensor& f = w.all[t];
+        const int64_t width = w.widths[0], count = f.entries ? f.entries / f.inner : 0;
+        std::vector<double> sums(count * width);
+        for (; p < plan.count() && plan.pieces[p].tensor == t; p++) {
+            const Piece& piece = plan.pieces[p];
+            for (int64_t i = 0; i < piece.groups * width; i++)
+                sums[piece.first_group * width + i] += parts[piece.slot * width + i];
+        }
+        float* to = f.sums + lane * width * count;
+        every_channel(w, [&](int64_t group, int64_t d, int64_t c) {
+            if (f.entries && by_table(f, group)) {
+                to[c] = table_sum(f, tables.of(lane, t), group, d);
+                return;
+            }
+            for (int64_t g = 0; g < count; g++) to[c * count + g] = float(sums[g * width + c]);
+        });
+    }
+}
+
+void feature_sums(const Call& w) {
+    const Plan plan(w);
+    const Needs needs(w);
+    const AllTables tables(w, needs.tables);
+    const int64_t width = w.widths[0];
+    std::unique_ptr<float[]> parts(new float[w.lanes * plan.slots * width]());
+    phases(
+        w, w.tensors, plan.count(), [&](int64_t lane, int64_t t) { tables.make(lane, t); },
+        [&](int64_t lane, int64_t i, Scratch& work) {
+            const Piece& piece = plan.pieces[i];
+            const Tables own = tables.of(lane, piece.tensor);
+            const Block block{w, w.all[piece.tensor], own, lane, piece.begin, 0};
+            look(w, needs, piece, block, work, &parts[(lane * plan.slots + piece.slot) * width]);
+        },
+        [&](int64_t lane) { set_sums(w, plan, tables, lane, &parts[lane * plan.slots * width]); });
+}
+
+float scale(const Call& w, const Tensor& f, float total) {
+    return inverse_root(w.scale_eps + total / float(f.count));
+}
+
+// A weight or bias of one tensor's network in one lane.
+const float* weight(const Call& w, int64_t lane, int64_t tensor, int64_t k) {
+    return w.weights[k] + lane * w.lane_strides[k] + tensor * w.net_strides[k];
+}
+
+// See `Tables`.
+void make_starts(const Call& w, const Tables& tables, int64_t lane, int64_t tensor) {
+    const Tensor& f = w.all[tensor];
+    const int64_t units = w.widths[1], sizes[] = {rights(f), lefts(f)};
+    const float *first = weight(w, lane, tensor, 0), *bias = weight(w, lane, tensor, 1);
+    std::fill_n(tables.left_start, units * sizes[true], 0.0f);
+    for (int64_t o = 0; o < units; o++) std::fill_n(tables.right_start + o * sizes[false], sizes[false], bias[o]);
+    float* next = tables.weights;
+    every_channel(w, [&](int64_t group, int64_t d, int64_t c) {
+        if (!by_table(f, group)) {
+            next = std::copy_n(first + c * units, units, next);
+            return;
+        }
+        const auto [x, is_left] = tables.table(f, group, d);
+        const float s = scale(w, f, f.sums[lane * w.widths[0] + c]), *from = x;
+        for (int64_t o = 0, n = sizes[is_left]; o < units; o++) {
+            float* to = (is_left ? tables.left_start : tables.right_start) + o * n;
+            const float factor = s * first[c * units + o];
+            each(n, [=](int64_t i) { to[i] += factor * from[i]; });
+        }
+    });
+}
+
+// The channels of a block, each over its root mean square, and how many they are; without those that `make_starts` has,
+// whose part of the first layer is left in work.h[1].
+int64_t features(const Call& w, const Needs& needs, const Block& block, Scratch& work) {
+    const Tensor& f = block.f;
+    const int64_t count = f.entries / f.inner;
+    const float* sums = f.sums + block.lane * w.widths[0] * count;
+    float* to = work.h[0];
+    block.prepare(needs.seconds, needs.factors, work);
+    every_channel(w, [&](int64_t group, int64_t d, int64_t c) {
+        if (by_table(f, group)) return;
+        block.channel(group, d, count == 1 ? scale(w, f, sums[c]) : 1.0f, work, to);
+        if (count > 1)
+            groups(f, block.begin, block.n, [&](int64_t at, int64_t from, int64_t size) {
+                const float s = scale(w, f, sums[c * count + at]);
+                each(size, [=](int64_t i) { to[from + i] *= s; });
+            });
+        to += STRIDE;
+    });
+    for (int64_t o = 0; needs.starts(f) && o < w.widths[1]; o++)
+        block.spread(work, block.tables.left_start + o * lefts(f), block.tables.right_start + o * rights(f),
+                     work.h[1] + o * STRIDE, [](float l, float r) { return l + r; });
+    return (to - work.h[0]) / STRIDE;
+}
+
+// The layers, from the `channels` in work.h[0] on.
+void network(const Call& w, const Block& block, int64_t tensor, int64_t channels, bool starts, Scratch& work) {
+    const bool relu = w.activation == 0;
+    for (int64_t l = 0; l < w.layers; l++) {
+        const float *bias = weight(w, block.lane, tensor, 2 * l + 1), *start = starts && l == 0 ? work.h[1] : nullptr;
+        const float* weights = start ? block.tables.weights : weight(w, block.lane, tensor, 2 * l);
+        const bool hidden = l + 1 < w.layers;
+        const float floor = relu && hidden ? 0.0f : -std::numeric_limits<float>::infinity();
+        multiply<8, 3>(
+            w.widths[l + 1], padded(block.n), l ? w.widths[l] : channels, weights, 1, w.widths[l + 1], work.h[l], STRIDE,
+            work.h[l + 1], STRIDE,
+            [=](auto zero, int64_t o, int64_t e) {
+                return start ? load<decltype(zero)>(start + o * STRIDE + e) : zero + bias[o];
+            },
+            [=](auto y, int64_t, int64_t) { return y < floor ? decltype(y){} + floor : y; });
+        for (int64_t o = 0; hidden && !relu && o < w.widths[l + 1]; o++)
+            for (float *x = work.h[l + 1] + o * STRIDE, *end = x + padded(block.n); x < end; x += WIDTH)
+                store(x, tanh(load<vec>(x)));
+    }
+}
+
+// `Product`: gain * o0 * exp(exp_mult * o1), left in o0's place.
+void product(const Call& w, float gain, int64_t n, float* outputs) {
+    for (int64_t e = 0; e < n; e += WIDTH)
+        store(outputs + e, load<vec>(outputs + e) * exp(load<vec>(outputs + STRIDE + e) * w.constants[0]) * gain);
+}
+
+// `Nominal` of coordinatewise.py, in the order of its fields.
+struct NominalConstants {
+    float direction, step_mult, exp_mult, lr, decay, lr_exp_mult, decay_exp_mult, sets_lr, sets_decay, mean_magnitude,
+        mean_lr, mean_decay, normalise;
+};
+
+// The direction without a network, and what the learned term is multiplied with where `normalise`.
+void direction(const Block& block, const Scratch& work, int64_t kind, float* to) {
+    const int64_t last = block.w.m_decays - 1, first = kind == 2 || kind == 4 ? 0 : last;
+    const float* rms = work.inv_rms;
+    std::fill_n(to, block.n, 0.0f);
+    for (int64_t d = first; d <= last; d++) {
+        const float *x = kind == 0 ? work.grad : block.m(d), share = 1.0f / float(last - first + 1);
+        if (kind >= 3) each(block.n, [=](int64_t i) { to[i] += x[i] * rms[i] * share; });
+        else each(block.n, [=](int64_t i) { to[i] += x[i] * share; });
+    }
+}
+
+void nominal(const Block& block, const float* means, float gain, Scratch& work, float* outputs) {
+    const NominalConstants& k = *reinterpret_cast<const NominalConstants*>(block.w.constants);
+    float *to = work.spare, *p = work.grad;
+    direction(block, work, int64_t(k.direction), to);
+    std::copy_n(block.f.param + block.lane * block.f.entries + block.begin, block.n, p);
+    const auto pick = [&](int64_t o, bool set, bool mean, float unset, int64_t e) {
+        return !set ? vec{} + unset : mean ? vec{} + means[o] : load<vec>(outputs + o * STRIDE + e);
+    };
+    for (int64_t e = 0; e < block.n; e += WIDTH) {
+        const vec s = pick(1, true, k.mean_magnitude, 0, e), n = pick(2, k.sets_lr, k.mean_lr, 1, e);
+        const vec r = pick(3, k.sets_decay, k.mean_decay, 0, e);
+        vec learned = load<vec>(outputs + e) * exp(s * k.exp_mult) * k.step_mult;
+        if (k.normalise) learned *= load<vec>(work.inv_rms + e);
+        const vec step = learned + exp(n * k.lr_exp_mult) * k.lr * load<vec>(to + e);
+        store(outputs + e, gain * step - exp(r * k.decay_exp_mult) * k.decay * load<vec>(p + e));
+    }
+}
+
+float plain_sum(const float* x, int64_t n) {
+    vec total = {};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) total += load<vec>(x + i);
+    for (; i < n; i++) rest += x[i];
+    return sum(total) + rest;
+}
+
+// Second pass over a piece.  sums: of the outputs, or null.
+void apply(const Call& w, const Needs& needs, const Piece& piece, const Block& all, Scratch& work, float* sums) {
+    const int64_t at = all.lane * w.tensors + piece.tensor, outputs = w.widths[w.layers];
+    const float* means = w.means ? w.means + at * outputs : nullptr;
+    blocks(piece, [&](int64_t begin, int64_t n) {
+        const Block block{w, all.f, all.tables, all.lane, begin, n};
+        const int64_t channels = features(w, needs, block, work);
+        network(w, block, piece.tensor, channels, needs.starts(all.f), work);
+        float* out = work.h[w.layers];
+        for (int64_t o = 0; sums && o < outputs; o++) sums[o] += plain_sum(out + o * STRIDE, n);
+        if (w.head == 0) return;
+        w.head == 1 ? product(w, w.gains[at], n, out) : nominal(block, means, w.gains[at], work, out);
+        std::copy_n(out, n, all.f.update + all.lane * all.f.entries + begin);
+    });
+}
+
+void set_output_sums(const Call& w, const Plan& plan, int64_t lane, const float* parts) {
+    const int64_t outputs = w.widths[w.layers];
+    std::vector<double> sums(w.tensors * outputs);
+    for (int64_t p = 0; p < plan.count(); p++)
+        for (int64_t o = 0; o < outputs; o++) sums[plan.pieces[p].tensor * outputs + o] += parts[p * outputs + o];
+    std::copy(sums.begin(), sums.end(), w.output_sums + lane * w.tensors * outputs);
+}
+
+void coordinatewise(const Call& w) {
+    const Plan plan(w);
+    const Needs needs(w);
+    const AllTables tables(w, needs.tables);
+    const int64_t outputs = w.output_sums ? w.widths[w.layers] : 0;
+    std::unique_ptr<float[]> parts(new float[w.lanes * plan.count() * outputs]());
+    phases(
+        w, w.tensors, plan.count(), 
+        [&](int64_t lane, int64_t t) {
+            tables.make(lane, t);
+            if (needs.starts(w.all[t])) make_starts(w, tables.of(lane, t), lane, t);
+        },
+        [&](int64_t lane, int64_t i, Scratch& work) {
+            const Piece& piece = plan.pieces[i];
+            const Tables own = tables.of(lane, piece.tensor);
+            const Block block{w, w.all[piece.tensor], own, lane, piece.begin, 0};
+            apply(w, needs, piece, block, work, outputs ? &parts[(lane * plan.count() + i) * outputs] : nullptr);
+        },
+        [&](int64_t lane) {
+            if (outputs) set_output_sums(w, plan, lane, &parts[lane * plan.count() * outputs]);
+        });
+}
+
+template <class F> int guarded(F f) {
+    try {
+        f();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+}  // namespace
+
+extern "C" int l2o_feature_sums(const Work* work) {
+    return guarded([&] { feature_sums(Call(*work)); });
+}
+
+extern "C" int l2o_coordinatewise(const Work* work) {
+    return guarded([&] { coordinatewise(Call(*work)); });
+}
