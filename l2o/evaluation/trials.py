@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from l2o import checks
 from l2o.checks import check_int, lookup
-from l2o.evaluation.curves import Advance, silent
+from l2o.evaluation.curves import EVALUATIONS, Advance, evaluation_steps, silent, trace
 from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
 
@@ -89,7 +89,8 @@ def run_entrant(
     def of_all(steps: int) -> None:
         advance(steps * setting.seeds * trials)
 
-    curves = entrant.run(setting.family, setting.steps, setting.seeds, generator, of_all)
+    begun = entrant.begin(setting.family, setting.steps, setting.seeds, generator)
+    curves = trace(begun, evaluation_steps(setting.steps, EVALUATIONS), generator, of_all)
     train, valid = (_per_trial(losses, trials) for losses in (curves.train, curves.valid))
     return Trials(entrant.label, entrant.rates, train, valid, curves.valid_steps, time.perf_counter() - started)
 
