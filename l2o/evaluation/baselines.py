@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l2o._names import choose
-from l2o.evaluation.curves import Advance, Curves, run, silent
+from l2o.evaluation.curves import Begun, begin
 from l2o.evaluation.entrants import Entrant, MakeOptimizers, TorchEntrant
 from l2o.meta import warmup_cosine
 from l2o.ops import schedules
@@ -82,13 +82,11 @@ class Baseline:
     rates: tuple[float, ...]
     cosine: bool = False
 
-    def run(
-        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
-    ) -> Curves:
+    def begin(self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator) -> Begun:
         # Adjacent lanes share a seed's problem, and the grid runs fastest.
         theta = {k: t.repeat(seeds, *[1] * (t.ndim - 1)) for k, t in self.thetas(generator).items()}
         copies = Repeated(family, len(self.rates))
-        return run(self.scheduled_rule(), theta, copies, steps, generator, advance=advance)
+        return begin(self.scheduled_rule(), theta, copies, steps, generator)
 
     def scheduled_rule(self) -> UpdateRule:
         """The rule that is run; the learning rate is in its θ."""

@@ -26,6 +26,14 @@ _VALID_SEED = 0x5EED
 """Set apart from the seed of the run, so that validation batches come from a stream of their own."""
 
 
+class Begun(NamedTuple):
+    """Runs of all lanes at their beginning.  train: goes on from ``state``.  family: what all lanes train on."""
+
+    train: Train
+    state: InnerState
+    family: TaskFamily
+
+
 class Curves(NamedTuple):
     """Losses of a run, on its device.
 
@@ -60,34 +68,33 @@ def run(
     Raises `ConfigurationError` for a horizon or a number of evaluations that is not a positive whole number.
     """
     points = evaluation_steps(whole("horizon", horizon), whole("evaluations", evaluations))
+    return trace(begin(rule, theta, family, horizon, generator), points, generator, advance)
+
+
+def begin(rule: UpdateRule, theta: Theta, family: TaskFamily, horizon: int, generator: torch.Generator) -> Begun:
+    """The runs of a rule, one for each lane of ``theta`` (``[lanes, ...]``)."""
     lanes = len(next(iter(theta.values())))
     with torch.no_grad():
         state = start(rule, theta, family, torch.full((lanes,), horizon, device=generator.device), generator)
 
-        def train(state: InnerState, steps: int) -> tuple[InnerState, Tensor]:
-            return unroll(rule, theta, family, state, steps, generator)
+    def train(state: InnerState, steps: int) -> tuple[InnerState, Tensor]:
+        return unroll(rule, theta, family, state, steps, generator)
 
-        return trace(train, state, family, points, generator, advance)
+    return Begun(train, state, family)
 
 
-def trace(
-    train: Train,
-    state: InnerState,
-    family: TaskFamily,
-    points: list[int],
-    generator: torch.Generator,
-    advance: Advance = silent,
-) -> Curves:
-    """Train ``state`` up to the last of ``points`` (numbers of steps), and measure the validation loss at each of them.
+@torch.no_grad()
+def trace(begun: Begun, points: list[int], generator: torch.Generator, advance: Advance = silent) -> Curves:
+    """Train up to the last of ``points`` (numbers of steps), and measure the validation loss at each of them.
 
-    generator: the one that ``train`` draws from; validation batches come from another of the same seed.
+    generator: the one that training draws from; validation batches come from another of the same seed.
     """
     held_out = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ _VALID_SEED)
-    losses, valid = [], []
+    state, losses, valid = begun.state, [], []
     for before, point in zip([0, *points], points, strict=False):
-        state, loss = train(state, point - before)
+        state, loss = begun.train(state, point - before)
         losses.append(loss)
-        valid.append(validation_loss(family, state, held_out))
+        valid.append(validation_loss(begun.family, state, held_out))
         advance(point - before)
     return Curves(torch.cat(losses), torch.stack(valid), points)
 

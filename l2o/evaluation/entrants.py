@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from l2o._checks import whole
-from l2o.evaluation.curves import EVALUATIONS, Advance, Curves, evaluation_steps, run, silent, trace
+from l2o.evaluation.curves import Begun, begin
 from l2o.tasks import Repeated
 from l2o.types import Grads, InnerState, OptState, Params, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta, gradients
@@ -36,10 +35,8 @@ class Entrant(Protocol):
     @property
     def rates(self) -> Rates: ...
 
-    def run(
-        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
-    ) -> Curves:
-        """Every trial on every seed: curves of ``seeds * len(rates)`` lanes, of which adjacent ones share a seed."""
+    def begin(self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator) -> Begun:
+        """Every trial on every seed, in ``seeds * len(rates)`` lanes, of which adjacent ones share a seed."""
         ...
 
 
@@ -55,11 +52,9 @@ class RuleEntrant:
     def rates(self) -> Rates:
         return UNTUNED
 
-    def run(
-        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
-    ) -> Curves:
+    def begin(self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator) -> Begun:
         theta = expand_theta({name: t.to(generator.device) for name, t in self.theta.items()}, seeds)
-        return run(self.rule, theta, family, steps, generator, advance=advance)
+        return begin(self.rule, theta, family, steps, generator)
 
 
 @dataclass(frozen=True)
@@ -76,15 +71,12 @@ class TorchEntrant:
     rates: Rates = UNTUNED
     clip: float | None = None
 
-    def run(
-        self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator, advance: Advance = silent
-    ) -> Curves:
-        points = evaluation_steps(whole("steps", steps), EVALUATIONS)
+    @torch.no_grad()
+    def begin(self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator) -> Begun:
         copies = Repeated(family, len(self.rates))
         state = _start(copies, torch.full((seeds * len(self.rates),), steps, device=generator.device), generator)
         lanes = [self._lane(state.params, lane, steps) for lane in range(len(state.step))]
-        with torch.no_grad():
-            return trace(partial(_train, lanes, copies, generator), state, copies, points, generator, advance)
+        return Begun(partial(_train, lanes, copies, generator), state, copies)
 
     def _lane(self, stacked: Params, lane: int, steps: int) -> Lane:
         params = {name: nn.Parameter(p[lane].clone()) for name, p in stacked.items()}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from l2o import _checks
 from l2o._checks import whole
 from l2o._names import choose
-from l2o.evaluation.curves import Advance, silent
+from l2o.evaluation.curves import EVALUATIONS, Advance, evaluation_steps, silent, trace
 from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
 
@@ -90,7 +90,8 @@ def run_entrant(
     def of_all(steps: int) -> None:
         advance(steps * setting.seeds * trials)
 
-    curves = entrant.run(setting.family, setting.steps, setting.seeds, generator, of_all)
+    begun = entrant.begin(setting.family, setting.steps, setting.seeds, generator)
+    curves = trace(begun, evaluation_steps(setting.steps, EVALUATIONS), generator, of_all)
     train, valid = (_per_trial(losses, trials) for losses in (curves.train, curves.valid))
     return Trials(entrant.label, entrant.rates, train, valid, curves.valid_steps, time.perf_counter() - started)
 
