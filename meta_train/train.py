@@ -16,6 +16,7 @@ from l2o.types import ConfigurationError
 from meta_train._config import config_path, main_guard, open_settings
 from meta_train.assemble import make_session
 from meta_train.loggers import duration
+from meta_train.pictures import LEAST, draw
 from meta_train.processes import Follower, agreed, joined, wait_for_all
 from meta_train.run import Request, RunFolder
 from meta_train.session import Session
@@ -86,7 +87,7 @@ def train(request: Request) -> int:
         finally:
             session.close()
     if isinstance(session, Session):
-        print(_farewell(session) if stopped else _summary(session))
+        print(_farewell(session) if stopped else _summary(session) + _picture(session))
     return 128 + stopped if stopped else 0
 
 
@@ -135,6 +136,16 @@ def _summary(session: Session) -> str:
         f"{_best(session)}"
         f"use it: l2o.LearnedOptimizer(model.parameters(), {source!r}, total_steps={session.horizon}{own})"
     )
+
+
+def _picture(session: Session) -> str:
+    """Draw a run that is long enough to be seen; without matplotlib there is none."""
+    if session.step < LEAST:
+        return ""
+    try:
+        return f"\npicture: {draw(session.folder.path)}"
+    except ConfigurationError as error:
+        return f"\nno picture: {error}"
 
 
 def _best(session: Session) -> str:

@@ -75,7 +75,8 @@ def network_paths(family: TaskFamily, entrants: Mapping[str, Entrant], steps: in
     places = {label: np.linalg.lstsq(axes.T, (p - origin).T, rcond=None)[0].T for label, p in walked.flat.items()}
     inside = np.concatenate([p[np.isfinite(p).all(1)] for p in places.values()]) @ axes
     share = 1 - ((around - inside) ** 2).sum() / max((around**2).sum(), 1e-300)
-    title = f"{type(family).__name__}, {len(origin):,} parameters\n{share:.0%} of the paths' squared length in this plane"
+    name = f"{type(family).__name__}, {len(origin):,} parameters"
+    title = f"{name}\n{share:.0%} of the paths' squared length in this plane"
     labels = ("first direction, filter-normalised", "second direction")
     return Paths(title, origin, axes, places, walked.losses, walked.height, labels)
 
