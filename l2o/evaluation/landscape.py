@@ -164,7 +164,9 @@ def landscape_gif(found: Sequence[Paths], colours: Mapping[str, str], frames: in
             line.set_data(*path[:until].T)
             dot.set_data(*path[min(until, len(path)) - 1 : until][-1:].T)
         figure.canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(64))
+        pictures.append(
+            Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(128, Image.Quantize.FASTOCTREE)
+        )
     out = io.BytesIO()
     durations = [90] * (len(pictures) - 1) + [2500]
     pictures[0].save(out, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
@@ -205,9 +207,10 @@ def _draw(panel: Any, paths: Paths, colours: Mapping[str, str]) -> list[tuple[An
     start = next(iter(paths.places.values()))[0]
     panel.plot(*start, marker="o", color="white", markeredgecolor="black", markersize=7, zorder=5)
     lines = []
-    for label, path in paths.places.items():
-        (line,) = panel.plot(*path.T, color=colours[label], linewidth=1.8, label=label, zorder=3)
-        (dot,) = panel.plot(*path[-1:].T, marker="o", color=colours[label], markeredgecolor="white", zorder=4)
+    for rank, (label, path) in enumerate(paths.places.items()):  # the first on top, and thin enough to see the others
+        over = {"color": colours[label], "zorder": 4 - 0.1 * rank}
+        (line,) = panel.plot(*path.T, linewidth=1.8 + 0.8 * rank, label=label, **over)
+        (dot,) = panel.plot(*path[-1:].T, marker="o", markeredgecolor="white", **over)
         lines.append((line, dot, path))
     panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel=paths.labels[0], ylabel=paths.labels[1])
     panel.set_title(paths.title, fontsize=10)
