@@ -32,7 +32,7 @@ def step(
     factors: Mapping[str, tuple[float, float]],
 ) -> OptState | None:
     """See `l2o.fused.step`."""
-    if rule.controller == "mlp":
+    if rule.decides:
         return None
     decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
     momentum = decay(theta["logit_momentum"]) if rule.direction != "adam" else decays[0]

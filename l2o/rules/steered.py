@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_float, check_int
-from l2o.ops.alignment import control, cosine, init_alignment, init_controller
-from l2o.ops.controller import Seen, decide, init_decisions, init_seen, longer_mean
-from l2o.ops.groups import Group, by_shape, shard_sums, stack, tensor_sum, unstacked
+from l2o.ops.alignment import init_alignment, init_controller
+from l2o.ops.controller import init_decisions, init_seen, steer
+from l2o.ops.groups import Group, by_shape, shard_sums, stack, unstacked
 from l2o.ops.moments import bias_correction, ema
 from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
 from l2o.ops.orthogonal import as_matrix, matrices, polar, row_column_scales
@@ -37,7 +37,7 @@ from l2o.types import (
 )
 
 Direction = Literal["orthogonal", "normalized", "adam"]
-Controller = Literal["alignment", "mlp", "none"]
+Controller = Literal["alignment", "mlp", "lstm", "none"]
 Schedule = Literal["decay", "constant"]
 
 _FAN_IN = 64.0
@@ -57,8 +57,8 @@ class Steered(UpdateRule):
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
-    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp``: that of
-        ``alignment``, and a small network (`l2o.ops.controller`) that adds to its push and gives each tensor a factor.
+    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp`` and
+        ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.
@@ -99,6 +99,11 @@ class Steered(UpdateRule):
         check_float("fan_in", self.fan_in)
         self.init_theta(torch.Generator())  # the transforms know what they take
 
+    @property
+    def decides(self) -> bool:
+        """Whether a network has a part in the controller."""
+        return self.controller in ("mlp", "lstm")
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
         shares = ("momentum", "beta1", "beta2", "warmup")
@@ -107,16 +112,16 @@ class Steered(UpdateRule):
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
         theta |= init_controller(generator) if self.controller != "none" else {}
-        return theta | (init_decisions(generator) if self.controller == "mlp" else {})
+        return theta | (init_decisions(generator, self.controller) if self.decides else {})
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
         shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
-        return OptState(slots, shared | ({"long": shared["slow"]} if self.controller == "mlp" else {}))
+        return OptState(slots, shared | ({"long": shared["slow"].clone()} if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
         own = self._init_direction(param, info)
-        return own | init_seen(param) if self.controller == "mlp" else own
+        return own | init_seen(param, self.controller) if self.decides else own
 
     def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
@@ -147,7 +152,8 @@ class Steered(UpdateRule):
     ) -> tuple[Updates, OptState]:
         groups = by_shape(grads, state, infos)
         sums = shard_sums(groups, [self._sums(theta, group, params) for group in groups], reduce)
-        shared, decided = self._controlled(theta, state.shared, groups, sums, run, reduce)
+        factors = [self.factors(theta, [group.shape]) for group in groups]
+        shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
         size = self.size(theta, shared, run)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
@@ -167,62 +173,8 @@ class Steered(UpdateRule):
         p = _flat(stack([params[name] for name in group.names]))
         axes = tuple(range(len(group.shape)))
         seen = {"dots": g * d, "grads": g.square(), "directions": d.square(), "params": p.square()}
-        seen |= {"momenta": _flat(group.slots["m"]).square()} if self.controller == "mlp" else {}
+        seen |= {"momenta": _flat(group.slots["m"]).square()} if self.decides else {}
         return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
-
-    def _controlled(
-        self,
-        theta: Theta,
-        shared: Slots,
-        groups: Sequence[Group],
-        sums: Sequence[Slots],
-        run: Run,
-        reduce: Reduce,
-    ) -> tuple[Slots, Sequence[Slots]]:
-        """What is shared, and what is decided of each group, ``[k]``; nothing but by the ``mlp``."""
-        if self.controller == "none":
-            return shared, [{}] * len(groups)
-        products = [self._products(theta, group, own) for group, own in zip(groups, sums, strict=True)]
-        aligned = cosine(*tensor_sum(groups, products, reduce))
-        if self.controller == "alignment":
-            return control(theta, shared, aligned, run), [{}] * len(groups)
-        growth, decided = self._decided(theta, shared, groups, sums, products, run)
-        votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth, products, strict=True)]
-        push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
-        long = longer_mean(shared["long"], aligned, run)
-        return control(theta, shared, aligned, run, push) | {"long": long}, decided
-
-    def _products(self, theta: Theta, group: Group, own: Slots) -> Tensor:
-        """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
-        (factor,) = self.factors(theta, [group.shape])
-        norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
-        products = factor * torch.stack([own["dots"], norms], 1)
-        return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
-
-    def _decided(
-        self,
-        theta: Theta,
-        shared: Slots,
-        groups: Sequence[Group],
-        sums: Sequence[Slots],
-        products: Sequence[Tensor],
-        run: Run,
-    ) -> tuple[Sequence[Tensor], list[Slots]]:
-        """Of each group, ``[k]``: what it says of growth, and its new slots. The network sees all tensors at once."""
-        seen = [
-            Seen(
-                cosine(*both.unbind(1)),
-                over_root(safe_sqrt(own["momenta"]), own["grads"]),
-                safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
-                *(group.slots[name] for name in ("near", "far", "factor")),
-            )
-            for group, own, both in zip(groups, sums, products, strict=True)
-        ]
-        sizes = [len(group.names) for group in groups]
-        shapes = [as_matrix(group.shape) for group in groups for _ in group.names]
-        growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), shapes, run)
-        parts = {name: t.split(sizes) for name, t in slots.items()}
-        return growth.split(sizes), [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
 
     def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:
         """New slots, ``[k, ...]``."""
@@ -260,9 +212,9 @@ class Steered(UpdateRule):
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
         fans = constant([math.log(max(as_matrix(shape)[1], 1) / _FAN_IN) for shape in shapes], theta["log_lr"])
         factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
-        return torch.where(self._arematrices(shapes, theta["log_lr"]), factors, 1.0)
+        return torch.where(self._are_matrices(shapes, theta["log_lr"]), factors, 1.0)
 
-    def _arematrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    def _are_matrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
         """Bool ``[len(shapes)]``: which do not follow Adam."""
         return constant([float(self.path(shape) != "adam") for shape in shapes], like) > 0.0
 
@@ -274,7 +226,7 @@ class Steered(UpdateRule):
         entries = constant([float(max(math.prod(shape), 1)) for shape in shapes], squares)
         limits = theta["log_relative"].exp() * safe_sqrt(squares / entries) + _LEAST_LIMIT
         limited = scales / (1.0 + (scales / limits).square()).sqrt()
-        return torch.where(self._arematrices(shapes, size), limited, scales)
+        return torch.where(self._are_matrices(shapes, size), limited, scales)
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """0-d, of the step of all tensors."""
