@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from l2o.ops.alignment import control, cosine
+from l2o.ops.groups import Group, tensor_sum
 from l2o.ops.networks import init_mlp, mlp
-from l2o.ops.numeric import constant, over_root
-from l2o.types import Run, Slots, Theta
+from l2o.ops.numeric import constant, over_root, safe_sqrt
+from l2o.types import Reduce, Run, Slots, Theta
 
 OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "begun")
 OF_TENSOR = ("signal", "size", "fan_in", "fan_out", "matrix", "near", "far", "factor")
@@ -61,12 +63,63 @@ def init_seen(like: Tensor) -> Slots:
     return {name: like.new_zeros(()) for name in ("near", "far", "factor")}
 
 
+def steer(
+    theta: Theta,
+    shared: Slots,
+    groups: Sequence[Group],
+    sums: Sequence[Slots],
+    factors: Sequence[Tensor],
+    run: Run,
+    reduce: Reduce,
+) -> tuple[Slots, Sequence[Slots]]:
+    """What is shared after a step, and what the network has decided of each group, ``[k]``: nothing, without one.
+
+    shared: ``log_step`` and means of `l2o.ops.alignment`, or nothing, and for the network ``long``.
+    sums: of the whole tensors of each group, ``[k]``, of ``dots`` (gradient and step before), of squares ``grads,
+    directions, params``, and for the network ``momenta``.     factors: of their steps, ``[1]``.
+    """
+    nothing: list[Slots] = [{}] * len(groups)
+    if not shared:
+        return shared, nothing
+    products = [_products(*each) for each in zip(groups, sums, factors, strict=True)]
+    aligned = cosine(*tensor_sum(groups, products, reduce))
+    if "long" not in shared:
+        return control(theta, shared, aligned, run), nothing
+    sizes = [len(group.names) for group in groups]
+    seen = [_seen(*each) for each in zip(groups, sums, products, strict=True)]
+    shapes = [group.shape for group in groups for _ in group.names]
+    # The network sees all tensors at once.
+    growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), shapes, run)
+    votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth.split(sizes), products, strict=True)]
+    push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
+    long = _follow(shared["long"], aligned, _LONG, run.step)
+    parts = {name: t.split(sizes) for name, t in slots.items()}
+    decided = [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
+    return control(theta, shared, aligned, run, push) | {"long": long}, decided
+
+
+def _products(group: Group, own: Slots, factor: Tensor) -> Tensor:
+    """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
+    norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
+    products = factor * torch.stack([own["dots"], norms], 1)
+    return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
+
+
+def _seen(group: Group, own: Slots, products: Tensor) -> Seen:
+    return Seen(
+        cosine(*products.unbind(1)),
+        over_root(safe_sqrt(own["momenta"]), own["grads"]),
+        safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
+        *(group.slots[name] for name in ("near", "far", "factor")),
+    )
+
+
 def decide(
-    theta: Theta, shared: Slots, seen: Seen, shapes: Sequence[tuple[int, int]], run: Run
+    theta: Theta, shared: Slots, seen: Seen, shapes: Sequence[tuple[int, ...]], run: Run
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What each tensor says of the growth of the step of all, and its new slots, all ``[tensors]``.
 
-    shared: of `l2o.ops.alignment`, and ``long``, before this step.     shapes: of the tensors as matrices.
+    shared: of `l2o.ops.alignment`, and ``long``, before this step.     shapes: of the tensors.
     """
     step, total = (t.to(seen.cosines.dtype) for t in run[:2])
     means = {"near": (seen.near, _NEAR), "far": (seen.far, _FAR)}
@@ -76,11 +129,6 @@ def decide(
     growth, factor = mlp(network, inputs, _of_run(shared, step, total), torch.tanh)
     bounded = _RANGE * torch.tanh(factor / _RANGE)
     return growth, {**new, "factor": torch.lerp(seen.factor, bounded, _PACE)}
-
-
-def longer_mean(long: Tensor, cosine: Tensor, run: Run) -> Tensor:
-    """The new ``long`` of all tensors, 0-d."""
-    return _follow(long, cosine, _LONG, run.step)
 
 
 def _follow(mean: Tensor, cosine: Tensor, steps: float, step: Tensor) -> Tensor:
@@ -103,10 +151,10 @@ def _of_run(shared: Slots, step: Tensor, total: Tensor) -> Tensor:
     )
 
 
-def _of_tensors(seen: Seen, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _of_tensors(seen: Seen, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Inputs of each tensor, ``[tensors]`` each; 0 for a matrix of 64 inputs and outputs with entries of 1/8."""
-    rows, columns = ([float(max(shape[axis], 1)) for shape in shapes] for axis in (0, 1))
-    fans = [constant([0.5 * math.log(n / 64.0) for n in sizes], seen.sizes) for sizes in (columns, rows)]
-    kinds = constant([float(min(shape) > 1) for shape in shapes], seen.sizes)
+    rows, columns = ([math.prod(shape[part]) for shape in shapes] for part in (slice(1), slice(1, None)))
+    fans = [constant([0.5 * math.log(max(n, 1) / 64.0) for n in sizes], seen.sizes) for sizes in (columns, rows)]
+    kinds = constant([float(min(both) > 1) for both in zip(rows, columns, strict=True)], seen.sizes)
     sizes = 0.25 * torch.log(seen.sizes + 1e-5) + 0.25 * math.log(8.0)
     return [1.0 + torch.log(seen.signal.clamp(min=_LEAST_SIGNAL)), sizes, *fans, kinds]

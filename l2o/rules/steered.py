@@ -16,8 +16,8 @@ from torch import Tensor
 from l2o._checks import real, whole
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine, init_alignment, init_controller
-from l2o.ops.controller import Seen, decide, init_decisions, init_seen, longer_mean
-from l2o.ops.groups import Group, by_shape, shard_sums, stack, tensor_sum, unstacked
+from l2o.ops.controller import init_decisions, init_seen, steer
+from l2o.ops.groups import Group, by_shape, shard_sums, stack, unstacked
 from l2o.ops.moments import bias_correction, decay, ema
 from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
 from l2o.ops.orthogonal import polar, row_column_scales
@@ -117,7 +117,7 @@ class Steered(UpdateRule):
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
         shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
-        return OptState(slots, shared | ({"long": shared["slow"]} if self.controller == "mlp" else {}))
+        return OptState(slots, shared | ({"long": shared["slow"].clone()} if self.controller == "mlp" else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
         own = self._init_direction(param, info)
@@ -152,7 +152,8 @@ class Steered(UpdateRule):
     ) -> tuple[Updates, OptState]:
         groups = by_shape(grads, state, infos)
         sums = shard_sums(groups, [self._sums(theta, group, params) for group in groups], reduce)
-        shared, decided = self._controlled(theta, state.shared, groups, sums, run, reduce)
+        factors = [self._factors(theta, [group.shape]) for group in groups]
+        shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
         size = self._size(theta, shared, run)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
@@ -174,60 +175,6 @@ class Steered(UpdateRule):
         seen = {"dots": g * d, "grads": g.square(), "directions": d.square(), "params": p.square()}
         seen |= {"momenta": _flat(group.slots["m"]).square()} if self.controller == "mlp" else {}
         return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
-
-    def _controlled(
-        self,
-        theta: Theta,
-        shared: Slots,
-        groups: Sequence[Group],
-        sums: Sequence[Slots],
-        run: Run,
-        reduce: Reduce,
-    ) -> tuple[Slots, Sequence[Slots]]:
-        """What is shared, and what is decided of each group, ``[k]``; nothing but by the ``mlp``."""
-        if self.controller == "none":
-            return shared, [{}] * len(groups)
-        products = [self._products(theta, group, own) for group, own in zip(groups, sums, strict=True)]
-        aligned = cosine(*tensor_sum(groups, products, reduce))
-        if self.controller == "alignment":
-            return control(theta, shared, aligned, run), [{}] * len(groups)
-        growth, decided = self._decided(theta, shared, groups, sums, products, run)
-        votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth, products, strict=True)]
-        push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
-        long = longer_mean(shared["long"], aligned, run)
-        return control(theta, shared, aligned, run, push) | {"long": long}, decided
-
-    def _products(self, theta: Theta, group: Group, own: Slots) -> Tensor:
-        """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
-        (factor,) = self._factors(theta, [group.shape])
-        norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
-        products = factor * torch.stack([own["dots"], norms], 1)
-        return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
-
-    def _decided(
-        self,
-        theta: Theta,
-        shared: Slots,
-        groups: Sequence[Group],
-        sums: Sequence[Slots],
-        products: Sequence[Tensor],
-        run: Run,
-    ) -> tuple[Sequence[Tensor], list[Slots]]:
-        """Of each group, ``[k]``: what it says of growth, and its new slots. The network sees all tensors at once."""
-        seen = [
-            Seen(
-                cosine(*both.unbind(1)),
-                over_root(safe_sqrt(own["momenta"]), own["grads"]),
-                safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
-                *(group.slots[name] for name in ("near", "far", "factor")),
-            )
-            for group, own, both in zip(groups, sums, products, strict=True)
-        ]
-        sizes = [len(group.names) for group in groups]
-        shapes = [_as_matrix(group.shape) for group in groups for _ in group.names]
-        growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), shapes, run)
-        parts = {name: t.split(sizes) for name, t in slots.items()}
-        return growth.split(sizes), [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
 
     def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:
         """New slots, ``[k, ...]``."""
