@@ -38,6 +38,7 @@ VARIANTS = {
     "Steered-normalized": Steered(direction="normalized", fan_in=0.3),
     "Steered-adam": Steered(direction="adam"),
     "Steered-mlp": Steered(controller="mlp"),
+    "Steered-lstm": Steered(controller="lstm"),
     "Steered-uncontrolled": Steered(controller="none", schedule="constant", iterations=5),
 }
 SEE_SHAPES = ("AdafacMLP", "STAR", "NNAdam", "RNNMLP", "MLP-mup", "VeLO", "Celo", "Celo2", "Steered")

@@ -16,12 +16,13 @@ from l2o.types import Run
 from l2o.unroll import expand_theta, start, unroll
 
 LEARNED = Steered(controller="mlp")
+every_network = pytest.mark.parametrize("rule", [LEARNED, Steered(controller="lstm")], ids=["mlp", "lstm"])
 
 
-def learned(seed=3, size=1.0):
+def learned(seed=3, size=1.0, rule=LEARNED):
     """θ with decisions, float32."""
     g = generator(seed)
-    theta = LEARNED.init_theta(g)
+    theta = rule.init_theta(g)
     return theta | {"decide_w1": size * torch.randn(theta["decide_w1"].shape, generator=g)}
 
 
@@ -33,49 +34,54 @@ def curves(family, rule, theta, lanes=2, steps=30):
     return losses, state
 
 
+@every_network
 @pytest.mark.parametrize("family", [ImageConv(batch_size=8), WordMLP(batch_size=4, tied=False)], ids=["conv", "words"])
-def test_at_first_it_is_the_hand_made_controller(family):
-    hand, start = (curves(family, rule, rule.init_theta(generator())) for rule in (Steered(), LEARNED))
+def test_at_first_it_is_the_hand_made_controller(family, rule):
+    hand, start = (curves(family, each, each.init_theta(generator())) for each in (Steered(), rule))
     assert torch.equal(hand[0], start[0])
     assert all(torch.equal(t, start[1].opt.shared[name]) for name, t in hand[1].opt.shared.items())
-    assert not torch.equal(hand[0], curves(family, LEARNED, learned())[0])
+    assert not torch.equal(hand[0], curves(family, rule, learned(rule=rule))[0])
 
 
+@every_network
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_the_scale_of_the_loss_does_not_matter(scale):
+def test_the_scale_of_the_loss_does_not_matter(scale, rule):
     grads = [tensors(seed, torch.float32) for seed in range(1, 9)]
     scaled = [{k: scale * g for k, g in each.items()} for each in grads]
-    start, theta = tensors(0, torch.float32), learned()
-    plain, other = (trajectory(LEARNED, each, params=start, theta=theta)[0] for each in (grads, scaled))
+    start, theta = tensors(0, torch.float32), learned(rule=rule)
+    plain, other = (trajectory(rule, each, params=start, theta=theta)[0] for each in (grads, scaled))
     for a, b in zip(plain, other, strict=True):
         for name, u in a.items():
             torch.testing.assert_close(u, b[name], rtol=1e-3, atol=1e-7)
 
 
-def test_other_units_of_parameters_are_no_end_of_a_run():
+@every_network
+def test_other_units_of_parameters_are_no_end_of_a_run(rule):
     family = Reparametrized(ImageConv(batch_size=16), per="tensor")
     for seed in range(3):
-        losses, _ = curves(family, LEARNED, learned(seed), lanes=6, steps=60)
+        losses, _ = curves(family, rule, learned(seed, rule=rule), lanes=6, steps=60)
         assert losses.isfinite().all()
         assert (losses[-10:].mean(0) < 1.5 * losses[0]).all()
 
 
 def test_decisions_are_bounded_whatever_is_seen():
-    theta, shape = learned(size=100.0), (4,)
+    theta = learned(size=100.0)
     big = torch.tensor([1e30, -1e30, 0.0, 1.0])
-    seen = Seen(big.clamp(-1, 1), big.abs(), big.abs(), *torch.zeros(3, *shape))
+    seen, slots = Seen(big.clamp(-1, 1), big.abs(), big.abs()), dict.fromkeys(("near", "far", "factor"), torch.zeros(4))
     shared = {name: torch.ones(()) for name in ("fast", "slow", "square", "long", "log_step")}
     for step in (0, 10, 10_000):
-        growth, slots = decide(theta, shared, seen, [(3, 5)] * 4, Run(torch.tensor(step), torch.tensor(100)))
+        growth, new = decide(theta, shared, seen, slots, [(3, 5)] * 4, Run(torch.tensor(step), torch.tensor(100)))
         assert growth.isfinite().all()
-        assert (slots["factor"].abs() <= 1.5).all()
+        assert (new["factor"].abs() <= 1.5).all()
 
 
 def test_the_network_has_as_many_inputs_as_are_named_and_one_slot_each_for_its_memory():
-    theta = init_decisions(generator())
+    theta = init_decisions(generator(), "mlp")
     assert theta["decide_w0"].shape == (len(OF_TENSOR) + len(OF_RUN), 16)
     assert not theta["decide_w1"].any()
-    assert {k: t.shape for k, t in init_seen(torch.ones(2, 3)).items()} == dict.fromkeys(("near", "far", "factor"), ())
+    assert {k: t.shape for k, t in init_seen(torch.ones(2, 3), "mlp").items()} == dict.fromkeys(
+        ("near", "far", "factor"), ()
+    )
 
 
 def test_a_tensors_factor_is_that_of_its_step():

@@ -248,7 +248,7 @@ def test_every_dtype_descends(dtype, direction):
     ("setting", "message"),
     [
         ({"direction": "muon"}, "direction='muon': expected one of orthogonal, normalized, adam"),
-        ({"controller": None}, "controller=None: expected one of alignment, mlp, none"),
+        ({"controller": None}, "controller=None: expected one of alignment, mlp, lstm, none"),
         ({"schedule": "cosine"}, "schedule='cosine': expected one of decay, constant"),
         ({"iterations": 0}, "iterations=0"),
         ({"momentum": 1.0}, "momentum=1.0"),

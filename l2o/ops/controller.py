@@ -15,7 +15,7 @@ from torch import Tensor
 
 from l2o.ops.alignment import control, cosine
 from l2o.ops.groups import Group, tensor_sum
-from l2o.ops.networks import init_mlp, mlp
+from l2o.ops.networks import init_linear, init_mlp, linear, lstm_cell, mlp
 from l2o.ops.numeric import constant, over_root, safe_sqrt
 from l2o.types import Reduce, Run, Slots, Theta
 
@@ -23,6 +23,7 @@ OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "be
 OF_TENSOR = ("signal", "size", "fan_in", "fan_out", "matrix", "near", "far", "factor")
 """Inputs: what the tensors of a run share, and what each has of its own; see `decide`."""
 _PREFIX = "decide_"
+_SLOTS = ("near", "far", "factor", "h", "c")
 _HIDDEN = 16
 _NEAR, _FAR, _LONG = 5.0, 20.0, 100.0
 """Steps that means of cosines go over: of single tensors, and the longest of all together."""
@@ -40,27 +41,29 @@ class Seen(NamedTuple):
 
     cosines: of its gradient and its step before.     signal: norm of its momentum over that of its gradient, near one
     where gradients agree, and near ``sqrt((1 - β) / (1 + β))`` where they are noise.     sizes: root mean squares of
-    its parameters.     near, far, factor: its slots, see `init_seen`.
+    its parameters.
     """
 
     cosines: Tensor
     signal: Tensor
     sizes: Tensor
-    near: Tensor
-    far: Tensor
-    factor: Tensor
 
 
-def init_decisions(generator: torch.Generator) -> Theta:
-    """θ of the network, ``decide_w0, decide_b0, ...``; the last layer is zero."""
-    theta = init_mlp(generator, (len(OF_TENSOR) + len(OF_RUN), _HIDDEN, 2))
+def init_decisions(generator: torch.Generator, kind: str) -> Theta:
+    """θ of the network, a perceptron (``mlp``) or ``lstm``: ``decide_w0, decide_b0``, and a last layer of zeros."""
+    inputs = len(OF_TENSOR) + len(OF_RUN)
+    theta = init_mlp(generator, (inputs, _HIDDEN, 2))
+    if kind == "lstm":
+        theta["w0"], theta["b0"] = init_linear(generator, inputs + _HIDDEN, 4 * _HIDDEN)
     theta["w1"] = torch.zeros_like(theta["w1"])
     return {f"{_PREFIX}{name}": t for name, t in theta.items()}
 
 
-def init_seen(like: Tensor) -> Slots:
-    """Slots of a tensor, 0-d: running means of its cosine (``near, far``), and the logarithm of its ``factor``."""
-    return {name: like.new_zeros(()) for name in ("near", "far", "factor")}
+def init_seen(like: Tensor, kind: str) -> Slots:
+    """Slots of a tensor: running means of its cosine (``near, far``) and the logarithm of its ``factor``, 0-d; and the
+    state ``h, c [hidden]`` of an ``lstm``."""
+    slots = {name: like.new_zeros(()) for name in ("near", "far", "factor")}
+    return slots | ({name: like.new_zeros(_HIDDEN) for name in ("h", "c")} if kind == "lstm" else {})
 
 
 def steer(
@@ -89,7 +92,8 @@ def steer(
     seen = [_seen(*each) for each in zip(groups, sums, products, strict=True)]
     shapes = [group.shape for group in groups for _ in group.names]
     # The network sees all tensors at once.
-    growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), shapes, run)
+    memory = {name: torch.cat([group.slots[name] for group in groups]) for name in _SLOTS if name in groups[0].slots}
+    growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), memory, shapes, run)
     votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth.split(sizes), products, strict=True)]
     push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
     long = _follow(shared["long"], aligned, _LONG, run.step)
@@ -110,25 +114,34 @@ def _seen(group: Group, own: Slots, products: Tensor) -> Seen:
         cosine(*products.unbind(1)),
         over_root(safe_sqrt(own["momenta"]), own["grads"]),
         safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
-        *(group.slots[name] for name in ("near", "far", "factor")),
     )
 
 
 def decide(
-    theta: Theta, shared: Slots, seen: Seen, shapes: Sequence[tuple[int, ...]], run: Run
+    theta: Theta, shared: Slots, seen: Seen, slots: Slots, shapes: Sequence[tuple[int, ...]], run: Run
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What each tensor says of the growth of the step of all, and its new slots, all ``[tensors]``.
 
-    shared: of `l2o.ops.alignment`, and ``long``, before this step.     shapes: of the tensors.
+    shared: of `l2o.ops.alignment`, and ``long``, before this step.     slots: see `init_seen`, ``[tensors, ...]``.
+    shapes: of the tensors.
     """
     step, total = (t.to(seen.cosines.dtype) for t in run[:2])
-    means = {"near": (seen.near, _NEAR), "far": (seen.far, _FAR)}
-    new = {name: _follow(mean, seen.cosines, steps, step) for name, (mean, steps) in means.items()}
-    inputs = torch.stack([*_of_tensors(seen, shapes), _UNIT * new["near"], _UNIT * new["far"], seen.factor])
-    network = {name.removeprefix(_PREFIX): t for name, t in theta.items() if name.startswith(_PREFIX)}
-    growth, factor = mlp(network, inputs, _of_run(shared, step, total), torch.tanh)
+    paces = {"near": _NEAR, "far": _FAR}
+    new = {name: _follow(slots[name], seen.cosines, pace, step) for name, pace in paces.items()}
+    inputs = torch.stack([*_of_tensors(seen, shapes), _UNIT * new["near"], _UNIT * new["far"], slots["factor"]])
+    (growth, factor), state = _network(theta, inputs, _of_run(shared, step, total), slots)
     bounded = _RANGE * torch.tanh(factor / _RANGE)
-    return growth, {**new, "factor": torch.lerp(seen.factor, bounded, _PACE)}
+    return growth, {**new, "factor": torch.lerp(slots["factor"], bounded, _PACE), **state}
+
+
+def _network(theta: Theta, inputs: Tensor, of_run: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+    """``[2, tensors]`` of ``inputs [k, tensors]`` and those that all share, and the new state of an LSTM."""
+    own = {name.removeprefix(_PREFIX): t for name, t in theta.items() if name.startswith(_PREFIX)}
+    if "h" not in slots:
+        return mlp(own, inputs, of_run, torch.tanh), {}
+    x = torch.cat([inputs, of_run.unsqueeze(1).expand(-1, inputs.shape[1])])
+    h, c = lstm_cell(x, slots["h"].T, slots["c"].T, own["w0"], own["b0"])
+    return linear(h, own["w1"], own["b1"]), {"h": h.T, "c": c.T}
 
 
 def _follow(mean: Tensor, cosine: Tensor, steps: float, step: Tensor) -> Tensor:

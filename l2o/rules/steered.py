@@ -40,7 +40,7 @@ from l2o.types import (
 )
 
 Direction = Literal["orthogonal", "normalized", "adam"]
-Controller = Literal["alignment", "mlp", "none"]
+Controller = Literal["alignment", "mlp", "lstm", "none"]
 Schedule = Literal["decay", "constant"]
 
 _FAN_IN = 64.0
@@ -62,8 +62,8 @@ class Steered(UpdateRule):
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
-    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp``: that of
-        ``alignment``, and a small network (`l2o.ops.controller`) that adds to its push and gives each tensor a factor.
+    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp``, ``lstm``:
+        ``alignment``, and a network (`l2o.ops.controller`) that adds to its push and gives each tensor a factor.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.
@@ -104,6 +104,11 @@ class Steered(UpdateRule):
         real("fan_in", self.fan_in)
         self.init_theta(torch.Generator())  # the transforms know what they take
 
+    @property
+    def decides(self) -> bool:
+        """Whether a network has a part in the controller."""
+        return self.controller in ("mlp", "lstm")
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
         shares = ("momentum", "beta1", "beta2", "warmup")
@@ -112,16 +117,16 @@ class Steered(UpdateRule):
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
         theta |= init_controller(generator) if self.controller != "none" else {}
-        return theta | (init_decisions(generator) if self.controller == "mlp" else {})
+        return theta | (init_decisions(generator, self.controller) if self.decides else {})
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
         shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
-        return OptState(slots, shared | ({"long": shared["slow"].clone()} if self.controller == "mlp" else {}))
+        return OptState(slots, shared | ({"long": shared["slow"].clone()} if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
         own = self._init_direction(param, info)
-        return own | init_seen(param) if self.controller == "mlp" else own
+        return own | init_seen(param, self.controller) if self.decides else own
 
     def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
@@ -173,7 +178,7 @@ class Steered(UpdateRule):
         p = _flat(stack([params[name] for name in group.names]))
         axes = tuple(range(len(group.shape)))
         seen = {"dots": g * d, "grads": g.square(), "directions": d.square(), "params": p.square()}
-        seen |= {"momenta": _flat(group.slots["m"]).square()} if self.controller == "mlp" else {}
+        seen |= {"momenta": _flat(group.slots["m"]).square()} if self.decides else {}
         return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
 
     def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:
@@ -238,7 +243,7 @@ class Steered(UpdateRule):
         run: Run,
         factors: Mapping[str, tuple[float, float]],
     ) -> OptState | None:
-        if self.controller == "mlp":
+        if self.decides:
             return None
         decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
         momentum = decay(theta["logit_momentum"]) if self.direction != "adam" else decays[0]
