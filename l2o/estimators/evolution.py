@@ -10,6 +10,7 @@ truncated ES           W           "truncation"    False         Metz et al. 201
 PES                    W           "truncation"    True          Vicol et al. 2021, arXiv 2112.13835
 GPES-K                 W           K               True          Li et al. 2023, arXiv 2304.12180, section 3
 NRES, ES-Single        W           "episode"       either        Li et al. 2023; Vicol 2023, arXiv 2304.11153
+whole runs by ends     None        any             any           ``horizon=(low, high), meta_loss="end"``
 =====================  ==========  ==============  ============  =================================================
 """
 

@@ -62,8 +62,8 @@ class Steered(UpdateRule):
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
-    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp``, ``lstm``:
-        ``alignment``, and a network (`l2o.ops.controller`) that adds to its push and gives each tensor a factor.
+    controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp`` and
+        ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.
