@@ -19,7 +19,7 @@ import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
 from meta_train.config.groups import enter_classes
 
-SUPPORT = {"types", "checks", "disk", "download", "family_checks", "random", "distributed"}
+SUPPORT = {"errors", "types", "checks", "disk", "download", "family_checks", "random", "distributed"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "checkpoints", "optim"}
 ROOMS = ENGINE | PLUGIN | {"kernels", "fused", "tasks", "interop", "integrations", "extras"}
@@ -28,7 +28,8 @@ UNITS = ROOMS | {"evaluation", "inspection", "bench"}
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
 MAY_IMPORT: dict[str, set[str]] = {
-    "types": set(),
+    "errors": set(),
+    "types": {"errors"},
     "checks": {"types"},
     "disk": {"types"},
     "download": {"types", "disk"},
