@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES = {
     "higher": "l2o.integrations",
     "hydra": "meta_train",
+    "msgpack": "l2o.interop.msgpack",
     "omegaconf": "meta_train",
     "triton": "l2o.kernels.mlp_triton",
     "wandb": "meta_train",
@@ -71,6 +72,7 @@ COMMANDS = "bench convert evaluate gpu inspect landscape replay report rules_tab
 ENTRY_POINTS = {f"meta_train.{name}" for name in COMMANDS.split()}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
+    "msgpack",
     "hydra",
     "omegaconf",
     "wandb",
