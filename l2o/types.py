@@ -265,6 +265,8 @@ class MetaGradient(abc.ABC):
 
     rule: UpdateRule
     family: TaskFamily
+    lanes: int = 0
+    """Inner problems at once."""
 
     @abc.abstractmethod
     def init(self, theta: Theta, generator: torch.Generator) -> Any:
