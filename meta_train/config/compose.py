@@ -158,7 +158,8 @@ def _composition_message(error: HydraException) -> str:
         return _unknown_key(error.__cause__) or " ".join(one_line(e) for e in (error, error.__cause__) if e)
     group, _, name = error.missing_cfg_file.rpartition("/")
     choices = error.options or [path.stem for path in Path(config_path(), group).glob("*.yaml")]
-    return unknown(group or "config", name, choices)
+    # What a command has in a folder of its own, the command line calls by the last name alone.
+    return unknown((group or "config").rpartition("/")[2], name, choices)
 
 
 def _quoting(argument: str) -> str:
