@@ -1,5 +1,6 @@
 """Every code block of the README runs, as it stands but for its length."""
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from l2o.checkpoints import remote
+from l2o.evaluation.markdown import results_block
+from meta_train import evaluate
 from meta_train.config.compose import config_path, open_settings
 from meta_train.convert import parser
 from meta_train.train import OPEN
@@ -41,6 +44,26 @@ def test_every_block_runs_in_the_order_of_reading(tmp_path, monkeypatch):
         elif kind == "bash":
             run_commands(code, line)
     assert not list(tmp_path.glob("**/*.tmp"))
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLES = [
+    (path, block[1], block[2])
+    for path in DOCUMENTS
+    for block in re.finditer(
+        r"<!-- table of (\S+) -->\n(.*?)<!-- end of table -->", path.read_text(encoding="utf-8"), re.S
+    )
+]
+
+
+@pytest.mark.parametrize(("document", "results", "shown"), TABLES, ids=lambda value: getattr(value, "name", None))
+def test_tables_of_results_are_those_of_the_records(document, results, shown):
+    """What a document shows is made of the file that it names: `results_block` prints what has to stand there."""
+    assert shown.strip() == results_block(json.loads((ROOT / results).read_text(encoding="utf-8")))
+
+
+def test_there_are_tables_of_results():
+    assert TABLES
 
 
 def run_python(code, line, namespace):
@@ -81,10 +104,10 @@ def test_the_commands_of_the_documents_are_read(words):
         addresses = parser().parse_args(arguments).files
         assert all(remote.parse_weights(address) for address in addresses)
         return
-    assert module == "meta_train"
+    name, nodes = {"meta_train": ("train", OPEN), "meta_train.evaluate": ("evaluate", evaluate.OPEN)}[module]
     one_of_a_sweep = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", each) for each in arguments if each != "-m"]
     with initialize_config_dir(config_path(), version_base="1.3"):
-        compose("train", open_settings(one_of_a_sweep, OPEN))
+        compose(name, open_settings(one_of_a_sweep, nodes))
 
 
 def test_the_readme_has_both_set_up_commands_and_no_other_languages():

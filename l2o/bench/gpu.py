@@ -18,7 +18,7 @@ from l2o.bench.engine import FAMILY, HORIZON, RULES, Engine, measure, seconds_a_
 from l2o.bench.memory import peak_memory_mb
 from l2o.bench.steps import Shapes, measure_steps
 from l2o.estimators import Backprop
-from l2o.evaluation.scores import condense, score
+from l2o.evaluation.scores import score
 from l2o.evaluation.trials import Setting, run_learned
 from l2o.fused import mlp
 from l2o.meta import MetaTraining
@@ -174,7 +174,7 @@ def main_job(seconds: float, device: torch.device) -> Figures:
     setting = Setting("digits", ImageMLP(dataset="digits", half="meta_test", width=32), steps=200)
 
     def held_out() -> float:
-        return float(score(condense(run_learned(rule, training.theta, setting, device), setting.smoothing)).mean)
+        return float(score(run_learned(rule, training.theta, setting, device), setting.smoothing).mean)
 
     before, inner, began = held_out(), 0, time.perf_counter()
     while time.perf_counter() - began < seconds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2o.checks import lookup
+from l2o.checks import check_int, lookup
 from l2o.evaluation.curves import Begun, begin
 from l2o.evaluation.entrants import Entrant, MakeOptimizers, TorchEntrant
 from l2o.meta import warmup_cosine
@@ -177,8 +178,19 @@ and Adam with warm-up and cosine is AdamW without weight decay. The last ones ha
 would pick untuned."""
 
 
-def baselines(names: Iterable[str]) -> dict[str, Entrant]:
-    """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names."""
+def baselines(names: Iterable[str], wider: int = 0) -> dict[str, Entrant]:
+    """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names.
+
+    wider: so many half-decades further up goes every grid.
+    """
     if isinstance(names, str):
         raise ConfigurationError(f"baselines={names!r}: expected a list, such as [{names}]")
-    return {name: lookup("baseline", name, BASELINES) for name in names}
+    return {name: _widened(lookup("baseline", name, BASELINES), check_int("wider", wider, 0)) for name in names}
+
+
+def _widened(entrant: Any, by: int) -> Entrant:
+    last = entrant.rates[-1]
+    if last is None or not by:
+        return entrant
+    top = round(2 * math.log10(last)) / 2
+    return replace(entrant, rates=(*entrant.rates, *half_decades(top + 0.5, top + by / 2)))

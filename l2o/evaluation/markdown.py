@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from l2o.bench.cost import YARDSTICK, Cost
 from l2o.evaluation.compare import REFERENCE, Comparison
-from l2o.evaluation.tables import Table, diagnoses_table, optimizers_table, splits_table, tasks_table
+from l2o.evaluation.tables import Table, diagnoses_table, optimizers_table, results_table, splits_table, tasks_table
 from l2o.evaluation.verdicts import (
     COLUMNS,
     OVERFITTED,
@@ -29,7 +29,7 @@ _PROTOCOL = (
     "- An untuned baseline: one run a seed, of torch's own optimizer, at the rate that stands in its name.",
     "- Adam, warm-up + cosine: AdamW without weight decay; warm-up over 5% of the run, then half a cosine down to 0.",
     "- Training loss: seed-mean of the final one, with a 95% interval (bootstrap over seeds).",
-    "- Validation: seed-mean of the loss on held-out data after the last step.",
+    "- Validation: seed-mean of the loss on held-out data after the last step; of classifiers, the accuracy there.",
     "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
     "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
     "  training loss of tuned Adam, or 2^-23 of the first loss where that is higher; 0 if it never is.",
@@ -81,6 +81,11 @@ def _suite(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield f"\n## {title}\n"
         yield from _noted(make(comparisons))
     yield "\n![performance profile](profile.png)\n\n## Tasks and final losses"
+
+
+def results_block(results: Mapping[str, Any]) -> str:
+    """The table of all optimizers that a document shows of a ``results.json``."""
+    return "\n".join(line for line in _noted(results_table(results)._replace(note="")) if line)
 
 
 def _noted(table: Table) -> Iterator[str]:
