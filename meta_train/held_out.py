@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from l2o.evaluation.baselines import baselines
-from l2o.evaluation.scores import Score, condense, score
+from l2o.evaluation.scores import Score, score
 from l2o.evaluation.trials import Setting, run_baseline, run_learned
 from l2o.types import Theta, UpdateRule
 
@@ -51,7 +51,7 @@ class HeldOut:
         }
 
     def _measure(self, theta: Theta, setting: Setting) -> Results:
-        learned = score(condense(run_learned(self.rule, theta, setting, self.device), setting.smoothing))
+        learned = score(run_learned(self.rule, theta, setting, self.device), setting.smoothing)
         return {
             "held_out_loss": finite(learned.mean),
             "held_out_valid_loss": _valid(learned),
@@ -59,7 +59,7 @@ class HeldOut:
         }
 
     def _measure_adam(self, setting: Setting) -> Results:
-        adam = score(condense(run_baseline(baselines(["adam"])["adam"], setting, self.device), setting.smoothing))
+        adam = score(run_baseline(baselines(["adam"])["adam"], setting, self.device), setting.smoothing)
         return {"adam_loss": finite(adam.mean), "adam_valid_loss": _valid(adam), "adam_lr": adam.rate}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from l2o._files import atomic_write
 from l2o.evaluation.training_plots import Rows, training_png

@@ -28,6 +28,7 @@ from l2o.evaluation import (
     plots,
     print_tables,
     score,
+    score_kept,
     speed_up,
     step_cost,
     write,
@@ -87,9 +88,9 @@ def test_the_best_trial_has_the_lowest_seed_mean_and_has_lost_no_seed():
 def test_a_score_is_that_of_the_best_trial_and_says_where_it_lies():
     train = np.array([[[9.0, 9.0, 9.0]], [[3.0, 1.0, 2.0]]])
     trials = Trials("three", (0.1, 1.0, 10.0), train, 10 * train[1:], [2], 0.0)
-    best = score(condense(trials, window=1))
+    best = score(trials, window=1)
     assert (best.rate, best.mean, best.valid.tolist(), best.trials, best.at_edge) == (1.0, 1.0, [10.0], 3, False)
-    assert score(condense(trials._replace(train=train[..., ::-1].cumsum(2)), window=1)).at_edge
+    assert score(trials._replace(train=train[..., ::-1].cumsum(2)), window=1).at_edge
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_score_is_that_of_the_best_trial_and_says_where_it_lies():
     ],
 )
 def test_speed_up(candidate, reference, expected):
-    ours, theirs = (score(trials_of(curve)) for curve in (candidate, reference))
+    ours, theirs = (score_kept(trials_of(curve)) for curve in (candidate, reference))
     assert speed_up(ours, theirs) == pytest.approx(expected, nan_ok=True)
 
 
@@ -222,7 +223,7 @@ def test_losses_of_any_sign_are_in_the_picture(shift, scale):
 
 @pytest.mark.parametrize("curve", [[0.0, 0.0, 0.0], [0.0, 0.1, 0.4], [-1.0, -1.0, -1.0]])
 def test_a_loss_that_begins_at_its_lowest_is_in_the_picture(curve):
-    made_up = score(trials_of(curve))
+    made_up = score_kept(trials_of(curve))
     setting = dataclasses.replace(NOISY, steps=3, seeds=1)
     (panel,) = figure_of(Comparison(setting, {}, {LEARNED: made_up, "adam": made_up}))
     low, high = panel.get_ylim()
@@ -237,7 +238,7 @@ def made(name: str, **finals: tuple[float, float]) -> Comparison:
         for key, curve in curves.items()
     }
     setting = dataclasses.replace(NOISY, name=name, steps=4, seeds=1)
-    return Comparison(setting, trials, {key: score(t) for key, t in trials.items()})
+    return Comparison(setting, trials, {key: score_kept(t) for key, t in trials.items()})
 
 
 SEVERAL = [

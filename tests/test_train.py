@@ -22,7 +22,7 @@ from l2o import MetaTraining
 from l2o._files import load_tree, save_tree
 from l2o.estimators import Backprop
 from l2o.evaluation.baselines import baselines
-from l2o.evaluation.scores import condense, score
+from l2o.evaluation.scores import score
 from l2o.evaluation.trials import Setting, run_baseline, run_learned
 from l2o.tasks import Quadratic
 
@@ -63,8 +63,8 @@ def test_held_out_losses_are_those_of_a_stream_of_their_own() -> None:
     assert command("steps=2", "evaluation.seed=11", "evaluation.task.dim=4") == 0
     rule, theta = l2o.load("run/checkpoint")
     setting = Setting("", Quadratic(dim=4), steps=6, seeds=2, seed=11)
-    learned = score(condense(run_learned(rule, theta, setting), setting.smoothing))
-    adam = score(condense(run_baseline(baselines(["adam"])["adam"], setting), setting.smoothing))
+    learned = score(run_learned(rule, theta, setting), setting.smoothing)
+    adam = score(run_baseline(baselines(["adam"])["adam"], setting), setting.smoothing)
     last = records()[-1]
     assert (last["held_out_loss"], last["adam_loss"]) == pytest.approx((learned.mean, adam.mean), rel=1e-6)
     assert last["adam_lr"] == adam.rate

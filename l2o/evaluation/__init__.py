@@ -17,7 +17,7 @@ from l2o.evaluation.findings import Finding, findings
 from l2o.evaluation.inspection import Inspection, inspect
 from l2o.evaluation.inspection_plots import inspection_png
 from l2o.evaluation.report import Report, new_console, prepare_folder, print_tables, summary, write, write_text
-from l2o.evaluation.scores import Kept, Score, condense, score, speed_up
+from l2o.evaluation.scores import Kept, Score, condense, score, score_kept, speed_up
 from l2o.evaluation.store import Record, Store
 from l2o.evaluation.suite import Done, Job, Suite, comparisons, missing, run_jobs, run_suite
 from l2o.evaluation.trials import Setting, Trials, run_baseline, run_entrant, run_learned
@@ -69,6 +69,7 @@ __all__ = [
     "run_learned",
     "run_suite",
     "score",
+    "score_kept",
     "speed_up",
     "step_cost",
     "summaries",

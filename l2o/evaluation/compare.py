@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from l2o.evaluation.entrants import Entrant
-from l2o.evaluation.scores import Kept, Score, condense, score, speed_up, target
+from l2o.evaluation.scores import Kept, Score, condense, score_kept, speed_up, target
 from l2o.evaluation.trials import Setting, Trials, run_entrant
 
 LEARNED = "learned"
@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
     @classmethod
     def of(cls, setting: Setting, trials: dict[str, Kept]) -> Comparison:
         """Trials with their scores."""
-        return cls(setting, trials, {name: score(kept) for name, kept in trials.items()})
+        return cls(setting, trials, {name: score_kept(kept) for name, kept in trials.items()})
 
     @property
     def judged(self) -> list[str]:

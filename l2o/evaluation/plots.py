@@ -135,7 +135,8 @@ def _ink() -> Iterator[None]:
     import matplotlib
 
     of_ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "l2o", **dict.fromkeys(of_ink, _INK)}):
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "l2o", **dict.fromkeys(of_ink, _INK)}
+    with matplotlib.rc_context(settings):
         yield
 
 

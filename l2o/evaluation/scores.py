@@ -95,7 +95,12 @@ class Score:
         return float(self.final.mean())
 
 
-def score(kept: Kept) -> Score:
+def score(trials: Trials, window: int) -> Score:
+    """The best trial of an optimizer.  window: steps that a training loss is the mean of."""
+    return score_kept(condense(trials, window))
+
+
+def score_kept(kept: Kept) -> Score:
     """The best trial of an optimizer, one and the same over the whole run: never an envelope over learning rates."""
     finals = final_losses(kept)
     best = best_trial(finals)

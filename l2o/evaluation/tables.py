@@ -127,7 +127,7 @@ def diagnoses_table(comparison: Comparison) -> Table:
 
 def trials_table(comparison: Comparison) -> Table:
     """Every learning rate that was tried."""
-    rows = [("optimizer", "learning rate", "training loss of each seed", "validation", "diverged")]
+    rows: list[tuple[str, ...]] = [("optimizer", "learning rate", "loss of each seed", "validation", "diverged")]
     for kept in comparison.trials.values():
         rows += [_trial_row(kept, i) for i in range(len(kept.rates))]
     return Table("", rows, [False] * (len(rows) - 1))
