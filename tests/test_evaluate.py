@@ -255,16 +255,17 @@ def test_every_experiment_makes_sense(settings, name):
 SUITES = sorted(path.stem for path in (ROOT / "configs" / "suite").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", [name for name in SUITES if name != "large"])
+SPLITS = {"quick": {"like", "other"}, "standard": {"like", "larger", "longer", "other"}, "large": {"larger", "longer"}}
+
+
+@pytest.mark.parametrize("name", SUITES)
 def test_every_suite_makes_sense(settings, name):
     found = settings(f"suite={name}")
     assert len({setting.name for setting in found.values()}) == len(found)
     for setting in found.values():
         assert getattr(setting.family, "half", "meta_test") == "meta_test"  # which no meta-training sees
         assert (setting.seeds, setting.revision >= 1) == (3, True)
-    assert {"like", "other"} <= {setting.split for setting in found.values()}
-    kinds = {"standard": ({"like", "larger", "longer", "other"}, 24)}.get(name)
-    assert kinds is None or kinds == ({setting.split for setting in found.values()}, len(found))
+    assert {setting.split for setting in found.values()} == SPLITS[name]
 
 
 def test_the_seeds_of_a_suite_are_its_own():

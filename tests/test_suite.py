@@ -41,8 +41,9 @@ from l2o.evaluation.identity import curve_key
 from l2o.evaluation.markdown import as_markdown
 from l2o.evaluation.report import as_json
 from l2o.evaluation.scores import kept_steps, target
-from l2o.rules import SGD, Adam
-from l2o.tasks import Lasso, Quadratic, Rastrigin
+from l2o.evaluation.wall import relative_step
+from l2o.rules import SGD, Adam, VeLO
+from l2o.tasks import Lasso, ModuleTask, Quadratic, Rastrigin
 from l2o.types import ConfigurationError, ResumeError
 
 TASKS = (
@@ -51,6 +52,7 @@ TASKS = (
 )
 SUITE = Suite("tiny", 1, TASKS)
 ADAMW = partial(torch_optimizer, torch.optim.AdamW)
+X = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
 INF = math.inf
 
 
@@ -348,6 +350,14 @@ def test_time_is_another_matter_than_steps():
     trials = {**made.trials, "learned": made.trials["learned"]._replace(relative_step=8.0)}
     found = {s.name: s.wall for s in summaries([Comparison.of(made.setting, trials)])}
     assert found == {"learned": 0.5, "adam": 1.0, "sgd": None}
+
+
+def test_steps_are_timed_for_what_a_user_would_run():
+    family = ModuleTask(lambda: torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, (X, X[:, :1]), (X, X[:, :1]), 8)
+    setting = Setting("", family, 5)
+    needs_loss = RuleEntrant("velo", VeLO(), VeLO().init_theta(torch.Generator()))
+    assert all(relative_step(e, setting) > 0 for e in (learned(), ENTRANTS["adamw"], needs_loss))
+    assert relative_step(ENTRANTS["adam"], setting) is None
 
 
 @pytest.mark.parametrize("length", [1, 2, 100, 128, 129, 300, 1000, 20_000])

@@ -19,7 +19,7 @@ from l2o.evaluation.html import as_html
 from l2o.evaluation.markdown import Report, as_markdown
 from l2o.evaluation.plots import curves_png, png, profile_picture
 from l2o.evaluation.scores import Kept, diverged, final_losses
-from l2o.evaluation.tables import optimizers_table
+from l2o.evaluation.tables import optimizers_table, tasks_table
 from l2o.evaluation.verdicts import COLUMNS, SUMMARY_NOTE, overall, overall_text, summary_table, table_row, verdict
 from l2o.types import ConfigurationError
 
@@ -68,21 +68,32 @@ def print_tables(report: Report) -> None:
     Raises `ConfigurationError` where rich is missing.
     """
     console = new_console()
-    many = report.scored_together and len(report.comparisons) > _MANY
-    for comparison in () if many else report.comparisons:
+    if report.scored_together and len(report.comparisons) > _MANY:
+        _print_suite(console, report.comparisons)
+    else:
+        _print_settings(console, report.comparisons)
+    for found in overall(report.comparisons) if len(report.comparisons) > 1 else ():
+        console.print(overall_text(found), markup=False, end="\n\n")
+
+
+def _print_suite(console: Any, comparisons: Sequence[Comparison]) -> None:
+    """Of each table the columns that fit; the report has them all."""
+    table = optimizers_table(comparisons)
+    _print_table(console, "All optimizers", [row[:4] + row[5:8] for row in table.rows], table.bold)
+    rows = [row[:-1] for row in tasks_table(comparisons).rows]
+    _print_table(console, "Tasks, misses first", _shown(rows, console.width))
+
+
+def _print_settings(console: Any, comparisons: Sequence[Comparison]) -> None:
+    for comparison in comparisons:
         setting = comparison.setting
         title = f"{setting.name}: {setting.steps} steps, {setting.seeds} seeds"
         bold = [is_judged(name) for name in comparison.scores]
         _print_table(console, title, [COLUMNS, *(table_row(comparison, name) for name in comparison.scores)], bold)
         console.print(verdict(comparison), markup=False, end="\n\n")
-    if many:
-        table = optimizers_table(report.comparisons)
-        _print_table(console, "All optimizers", _shown(table.rows, console.width), table.bold)
-    if len(report.comparisons) > 1:
-        _print_table(console, "All settings, misses first", _shown(summary_table(report.comparisons), console.width))
+    if len(comparisons) > 1:
+        _print_table(console, "All settings, misses first", _shown(summary_table(comparisons), console.width))
         console.print(SUMMARY_NOTE, end="\n\n")
-        for found in overall(report.comparisons):
-            console.print(overall_text(found), markup=False, end="\n\n")
 
 
 def new_console() -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -13,7 +14,6 @@ from torch.optim import Optimizer
 from l2o.evaluation.cost import plug_in, wait
 from l2o.evaluation.entrants import Entrant, RuleEntrant, TorchEntrant
 from l2o.evaluation.trials import Setting
-from l2o.types import Params
 from l2o.unroll import lane_losses
 
 _ROUNDS = 15
@@ -23,38 +23,56 @@ _ROUNDS = 15
 def relative_step(entrant: Entrant, setting: Setting, device: torch.device | str = "cpu") -> float | None:
     """Time of a step, gradient and optimizer, of one run with the optimizer's plug-in over that with torch's Adam.
 
+    Where one thread of the CPU does the work it is the time that it ran for, which other programs hardly lengthen.
     None for a `Baseline`, which is run as a rule only to be vectorised: nobody would use it so.
     """
-    generator = torch.Generator(device).manual_seed(setting.seed)
-    family = setting.family
-    data = family.sample(generator, 1)
-    params, buffers = family.init(data, generator)
-    batch = family.batch(data, "train", generator)
-    ours, adam = _parameters(params), _parameters(params)
-    optimizers = _optimizers(entrant, list(ours.values()))
-    if optimizers is None:
+    if not isinstance(entrant, RuleEntrant | TorchEntrant):
         return None
-    runs = [(ours, optimizers), (adam, [torch.optim.Adam(list(adam.values()))])]
-    times: list[list[float]] = [[], []]
-    for _ in range(_ROUNDS + 1):
-        for (leaves, steppers), seconds in zip(runs, times, strict=True):
-            began = time.perf_counter()
-            loss = lane_losses(family, {k: p.unsqueeze(0) for k, p in leaves.items()}, buffers, data, batch)[0].sum()
-            for p, grad in zip(leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
-                p.grad = grad
-            for each in steppers:
-                each.step(lambda loss=loss: loss.detach())  # type: ignore[misc]
-            wait(device)
-            seconds.append(time.perf_counter() - began)
-    return round(median(times[0][1:]) / median(times[1][1:]), 3)  # the first ones compile and allocate
+    ours, adam = _Run(setting, device, partial(_optimizers, entrant)), _Run(setting, device, _adam)
+    pairs = [(ours.step(), adam.step()) for _ in range(_ROUNDS + 1)][1:]  # the first ones compile and allocate
+    our_seconds, adam_seconds = zip(*pairs, strict=True)
+    return round(median(our_seconds) / median(adam_seconds), 3)
 
 
-def _parameters(params: Params) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(p[0].clone()) for name, p in params.items()}
-
-
-def _optimizers(entrant: Entrant, params: list[nn.Parameter]) -> Sequence[Optimizer] | None:
+def _optimizers(entrant: RuleEntrant | TorchEntrant, params: list[nn.Parameter]) -> Sequence[Optimizer]:
     """Those that a user would run."""
     if isinstance(entrant, RuleEntrant):
         return [plug_in(entrant.rule, entrant.theta, params)]
-    return entrant.make(params, entrant.rates[0]) if isinstance(entrant, TorchEntrant) else None
+    return entrant.make(params, entrant.rates[0])
+
+
+def _adam(params: list[nn.Parameter]) -> Sequence[Optimizer]:
+    return [torch.optim.Adam(params)]
+
+
+class _Run:
+    """One problem of a setting and its optimizers, whose steps can be timed; every step sees the same batch."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        device: torch.device | str,
+        make: Callable[[list[nn.Parameter]], Sequence[Optimizer]],
+    ) -> None:
+        alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+        self._clock = time.thread_time if alone else time.perf_counter
+        self._device, self._family = device, setting.family
+        generator = torch.Generator(device).manual_seed(setting.seed)
+        self._data = setting.family.sample(generator, 1)
+        params, self._buffers = setting.family.init(self._data, generator)
+        self._batch = setting.family.batch(self._data, "train", generator)
+        self._params = {name: nn.Parameter(p[0].clone()) for name, p in params.items()}
+        self._optimizers = make(list(self._params.values()))
+
+    def step(self) -> float:
+        """One step; the seconds that it took."""
+        began = self._clock()
+        lanes = {name: p.unsqueeze(0) for name, p in self._params.items()}
+        loss = lane_losses(self._family, lanes, self._buffers, self._data, self._batch)[0].sum()
+        params = list(self._params.values())
+        for p, grad in zip(params, torch.autograd.grad(loss, params, materialize_grads=True), strict=True):
+            p.grad = grad
+        for each in self._optimizers:
+            each.step(loss.detach)
+        wait(self._device)
+        return self._clock() - began
