@@ -41,6 +41,7 @@ from l2o.evaluation.identity import curve_key
 from l2o.evaluation.markdown import as_markdown
 from l2o.evaluation.report import as_json
 from l2o.evaluation.scores import kept_steps, target
+from l2o.evaluation.verdicts import overfits
 from l2o.evaluation.wall import relative_step
 from l2o.rules import SGD, Adam, VeLO
 from l2o.tasks import Lasso, ModuleTask, Quadratic, Rastrigin
@@ -336,6 +337,7 @@ def test_a_target_below_rounding_is_what_float32_resolves():
     assert target(made.scores["adam"]) == 4.0 * 2.0**-23
     assert made.speed_up("learned") == 1.5
     assert made.reached("learned")
+    assert not overfits(made, "learned")  # a validation loss of 1e-7 over one of 1e-12
 
 
 def test_validation_stands_beside_training():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from l2o.evaluation.compare import REFERENCE, Comparison
 from l2o.evaluation.scores import RESAMPLES
 from l2o.evaluation.trials import SPLITS, Array
-from l2o.evaluation.verdicts import overfits, valid_loss
+from l2o.evaluation.verdicts import overfits, valid_ratio
 
 Statistic = Callable[[Array], Array]
 """Of the last axis."""
@@ -68,7 +67,7 @@ def _summary(comparisons: Sequence[Comparison], name: str) -> Summary:
     speed_ups = {c.setting.name: float(c.speed_up(name) or 0.0) for c in comparisons}
     values = np.array(list(speed_ups.values()))
     wall = [w for c in comparisons if (w := c.wall_speed_up(name)) is not None]
-    ratios = [_ratio(valid_loss(c.scores[name]), valid_loss(c.scores[REFERENCE])) for c in comparisons]
+    ratios = [valid_ratio(c, name) for c in comparisons]
     return Summary(
         name=name,
         label=scores[0].label,
@@ -84,12 +83,6 @@ def _summary(comparisons: Sequence[Comparison], name: str) -> Summary:
         runs=sum(len(s.diverged) for s in scores),
         overfitted=tuple(c.setting.name for c in comparisons if overfits(c, name)),
     )
-
-
-def _ratio(ours: float, theirs: float) -> float:
-    if theirs > 0 and math.isfinite(theirs):
-        return ours / theirs
-    return 1.0 if ours <= theirs else math.inf
 
 
 def median(values: Array) -> Array:

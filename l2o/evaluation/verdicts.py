@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from l2o.evaluation.compare import REFERENCE, USUAL, Comparison, is_judged
-from l2o.evaluation.scores import Score
+from l2o.evaluation.scores import RESOLUTION, Score
 
 COLUMNS = ("optimizer", "trials", "best lr", "training loss [95%]", "validation", "diverged", "speed-up")
 SUMMARY_NOTE = (
@@ -69,7 +69,20 @@ def overfits(comparison: Comparison, name: str) -> bool:
     """Whether an optimizer reaches the target in training, with a validation loss far above the reference's."""
     if not comparison.reached(name):
         return False
-    return valid_loss(comparison.scores[name]) > OVERFITTED * valid_loss(comparison.scores[REFERENCE])
+    return valid_ratio(comparison, name) > OVERFITTED
+
+
+def valid_ratio(comparison: Comparison, name: str) -> float:
+    """Validation loss over the reference's, losses below float32's resolution of the first one taken as that.
+
+    1, or infinity, where the reference's is not positive, or not finite.
+    """
+    reference = comparison.scores[REFERENCE]
+    rounding = RESOLUTION * float(reference.curve[0].mean())
+    ours, theirs = (max(valid_loss(s), rounding) for s in (comparison.scores[name], reference))
+    if theirs > 0 and math.isfinite(theirs):
+        return ours / theirs
+    return 1.0 if ours <= theirs else math.inf
 
 
 def overall_text(found: Overall) -> str:
