@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from l2o._checks import whole
 from l2o._files import user_path
 from l2o.evaluation import (
-    Comparison,
     Entrant,
     Report,
     RuleEntrant,
@@ -76,26 +75,31 @@ def evaluate(config: DictConfig, command: str) -> Report:
     for setting in suite.tasks:
         probe(setting.family, ["train", "valid"], device)
     rules = {name: e for name, e in ours.items() if isinstance(e, RuleEntrant)}
-    recorded = next(iter(rules.values()), None) if config.record else None
+    recorded = next((e.label for e in rules.values()), None) if config.record else None
     if recorded:
-        check_writable(recorded.label)
+        check_writable(recorded)
     out = user_path(config.out, "out")
     prepare_folder(out)
-    report = Report(", ".join(e.label for e in ours.values()), [], _facts(ours, device, command), {}, config.loss_label)
     store = make_store(config, out)
-    found = _run(suite, entrants, store, device, processes, report, out)
+    facts = _facts(ours, device, command) | _place(suite, store)
+    report = Report(", ".join(e.label for e in ours.values()), [], facts, {}, config.loss_label)
+    report = _run(suite, entrants, store, device, processes, report, out)
     if config.pack is not None:
         store.pack(user_path(config.pack, "pack"), suite.name, suite.tasks, chosen)
-    costs = optimizer_costs({n: (e.rule, e.theta) for n, e in rules.items()}, device) if config.cost else {}
-    wall = {"Wall time": f"{time.perf_counter() - started:.0f} s"}
-    report = report._replace(comparisons=found, costs=costs, facts={**report.facts, **_place(suite, store), **wall})
+    if config.cost:
+        report = report._replace(costs=optimizer_costs({n: (e.rule, e.theta) for n, e in rules.items()}, device))
+    _leave(report._replace(facts={**facts, "Wall time": f"{time.perf_counter() - started:.0f} s"}), out, recorded)
+    return report
+
+
+def _leave(report: Report, out: Path, recorded: str | None) -> None:
+    """Write the report, into a checkpoint's card too, and show it."""
     write(report, out)
     if recorded:
-        annotate(recorded.label, {"results": summary(report)})
+        annotate(recorded, {"results": summary(report)})
     print_tables(report)
     print(f"report:  {out / 'report.md'}\npicture: {out / 'curves.png'}\nnumbers: {out / 'results.json'}")
     print(f"page:    {out / 'report.html'}  (open it in a browser)")
-    return report
 
 
 def _facts(ours: Mapping[str, Entrant], device: torch.device, command: str) -> dict[str, str]:
@@ -121,14 +125,14 @@ def _run(
     processes: int,
     report: Report,
     out: Path,
-) -> list[Comparison]:
-    """The comparisons of all settings, after what was missing of them has been run."""
+) -> Report:
+    """``report`` with the comparisons of all settings, after what was missing of them has been run."""
     jobs = missing(suite, entrants, store)
     with _interruptible(suite, entrants, store, report, out), _bar(sum(job.steps for job in jobs)) as advance:
         for done in run_jobs(jobs, store, device, processes, advance):
             runs = done.job.steps // done.job.setting.steps
             print(f"{done.job}, {runs} runs of {done.job.setting.steps} steps in {done.seconds:.1f} s", flush=True)
-    return comparisons(suite, entrants, store)
+    return report._replace(comparisons=comparisons(suite, entrants, store))
 
 
 @contextlib.contextmanager

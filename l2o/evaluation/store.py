@@ -73,28 +73,11 @@ class Store:
 
     def add(self, suite: str, setting: Setting, entrant: Entrant, kept: Kept) -> Path:
         """Append the curves of some or all learning rates, those of ``kept``; atomically, in a file of their own."""
-        records = {}
-        for trial, rate in enumerate(kept.rates):
-            for seed, key in enumerate(_keys(suite, setting, entrant, rate)):
-                arrays = (_rounded(getattr(kept, name)[:, seed, trial], _BITS[name]) for name in _ARRAYS)
-                train, peak, valid = arrays
-                records[key] = Record(
-                    {
-                        "suite": suite,
-                        "revision": setting.revision,
-                        "task": setting.name,
-                        "optimizer": kept.label,
-                        "rate": rate,
-                        "seed": seed,
-                        "seconds": round(kept.seconds / (setting.seeds * len(kept.rates)), 3),
-                        "relative_step": kept.relative_step,
-                    },
-                    kept.steps,
-                    train,
-                    peak,
-                    valid,
-                    kept.valid_steps,
-                )
+        records = {
+            key: _record(suite, setting, kept, trial, seed)
+            for trial, rate in enumerate(kept.rates)
+            for seed, key in enumerate(_keys(suite, setting, entrant, rate))
+        }
         self._records.update(records)
         path = write(self.folder, records)
         self._seen.add(path)
@@ -136,6 +119,21 @@ class Store:
             keys = [k for s in settings for rate in entrant.rates for k in _keys(suite, s, entrant, rate)]
             paths.append(write(folder, {key: self._records[key] for key in keys if key in self._records}, name))
         return paths
+
+
+def _record(suite: str, setting: Setting, kept: Kept, trial: int, seed: int) -> Record:
+    facts = {
+        "suite": suite,
+        "revision": setting.revision,
+        "task": setting.name,
+        "optimizer": kept.label,
+        "rate": kept.rates[trial],
+        "seed": seed,
+        "seconds": round(kept.seconds / (setting.seeds * len(kept.rates)), 3),
+        "relative_step": kept.relative_step,
+    }
+    train, peak, valid = (_rounded(getattr(kept, name)[:, seed, trial], _BITS[name]) for name in _ARRAYS)
+    return Record(facts, kept.steps, train, peak, valid, kept.valid_steps)
 
 
 def _keys(suite: str, setting: Setting, entrant: Entrant, rate: float | None) -> list[str]:

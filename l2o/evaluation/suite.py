@@ -98,13 +98,20 @@ def run_jobs(
     processes: of one thread each, where there are several.     advance: told how many further inner steps are done.
     Raises `ConfigurationError` for several processes and a job that cannot be handed to another.
     """
-    if processes == 1:
-        for job in jobs:
-            yield _run(job, store, device, advance)
+    if processes > 1:
+        yield from _in_processes(jobs, store, device, processes, advance)
         return
+    for job in jobs:
+        yield _run(job, store, device, advance)
+
+
+def _in_processes(
+    jobs: list[Job], store: Store, device: torch.device | str, processes: int, advance: Callable[[int], None]
+) -> Iterator[Done]:
+    """What each has done is looked at now and then; whatever ends this, Ctrl-C among it, ends them."""
+    _check_portable(jobs)
     context: Any = multiprocessing.get_context("spawn")
     counter, told = context.Value("q", 0), 0
-    _check_portable(jobs)
     with context.Pool(processes, _begin, (counter, store.folder, str(device))) as pool:
         results = pool.imap_unordered(_work, jobs)
         for _ in jobs:
