@@ -1,5 +1,6 @@
 """Every code block of the README runs, as it stands but for its length."""
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from l2o import _remote
+from l2o.evaluation.markdown import results_block
 from meta_train._config import config_path, open_settings
 from meta_train.convert import parser
 from meta_train.train import OPEN
@@ -41,6 +43,26 @@ def test_every_block_runs_in_the_order_of_reading(tmp_path, monkeypatch):
         elif kind == "bash":
             run_commands(code, line)
     assert not list(tmp_path.glob("**/*.tmp"))
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLES = [
+    (path, block[1], block[2])
+    for path in DOCUMENTS
+    for block in re.finditer(
+        r"<!-- table of (\S+) -->\n(.*?)<!-- end of table -->", path.read_text(encoding="utf-8"), re.S
+    )
+]
+
+
+@pytest.mark.parametrize(("document", "results", "shown"), TABLES, ids=lambda value: getattr(value, "name", None))
+def test_tables_of_results_are_those_of_the_records(document, results, shown):
+    """What a document shows is made of the file that it names: `results_block` prints what has to stand there."""
+    assert shown.strip() == results_block(json.loads((ROOT / results).read_text(encoding="utf-8")))
+
+
+def test_there_are_tables_of_results():
+    assert TABLES
 
 
 def run_python(code, line, namespace):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from l2o.evaluation.compare import REFERENCE, Comparison
 from l2o.evaluation.cost import YARDSTICK, Cost
-from l2o.evaluation.tables import Table, diagnoses_table, optimizers_table, splits_table, tasks_table
+from l2o.evaluation.tables import Table, diagnoses_table, optimizers_table, results_table, splits_table, tasks_table
 from l2o.evaluation.verdicts import (
     COLUMNS,
     OVERFITTED,
@@ -81,6 +81,11 @@ def _suite(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield f"\n## {title}\n"
         yield from _noted(make(comparisons))
     yield "\n![performance profile](profile.png)\n\n## Tasks and final losses"
+
+
+def results_block(results: Mapping[str, Any]) -> str:
+    """The table of all optimizers that a document shows of a ``results.json``."""
+    return "\n".join(line for line in _noted(results_table(results)._replace(note="")) if line)
 
 
 def _noted(table: Table) -> Iterator[str]:

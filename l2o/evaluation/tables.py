@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,11 +26,26 @@ class Table(NamedTuple):
 
 def optimizers_table(comparisons: Sequence[Comparison]) -> Table:
     """Every optimizer over all tasks, the best first; without rows where there is no reference."""
+    return summaries_table(summaries(comparisons))
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """The same from a ``results.json``, whose nulls are numbers that are not finite."""
+    return summaries_table([_summary_of(found) for found in results["optimizers"]])
+
+
+def _summary_of(found: Mapping[str, Any]) -> Summary:
+    estimates = {name: Estimate(*found[name]) for name in ("median", "iqm", "reached")}
+    valid = math.inf if found["valid"] is None else found["valid"]
+    return Summary(**{**found, **estimates, "valid": valid})
+
+
+def summaries_table(found: Sequence[Summary]) -> Table:
+    """A row an optimizer."""
     headings = (
         *("optimizer", "trials", "target reached", "speed-up, median", "speed-up, IQM"),
         *("validation / Adam's", "speed-up in time", "diverged runs", "overfits on"),
     )
-    found = summaries(comparisons)
     note = (
         "Target: the final training loss of Adam at the best rate of its grid, task by task. Speed-up: steps of the "
         "run over those to the target; a miss is 0. [95% bootstrap intervals over tasks]. IQM: mean without the lowest "
