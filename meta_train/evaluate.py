@@ -69,7 +69,7 @@ def evaluate(config: DictConfig, command: str) -> Report:
     started = time.perf_counter()
     require("matplotlib", "rich")
     device, processes = resolve_device(config.device), whole("jobs", config.jobs)
-    chosen, ours = baselines(config.baselines), judged(config)
+    chosen, ours = baselines(config.baselines, config.wider), judged(config)
     suite, entrants = make_suite(config), {**ours, **chosen}
     check(entrants)
     for setting in suite.tasks:

@@ -25,7 +25,7 @@ from l2o.evaluation import (
     run_learned,
     step_cost,
 )
-from l2o.evaluation.baselines import Scheduled, adamw, cosine, linear, muon, torch_optimizer
+from l2o.evaluation.baselines import Scheduled, adamw, cosine, half_decades, linear, muon, torch_optimizer
 from l2o.evaluation.checks import HostReads
 from l2o.evaluation.cost import plug_in
 from l2o.evaluation.curves import evaluation_steps
@@ -292,6 +292,15 @@ def test_a_scheduled_rule_gets_what_its_rule_needs(rule):
     found = run_learned(scheduled, theta_of(scheduled), setting).train
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found[0], run_learned(rule, theta_of(rule), setting).train[0])
+
+
+def test_grids_can_go_further_up():
+    (adam, adamw_cosine, adamw) = baselines(["adam", "adamw_cosine", "adamw"], wider=2).values()
+    assert adam.rates == half_decades(-4.0, 1.5)
+    assert adamw_cosine.rates == half_decades(-4.0, 1.0)
+    assert adamw is BASELINES["adamw"]
+    with pytest.raises(ConfigurationError, match="wider=-1"):
+        baselines(["adam"], wider=-1)
 
 
 def test_baselines_go_by_name():

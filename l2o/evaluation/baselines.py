@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2o._checks import whole
 from l2o._names import choose
 from l2o.evaluation.curves import Begun, begin
 from l2o.evaluation.entrants import Entrant, MakeOptimizers, TorchEntrant
@@ -222,8 +224,19 @@ and Adam with warm-up and cosine is AdamW without weight decay. The last ones ha
 would pick untuned."""
 
 
-def baselines(names: Iterable[str]) -> dict[str, Entrant]:
-    """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names."""
+def baselines(names: Iterable[str], wider: int = 0) -> dict[str, Entrant]:
+    """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names.
+
+    wider: so many half-decades further up goes every grid.
+    """
     if isinstance(names, str):
         raise ConfigurationError(f"baselines={names!r}: expected a list, such as [{names}]")
-    return {name: choose("baseline", name, BASELINES) for name in names}
+    return {name: _widened(choose("baseline", name, BASELINES), whole("wider", wider, 0)) for name in names}
+
+
+def _widened(entrant: Any, by: int) -> Entrant:
+    last = entrant.rates[-1]
+    if last is None or not by:
+        return entrant  # type: ignore[no-any-return]
+    top = round(2 * math.log10(last)) / 2
+    return replace(entrant, rates=(*entrant.rates, *half_decades(top + 0.5, top + by / 2)))  # type: ignore[no-any-return]
