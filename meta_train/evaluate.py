@@ -88,6 +88,8 @@ def evaluate(config: DictConfig, command: str) -> Report:
         store.pack(user_path(config.pack, "pack"), suite.name, suite.tasks, chosen)
     if config.cost:
         report = report._replace(costs=optimizer_costs({n: (e.rule, e.theta) for n, e in rules.items()}, device))
+    runs = sum(k.valid.shape[1] * k.valid.shape[2] for c in report.comparisons for k in c.trials.values())
+    facts["Runs"] = f"{runs:,}, which took {sum(c.seconds for c in report.comparisons):,.0f} s when they were made"
     _leave(report._replace(facts={**facts, "Wall time": f"{time.perf_counter() - started:.0f} s"}), out, recorded)
     return report
 

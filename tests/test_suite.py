@@ -28,6 +28,7 @@ from l2o.evaluation import (
     condense,
     missing,
     profile,
+    run,
     run_entrant,
     run_jobs,
     run_suite,
@@ -41,11 +42,11 @@ from l2o.evaluation.identity import curve_key
 from l2o.evaluation.markdown import as_markdown
 from l2o.evaluation.report import as_json
 from l2o.evaluation.scores import kept_steps, target
-from l2o.evaluation.verdicts import overfits
+from l2o.evaluation.verdicts import overfits, table_row
 from l2o.evaluation.wall import relative_step
 from l2o.rules import SGD, Adam, VeLO
-from l2o.tasks import Lasso, ModuleTask, Quadratic, Rastrigin
-from l2o.types import ConfigurationError, ResumeError
+from l2o.tasks import GradientNoise, ImageConv, ImageMLP, Lasso, ModuleTask, Quadratic, Rastrigin
+from l2o.types import ConfigurationError, ResumeError, TaskFamily
 
 TASKS = (
     Setting("small", Quadratic(dim=2), steps=12, seeds=2, window=1, split="like"),
@@ -166,6 +167,60 @@ def test_records_are_plain_rows(tmp_path):
     rows = [row for row in store.records() if (row["task"], row["optimizer"]) == ("noisy", "Adam")]
     assert sorted((row["rate"], row["seed"]) for row in rows) == [(r, s) for r in (0.01, 0.1, 1.0) for s in (0, 1)]
     assert all(row["final"] == row["train"][-1] and row["suite"] == "tiny" for row in rows)
+    assert not any("accuracy" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [ImageMLP(width=8, batch_size=32), ImageConv(norm="batch", batch_size=32), GradientNoise(ImageMLP(width=8))],
+    ids=["perceptron", "batch norm", "augmented"],
+)
+def test_of_classifiers_accuracy_is_kept(tmp_path, family):
+    setting = Setting("classes", family, steps=30, seeds=2, window=1)
+    suite, entrants = Suite("classes", 1, (setting,)), {"adam": Baseline("Adam", Adam(), (1e-5, 1e-2))}
+    run_suite(suite, entrants, Store(tmp_path))
+    kept = Store(tmp_path).kept("classes", setting, entrants["adam"])
+    assert kept.accuracy.shape == kept.valid.shape == (20, 2, 2)
+    assert (kept.accuracy[-1, :, 0] < 0.4).all()
+    assert (kept.accuracy[-1, :, 1] > kept.accuracy[-1, :, 0] + 0.2).all()
+    np.testing.assert_allclose(kept.accuracy * 4 * family_of(family).batch_size % 1, 0.0, atol=0.2)
+    (found,) = comparisons(suite, entrants, Store(tmp_path))
+    assert table_row(found, "adam")[4].endswith(f"({100 * kept.accuracy[-1, :, 1].mean():.1f}%)")
+
+
+def family_of(family):
+    return getattr(family, "family", family)
+
+
+def test_accuracy_does_not_touch_the_curves():
+    """The batches of classifiers are those of any other family: its loss is the same with and without."""
+    family = ImageMLP(width=8, batch_size=32)
+    curves = [
+        run(SGD(), {"log_lr": torch.full((2,), -2.0)}, f, 9, torch.Generator().manual_seed(0))
+        for f in (family, Hidden(family))
+    ]
+    assert curves[1].accuracy is None
+    torch.testing.assert_close(curves[0].train, curves[1].train)  # which a kernel may round otherwise
+    torch.testing.assert_close(curves[0].valid, curves[1].valid)
+
+
+class Hidden(TaskFamily):
+    """A family of which nobody can tell that it classifies."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def sample(self, generator, lanes):
+        return self.inside.sample(generator, lanes)
+
+    def init(self, data, generator):
+        return self.inside.init(data, generator)
+
+    def batch(self, data, split, generator):
+        return self.inside.batch(data, split, generator)
+
+    def loss(self, params, buffers, data, batch):
+        return self.inside.loss(params, buffers, data, batch)
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut short"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from l2o._checks import whole
+from l2o.tasks.image_task import ImageClassifier
 from l2o.types import InnerState, TaskFamily, Theta, UpdateRule
 from l2o.unroll import start, unroll
 
@@ -38,12 +40,14 @@ class Curves(NamedTuple):
     """Losses of a run, on its device.
 
     train: ``[steps, lanes]``, before each update.          valid: ``[points, lanes]``, on held-out data.
+    accuracy: share of held-out labels that are right, likewise; None but for classifiers of images.
     valid_steps: how many updates had been applied at each point; the last is the length of the run.
     """
 
     train: Tensor
     valid: Tensor
     valid_steps: list[int]
+    accuracy: Tensor | None = None
 
 
 def silent(steps: int) -> None:
@@ -90,13 +94,17 @@ def trace(begun: Begun, points: list[int], generator: torch.Generator, advance: 
     generator: the one that training draws from; validation batches come from another of the same seed.
     """
     held_out = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ _VALID_SEED)
-    state, losses, valid = begun.state, [], []
+    state, losses, valid, wrong = begun.state, [], [], []
+    families = [begun.family, *([] if (measured := by_error(begun.family)) is None else [measured])]
     for before, point in zip([0, *points], points, strict=False):
         state, loss = begun.train(state, point - before)
         losses.append(loss)
-        valid.append(validation_loss(begun.family, state, held_out))
+        on_valid, *error = validation_losses(families, state, held_out)
+        valid.append(on_valid)
+        wrong += error
         advance(point - before)
-    return Curves(torch.cat(losses), torch.stack(valid), points)
+    accuracy = 1.0 - torch.stack(wrong) if wrong else None
+    return Curves(torch.cat(losses), torch.stack(valid), points, accuracy)
 
 
 def evaluation_steps(horizon: int, evaluations: int) -> list[int]:
@@ -104,10 +112,19 @@ def evaluation_steps(horizon: int, evaluations: int) -> list[int]:
     return sorted({-(-horizon * k // evaluations) for k in range(1, evaluations + 1)})
 
 
-def validation_loss(family: TaskFamily, state: InnerState, generator: torch.Generator) -> Tensor:
-    """Mean loss ``[lanes]`` over a few batches of the ``valid`` split at the current parameters."""
+def by_error(family: Any) -> TaskFamily | None:
+    """``family``, also inside others, with the share of wrong labels for its loss; None unless it classifies images."""
+    if isinstance(family, ImageClassifier):
+        return replace(family, criterion="error")
+    inner = by_error(family.family) if isinstance(getattr(family, "family", None), TaskFamily) else None
+    return None if inner is None else cast(TaskFamily, replace(family, family=inner))
+
+
+def validation_losses(families: Sequence[TaskFamily], state: InnerState, generator: torch.Generator) -> list[Tensor]:
+    """Mean loss ``[lanes]`` of each family over the same few batches of the ``valid`` split."""
     losses = []
     for _ in range(VALID_BATCHES):
-        batch = family.batch(state.data, "valid", generator)
-        losses.append(vmap(family.loss)(state.params, state.buffers, state.data, batch)[0])
-    return torch.stack(losses).mean(0)
+        batch = families[0].batch(state.data, "valid", generator)
+        each = (vmap(family.loss)(state.params, state.buffers, state.data, batch)[0] for family in families)
+        losses.append(torch.stack(list(each)))
+    return list(torch.stack(losses).mean(0))

@@ -29,7 +29,7 @@ _PROTOCOL = (
     "- An untuned baseline: one run a seed, of torch's own optimizer, at the rate that stands in its name.",
     "- Adam, warm-up + cosine: AdamW without weight decay; warm-up over 5% of the run, then half a cosine down to 0.",
     "- Training loss: seed-mean of the final one, with a 95% interval (bootstrap over seeds).",
-    "- Validation: seed-mean of the loss on held-out data after the last step.",
+    "- Validation: seed-mean of the loss on held-out data after the last step; of classifiers, the accuracy there.",
     "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
     "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
     "  training loss of tuned Adam, or 2^-23 of the first loss where that is higher; 0 if it never is.",

@@ -28,6 +28,7 @@ class Kept(NamedTuple):
     peak: the highest single loss since the last point, ``inf`` where one was not finite; of the same shape.
     valid: ``[points, seeds, trials]``, after ``valid_steps`` updates.     label, rates, seconds: see `Trials`.
     relative_step: time of a training step over that with torch's Adam, see `relative_step`; None where not measured.
+    accuracy: as ``valid``, the share of labels that are right; None where there are none, or nobody counted.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Kept(NamedTuple):
     valid_steps: list[int]
     seconds: float
     relative_step: float | None = None
+    accuracy: Array | None = None
 
 
 def kept_steps(length: int) -> list[int]:
@@ -56,7 +58,8 @@ def condense(trials: Trials, window: int) -> Kept:
     raw = np.where(np.isfinite(trials.train), trials.train, np.inf)
     peak = np.maximum.reduceat(raw, [0, *steps[:-1]], axis=0)
     train = smooth(trials.train, window, steps)
-    return Kept(trials.label, trials.rates, steps, train, peak, trials.valid, trials.valid_steps, trials.seconds)
+    rest = (trials.valid, trials.valid_steps, trials.seconds, None, trials.accuracy)
+    return Kept(trials.label, trials.rates, steps, train, peak, *rest)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Score:
     valid: validation loss ``[seeds]`` at the end of the run.     diverged: bool ``[seeds]``.
     steps, curve: smoothed training loss ``[points, seeds]`` and where the points lie, as in `Kept`.
     valid_curve: validation loss ``[points, seeds]`` after ``valid_steps`` updates.
-    peak: as in `Kept`, ``[points, seeds]``.
+    peak: as in `Kept`, ``[points, seeds]``.     accuracy: ``[seeds]`` at the end, or None.
     """
 
     label: str
@@ -88,6 +91,7 @@ class Score:
     peak: Array
     valid_steps: list[int]
     valid_curve: Array
+    accuracy: Array | None = None
 
     @property
     def mean(self) -> float:
@@ -120,6 +124,7 @@ def score_kept(kept: Kept) -> Score:
         peak=kept.peak[:, :, best],
         valid_steps=kept.valid_steps,
         valid_curve=kept.valid[:, :, best],
+        accuracy=None if kept.accuracy is None else kept.accuracy[-1, :, best],
     )
 
 

@@ -20,8 +20,8 @@ from l2o.types import ConfigurationError, ResumeError
 
 FORMAT = 1
 """Of the files; to be raised when one of today could no longer be read."""
-_ARRAYS = ("train", "peak", "valid")
-_BITS = {"train": 11, "peak": 6, "valid": 11}
+_ARRAYS = ("train", "peak", "valid", "accuracy")
+_BITS = {"train": 11, "peak": 6, "valid": 11, "accuracy": 11}
 """Of 23 in the mantissa of a loss that are kept: three significant digits, of a peak two, and half the bytes."""
 
 
@@ -29,15 +29,13 @@ class Record(NamedTuple):
     """One curve.
 
     facts: what people may want to know: suite, task, optimizer, rate, seed, seconds.
-    steps, train, peak, valid, valid_steps: as in `Kept`, of one run.
+    steps, valid_steps: as in `Kept`.     curves: train, peak, valid and, where there is one, accuracy, of one run.
     """
 
     facts: Mapping[str, Any]
     steps: list[int]
-    train: Array
-    peak: Array
-    valid: Array
     valid_steps: list[int]
+    curves: Mapping[str, Array]
 
 
 class Store:
@@ -89,26 +87,24 @@ class Store:
             raise ConfigurationError(f"{setting.name}: {entrant.label} has not been run; run the suite first")
         rows = [[self._records[k] for k in _keys(suite, setting, entrant, rate)] for rate in entrant.rates]
         first = rows[0][0]
-        arrays = [np.stack([np.stack([getattr(r, name) for r in row], 1) for row in rows], 2) for name in _ARRAYS]
-        train, peak, valid = (a.astype(np.float64) for a in arrays)
-        seconds = sum(r.facts["seconds"] for row in rows for r in row)
+        names = [name for name in _ARRAYS if all(name in r.curves for row in rows for r in row)]
+        curves = {n: np.stack([np.stack([r.curves[n] for r in row], 1) for row in rows], 2) for n in names}
         return Kept(
-            entrant.label,
-            entrant.rates,
-            first.steps,
-            train,
-            peak,
-            valid,
-            first.valid_steps,
-            seconds,
-            first.facts["relative_step"],
+            label=entrant.label,
+            rates=entrant.rates,
+            steps=first.steps,
+            valid_steps=first.valid_steps,
+            seconds=sum(r.facts["seconds"] for row in rows for r in row),
+            relative_step=first.facts["relative_step"],
+            **{name: curve.astype(np.float64) for name, curve in curves.items()},
         )
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every curve as a plain dict, for a table or for pandas: facts, final losses, and the curve itself."""
         for record in self._records.values():
-            rest = {name: getattr(record, name) for name in record._fields[1:]}
-            yield {**record.facts, "final": float(record.train[-1]), "valid_final": float(record.valid[-1]), **rest}
+            ends = {"final": "train", "valid_final": "valid", "accuracy_final": "accuracy"}
+            finals = {name: float(record.curves[of][-1]) for name, of in ends.items() if of in record.curves}
+            yield {**record.facts, **finals, "steps": record.steps, "valid_steps": record.valid_steps, **record.curves}
 
     def pack(
         self, folder: Path, suite: str, settings: Iterable[Setting], entrants: Mapping[str, Entrant]
@@ -132,8 +128,9 @@ def _record(suite: str, setting: Setting, kept: Kept, trial: int, seed: int) -> 
         "seconds": round(kept.seconds / (setting.seeds * len(kept.rates)), 3),
         "relative_step": kept.relative_step,
     }
-    train, peak, valid = (_rounded(getattr(kept, name)[:, seed, trial], _BITS[name]) for name in _ARRAYS)
-    return Record(facts, kept.steps, train, peak, valid, kept.valid_steps)
+    whole = {name: getattr(kept, name) for name in _ARRAYS if getattr(kept, name) is not None}
+    curves = {name: _rounded(curve[:, seed, trial], _BITS[name]) for name, curve in whole.items()}
+    return Record(facts, kept.steps, kept.valid_steps, curves)
 
 
 def _keys(suite: str, setting: Setting, entrant: Entrant, rate: float | None) -> list[str]:
@@ -141,15 +138,15 @@ def _keys(suite: str, setting: Setting, entrant: Entrant, rate: float | None) ->
 
 
 def write(folder: Path, records: Mapping[str, Record], name: str = "") -> Path:
-    """One file of curves: an array for all of one length.  name: of the file; without, that of its content."""
-    lengths: dict[tuple[int, int], list[str]] = {}
+    """One file of curves: an array for all of one kind and length.  name: of the file; without, that of its content."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for key, record in records.items():
-        lengths.setdefault((len(record.train), record.steps[-1]), []).append(key)
+        alike.setdefault((*record.curves, record.steps[-1]), []).append(key)
     arrays: dict[str, Array] = {}
     groups = []
-    for i, keys in enumerate(lengths.values()):
+    for i, keys in enumerate(alike.values()):
         first = records[keys[0]]
-        arrays |= {f"{i}.{a}": np.stack([getattr(records[k], a) for k in keys]) for a in _ARRAYS}
+        arrays |= {f"{i}.{name}": np.stack([records[k].curves[name] for k in keys]) for name in first.curves}
         facts = {key: dict(records[key].facts) for key in keys}
         groups.append({"steps": first.steps, "valid_steps": first.valid_steps, "facts": facts})
     header = json.dumps({"format": FORMAT, "groups": groups}).encode()
@@ -180,9 +177,9 @@ def read(path: Path) -> dict[str, Record]:
 
 def _unpacked(groups: Sequence[Mapping[str, Any]], file: Mapping[str, Array]) -> Iterator[tuple[str, Record]]:
     for i, group in enumerate(groups):
-        train, peak, valid = (file[f"{i}.{name}"] for name in _ARRAYS)
+        stacked = {name: file[f"{i}.{name}"] for name in _ARRAYS if f"{i}.{name}" in file}
         for row, (key, facts) in enumerate(group["facts"].items()):
-            yield key, Record(facts, group["steps"], train[row], peak[row], valid[row], group["valid_steps"])
+            yield key, Record(facts, group["steps"], group["valid_steps"], {n: a[row] for n, a in stacked.items()})
 
 
 def _rounded(losses: Array, kept: int) -> Array:

@@ -68,7 +68,7 @@ class Trials(NamedTuple):
 
     rates: the learning rate of each trial, None for an untuned optimizer, which has one trial and none.
     train: float64 ``[steps, seeds, trials]``.     valid: float64 ``[points, seeds, trials]``, at ``valid_steps``.
-    seconds: wall-clock time of all runs together.
+    seconds: wall-clock time of all runs together.     accuracy: as ``valid``, see `Curves`; or None.
     """
 
     label: str
@@ -77,6 +77,7 @@ class Trials(NamedTuple):
     valid: Array
     valid_steps: list[int]
     seconds: float
+    accuracy: Array | None = None
 
 
 def run_entrant(
@@ -93,7 +94,9 @@ def run_entrant(
     begun = entrant.begin(setting.family, setting.steps, setting.seeds, generator)
     curves = trace(begun, evaluation_steps(setting.steps, EVALUATIONS), generator, of_all)
     train, valid = (_per_trial(losses, trials) for losses in (curves.train, curves.valid))
-    return Trials(entrant.label, entrant.rates, train, valid, curves.valid_steps, time.perf_counter() - started)
+    accuracy = None if curves.accuracy is None else _per_trial(curves.accuracy, trials)
+    seconds = time.perf_counter() - started
+    return Trials(entrant.label, entrant.rates, train, valid, curves.valid_steps, seconds, accuracy)
 
 
 def run_baseline(baseline: Entrant, setting: Setting, device: torch.device | str = "cpu") -> Trials:

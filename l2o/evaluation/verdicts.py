@@ -135,7 +135,7 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
         str(score.trials),
         "untuned" if score.rate is None else f"{number(score.rate)}{' (edge of the grid)' * score.at_edge}",
         f"{number(score.mean)} [{number(low, 2)}, {number(high, 2)}]",
-        number(valid_loss(score)),
+        valid_text(score),
         f"{int(score.diverged.sum())} of {len(score.diverged)}",
         _speed_up(comparison.speed_up(name)),
     )
@@ -183,6 +183,12 @@ def _summary_row(comparison: Comparison, names: Sequence[str]) -> tuple[str, ...
 def _final(score: Score) -> str:
     lost = int(score.diverged.sum())
     return f"{number(score.mean)} ({lost} lost)" if lost else number(score.mean)
+
+
+def valid_text(score: Score) -> str:
+    """Validation loss and, in brackets, accuracy."""
+    right = "" if score.accuracy is None else f" ({100 * float(score.accuracy.mean()):.1f}%)"
+    return f"{number(valid_loss(score))}{right}"
 
 
 def valid_loss(score: Score) -> float:

@@ -87,8 +87,14 @@ def _one_hot_mse(output: Tensor, labels: Tensor, reduction: str = "mean") -> Ten
     return F.mse_loss(output, (labels.unsqueeze(-1) == classes).to(output.dtype), reduction=reduction)
 
 
-CRITERIA: dict[str, Callable[..., Tensor]] = {"cross_entropy": F.cross_entropy, "mse": _one_hot_mse}
-"""Losses of a classifier, ``(output [batch, classes], labels [batch], reduction) -> loss``."""
+def _error(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    wrong = (output.argmax(-1) != labels).to(output.dtype)
+    return wrong if reduction == "none" else wrong.mean()
+
+
+CRITERIA: dict[str, Callable[..., Tensor]] = {"cross_entropy": F.cross_entropy, "mse": _one_hot_mse, "error": _error}
+"""Losses of a classifier, ``(output [batch, classes], labels [batch], reduction) -> loss``; error, the share of labels that
+are wrong, is for measuring only: it has no derivative."""
 RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {
     "bernoulli": F.binary_cross_entropy_with_logits,
     "mse": F.mse_loss,
