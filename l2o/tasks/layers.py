@@ -93,8 +93,8 @@ def _error(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
 
 
 CRITERIA: dict[str, Callable[..., Tensor]] = {"cross_entropy": F.cross_entropy, "mse": _one_hot_mse, "error": _error}
-"""Losses of a classifier, ``(output [batch, classes], labels [batch], reduction) -> loss``; error, the share of labels that
-are wrong, is for measuring only: it has no derivative."""
+"""Losses of a classifier, ``(output [batch, classes], labels [batch], reduction) -> loss``; error, the share of labels
+that are wrong, is for measuring only: it has no derivative."""
 RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {
     "bernoulli": F.binary_cross_entropy_with_logits,
     "mse": F.mse_loss,
