@@ -256,7 +256,7 @@ def test_image_mlps_are_all_combinations() -> None:
     ("error", "text", "make"),
     [
         (UnknownNameError, "norm 'batchnorm'.*did you mean 'batch'", lambda: ImageMLP(norm="batchnorm")),
-        (UnknownNameError, "criterion 'l2'.*cross_entropy, mse", lambda: ImageMLP(criterion="l2")),
+        (UnknownNameError, "criterion 'l2'.*cross_entropy, error, mse", lambda: ImageMLP(criterion="l2")),
         (ConfigurationError, "pool=3: expected a divisor of 8, the side of digits", lambda: ImageMLP(pool=3)),
         (ConfigurationError, r"effective_batch=\[1, 129\].*highest <= 128", lambda: ImageMLP(effective_batch=(1, 129))),
         (ConfigurationError, r"effective_batch\[0\]=0", lambda: ImageConv(effective_batch=[0, 4])),
