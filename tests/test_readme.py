@@ -16,6 +16,7 @@ from torch import nn
 
 from l2o import _remote
 from l2o.evaluation.markdown import results_block
+from meta_train import evaluate
 from meta_train._config import config_path, open_settings
 from meta_train.convert import parser
 from meta_train.train import OPEN
@@ -103,10 +104,10 @@ def test_the_commands_of_the_documents_are_read(words):
         addresses = parser().parse_args(arguments).files
         assert all(_remote.parse_weights(address) for address in addresses)
         return
-    assert module == "meta_train"
+    name, nodes = {"meta_train": ("train", OPEN), "meta_train.evaluate": ("evaluate", evaluate.OPEN)}[module]
     one_of_a_sweep = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", each) for each in arguments if each != "-m"]
     with initialize_config_dir(config_path(), version_base="1.3"):
-        compose("train", open_settings(one_of_a_sweep, OPEN))
+        compose(name, open_settings(one_of_a_sweep, nodes))
 
 
 def test_the_readme_has_both_set_up_commands_and_no_other_languages():

@@ -237,6 +237,6 @@ def baselines(names: Iterable[str], wider: int = 0) -> dict[str, Entrant]:
 def _widened(entrant: Any, by: int) -> Entrant:
     last = entrant.rates[-1]
     if last is None or not by:
-        return entrant  # type: ignore[no-any-return]
+        return entrant
     top = round(2 * math.log10(last)) / 2
-    return replace(entrant, rates=(*entrant.rates, *half_decades(top + 0.5, top + by / 2)))  # type: ignore[no-any-return]
+    return replace(entrant, rates=(*entrant.rates, *half_decades(top + 0.5, top + by / 2)))
