@@ -253,7 +253,7 @@ def test_every_experiment_makes_sense(settings, name):
         assert getattr(setting.family, "half", half) == half
 
 
-SUITES = sorted(path.stem for path in (ROOT / "configs" / "suite").glob("*.yaml"))
+SUITES = sorted(path.stem for path in (ROOT / "configs" / "evaluate" / "suite").glob("*.yaml"))
 
 
 SPLITS = {"quick": {"like", "other"}, "standard": {"like", "larger", "longer", "other"}, "large": {"larger", "longer"}}
