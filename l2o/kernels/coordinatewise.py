@@ -17,6 +17,7 @@ from torch.func import vmap
 
 from l2o.kernels import coordinatewise_cpu as cpu
 from l2o.kernels.arrays import derivative_with_a_graph
+from l2o.kernels.lanes import lowered, vmap_rule
 from l2o.ops import coordinatewise as reference
 from l2o.ops.coordinatewise import Axes, Recipe
 from l2o.ops.factored import factored_axes
@@ -68,11 +69,11 @@ def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
     """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name."""
     if not tensors.grads:
         return {}
-    arguments = 0, tensors.axes, tensors.sources(recipe)
+    own_axes, sources, known = tensors.axes, tensors.sources(recipe), _named(recipe)
     if forward_ad._current_level >= 0:  # which custom ops have no rule for
-        found = sums_in_blocks(recipe, *arguments)
+        found = sums_in_blocks(recipe, 0, own_axes, sources)
     else:
-        found = _feature_sums(_named(recipe), *arguments)
+        found = lowered(lambda lanes, own: _feature_sums(known, lanes, own_axes, *own), [sources])
     axes = {name: tuple(axis + g.ndim for axis in recipe.scaled_axes(g.ndim)) for name, g in tensors.grads.items()}
     return {name: Sum(sums, axes[name]) for name, sums in zip(tensors.grads, found, strict=True)}
 
@@ -102,11 +103,13 @@ def network(
     if not names:
         return {}, gains.new_zeros(0, layers[-1].shape[-1])
     counts = [recipe.count(tensors.infos[name].shape) for name in names]
-    inputs = layers, gains, means, [sums[name] for name in names], tensors.sources(recipe)
+    inputs = [layers, gains, means, [sums[name] for name in names], tensors.sources(recipe)]
+    axes = tensors.axes
     if forward_ad._current_level >= 0:
-        *updates, totals = network_in_blocks(recipe, 0, tensors.axes, counts, *inputs)
+        *updates, totals = network_in_blocks(recipe, 0, axes, counts, *inputs)
     else:
-        *updates, totals = _coordinatewise(_named(recipe), 0, tensors.axes, counts, *inputs)
+        known = _named(recipe)
+        *updates, totals = lowered(lambda lanes, own: _coordinatewise(known, lanes, axes, counts, *own), inputs)
     return dict(zip(names, updates, strict=False)), totals
 
 
@@ -243,41 +246,8 @@ def _over_lanes(f: Callable[..., Any], lanes: int) -> Callable[..., Any]:
     return vmap(f) if lanes else f
 
 
-def _merged(info: Any, in_dims: Any, lanes: int, tensors: Any) -> Any:
-    """``tensors``, a nest, with the axis that is mapped over before that of lanes, and merged with it."""
-
-    def move(t: Tensor | None, axis: int | None) -> Tensor | None:
-        if t is None:
-            return None
-        moved = t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
-        return moved.flatten(0, 1) if lanes else moved
-
-    return [
-        [move(t, axis) for t, axis in zip(own, axes, strict=True)] if isinstance(own, list) else move(own, axes)
-        for own, axes in zip(tensors, in_dims, strict=True)
-    ]
-
-
-def _apart(info: Any, lanes: int, outputs: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The opposite, for what comes out."""
-    parted = [t.unflatten(0, (info.batch_size, lanes)) for t in outputs] if lanes else outputs
-    return parted, [0] * len(outputs)
-
-
-def _vmap_sums(info: Any, in_dims: Any, recipe: str, lanes: int, axes: list[int], sources: list[Tensor]) -> Any:
-    (sources,) = _merged(info, in_dims[3:], lanes, [sources])
-    return _apart(info, lanes, _feature_sums(recipe, max(lanes, 1) * info.batch_size, axes, sources))
-
-
-def _vmap_network(
-    info: Any, in_dims: Any, recipe: str, lanes: int, axes: list[int], counts: list[int], *tensors: Any
-) -> Any:
-    merged = _merged(info, in_dims[4:], lanes, tensors)
-    return _apart(info, lanes, _coordinatewise(recipe, max(lanes, 1) * info.batch_size, axes, counts, *merged))
-
-
-_feature_sums.register_vmap(_vmap_sums)
-_coordinatewise.register_vmap(_vmap_network)
+_feature_sums.register_vmap(vmap_rule(_feature_sums, 1))
+_coordinatewise.register_vmap(vmap_rule(_coordinatewise, 2))
 
 
 def _keep_sums(ctx: Any, inputs: Any, output: Any) -> None:
