@@ -88,11 +88,11 @@ struct Run {
     int64_t begin, count, left, right;  // where in the tables [a, p, b, c] and [a, b, q, c] they begin
 };
 
-inline int64_t lefts(const Tensor& f) { return f.axes[0] * f.axes[1] * f.axes[2] * f.axes[4]; }
-inline int64_t rights(const Tensor& f) { return f.axes[0] * f.axes[2] * f.axes[3] * f.axes[4]; }
+inline int64_t lefts(const Field& f) { return f.axes[0] * f.axes[1] * f.axes[2] * f.axes[4]; }
+inline int64_t rights(const Field& f) { return f.axes[0] * f.axes[2] * f.axes[3] * f.axes[4]; }
 
 // The elements [begin, begin + n) of a tensor with rows and columns.
-inline void find_runs(const Tensor& field, int64_t begin, int64_t n, std::vector<Run>& found) {
+inline void find_runs(const Field& field, int64_t begin, int64_t n, std::vector<Run>& found) {
     const auto [a_, p_, b_, q_, c_] = field.axes;
     const int64_t length = c_ == 1 ? q_ : c_;
     found.clear();

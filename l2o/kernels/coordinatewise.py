@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.func import vmap
 
 from l2o.kernels import coordinatewise_cpu as cpu
-from l2o.kernels.arrays import derivative_with_a_graph
+from l2o.kernels.arrays import derivative_of
 from l2o.kernels.lanes import lowered, vmap_rule
 from l2o.ops import coordinatewise as reference
 from l2o.ops.coordinatewise import Axes, Recipe
@@ -265,7 +265,7 @@ def _d_sums(ctx: Any, d_sums: Sequence[Tensor | None]) -> tuple[Any, ...]:
     recipe, sources = _RECIPES[ctx.recipe], ctx.saved_tensors
     if torch.is_grad_enabled():
         again = functools.partial(sums_in_blocks, recipe, ctx.lanes, ctx.axes)
-        return None, None, None, _with_a_graph(lambda *tensors: again(tensors), sources, d_sums)
+        return None, None, None, derivative_of(lambda *tensors: again(tensors), sources, d_sums)
     found: list[Tensor | None] = []
     one = _over_lanes(functools.partial(reference.block_sums, recipe), ctx.lanes)
     for (axes, own), d in zip(by_tensor(recipe, ctx.lanes, ctx.axes, sources), d_sums, strict=True):
@@ -282,7 +282,7 @@ def _d_network(ctx: Any, d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
         def again(*tensors: Tensor) -> list[Tensor]:
             return network_in_blocks(recipe, lanes, ctx.axes, ctx.counts, *_split(tensors, *ctx.sizes))
 
-        grads = _with_a_graph(again, ctx.saved_tensors, d_outputs)
+        grads = derivative_of(again, ctx.saved_tensors, d_outputs)
         return None, None, None, None, *_split(grads, *ctx.sizes)
     axis = 1 if lanes else 0
     *d_updates, d_totals = d_outputs
@@ -327,17 +327,6 @@ def _split(flat: Sequence[Any], weights: int, has_means: bool, sums: int) -> tup
 def _shared(weights: Sequence[Tensor], gains: Tensor, means: Tensor | None) -> dict[str, Tensor]:
     named = {f"{'wb'[k % 2]}{k // 2}": t for k, t in enumerate(weights)} | {"gain": gains}
     return named if means is None else named | {"means": means}
-
-
-def _with_a_graph(
-    again: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """See `derivative_with_a_graph`; a cotangent that is None is 0."""
-
-    def wanted(*tensors: Tensor) -> list[Tensor]:
-        return [out for out, d in zip(again(*tensors), cotangents, strict=True) if d is not None]
-
-    return derivative_with_a_graph(wanted, inputs, [d for d in cotangents if d is not None])
 
 
 def _pulled_back(

@@ -49,26 +49,44 @@ def factored(
     previous: Mapping[str, Slots], grads: Grads, infos: Infos, decays: Tensor, reduce: Reduce
 ) -> dict[str, Slots]:
     """The slots of each tensor with its gradient averaged in.  decays: ``[decays]``, brought into 0 to 1."""
-    sums = reduce.shards({name: _sums(g.square() + _EPS_SQUARE, infos[name]) for name, g in grads.items()})
     decays = decays.clamp(0.0, 1.0)
-    new: dict[str, Slots] = {}
+    sums = {name: square_sums(g, factored_axes(infos[name].shape)) for name, g in grads.items()}
+    new = averaged(previous, sums, infos, decays, reduce)
     for name, g in grads.items():
-        axes, old = factored_axes(infos[name].shape), previous[name]
-        if axes is None:
-            new[name] = {"diag": momenta(old["diag"], g.square() + _EPS_SQUARE, decays)}
-            continue
-        lengths = {"row": axes[1], "col": axes[0]}
-        means = {slot: sums[name][slot] / _length(infos[name], axis) for slot, axis in lengths.items()}
-        new[name] = {slot: momenta(old[slot], mean, decays) for slot, mean in means.items()}
+        if factored_axes(infos[name].shape) is None:
+            new[name] = {"diag": diagonal(previous[name]["diag"], g, decays)}
     return new
 
 
-def _sums(squares: Tensor, info: ParamInfo) -> dict[str, Sum]:
-    axes = factored_axes(info.shape)
+def diagonal(previous: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
+    """``diag`` of a tensor that is not factored with its gradient averaged in."""
+    return momenta(previous, grad.square() + _EPS_SQUARE, decays)
+
+
+def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
+    """Sums of squares over the axes that ``row`` and ``col`` lack, by the names of these; nothing without ``axes``."""
     if axes is None:
         return {}
     second, largest = axes
-    return {"row": Sum(squares.sum(largest), (largest,)), "col": Sum(squares.sum(second), (second,))}
+    squares = grad.square() + _EPS_SQUARE
+    return {"row": squares.sum(largest), "col": squares.sum(second)}
+
+
+def averaged(
+    previous: Mapping[str, Slots], sums: Mapping[str, Slots], infos: Infos, decays: Tensor, reduce: Reduce
+) -> dict[str, Slots]:
+    """``row`` and ``col`` of each tensor with its `square_sums` averaged in."""
+    lengths = {name: dict(zip(("col", "row"), factored_axes(infos[name].shape) or (), strict=False)) for name in sums}
+    totals = reduce.shards(
+        {name: {slot: Sum(x, (lengths[name][slot],)) for slot, x in own.items()} for name, own in sums.items()}
+    )
+    return {
+        name: {
+            slot: momenta(previous[name][slot], x / _length(infos[name], lengths[name][slot]), decays)
+            for slot, x in own.items()
+        }
+        for name, own in totals.items()
+    }
 
 
 def row_means(slots: Mapping[str, Slots], infos: Infos, reduce: Reduce) -> dict[str, Tensor | None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int, check_same_length
 from l2o.kernels.coordinatewise import Tensors, feature_sums, network
+from l2o.kernels.moments import advance_statistics
 from l2o.ops.coordinatewise import ACTIVATIONS, Product, Recipe, raw_factors
 from l2o.ops.factored import row_means
 from l2o.ops.features import entry_sum, second_moment_scale
@@ -21,11 +22,10 @@ from l2o.ops.moments import debias, momenta
 from l2o.ops.networks import init_mlp
 from l2o.ops.orthogonal import orthogonalize
 from l2o.ops.statistics import (
+    CLIP,
     UNFACTORED_GROUPS,
     VELO_GROUPS,
     Decays,
-    advance_statistics,
-    clip_gradient,
     init_statistics,
 )
 from l2o.types import (
@@ -131,11 +131,11 @@ class Celo2(UpdateRule):
         run: Run,
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
-        learned = {name: clip_gradient(g) for name, g in grads.items() if infos[name].kind not in self.adam}
+        learned = {name: g for name, g in grads.items() if infos[name].kind not in self.adam}
         moved, own = self._adam({name: g for name, g in grads.items() if name not in learned}, state, params)
         old = {name: state.per_param[name] for name in learned}
         decays = Decays.fixed(self.decays, self.rms_decay, self.adafactor_decays, next(iter(grads.values())))
-        new = advance_statistics(old, learned, infos, decays, reduce)
+        new = advance_statistics(old, learned, infos, decays, reduce, CLIP)
         slots = {name: {**x, "count": old[name]["count"] + 1.0} for name, x in new.items()}
         seen = {name: self._debiased(own) for name, own in slots.items()}
         means = row_means(seen, infos, reduce)
@@ -163,6 +163,7 @@ class Celo2(UpdateRule):
             Product(self.exp_mult),
             self.activation,
             rms_eps=EPS_ROOT,
+            clip=CLIP,
             scale_eps=EPS_NORM,
             matrices=True,
             raw=self.bias_correction,

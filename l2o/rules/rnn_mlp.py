@@ -18,13 +18,15 @@ from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int
 from l2o.kernels.coordinatewise import Tensors, completed_means, completed_sums, network, with_shared
+from l2o.kernels.moments import advance_moments
 from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.features import TIMESCALES, clip_log, sine_embedding, tensor_means
 from l2o.ops.kinds import size
-from l2o.ops.moments import init_momenta, momenta
+from l2o.ops.moments import init_momenta
 from l2o.ops.networks import init_linear, init_mlp, linear
 from l2o.ops.numeric import constant, safe_sqrt
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
+from l2o.ops.statistics import Decays
 from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 _LOSS_DECAY = 0.9
@@ -111,7 +113,9 @@ class RNNMLP(UpdateRule):
     ) -> tuple[Updates, OptState]:
         averages, loss = _normalised_loss(state.shared, run)
         averages["grad_rms"], grads = _clipped(state.shared["grad_rms"], grads, infos, run, reduce)
-        slots = {name: self._moments(state.per_param[name], g) for name, g in grads.items()}
+        constants = constant(self.decays, averages["grad_rms"])
+        moments = advance_moments(state.per_param, grads, Decays(constants, constants, constants[:0]))
+        slots = {name: {**state.per_param[name], **own} for name, own in moments.items()}
         seen = _means(grads, params, slots, infos, reduce)
         sent = state.shared["from_lstm"]
         x = [torch.cat([sent, slots[name]["from_mlp"], own.features(loss, infos[name])]) for name, own in seen.items()]
@@ -132,10 +136,6 @@ class RNNMLP(UpdateRule):
         said = completed_means(totals, infos, grads, reduce)[:, 2:].unbind()
         new = {name: slots[name] | cells[name] | {"from_mlp": own} for name, own in zip(grads, said, strict=True)}
         return updates, OptState(new, shared)
-
-    def _moments(self, slots: Slots, grad: Tensor) -> Slots:
-        m, v = momenta(slots["m"], grad, self.decays), momenta(slots["v"], grad.square(), self.decays)
-        return {**slots, "m": m, "v": v}
 
 
 def _normalised_loss(shared: Slots, run: Run) -> tuple[Slots, list[Tensor]]:
