@@ -139,6 +139,7 @@ def _filled(
 
 
 def ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are float32 tensors of the CPU that have memory."""
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in tensors)
 
 
@@ -163,9 +164,8 @@ def _plan(
         return None
     inner = [own["grad"][bool(lanes) :] for own in tensors]
     width, first = _channels(recipe, decays), (lanes,) if lanes else ()
-    fields = [
-        _field(recipe, shape, *each) for shape, *each in zip(inner, axes, counts or [1] * len(inner), strict=True)
-    ]
+    each = zip(inner, axes, counts or [1] * len(inner), strict=True)
+    fields = [_field(recipe, shape, pair, count) for shape, pair, count in each]
     starts, at = [], 0
     for own in tensors:
         starts.append(at)

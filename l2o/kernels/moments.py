@@ -52,9 +52,11 @@ def advance_statistics(
     decays = decays._replace(factored=decays.factored.clamp(0.0, 1.0))
     axes = [axis for name in grads for axis in factored_axes(infos[name].shape) or (-1, -1)]
     new = _advance(slots, grads, decays, axes, clip)
-    sums = {name: {slot: own.pop(slot) for slot in ("row", "col") if slot in own} for name, own in new.items()}
+    sums: dict[str, Slots] = {
+        name: {slot: x for slot, x in own.items() if slot in ("row", "col")} for name, own in new.items()
+    }
     factors = averaged(slots, sums, infos, decays.factored, reduce)
-    return {name: own | factors[name] for name, own in new.items()}
+    return {name: own | factors[name] for name, own in new.items()}  # in place of the sums
 
 
 def advance_moments(slots: Mapping[str, Slots], grads: Grads, decays: Decays) -> dict[str, Slots]:

@@ -76,7 +76,8 @@ def averaged(
     previous: Mapping[str, Slots], sums: Mapping[str, Slots], infos: Infos, decays: Tensor, reduce: Reduce
 ) -> dict[str, Slots]:
     """``row`` and ``col`` of each tensor with its `square_sums` averaged in."""
-    lengths = {name: dict(zip(("col", "row"), factored_axes(infos[name].shape) or (), strict=False)) for name in sums}
+    slots: tuple[str, str] = ("col", "row")  # the one lacks the second largest axis, the other the largest
+    lengths = {name: dict(zip(slots, factored_axes(infos[name].shape) or (), strict=False)) for name in sums}
     totals = reduce.shards(
         {name: {slot: Sum(x, (lengths[name][slot],)) for slot, x in own.items()} for name, own in sums.items()}
     )
