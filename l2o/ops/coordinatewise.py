@@ -250,9 +250,10 @@ def cut(sources: Slots, index: tuple[slice, ...]) -> Slots:
     """One block of each: ``[*shape]``, or with an axis before those of the tensor; axes of size 1 stay."""
 
     def one(t: Tensor) -> Tensor:
-        axes = t.shape[t.ndim - len(index) :]
-        own = [i if n > 1 else slice(None) for i, n in zip(index, axes, strict=True)]
-        return t[(..., *own)] if own else t
+        for axis, part in enumerate(index, t.ndim - len(index)):
+            if part != slice(None) and t.shape[axis] > 1:
+                t = t.narrow(axis, part.start, min(part.stop, t.shape[axis]) - part.start)
+        return t
 
     return {name: one(t) for name, t in sources.items()}
 
