@@ -103,13 +103,16 @@ class Problem:
 
         return tree_leaves((vmap(both) if self.lanes else both)(*arguments))
 
-    def derivatives(self, arguments: Any) -> list[Tensor]:
-        """Of a random combination, by all arguments."""
+    def derivatives(self, arguments: Any, order: int = 1) -> list[Tensor]:
+        """Of a random combination, by all arguments; then of a combination of these."""
         arguments = tree_map(lambda t: t.detach().clone().requires_grad_(), arguments)
-        found, g = self.results(arguments), generator(2)
-        draws = [torch.randn(t.shape, generator=g).to(t.dtype) / (t.detach().abs().sum() + 1e-9) for t in found]
-        total = torch.stack([(t * d).sum() for t, d in zip(found, draws, strict=True)]).sum()
-        return list(torch.autograd.grad(total, tree_leaves(arguments), materialize_grads=True))
+        found, g, leaves = self.results(arguments), generator(2), tree_leaves(arguments)
+        for left in reversed(range(order)):
+            draws = [torch.randn(t.shape, generator=g).to(t.dtype) for t in found]
+            sizes = [t.detach().abs().sum().clamp(min=1e-9) for t in found]
+            total = torch.stack([(t * d).sum() / s for t, d, s in zip(found, draws, sizes, strict=True)]).sum()
+            found = list(torch.autograd.grad(total, leaves, create_graph=left > 0, materialize_grads=True))
+        return found
 
 
 def in_double(arguments: Any) -> Any:
@@ -164,6 +167,14 @@ def test_derivatives_are_those_of_the_definition(recipe: Recipe, lanes: int) -> 
     assert_close(problem.derivatives(problem.arguments), problem.derivatives(in_double(problem.arguments)), 2e-4)
 
 
+@pytest.mark.parametrize("name", ["MLP", "AdafacMLP", "Celo2", "RNNMLP", "STAR adam_aggmo"])
+@every_lanes
+def test_second_derivatives_are_those_of_the_definition(name: str, lanes: int) -> None:
+    problem = Problem(replace(RECIPES[name], activation="tanh"), lanes, shapes=SEVERAL)
+    want = problem.derivatives(in_double(problem.arguments), order=2)
+    assert_close(problem.derivatives(problem.arguments, order=2), want, 3e-3)
+
+
 @pytest.mark.parametrize("name", ["AdafacMLP", "Celo2", "STAR adam_aggmo"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivatives_are_those_of_finite_differences(name: str, order: int) -> None:
@@ -181,7 +192,7 @@ def test_derivatives_are_those_of_finite_differences(name: str, order: int) -> N
     def gradient(moved: Any) -> list[Tensor]:
         moved = tree_map(lambda t: t if t.requires_grad else t.clone().requires_grad_(), moved)
         first = combined(problem.results(moved), 4)
-        return list(torch.autograd.grad(first, tree_leaves(moved), create_graph=True))
+        return list(torch.autograd.grad(first, tree_leaves(moved), create_graph=True, materialize_grads=True))
 
     f = problem.results if order == 1 else gradient
 
@@ -221,13 +232,14 @@ def test_the_definition_is_the_channels_and_one_network(recipe: Recipe) -> None:
 @every_lanes
 def test_blocks_change_nothing(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe in (RECIPES["AdafacMLP"], RECIPES["Celo2"], RECIPES["STAR adam_aggmo"]):
-        problem = Problem(recipe, lanes)
+        problem = Problem(recipe, lanes, shapes=SEVERAL)
         arguments = in_double(problem.arguments)
         monkeypatch.setattr(reference, "BLOCK", 1 << 16)
         want = problem.results(arguments), problem.derivatives(arguments)
         monkeypatch.setattr(reference, "BLOCK", 20)
         assert_close(problem.results(arguments), want[0], 1e-12)
         assert_close(problem.derivatives(arguments), want[1], 1e-12)
+        assert_close(problem.derivatives(problem.arguments), want[1], 2e-4)  # which computes blocks again
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (41,), (3, 4), (2, 50), (5, 3, 4), (0, 30), (30, 0), (1, 1, 21)], ids=str)

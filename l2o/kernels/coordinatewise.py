@@ -1,7 +1,8 @@
 """`l2o.ops.coordinatewise` for all tensors of a rule, and all lanes, at once: two custom ops with kernels for the CPU.
 
 ``l2o::feature_sums`` and ``l2o::coordinatewise`` have rules for `torch.func.vmap` and for autograd. Float32 tensors of
-the CPU take the kernels of coordinatewise.cpp; all others, and derivatives, take torch's operations in blocks.
+the CPU take the kernels of coordinatewise.cpp; their derivatives, by blocks that are computed again, and all other
+tensors take torch's operations.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from l2o.kernels import coordinatewise_blocks as blocks
 from l2o.kernels import coordinatewise_cpu as cpu
@@ -69,11 +69,12 @@ def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
     """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name."""
     if not tensors.grads:
         return {}
-    own_axes, sources, known = tensors.axes, tensors.sources(recipe), _named(recipe)
-    if forward_ad._current_level >= 0:  # which custom ops have no rule for
-        found = blocks.feature_sums(recipe, 0, own_axes, sources)
-    else:
+    own_axes, sources = tensors.axes, tensors.sources(recipe)
+    if cpu.at_hand(sources) and not recipe.raw:
+        known = _named(recipe)
         found = lowered(lambda lanes, own: _feature_sums(known, lanes, own_axes, *own), [sources])
+    else:
+        found = blocks.feature_sums(recipe, 0, own_axes, sources)
     axes = {name: tuple(axis + g.ndim for axis in recipe.scaled_axes(g.ndim)) for name, g in tensors.grads.items()}
     return {name: Sum(sums, axes[name]) for name, sums in zip(tensors.grads, found, strict=True)}
 
@@ -106,11 +107,11 @@ def network(
     own_gains = [gains] if means is None else [gains, means]
     inputs: list[Any] = [layers, own_gains, [sums[name] for name in names], tensors.sources(recipe)]
     axes = tensors.axes
-    if forward_ad._current_level >= 0:
-        *updates, totals = blocks.Call(recipe, 0, axes, counts).network(*inputs)
-    else:
+    if cpu.at_hand([gains, *layers, *inputs[-1]]) and not recipe.raw:
         known = _named(recipe)
         *updates, totals = lowered(lambda lanes, own: _coordinatewise(known, lanes, axes, counts, *own), inputs)
+    else:
+        *updates, totals = blocks.Call(recipe, 0, axes, counts).network(*inputs)
     return dict(zip(names, updates, strict=False)), totals
 
 

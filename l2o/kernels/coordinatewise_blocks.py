@@ -109,8 +109,9 @@ class Call(NamedTuple):
             d_sums.append(grads["sums"])
             d_sources += [grads[name] for name in own]
             for name, total in d_shared.items():
-                part = total.select(axis, i if name in _GAINS or total.shape[axis] > 1 else 0)
-                part += grads[name]
+                grad, at = grads[name], i if name in _GAINS or total.shape[axis] > 1 else 0
+                assert grad is not None  # a part of ``total`` needs one where that does
+                total.select(axis, at).add_(grad)
         return (
             [d_shared.get(name) for name in _named(weights)],
             [d_shared.get(name) for name in _GAINS[: len(gains)]],

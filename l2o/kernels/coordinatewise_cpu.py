@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, pointers, whole_numbers
 from l2o.kernels.build import available, run
@@ -136,6 +137,12 @@ def _filled(
     addresses = (ctypes.c_void_p * len(table))(*table)
     work.addresses = addresses
     return work, addresses
+
+
+def at_hand(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are tensors for kernels, which can be had; seen from within `torch.func.vmap` too."""
+    watched = torch.compiler.is_compiling() or forward_ad._current_level >= 0  # custom ops have no rule for the latter
+    return not watched and ordinary(tensors) and available("coordinatewise")
 
 
 def ordinary(tensors: Iterable[Tensor]) -> bool:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import vmap
 
 from l2o.kernels.arrays import Pointers, derivative_of
 from l2o.kernels.build import available, run
-from l2o.kernels.coordinatewise_cpu import Field, geometry, ordinary
+from l2o.kernels.coordinatewise_cpu import Field, at_hand, geometry, ordinary
 from l2o.kernels.lanes import lowered, vmap_rule
 from l2o.ops.factored import averaged, factored_axes
 from l2o.ops.statistics import Decays, advanced
@@ -73,10 +72,10 @@ def _advance(
     sources = [
         t for (name, g), axis in zip(grads.items(), axes[::2], strict=True) for t in (g, *_old(slots[name], axis))
     ]
-    if forward_ad._current_level >= 0:  # which custom ops have no rule for
-        flat = in_torch(clip, 0, axes, list(decays), sources)
-    else:
+    if at_hand([*decays, *sources]):
         flat = lowered(lambda lanes, own: _moments(clip, lanes, axes, *own), [list(decays), sources])
+    else:
+        flat = in_torch(clip, 0, axes, list(decays), sources)
     results = iter(flat)
     return {name: {slot: next(results) for slot in _results(axis)} for name, axis in zip(grads, axes[::2], strict=True)}
 
