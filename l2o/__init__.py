@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from l2o import estimators, rules, tasks
 from l2o.checkpoints.store import list_pretrained, load, read_card, save
 from l2o.meta import MetaTraining, constant_schedule, warmup_cosine, warmup_exponential, warmup_linear
-from l2o.optim import LearnedOptimizer
+from l2o.optim import LearnedOptimizer, param_groups
 from l2o.rules.elementwise import ElementwiseRule
 from l2o.types import (
     CheckpointError,
@@ -81,6 +81,7 @@ __all__ = [
     "estimators",
     "list_pretrained",
     "load",
+    "param_groups",
     "read_card",
     "rules",
     "save",

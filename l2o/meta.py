@@ -223,6 +223,11 @@ class MetaTraining:
                 )
         _same_shapes("theta", self.theta, state["theta"])
         _same_shapes("average of theta", self._average, state["average"])
+        if len(state["inner"]) != len(leaves):
+            raise ResumeError(
+                f"inner problems: the saved state has {len(state['inner'])} tensors, this run {len(leaves)}; "
+                "continue it with the configuration that it was started with, by the version of l2o that wrote it"
+            )
         _same_shapes("inner problems", dict(enumerate(leaves)), dict(enumerate(state["inner"])))
         _same_shapes("generator", {"state": self.generator.get_state()}, {"state": state["generator"]})
         return state

@@ -24,6 +24,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from l2o.errors import CheckpointError as CheckpointError
+from l2o.errors import ConfigurationError as ConfigurationError
+from l2o.errors import DataError as DataError
+from l2o.errors import DownloadError as DownloadError
+from l2o.errors import GradientError as GradientError
+from l2o.errors import L2OError as L2OError
+from l2o.errors import ParameterError as ParameterError
+from l2o.errors import ResumeError as ResumeError
+from l2o.errors import RunConflictError as RunConflictError
+from l2o.errors import UnknownNameError as UnknownNameError
+from l2o.errors import WriteError as WriteError
+
 Params = dict[str, Tensor]
 Grads = dict[str, Tensor]
 Updates = dict[str, Tensor]
@@ -253,6 +265,8 @@ class MetaGradient(abc.ABC):
 
     rule: UpdateRule
     family: TaskFamily
+    lanes: int = 0
+    """Inner problems at once."""
 
     @abc.abstractmethod
     def init(self, theta: Theta, generator: torch.Generator) -> Any:
@@ -266,47 +280,3 @@ class MetaGradient(abc.ABC):
         """One truncation: the gradient of the meta-loss by the names of θ, the next state, and as metrics at least
         ``meta_loss``, ``lanes_masked``, ``lanes_broken`` (no finite loss at step 0) and ``inner_steps``; gradient and
         metrics are those of all processes together."""
-
-
-class L2OError(Exception):
-    """Base of every error that l2o raises on bad input."""
-
-
-class UnknownNameError(L2OError, LookupError):
-    """A rule, task, estimator or checkpoint of that name does not exist."""
-
-
-class CheckpointError(L2OError, ValueError):
-    """A checkpoint of meta-parameters is truncated, corrupt, or belongs to another rule."""
-
-
-class ResumeError(L2OError, ValueError):
-    """A resume file is damaged, foreign, or of another format version."""
-
-
-class RunConflictError(L2OError, ValueError):
-    """A run is to be continued under a configuration that differs from its own."""
-
-
-class ConfigurationError(L2OError, ValueError):
-    """A setting has a value that makes no sense, such as ``total_steps=0``."""
-
-
-class WriteError(L2OError, OSError):
-    """A run cannot be written: the disk is full, or the folder takes no files."""
-
-
-class ParameterError(L2OError, TypeError):
-    """A parameter cannot be optimized: it is not a floating-point tensor, or lies on another device than the rest."""
-
-
-class GradientError(L2OError, RuntimeError):
-    """A gradient is sparse or complex, or its shape or device is not its parameter's."""
-
-
-class DataError(L2OError, OSError):
-    """A data set is missing, damaged, or cannot be downloaded."""
-
-
-class DownloadError(L2OError, OSError):
-    """An address cannot be reached, or serves something else than was expected."""

@@ -14,13 +14,13 @@ def stop_early(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _begin() -> None:
-    """The first sign of life of a command, whose imports take seconds."""
+def begin(command: str) -> None:
+    """Give the first sign of life of a command, whose imports take seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background
         signal.signal(signal.SIGINT, stop_early)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{sys.orig_argv[sys.orig_argv.index('-m') + 1]}: loading", file=sys.stderr, flush=True)
+        print(f"{command}: loading", file=sys.stderr, flush=True)
 
 
-if sys.argv[0] == "-m":  # which it is as long as Python looks for the module to run
-    _begin()
+if sys.argv[0] == "-m" and "l2o" not in sys.modules:  # as long as Python looks for the module to run
+    begin(sys.orig_argv[sys.orig_argv.index("-m") + 1])

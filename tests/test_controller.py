@@ -8,6 +8,7 @@ from tables import Shapes, generator, random_theta
 from test_steered import tensors, trajectory
 from torch import nn
 
+import l2o.fused
 from l2o.ops.controller import OF_RUN, OF_TENSOR, Seen, decide, init_decisions, init_seen
 from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer
@@ -147,4 +148,4 @@ def test_no_kernel_takes_its_steps(rule):
     theta = rule.init_theta(generator())
     state = rule.init(theta, params, infos_of(params))
     run = Run(torch.tensor(0), torch.tensor(9))
-    assert rule.fused_step(theta, params, state, params, infos_of(params), run, {"w": (1.0, 1.0)}) is None
+    assert l2o.fused.step(rule, theta, params, state, params, infos_of(params), run, {"w": (1.0, 1.0)}) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
+from hydra.core.config_store import ConfigStore
 
 import l2o.rules
 import l2o.tasks
 from l2o.types import TaskFamily, UpdateRule
+from meta_train.config.groups import enter_classes
 
-SUPPORT = {"types", "checks", "disk", "download", "family_checks", "random", "distributed"}
+SUPPORT = {"errors", "types", "checks", "disk", "download", "family_checks", "random", "distributed"}
 ENGINE = SUPPORT | {"ops", "unroll", "estimators", "meta"}
 PLUGIN = SUPPORT | {"ops", "rules", "checkpoints", "optim"}
 ROOMS = ENGINE | PLUGIN | {"kernels", "fused", "tasks", "interop", "integrations", "extras"}
@@ -25,7 +28,8 @@ UNITS = ROOMS | {"evaluation", "inspection", "bench"}
 # Unit of l2o -> the other units that its modules may import, deferred imports included. "l2o" is the package's own
 # ``__init__``, which imports the rest, so that nobody inside may import it.
 MAY_IMPORT: dict[str, set[str]] = {
-    "types": set(),
+    "errors": set(),
+    "types": {"errors"},
     "checks": {"types"},
     "disk": {"types"},
     "download": {"types", "disk"},
@@ -49,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": ROOMS | {"evaluation"},
     "bench": ROOMS | {"evaluation"},
     "l2o": UNITS,
+    "__main__": {"meta_train"},
     "meta_train": UNITS | {"l2o"},
 }
 
@@ -56,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES = {
     "higher": "l2o.integrations",
     "hydra": "meta_train",
+    "msgpack": "l2o.interop.msgpack",
     "omegaconf": "meta_train",
     "triton": "l2o.kernels.mlp_triton",
     "wandb": "meta_train",
@@ -66,6 +72,7 @@ COMMANDS = "bench convert evaluate gpu inspect landscape replay report rules_tab
 ENTRY_POINTS = {f"meta_train.{name}" for name in COMMANDS.split()}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
+    "msgpack",
     "hydra",
     "omegaconf",
     "wandb",
@@ -161,7 +168,7 @@ def test_extras_are_imported_at_home_only(module: str) -> None:
     assert not {name for name in imported & HOMES.keys() if not module.startswith(HOMES[name])}
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if _unit(name) not in ("meta_train", "integrations")])
+@pytest.mark.parametrize("module", [name for name in FILES if _unit(name) not in ("meta_train", "integrations", "__main__")])
 def test_the_library_imports_core_packages_only(module: str) -> None:
     at_once = {target.split(".")[0] for target, at_once in IMPORTS[module] if at_once}
     assert at_once <= CORE | {"l2o", OPTIONAL.get(module)} | sys.stdlib_module_names
@@ -192,11 +199,18 @@ print(*sorted((set(sys.modules) - before) & set({HEAVY})))
     assert done.stdout.split() == []
 
 
-def test_every_rule_has_its_line_of_configuration() -> None:
-    lines = {path.stem: path.read_text("utf-8").splitlines() for path in (ROOT / "configs" / "rule").glob("*.yaml")}
-    modules = {name: getattr(l2o.rules, name).__module__.split(".")[-1] for name in l2o.rules.__all__}
-    expected = {module: [f"_target_: l2o.rules.{name}"] for name, module in modules.items()}
-    assert lines == expected
+def test_every_rule_and_family_is_a_choice_on_the_command_line() -> None:
+    enter_classes(ROOT / "configs")
+    texts = [path.read_text("utf-8") for path in (ROOT / "configs" / "task").glob("*.yaml")]
+    entered = {group: ConfigStore.instance().list(group) for group in ("rule", "task")}
+    targets = {ConfigStore.instance().load(f"{g}/{n}").node["_target_"] for g, names in entered.items() for n in names}
+    targets |= {line for text in texts for line in re.findall(r"^_target_: (\S+)", text, re.M)}
+    assert {f"l2o.rules.{name}" for name in l2o.rules.__all__} <= targets
+    assert {f"l2o.tasks.{cls.__name__}" for cls in _listed(l2o.tasks) if cls.__name__ not in NO_CHOICE} <= targets
+
+
+NO_CHOICE = {"ModuleTask", "Repeated", "Reparametrized", "GradientNoise", "DelayedGradients", "Bfloat16Gradients"}
+"""Families of something that a command line cannot say."""
 
 
 def _listed(package: object) -> list[type]:

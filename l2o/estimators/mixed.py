@@ -70,9 +70,9 @@ class Mixed(MetaGradient):
         return Mixture({name: member.family for name, member in self.members.items()}, self.weights)
 
     @property
-    def lanes(self) -> int:
+    def lanes(self) -> int:  # type: ignore[override]
         """Inner problems at once, of all families."""
-        return sum(getattr(member, "lanes", 0) for member in self.members.values())
+        return sum(member.lanes for member in self.members.values())
 
     def init(self, theta: Theta, generator: torch.Generator) -> MixedState:
         zero = torch.zeros((), device=generator.device)

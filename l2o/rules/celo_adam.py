@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from l2o.checks import check_float, check_int
+from l2o.ops.groups import SMALL, by_shape
 from l2o.ops.moments import debias, init_momenta, momenta
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.scheduler import RUN_FEATURES, init_run_schedule, init_scheduler, learned_rate, run_schedule
@@ -67,10 +69,18 @@ class CeloAdam(UpdateRule):
         run: Run,
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
-        slots = {name: self._advance(state.per_param[name], clip_gradient(g)) for name, g in grads.items()}
         shared = run_schedule(theta, state.shared, run)
         rate = self.step_mult * learned_rate(theta, shared["h"])
-        return {name: -rate * self._direction(own) for name, own in slots.items()}, OptState(slots, shared)
+        updates: Updates = {}
+        slots: dict[str, Slots] = {}
+        for group in by_shape(grads, state, infos, together=SMALL):
+            for name, step, own in group.each(partial(self._step, rate)):
+                updates[name], slots[name] = step, own
+        return updates, OptState(slots, shared)
+
+    def _step(self, rate: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        slots = self._advance(slots, clip_gradient(grad))
+        return -rate * self._direction(slots), slots
 
     def _advance(self, slots: Slots, grad: Tensor) -> Slots:
         return {

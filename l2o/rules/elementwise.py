@@ -8,11 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from l2o.ops.groups import by_shape
+from l2o.ops.groups import SMALL, by_shape
 from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
-
-_SMALL = 1 << 14
-"""Entries up to which tensors of one shape are stacked: copies then cost less than operations a tensor."""
 
 
 class ElementwiseRule(UpdateRule):
@@ -53,7 +50,7 @@ class ElementwiseRule(UpdateRule):
     ) -> tuple[Updates, OptState]:
         slots: dict[str, Slots] = {}
         updates: Updates = {}
-        for group in by_shape(grads, state, infos, together=_SMALL):
+        for group in by_shape(grads, state, infos, together=SMALL):
             for name, step, own in group.each(partial(self._step, theta)):
                 updates[name], slots[name] = step, own
         return updates, OptState(slots, {})

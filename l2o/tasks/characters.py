@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -15,7 +16,7 @@ from l2o.tasks.data import HALVES
 from l2o.tasks.layers import init_linear, init_norm, linear, norm
 from l2o.tasks.recurrent import CELLS
 from l2o.tasks.text import BLOCK, TEXTS, VOCABULARY, text_split
-from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, Kind, Params, Split, TaskData, TaskFamily
 
 _GATES = {"lstm": 4, "gru": 3}
 _STATES = {"lstm": 2}
@@ -89,6 +90,10 @@ class CharRNN(CharTask):
         lookup("cell", self.cell, CELLS)
         check_int("width", self.width)
 
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return {"embedding.weight": "embedding"}
+
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
         lanes, bound = len(data["lane"]), self.width**-0.5
         gates = _GATES.get(self.cell, 1) * self.width
@@ -132,6 +137,10 @@ class CharTransformer(CharTask):
         check_int("depth", self.depth)
         if check_int("width", self.width) % check_int("heads", self.heads):
             raise ConfigurationError(f"width={self.width}: expected a multiple of heads={self.heads}")
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return {"token.weight": "embedding", "position.weight": "embedding"}
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
         lanes, width = len(data["lane"]), self.width

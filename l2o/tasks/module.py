@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from l2o.family_checks import check_scalar, check_trainable, vectorised
 from l2o.random import LaneGenerator, keys
 from l2o.tasks.sources import Examples, Source, as_source
 from l2o.tasks.stateless import Stateless, seeded
-from l2o.types import Batch, Buffers, ConfigurationError, L2OError, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, Kind, L2OError, Params, Split, TaskData, TaskFamily
 
 _EXPECTED = {
     "module": "an nn.Module, or a function that makes one",
@@ -78,6 +78,13 @@ class ModuleTask(TaskFamily):
         criterion = getattr(self.criterion, "__name__", type(self.criterion).__name__)
         data = "".join(f", {name}={source!r}" for name, source in self._sources.items())
         return f"ModuleTask({self._name} of {count} parameters, {criterion}{data}, batch_size={self.batch_size})"
+
+    @cached_property
+    def kinds(self) -> Mapping[str, Kind]:
+        """``embedding`` for the weights of `torch.nn.Embedding` and `torch.nn.EmbeddingBag`."""
+        parts = self._template.named_modules()
+        tables = [name for name, part in parts if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+        return {f"{name}.weight".lstrip("."): "embedding" for name in tables}
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"lane": torch.arange(lanes, device=generator.device)}

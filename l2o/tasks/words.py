@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
 
@@ -17,7 +18,7 @@ from l2o.random import integers, normal
 from l2o.tasks.data import HALVES, split_indices
 from l2o.tasks.layers import init_linear, linear
 from l2o.tasks.text import TEXTS
-from l2o.types import Batch, Buffers, ConfigurationError, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, ConfigurationError, Kind, Params, Split, TaskData, TaskFamily
 
 BLOCK = 512
 """Words of a block; blocks are dealt out to the parts."""
@@ -64,6 +65,10 @@ class WordMLP(TaskFamily):
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"lane": torch.arange(lanes, device=generator.device)}
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return {"embedding.weight": "embedding"}
 
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
         lanes, table = len(data["lane"]), (self.words, self.width)

@@ -34,8 +34,15 @@ _kept = [_ANEW]
 
 
 def config_path() -> str:
-    """Absolute path of the folder of configs: inside the package in a wheel, at the top of an editable checkout."""
-    return str(resource(Path(__file__).resolve().parents[1], "configs"))
+    """Absolute path of the folder of configs: inside the package in a wheel, at the top of an editable checkout.
+
+    Choices that have no file there are entered beside it (`meta_train.config.groups`).
+    """
+    from meta_train.config.groups import enter_classes
+
+    folder = resource(Path(__file__).resolve().parents[1], "configs")
+    enter_classes(folder)
+    return str(folder)
 
 
 def open_settings(arguments: Iterable[str], nodes: Sequence[str]) -> list[str]:
@@ -79,6 +86,9 @@ def main_guard(command: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print(f"\ninterrupted: {_kept[0]}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+        except BrokenPipeError:  # whoever read what is printed has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         except Exception as error:
             message = _message(error)
             if full or message is None:
