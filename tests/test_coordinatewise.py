@@ -13,23 +13,14 @@ from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from l2o.kernels import coordinatewise_cpu
-from l2o.kernels.coordinatewise import Tensors, completed_sums, feature_sums, network, with_shared
+from l2o.kernels.coordinatewise import Tensors, completed_sums, feature_sums, network
 from l2o.kernels.moments import advance_statistics
 from l2o.ops import coordinatewise as reference
 from l2o.ops.coordinatewise import NOMINAL, Nominal, Product, Recipe
 from l2o.ops.factored import row_means
-from l2o.ops.features import second_moment_scale
 from l2o.ops.kinds import param_infos
-from l2o.ops.networks import init_mlp
-from l2o.ops.statistics import (
-    SMALL_FC_GROUPS,
-    UNFACTORED_GROUPS,
-    VELO_GROUPS,
-    Decays,
-    channels,
-    init_statistics,
-    statistics,
-)
+from l2o.ops.networks import init_mlp, with_shared
+from l2o.ops.statistics import SMALL_FC_GROUPS, UNFACTORED_GROUPS, VELO_GROUPS, Decays, init_statistics
 from l2o.types import LOCAL
 
 SHAPES = {
@@ -203,30 +194,6 @@ def test_derivatives_are_those_of_finite_differences(name: str, order: int) -> N
     grads = torch.autograd.grad(combined(f(moving), 5), tree_leaves(moving), materialize_grads=True)
     got = torch.stack([(a * b).sum() for a, b in zip(grads, tree_leaves(direction), strict=True)]).sum()
     torch.testing.assert_close(got, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=2e-5, atol=1e-6)
-
-
-@every_recipe
-def test_the_definition_is_the_channels_and_one_network(recipe: Recipe) -> None:
-    problem = Problem(recipe, 0)
-    theta, grads, params, slots, gains, means = problem.arguments
-    _, *found = problem.results(in_double(problem.arguments))
-    row_mean = row_means(slots, INFOS, LOCAL)
-    for i, (name, grad) in enumerate(grads.items()):
-        info, own = INFOS[name], dict(slots[name])
-        clipped = grad if recipe.clip is None else grad.clamp(-recipe.clip, recipe.clip)
-        seen = statistics(clipped, params[name], own, row_mean[name], info, recipe.rms_eps, recipe.diag_eps)
-        x = channels(seen, recipe.groups)
-        squares = x.square().sum(recipe.scaled_axes(grad.ndim), keepdim=True) if grad.ndim else x.square()
-        x = x * second_moment_scale(squares, recipe.count(info.shape), recipe.scale_eps)
-        activation = reference.ACTIVATIONS[recipe.activation]
-        h = x.reshape(len(x), grad.numel()).T
-        for k in range(3):
-            h = (activation(h) if k else h) @ theta[f"w{k}"] + theta[f"b{k}"]
-        outputs = h.T.reshape(5, *grad.shape)
-        if recipe.head:
-            update = recipe.head(outputs, seen, gains[i], means[i])
-            torch.testing.assert_close(found[len(grads) - 1 + i].float(), update, rtol=2e-4, atol=2e-5)
-        torch.testing.assert_close(found[-1][i].float(), h.sum(0), rtol=2e-4, atol=2e-4)
 
 
 @every_lanes

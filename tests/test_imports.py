@@ -168,7 +168,9 @@ def test_extras_are_imported_at_home_only(module: str) -> None:
     assert not {name for name in imported & HOMES.keys() if not module.startswith(HOMES[name])}
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if _unit(name) not in ("meta_train", "integrations", "__main__")])
+@pytest.mark.parametrize(
+    "module", [name for name in FILES if _unit(name) not in ("meta_train", "integrations", "__main__")]
+)
 def test_the_library_imports_core_packages_only(module: str) -> None:
     at_once = {target.split(".")[0] for target, at_once in IMPORTS[module] if at_once}
     assert at_once <= CORE | {"l2o", OPTIONAL.get(module)} | sys.stdlib_module_names

@@ -124,15 +124,6 @@ def completed_means(totals: Tensor, infos: Infos, names: Iterable[str], reduce: 
     return torch.stack([own["outputs"] / size(infos[name]) for name, own in reduce.shards(sums).items()])
 
 
-def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
-    """``weights`` for the first ``own`` inputs; the others, the same for all elements, become a part of the bias.
-
-    shared: ``[k]``, or ``[tensors, k]`` where they differ from tensor to tensor.
-    """
-    first, common = weights["w0"].split([own, shared.shape[-1]], -2)
-    return weights | {"w0": first, "b0": weights["b0"] + shared @ common}
-
-
 def _layers(weights: Theta) -> list[Tensor]:
     """``w0, b0, w1, ...`` of what may hold more, each with an axis for tensors."""
     count = sum(name[0] == "w" and name[1:].isdecimal() for name in weights)

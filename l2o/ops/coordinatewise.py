@@ -113,7 +113,8 @@ class Recipe:
     groups: of channels, see `l2o.ops.statistics`.
     head: makes the update from the outputs; None where only their sums are wanted.
     activation: of the hidden layers, a key of `ACTIVATIONS`.
-    rms_eps, diag_eps: see `l2o.ops.statistics.statistics`.     clip: gradients are clipped to ± this.
+    rms_eps: added to second moments under the root.     diag_eps: the same, for the factor of the momenta of tensors
+        without rows and columns; by default ``rms_eps``.     clip: gradients are clipped to ± this.
     scale_eps: of `second_moment_scale`.
     matrices: scale channels over the last two axes of a tensor, not over all of it.
     raw: take the factor of gradients from other slots than that of momenta; see `raw_factors`.

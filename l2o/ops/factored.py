@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l2o.ops.moments import momenta
-from l2o.types import Grads, Infos, ParamInfo, Reduce, Slots, Sum
+from l2o.types import Infos, ParamInfo, Reduce, Slots, Sum
 
 _EPS_SQUARE = 1e-30
 """Added to squared gradients."""
@@ -43,19 +43,6 @@ def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
         return {"diag": zeros(param)}
     second, largest = axes
     return {"row": zeros(param.sum(largest)), "col": zeros(param.sum(second))}
-
-
-def factored(
-    previous: Mapping[str, Slots], grads: Grads, infos: Infos, decays: Tensor, reduce: Reduce
-) -> dict[str, Slots]:
-    """The slots of each tensor with its gradient averaged in.  decays: ``[decays]``, brought into 0 to 1."""
-    decays = decays.clamp(0.0, 1.0)
-    sums = {name: square_sums(g, factored_axes(infos[name].shape)) for name, g in grads.items()}
-    new = averaged(previous, sums, infos, decays, reduce)
-    for name, g in grads.items():
-        if factored_axes(infos[name].shape) is None:
-            new[name] = {"diag": diagonal(previous[name]["diag"], g, decays)}
-    return new
 
 
 def diagonal(previous: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
@@ -107,16 +94,6 @@ def _in_row(second: int, largest: int) -> int:
     return second + 1 if second < largest else second
 
 
-def rows_and_columns(slots: Slots, like: Tensor, info: ParamInfo) -> tuple[Tensor, Tensor]:
-    """``row`` and ``col`` as views ``[decays, *shape]``, of the shape of ``like``; without factors, ``diag`` twice."""
-    axes = factored_axes(info.shape)
-    if axes is None:
-        return slots["diag"], slots["diag"]
-    second, largest = axes
-    whole = (-1, *like.shape)
-    return slots["row"].unsqueeze(largest + 1).expand(whole), slots["col"].unsqueeze(second + 1).expand(whole)
-
-
 def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
     """``row, col`` and ``row_factor, col_factor``, with 1 for the axis that they are without.
 
@@ -134,18 +111,6 @@ def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
 def diagonal_factor(diag: Tensor) -> Tensor:
     """The inverse root of the second moment of a tensor that is not factored; a gradient's factor."""
     return torch.rsqrt((diag + _EPS).clamp(min=_EPS))
-
-
-def preconditioner(slots: Slots, row_mean: Tensor | None, info: ParamInfo) -> Tensor:
-    """``[decays, *shape]``, the inverse root of the second moment that the slots stand for; a gradient's factor.
-
-    row_mean: see `row_means`.
-    """
-    axes = factored_axes(info.shape)
-    if axes is None or row_mean is None:
-        return diagonal_factor(slots["diag"])
-    factor = factors(slots, row_mean, axes)
-    return factor["row_factor"] * factor["col_factor"]
 
 
 def _length(info: ParamInfo, axis: int) -> int:

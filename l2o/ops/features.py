@@ -76,14 +76,6 @@ def entry_sum(x: Tensor) -> Sum:
     return Sum(x.sum(), tuple(range(x.ndim)))
 
 
-def normalised(channels: Tensor, sum_of_squares: Tensor, count: int, eps: float = EPS) -> Tensor:
-    """``[channels, *shape] -> [channels, entries]``, each channel over its root mean square (`second_moment_scale`).
-
-    sum_of_squares: ``[channels]``, over the whole tensor.    count: of its entries.
-    """
-    return columns(channels) * second_moment_scale(sum_of_squares, count, eps).unsqueeze(-1)
-
-
 def columns(x: Tensor) -> Tensor:
     """``[channels, *shape] -> [channels, entries]``, scalars and empty tensors included."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))

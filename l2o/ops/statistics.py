@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.ops.factored import diagonal, init_factored, preconditioner, rows_and_columns, square_sums
+from l2o.ops.factored import diagonal, init_factored, square_sums
 from l2o.ops.moments import init_momenta, momenta
-from l2o.ops.numeric import constant, safe_rsqrt
+from l2o.ops.numeric import constant
 from l2o.types import ParamInfo, Slots
 
 
@@ -36,28 +36,6 @@ class Statistics(NamedTuple):
     col: Tensor
     grad_factor: Tensor
     m_factor: Tensor
-
-
-def statistics(
-    grad: Tensor,
-    param: Tensor,
-    slots: Slots,
-    row_mean: Tensor | None,
-    info: ParamInfo,
-    rms_eps: float = 1e-6,
-    diag_eps: float | None = None,
-) -> Statistics:
-    """Of the slots ``m``, ``v`` and those of `l2o.ops.factored`, which have seen ``grad``.
-
-    row_mean: see `l2o.ops.factored.row_means`.
-    rms_eps: added to ``v`` under the root.
-    diag_eps: the same for the factor of the momenta of tensors without rows and columns; by default ``rms_eps``.
-    """
-    row, col = rows_and_columns(slots, grad, info)
-    factor = preconditioner(slots, row_mean, info)
-    m_factor = factor if grad.ndim >= 2 else safe_rsqrt(slots["diag"] + (rms_eps if diag_eps is None else diag_eps))
-    inv_rms = torch.rsqrt(slots["v"] + rms_eps)
-    return Statistics(grad, param, slots["m"], slots["v"], inv_rms, row, col, factor, m_factor)
 
 
 _EPS = 1e-8

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int
-from l2o.kernels.coordinatewise import Tensors, completed_means, completed_sums, network, with_shared
+from l2o.kernels.coordinatewise import Tensors, completed_means, completed_sums, network
 from l2o.kernels.moments import advance_moments
 from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.features import TIMESCALES, clip_log, sine_embedding, tensor_means
 from l2o.ops.kinds import size
 from l2o.ops.moments import init_momenta
-from l2o.ops.networks import init_linear, init_mlp, linear
+from l2o.ops.networks import init_linear, init_mlp, linear, with_shared
 from l2o.ops.numeric import constant, safe_sqrt
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
 from l2o.ops.statistics import Decays
