@@ -255,7 +255,8 @@ struct Block {
             case GRAD_OVER_RMS: return write([=](int64_t i) { return g[i] * rms[i]; });
             case FACTORED_M: return write([=](int64_t i) { return x[i] * own[i]; });
             case LOG_PARAM:
-                for (int64_t i = 0; i < n; i++) to[i] = std::log(std::abs(p[i]) + ROOT_EPS) * s;
+                each(n, [=](int64_t i) { to[i] = std::abs(p[i]) + ROOT_EPS; });
+                for (int64_t i = 0; i < n; i += WIDTH) store(to + i, log(load<vec>(to + i)) * s);
                 return;
             default: table_channel(group, d, s, work, to);
         }

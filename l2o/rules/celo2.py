@@ -16,7 +16,7 @@ from l2o.kernels.coordinatewise import Tensors, feature_sums, network
 from l2o.kernels.moments import advance_statistics
 from l2o.ops.coordinatewise import ACTIVATIONS, Product, Recipe, raw_factors
 from l2o.ops.factored import row_means
-from l2o.ops.features import entry_sum, second_moment_scale
+from l2o.ops.features import second_moment_scale, square_sums
 from l2o.ops.kinds import size
 from l2o.ops.moments import debias, momenta
 from l2o.ops.networks import init_mlp
@@ -150,7 +150,7 @@ class Celo2(UpdateRule):
         recipes = {two: self._recipe(two) for two in (False, True)}
         squares = feature_sums(recipes[False], flat) | feature_sums(recipes[True], matrices)
         sums = reduce.shards(
-            {name: {"features": own, "param": entry_sum(params[name].square())} for name, own in squares.items()}
+            {name: {"features": own, "param": square_sums(params[name].unsqueeze(0))} for name, own in squares.items()}
         )
         outputs = self._outputs(theta, recipes[False], flat, sums) | self._outputs(theta, recipes[True], matrices, sums)
         steps = self._steps(outputs, sums, params, infos, reduce)
@@ -198,11 +198,11 @@ class Celo2(UpdateRule):
             return {}
         features = {name: sums[name]["features"] for name in tensors.grads}
         own = next(iter(features.values())).shape[0]
-        gains = [theta["b0"].new_ones(())] * len(features)
+        gains = [theta["b0"].new_ones(1)] * len(features)
         if self.param_scale:
             gains = [(sums[name]["param"] / size(tensors.infos[name]) + EPS_NORM).sqrt() for name in features]
         weights = theta | {"w0": theta["w0"][:own]}
-        return network(recipe, weights, tensors, features, torch.stack(gains))[0]
+        return network(recipe, weights, tensors, features, torch.cat(gains))[0]
 
     def _steps(
         self, outputs: dict[str, Tensor], sums: Mapping[str, Slots], params: Params, infos: Infos, reduce: Reduce

@@ -20,7 +20,7 @@ from l2o.checks import check_each, check_float, check_int
 from l2o.kernels.coordinatewise import Tensors, completed_means, completed_sums, network
 from l2o.kernels.moments import advance_moments
 from l2o.ops.coordinatewise import Product, Recipe
-from l2o.ops.features import TIMESCALES, clip_log, sine_embedding, tensor_means
+from l2o.ops.features import TIMESCALES, clip_log, sine_embedding, spreads, square_sums, tensor_means
 from l2o.ops.kinds import size
 from l2o.ops.moments import init_momenta
 from l2o.ops.networks import init_linear, init_mlp, linear, with_shared
@@ -153,9 +153,10 @@ def _normalised_loss(shared: Slots, run: Run) -> tuple[Slots, list[Tensor]]:
 def _clipped(grad_rms: Tensor, grads: Grads, infos: Infos, run: Run, reduce: Reduce) -> tuple[Tensor, Grads]:
     """The average with the gradients in it, and they, clipped by what was seen before them."""
     limit = _CLIP_MULT * grad_rms / (1.0 - _CLIP_DECAY ** (run.step.to(grad_rms.dtype) + 1.0))
-    grads = {name: torch.minimum(torch.maximum(g, -limit), limit) for name, g in grads.items()}
-    means = tensor_means({name: {"g": g.square().unsqueeze(0)} for name, g in grads.items()}, infos, reduce)
-    squares = reduce.tensors({name: torch.cat([own["g"], torch.ones_like(own["g"])]) for name, own in means.items()})
+    grads = {name: torch.clamp(g, -limit, limit) for name, g in grads.items()}
+    sums = reduce.shards({name: {"g": square_sums(g.unsqueeze(0))} for name, g in grads.items()})
+    means = {name: own["g"] / size(infos[name]) for name, own in sums.items()}
+    squares = reduce.tensors({name: torch.cat([own, torch.ones_like(own)]) for name, own in means.items()})
     return _CLIP_DECAY * grad_rms + (1.0 - _CLIP_DECAY) * torch.sqrt(1e-8 + squares[0] / squares[1]), grads
 
 
@@ -187,19 +188,20 @@ class _Means(NamedTuple):
 
 def _means(grads: Grads, params: Params, slots: Mapping[str, Slots], infos: Infos, reduce: Reduce) -> dict[str, _Means]:
     seen = {name: {"m": slots[name]["m"], "v": slots[name]["v"], "p": p.unsqueeze(0)} for name, p in params.items()}
-    squares = {name: torch.stack([grads[name], p]).square() for name, p in params.items()}
-    first = tensor_means({name: {**own, "squares": squares[name]} for name, own in seen.items()}, infos, reduce)
-    means = {name: {key: first[name][key].mean(0, keepdim=True) for key in own} for name, own in seen.items()}
-    spreads = {
-        name: {key: (x - means[name][key].view(-1, *[1] * (x.ndim - 1))).square() for key, x in own.items()}
-        for name, own in seen.items()
-    }
-    second = tensor_means(spreads, infos, reduce)
+    first = tensor_means(seen, infos, reduce)
+    means = {name: {key: x.mean(0, keepdim=True) for key, x in own.items()} for name, own in first.items()}
+    second = spreads(seen, means, infos, reduce)
+    squares = reduce.shards(
+        {
+            name: {"grad": square_sums(grads[name].unsqueeze(0)), "param": square_sums(p.unsqueeze(0))}
+            for name, p in params.items()
+        }
+    )
     found = {}
     for name, own in means.items():
-        norms = safe_sqrt(first[name]["squares"] * size(infos[name])).split(1)
+        norms = {key: safe_sqrt(x) for key, x in squares[name].items()}
         variances = [second[name][key].mean(0, keepdim=True) for key in own]
-        found[name] = _Means(norms[0], norms[1], list(own.values()), variances)
+        found[name] = _Means(norms["grad"], norms["param"], list(own.values()), variances)
     return found
 
 
