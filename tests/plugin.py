@@ -13,10 +13,9 @@ import torch
 from tables import RULES, generator
 from torch import Tensor, nn
 
-from l2o.ops.features import entry_sum
 from l2o.optim import LearnedOptimizer
 from l2o.rules import SGD
-from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Theta, UpdateRule, Updates
+from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Sum, Theta, UpdateRule, Updates
 
 TOTAL = 20
 KINDS = ("matrix", "vector", "embedding", "output")
@@ -55,7 +54,7 @@ class Mixing(UpdateRule):
         assert run.loss is not None
         losses = torch.cat([state.shared["losses"][1:], run.loss.unsqueeze(0)])
         slots = {n: {**state.per_param[n], "last": g} for n, g in grads.items()}
-        sums = reduce.shards({n: {"squares": entry_sum(g.square())} for n, g in grads.items()})
+        sums = reduce.shards({n: {"squares": Sum(g.square().sum(), tuple(range(g.ndim)))} for n, g in grads.items()})
         norm = (reduce.tensors({n: own["squares"] for n, own in sums.items()}) + 1e-8).sqrt()
         updates = {n: -theta["log_lr"].exp() * losses.mean() * g / norm for n, g in grads.items()}
         return updates, OptState(slots, {"losses": losses})

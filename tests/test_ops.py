@@ -152,21 +152,22 @@ def test_factors_of_a_square_of_rank_one_are_its_root(shape):
     slots = averaged(g, torch.zeros(1, dtype=torch.float64))
     infos = kinds.infos_of({"g": g})
     mean = factored.row_means({"g": slots}, infos, LOCAL)["g"]
-    torch.testing.assert_close(factored.preconditioner(slots, mean, infos["g"])[0], 1 / g, rtol=1e-6, atol=0)
+    factors = factored.factors(slots, mean, factored.factored_axes(g.shape))
+    torch.testing.assert_close((factors["row_factor"] * factors["col_factor"])[0], 1 / g, rtol=1e-6, atol=0)
 
 
 def averaged(g, decays):
     infos = kinds.infos_of({"g": g})
     start = factored.init_factored(g, infos["g"], len(decays))
-    return factored.factored({"g": start}, {"g": g}, infos, decays, LOCAL)["g"]
+    sums = {"g": factored.square_sums(g, factored.factored_axes(g.shape))}
+    return factored.averaged({"g": start}, sums, infos, decays, LOCAL)["g"]
 
 
-def test_rows_and_columns_have_the_tensors_shape():
+def test_rows_and_columns_are_means_of_squares():
     g = torch.randn(3, 4, dtype=torch.float64)
     slots = averaged(g, torch.tensor([0.0, 0.9], dtype=torch.float64))
-    row, col = factored.rows_and_columns(slots, g, kinds.infos_of({"g": g})["g"])
-    torch.testing.assert_close(row[0], g.square().mean(1, keepdim=True).expand(3, 4))
-    torch.testing.assert_close(col[1], 0.1 * g.square().mean(0, keepdim=True).expand(3, 4))
+    torch.testing.assert_close(slots["row"][0], g.square().mean(1))
+    torch.testing.assert_close(slots["col"][1], 0.1 * g.square().mean(0))
 
 
 def test_a_row_of_the_tensor_lstm_is_a_tensor():

@@ -26,21 +26,26 @@ def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
     return all(type(t) in ordinary and t.dtype == torch.float32 and (anywhere or t.is_cpu) for t in tensors)
 
 
-def derivative_with_a_graph(
-    reference: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+def derivative_of(
+    reference: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """For ``backward`` of a kernel's function where grad mode is on, since its result is to be differentiated again.
+    """For ``backward`` of a kernel's function; with a graph where grad mode is on, to be differentiated again.
 
     reference: what the kernel computes, in torch's operations: the outputs that ``cotangents`` belong to, from
-        ``inputs``, those of the function as it was given them.
+        ``inputs``, those of the function as it was given them.     cotangents: None for 0.
     """
-    # Views, so that what an input was itself computed from other inputs by is not differentiated here.
-    leaves = [t.view_as(t) for t in inputs]
-    outputs = [(out, d) for out, d in zip(reference(*leaves), cotangents, strict=True) if out.requires_grad]
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that what an input was itself computed from other inputs by is not differentiated here.
+        leaves = [t.view_as(t) if graph else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        pairs = zip(reference(*leaves), cotangents, strict=True)
+    outputs = [(out, d) for out, d in pairs if d is not None and out.requires_grad]
     moving = [t for t in leaves if t.requires_grad]
+    if not (outputs and moving):
+        return [None] * len(leaves)
     grads = iter(
         torch.autograd.grad(
-            [out for out, _ in outputs], moving, [d for _, d in outputs], create_graph=True, materialize_grads=True
+            [out for out, _ in outputs], moving, [d for _, d in outputs], create_graph=graph, materialize_grads=True
         )
     )
     return [next(grads) if t.requires_grad else None for t in leaves]

@@ -1,9 +1,12 @@
-#pragma GCC target("prefer-vector-width=512")
-// Two passes over the elements of tensors: sums of squares of their channels, and the network over their channels.
+#if defined(__AVX512F__)
+#pragma GCC target("prefer-vector-width=512")  // compilers would rather take half of it
+#endif
+// Passes over the elements of tensors: moments of their gradients, sums of squares of their channels, the network over
+// their channels.
 //
 // Work is cut into pieces of one tensor of one lane, the same whatever the number of threads, and sums over pieces are
 // taken in their order: results do not depend on threads.
-#include "coordinatewise.h"
+#include "moments.h"
 
 #include <new>
 
@@ -347,6 +350,18 @@ void coordinatewise(const Call& w) {
         });
 }
 
+void moments(const Moments& w) {
+    const Chunks chunks(w);
+    const int64_t count = chunks.count();
+    std::unique_ptr<float[]> parts(new float[w.lanes * chunks.sums]());
+#pragma omp parallel for schedule(dynamic) num_threads(w.threads)
+    for (int64_t i = 0; i < w.lanes * count; i++) {
+        const Chunk& chunk = chunks.all[i % count];
+        advance(w, i / count, chunk, &parts[i / count * chunks.sums + chunk.sums]);
+    }
+    for (int64_t lane = 0; lane < w.lanes; lane++) set_rows_and_columns(w, chunks, lane, &parts[lane * chunks.sums]);
+}
+
 template <class F> int guarded(F f) {
     try {
         f();
@@ -363,4 +378,8 @@ extern "C" int l2o_feature_sums(const Work* work) {
 
 extern "C" int l2o_coordinatewise(const Work* work) {
     return guarded([&] { coordinatewise(Call(*work)); });
+}
+
+extern "C" int l2o_moments(const Moments* work) {
+    return guarded([&] { moments(*work); });
 }

@@ -88,11 +88,11 @@ struct Run {
     int64_t begin, count, left, right;  // where in the tables [a, p, b, c] and [a, b, q, c] they begin
 };
 
-inline int64_t lefts(const Tensor& f) { return f.axes[0] * f.axes[1] * f.axes[2] * f.axes[4]; }
-inline int64_t rights(const Tensor& f) { return f.axes[0] * f.axes[2] * f.axes[3] * f.axes[4]; }
+inline int64_t lefts(const Field& f) { return f.axes[0] * f.axes[1] * f.axes[2] * f.axes[4]; }
+inline int64_t rights(const Field& f) { return f.axes[0] * f.axes[2] * f.axes[3] * f.axes[4]; }
 
 // The elements [begin, begin + n) of a tensor with rows and columns.
-inline void find_runs(const Tensor& field, int64_t begin, int64_t n, std::vector<Run>& found) {
+inline void find_runs(const Field& field, int64_t begin, int64_t n, std::vector<Run>& found) {
     const auto [a_, p_, b_, q_, c_] = field.axes;
     const int64_t length = c_ == 1 ? q_ : c_;
     found.clear();
@@ -255,7 +255,8 @@ struct Block {
             case GRAD_OVER_RMS: return write([=](int64_t i) { return g[i] * rms[i]; });
             case FACTORED_M: return write([=](int64_t i) { return x[i] * own[i]; });
             case LOG_PARAM:
-                for (int64_t i = 0; i < n; i++) to[i] = std::log(std::abs(p[i]) + ROOT_EPS) * s;
+                each(n, [=](int64_t i) { to[i] = std::abs(p[i]) + ROOT_EPS; });
+                for (int64_t i = 0; i < n; i += WIDTH) store(to + i, log(load<vec>(to + i)) * s);
                 return;
             default: table_channel(group, d, s, work, to);
         }

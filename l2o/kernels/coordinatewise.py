@@ -1,24 +1,25 @@
 """`l2o.ops.coordinatewise` for all tensors of a rule, and all lanes, at once: two custom ops with kernels for the CPU.
 
 ``l2o::feature_sums`` and ``l2o::coordinatewise`` have rules for `torch.func.vmap` and for autograd. Float32 tensors of
-the CPU take the kernels of coordinatewise.cpp; all others, and derivatives, take torch's operations in blocks.
+the CPU take the kernels of coordinatewise.cpp; their derivatives, by blocks that are computed again, and all other
+tensors take torch's operations.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.func import vmap
 
+from l2o.kernels import coordinatewise_blocks as blocks
 from l2o.kernels import coordinatewise_cpu as cpu
-from l2o.kernels.arrays import derivative_with_a_graph
-from l2o.ops import coordinatewise as reference
-from l2o.ops.coordinatewise import Axes, Recipe
+from l2o.kernels.arrays import derivative_of
+from l2o.kernels.lanes import lowered, vmap_rule
+from l2o.ops.coordinatewise import Recipe
 from l2o.ops.factored import factored_axes
 from l2o.ops.kinds import size
 from l2o.types import Grads, Infos, Params, Reduce, Slots, Sum, Theta, Updates
@@ -68,11 +69,12 @@ def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
     """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name."""
     if not tensors.grads:
         return {}
-    arguments = 0, tensors.axes, tensors.sources(recipe)
-    if forward_ad._current_level >= 0:  # which custom ops have no rule for
-        found = sums_in_blocks(recipe, *arguments)
+    own_axes, sources = tensors.axes, tensors.sources(recipe)
+    if cpu.at_hand(sources) and not recipe.raw:
+        known = _named(recipe)
+        found = lowered(lambda lanes, own: _feature_sums(known, lanes, own_axes, *own), [sources])
     else:
-        found = _feature_sums(_named(recipe), *arguments)
+        found = blocks.feature_sums(recipe, 0, own_axes, sources)
     axes = {name: tuple(axis + g.ndim for axis in recipe.scaled_axes(g.ndim)) for name, g in tensors.grads.items()}
     return {name: Sum(sums, axes[name]) for name, sums in zip(tensors.grads, found, strict=True)}
 
@@ -102,11 +104,14 @@ def network(
     if not names:
         return {}, gains.new_zeros(0, layers[-1].shape[-1])
     counts = [recipe.count(tensors.infos[name].shape) for name in names]
-    inputs = layers, gains, means, [sums[name] for name in names], tensors.sources(recipe)
-    if forward_ad._current_level >= 0:
-        *updates, totals = network_in_blocks(recipe, 0, tensors.axes, counts, *inputs)
+    own_gains = [gains] if means is None else [gains, means]
+    inputs: list[Any] = [layers, own_gains, [sums[name] for name in names], tensors.sources(recipe)]
+    axes = tensors.axes
+    if cpu.at_hand([gains, *layers, *inputs[-1]]) and not recipe.raw:
+        known = _named(recipe)
+        *updates, totals = lowered(lambda lanes, own: _coordinatewise(known, lanes, axes, counts, *own), inputs)
     else:
-        *updates, totals = _coordinatewise(_named(recipe), 0, tensors.axes, counts, *inputs)
+        *updates, totals = blocks.Call(recipe, 0, axes, counts).network(*inputs)
     return dict(zip(names, updates, strict=False)), totals
 
 
@@ -119,15 +124,6 @@ def completed_means(totals: Tensor, infos: Infos, names: Iterable[str], reduce: 
     return torch.stack([own["outputs"] / size(infos[name]) for name, own in reduce.shards(sums).items()])
 
 
-def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
-    """``weights`` for the first ``own`` inputs; the others, the same for all elements, become a part of the bias.
-
-    shared: ``[k]``, or ``[tensors, k]`` where they differ from tensor to tensor.
-    """
-    first, common = weights["w0"].split([own, shared.shape[-1]], -2)
-    return weights | {"w0": first, "b0": weights["b0"] + shared @ common}
-
-
 def _layers(weights: Theta) -> list[Tensor]:
     """``w0, b0, w1, ...`` of what may hold more, each with an axis for tensors."""
     count = sum(name[0] == "w" and name[1:].isdecimal() for name in weights)
@@ -135,24 +131,12 @@ def _layers(weights: Theta) -> list[Tensor]:
     return [t if t.ndim == axes else t.unsqueeze(0) for t, axes in found]
 
 
-def by_tensor(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[tuple[Axes, Slots]]:
-    """Axes and sources of each tensor, which `Tensors` put one after the other."""
-    found: list[tuple[Axes, Slots]] = []
-    at = 0
-    for second, largest in zip(axes[::2], axes[1::2], strict=True):
-        names = recipe.sources(sources[at].ndim - bool(lanes))
-        own = dict(zip(names, sources[at : at + len(names)], strict=True))
-        found.append((None if second < 0 else (second, largest), own))
-        at += len(names)
-    return found
-
-
 @torch.library.custom_op("l2o::feature_sums", mutates_args=())
 def _feature_sums(recipe: str, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor]:
     """lanes: 0 where tensors have no axis of lanes.     axes, sources: see `Tensors`."""
     made = _RECIPES[recipe]
     found = cpu.feature_sums(made, lanes, axes, sources)
-    return found if found is not None else sums_in_blocks(made, lanes, axes, sources)
+    return blocks.feature_sums(made, lanes, axes, sources) if found is None else found
 
 
 @torch.library.custom_op("l2o::coordinatewise", mutates_args=())
@@ -162,122 +146,20 @@ def _coordinatewise(
     axes: Sequence[int],
     counts: Sequence[int],
     weights: Sequence[Tensor],
-    gains: Tensor,
-    means: Tensor | None,
+    gains: Sequence[Tensor],
     sums: Sequence[Tensor],
     sources: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Updates, then sums of outputs.  weights: ``[1 or tensors, ...]`` after the lanes."""
+    """Updates, then sums of outputs.  weights: ``[1 or tensors, ...]`` after the lanes.  gains: and means, if any."""
     made = _RECIPES[recipe]
-    inputs = cpu.Inputs(weights, gains, means, sums, sources)
+    inputs = cpu.Inputs(weights, gains[0], gains[1] if len(gains) > 1 else None, sums, sources)
     found = cpu.coordinatewise(made, lanes, axes, counts, inputs)
-    return found if found is not None else network_in_blocks(made, lanes, axes, counts, *inputs)
+    call = blocks.Call(made, lanes, axes, counts)
+    return call.network(weights, gains, sums, sources) if found is None else found
 
 
-def sums_in_blocks(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor]:
-    """``_feature_sums`` in torch's operations."""
-    return [
-        _over_lanes(functools.partial(reference.feature_sums, recipe, own_axes), lanes)(own)
-        for own_axes, own in by_tensor(recipe, lanes, axes, sources)
-    ]
-
-
-def network_in_blocks(
-    recipe: Recipe,
-    lanes: int,
-    axes: Sequence[int],
-    counts: Sequence[int],
-    weights: Sequence[Tensor],
-    gains: Tensor,
-    means: Tensor | None,
-    sums: Sequence[Tensor],
-    sources: Sequence[Tensor],
-) -> list[Tensor]:
-    """``_coordinatewise`` in torch's operations."""
-    results = []
-    for i, (own_axes, own) in enumerate(by_tensor(recipe, lanes, axes, sources)):
-        call = _Call.of(recipe, lanes, i, counts[i], weights, gains, means, own_axes)
-        results.append(_over_lanes(lambda x, s, t, call=call: call.network(x, s, t), lanes)(own, sums[i], call.tensors))
-    updates, totals = zip(*results, strict=True)
-    return [*(updates if recipe.head else ()), torch.stack(totals, 1 if lanes else 0)]
-
-
-class _Call(NamedTuple):
-    """What the network has of one tensor besides sources and sums.  tensors: weights, ``gain`` and ``means``."""
-
-    recipe: Recipe
-    axes: Axes
-    count: int
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        lanes: int,
-        i: int,
-        count: int,
-        weights: Sequence[Tensor],
-        gains: Tensor,
-        means: Tensor | None,
-        axes: Axes,
-    ) -> _Call:
-        """Of tensor ``i``; views."""
-        axis = 1 if lanes else 0
-        own = {f"{'wb'[k % 2]}{k // 2}": t.select(axis, i if t.shape[axis] > 1 else 0) for k, t in enumerate(weights)}
-        own["gain"] = gains.select(axis, i)
-        return cls(recipe, axes, count, own if means is None else own | {"means": means.select(axis, i)})
-
-    def network(self, sources: Slots, sums: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """`l2o.ops.coordinatewise.network`, of one lane."""
-        return reference.network(
-            self.recipe, self.axes, tensors, sources, sums, self.count, tensors["gain"], tensors.get("means")
-        )
-
-    def block(self, x: Slots, sums: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """`l2o.ops.coordinatewise.block`, of one lane."""
-        return reference.block(self.recipe, tensors, x, sums, self.count, tensors["gain"], tensors.get("means"))
-
-
-def _over_lanes(f: Callable[..., Any], lanes: int) -> Callable[..., Any]:
-    return vmap(f) if lanes else f
-
-
-def _merged(info: Any, in_dims: Any, lanes: int, tensors: Any) -> Any:
-    """``tensors``, a nest, with the axis that is mapped over before that of lanes, and merged with it."""
-
-    def move(t: Tensor | None, axis: int | None) -> Tensor | None:
-        if t is None:
-            return None
-        moved = t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
-        return moved.flatten(0, 1) if lanes else moved
-
-    return [
-        [move(t, axis) for t, axis in zip(own, axes, strict=True)] if isinstance(own, list) else move(own, axes)
-        for own, axes in zip(tensors, in_dims, strict=True)
-    ]
-
-
-def _apart(info: Any, lanes: int, outputs: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The opposite, for what comes out."""
-    parted = [t.unflatten(0, (info.batch_size, lanes)) for t in outputs] if lanes else outputs
-    return parted, [0] * len(outputs)
-
-
-def _vmap_sums(info: Any, in_dims: Any, recipe: str, lanes: int, axes: list[int], sources: list[Tensor]) -> Any:
-    (sources,) = _merged(info, in_dims[3:], lanes, [sources])
-    return _apart(info, lanes, _feature_sums(recipe, max(lanes, 1) * info.batch_size, axes, sources))
-
-
-def _vmap_network(
-    info: Any, in_dims: Any, recipe: str, lanes: int, axes: list[int], counts: list[int], *tensors: Any
-) -> Any:
-    merged = _merged(info, in_dims[4:], lanes, tensors)
-    return _apart(info, lanes, _coordinatewise(recipe, max(lanes, 1) * info.batch_size, axes, counts, *merged))
-
-
-_feature_sums.register_vmap(_vmap_sums)
-_coordinatewise.register_vmap(_vmap_network)
+_feature_sums.register_vmap(vmap_rule(_feature_sums, 1))
+_coordinatewise.register_vmap(vmap_rule(_coordinatewise, 2))
 
 
 def _keep_sums(ctx: Any, inputs: Any, output: Any) -> None:
@@ -286,145 +168,34 @@ def _keep_sums(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _keep_network(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.recipe, ctx.lanes, ctx.axes, ctx.counts, weights, gains, means, sums, sources = inputs
-    ctx.sizes = len(weights), means is not None, len(sums)
-    ctx.save_for_backward(*weights, gains, *(() if means is None else (means,)), *sums, *sources)
+    ctx.recipe, ctx.lanes, ctx.axes, ctx.counts, weights, gains, sums, sources = inputs
+    ctx.sizes = len(weights), len(gains), len(sums), len(sources)
+    ctx.save_for_backward(*weights, *gains, *sums, *sources)
 
 
-def _d_sums(ctx: Any, d_sums: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    recipe, sources = _RECIPES[ctx.recipe], ctx.saved_tensors
+def _d_sums(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    recipe, lanes, axes, sources = _RECIPES[ctx.recipe], ctx.lanes, ctx.axes, ctx.saved_tensors
     if torch.is_grad_enabled():
-        again = functools.partial(sums_in_blocks, recipe, ctx.lanes, ctx.axes)
-        return None, None, None, _with_a_graph(lambda *tensors: again(tensors), sources, d_sums)
-    found: list[Tensor | None] = []
-    one = _over_lanes(functools.partial(reference.block_sums, recipe), ctx.lanes)
-    for (axes, own), d in zip(by_tensor(recipe, ctx.lanes, ctx.axes, sources), d_sums, strict=True):
-        grads = _pulled_back(ctx.lanes, axes, lambda x, s, t: (one(x),), own, None, {}, (d,), (True,))
-        found += [grads[name] for name in own]
+        found = derivative_of(lambda *own: blocks.feature_sums(recipe, lanes, axes, own), sources, cotangents)
+    else:
+        found = blocks.d_feature_sums(recipe, lanes, axes, sources, cotangents)
     return None, None, None, found
 
 
-def _d_network(ctx: Any, d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    recipe, lanes = _RECIPES[ctx.recipe], ctx.lanes
-    weights, gains, means, sums, sources = _split(ctx.saved_tensors, *ctx.sizes)
+def _d_network(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    call = blocks.Call(_RECIPES[ctx.recipe], ctx.lanes, ctx.axes, ctx.counts)
     if torch.is_grad_enabled():
-
-        def again(*tensors: Tensor) -> list[Tensor]:
-            return network_in_blocks(recipe, lanes, ctx.axes, ctx.counts, *_split(tensors, *ctx.sizes))
-
-        grads = _with_a_graph(again, ctx.saved_tensors, d_outputs)
-        return None, None, None, None, *_split(grads, *ctx.sizes)
-    axis = 1 if lanes else 0
-    *d_updates, d_totals = d_outputs
-    d_shared = {name: torch.zeros_like(t) for name, t in _shared(weights, gains, means).items() if t.requires_grad}
-    d_sums: list[Tensor | None] = []
-    d_sources: list[Tensor | None] = []
-    for i, (axes, own) in enumerate(by_tensor(recipe, lanes, ctx.axes, sources)):
-        call = _Call.of(recipe, lanes, i, ctx.counts[i], weights, gains, means, axes)
-        cotangents = (d_updates[i] if d_updates else None, None if d_totals is None else d_totals.select(axis, i))
-        one = _over_lanes(call.block, lanes)
-        grads = _pulled_back(lanes, axes, one, own, sums[i], call.tensors, cotangents, (True, False))
-        d_sums.append(grads["sums"])
-        d_sources += [grads[name] for name in own]
-        for name, total in d_shared.items():
-            total.select(axis, i if total.shape[axis] > 1 else 0).add_(grads[name])
-    return (
-        None,
-        None,
-        None,
-        None,
-        [d_shared.get(f"{'wb'[k % 2]}{k // 2}") for k in range(len(weights))],
-        d_shared.get("gain"),
-        d_shared.get("means"),
-        d_sums,
-        d_sources,
-    )
+        found = derivative_of(lambda *own: call.network(*split(own, ctx.sizes)), ctx.saved_tensors, cotangents)
+        return None, None, None, None, *split(found, ctx.sizes)
+    weights, gains, sums, sources = split(ctx.saved_tensors, ctx.sizes)
+    return None, None, None, None, *call.derivative(weights, gains, sums, sources, cotangents)
 
 
 _feature_sums.register_autograd(_d_sums, setup_context=_keep_sums)
 _coordinatewise.register_autograd(_d_network, setup_context=_keep_network)
 
 
-def _split(flat: Sequence[Any], weights: int, has_means: bool, sums: int) -> tuple[Any, ...]:
-    """Weights, gains, means, sums, sources: what `_keep_network` put one after the other."""
-    rest = list(flat)
-    first, rest = rest[:weights], rest[weights:]
-    gains = rest.pop(0)
-    means = rest.pop(0) if has_means else None
-    return first, gains, means, rest[:sums], rest[sums:]
-
-
-def _shared(weights: Sequence[Tensor], gains: Tensor, means: Tensor | None) -> dict[str, Tensor]:
-    named = {f"{'wb'[k % 2]}{k // 2}": t for k, t in enumerate(weights)} | {"gain": gains}
-    return named if means is None else named | {"means": means}
-
-
-def _with_a_graph(
-    again: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """See `derivative_with_a_graph`; a cotangent that is None is 0."""
-
-    def wanted(*tensors: Tensor) -> list[Tensor]:
-        return [out for out, d in zip(again(*tensors), cotangents, strict=True) if d is not None]
-
-    return derivative_with_a_graph(wanted, inputs, [d for d in cotangents if d is not None])
-
-
-def _pulled_back(
-    lanes: int,
-    axes: Axes,
-    f: Callable[..., tuple[Tensor, ...]],
-    sources: Slots,
-    sums: Tensor | None,
-    tensors: dict[str, Tensor],
-    cotangents: Sequence[Tensor | None],
-    cuts: Sequence[bool],
-) -> dict[str, Tensor | None]:
-    """The gradients of ``sources``, ``sums`` and ``tensors`` that need any, by name; by blocks, without a graph.
-
-    f: of sources and sums of a block, and ``tensors``, all lanes at once. Of its outputs those of ``cuts`` are blocks.
-    """
-    leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in sources.items()}
-    with torch.enable_grad():
-        whole = _over_lanes(functools.partial(reference.broadcast, axes), lanes)(leaves)
-    if sums is not None:
-        whole = whole | {"sums": sums}
-    totals = {name: torch.zeros_like(t) for name, t in {**whole, **tensors}.items() if t.requires_grad}
-    for index in reference.blocks(sources["grad"].shape[bool(lanes) :]):
-        own = {
-            name: t.detach().requires_grad_(t.requires_grad)
-            for name, t in {**reference.cut(whole, index), **tensors}.items()
-        }
-        with torch.enable_grad():
-            x = {name: own[name] for name in whole if name != "sums"}
-            outputs = f(x, own.get("sums"), {name: own[name] for name in tensors})
-        pairs = [
-            (out, reference.cut({"d": d}, index)["d"] if blockwise else d)
-            for out, d, blockwise in zip(outputs, cotangents, cuts, strict=True)
-            if d is not None and out.requires_grad
-        ]
-        if not pairs:
-            continue
-        grads = torch.autograd.grad(
-            [out for out, _ in pairs], [own[name] for name in totals], [d for _, d in pairs], materialize_grads=True
-        )
-        for (name, total), grad in zip(totals.items(), grads, strict=True):
-            part = total if name in tensors else reference.cut({name: total}, index)[name]
-            part += grad
-    return _through_broadcast(leaves, whole, totals)
-
-
-def _through_broadcast(leaves: Slots, whole: Slots, totals: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """From the gradients of what `broadcast` made to those of ``leaves``."""
-    grads: dict[str, Tensor | None] = {**dict.fromkeys([*leaves, "sums"]), **totals}
-    made = [name for name in totals if name in whole and whole[name].grad_fn is not None]
-    moving = [name for name, leaf in leaves.items() if leaf.requires_grad and whole.get(name) is not leaf]
-    if moving:
-        found = torch.autograd.grad(
-            [whole[name] for name in made],
-            [leaves[name] for name in moving],
-            [totals[name] for name in made],
-            materialize_grads=True,
-        )
-        grads |= dict(zip(moving, found, strict=True))
-    return grads
+def split(flat: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Lists of these sizes that were put one after the other."""
+    rest = iter(flat)
+    return [list(itertools.islice(rest, n)) for n in sizes]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, pointers, whole_numbers
 from l2o.kernels.build import available, run
@@ -28,7 +29,7 @@ _ADDRESSES = ("grad", "param", "m", "v", "row", "col", "row_mean", "sums", "upda
 _PLACES = {name: i for i, name in enumerate(_ADDRESSES)} | {"diag": _ADDRESSES.index("row")}
 
 
-class _Field(ctypes.Structure):
+class Field(ctypes.Structure):
     """``Field`` of coordinatewise.h."""
 
     _fields_ = (
@@ -46,7 +47,7 @@ class _Work(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("lanes", "tensors", "groups", "m_decays", "v_decays", "factors")),
         *((name, ctypes.c_int64) for name in ("layers", "activation", "head", "threads")),
         *((name, Int64s) for name in ("codes", "widths", "lane_strides", "net_strides")),
-        ("fields", ctypes.POINTER(_Field)),
+        ("fields", ctypes.POINTER(Field)),
         ("constants", Floats),
         *((name, Pointers) for name in ("addresses", "weights")),
         *((name, ctypes.c_void_p) for name in ("gains", "means", "output_sums")),
@@ -82,7 +83,7 @@ class Plan:
 
 def feature_sums(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor] | None:
     """None where the kernel does not fit, or cannot be had."""
-    if not _ordinary(sources):
+    if not ordinary(sources):
         return None
     plan = _plan(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), None)
     if plan is None or not available("coordinatewise"):
@@ -99,7 +100,7 @@ def coordinatewise(
 ) -> list[Tensor] | None:
     """Updates, then sums of outputs; None where the kernel does not fit, or cannot be had."""
     weights, gains, means, sums, sources = inputs
-    if not _ordinary([*weights, gains, *sums, *sources, *(() if means is None else (means,))]):
+    if not ordinary([*weights, gains, *sums, *sources, *(() if means is None else (means,))]):
         return None
     plan = _plan(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), tuple(counts))
     if plan is None or not (_network_fits(recipe, lanes, plan, inputs) and available("coordinatewise")):
@@ -138,7 +139,14 @@ def _filled(
     return work, addresses
 
 
-def _ordinary(tensors: Iterable[Tensor]) -> bool:
+def at_hand(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are tensors for kernels, which can be had; seen from within `torch.func.vmap` too."""
+    watched = torch.compiler.is_compiling() or forward_ad._current_level >= 0  # custom ops have no rule for the latter
+    return not watched and ordinary(tensors) and available("coordinatewise")
+
+
+def ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are float32 tensors of the CPU that have memory."""
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in tensors)
 
 
@@ -163,9 +171,8 @@ def _plan(
         return None
     inner = [own["grad"][bool(lanes) :] for own in tensors]
     width, first = _channels(recipe, decays), (lanes,) if lanes else ()
-    fields = [
-        _field(recipe, shape, *each) for shape, *each in zip(inner, axes, counts or [1] * len(inner), strict=True)
-    ]
+    each = zip(inner, axes, counts or [1] * len(inner), strict=True)
+    fields = [_field(recipe, shape, pair, count) for shape, pair, count in each]
     starts, at = [], 0
     for own in tensors:
         starts.append(at)
@@ -245,24 +252,25 @@ def _channels(recipe: Recipe, decays: tuple[int, int, int]) -> int:
     return sum(counts.get(group, 1) for group in recipe.groups)
 
 
-def _field(recipe: Recipe, shape: torch.Size, axes: tuple[int, int], count: int) -> _Field:
-    inner = math.prod(shape[axis] for axis in recipe.scaled_axes(len(shape)))
-    field = _Field(entries=math.prod(shape), inner=inner, count=count)
-    if "row" in recipe.sources(len(shape)):
+def _field(recipe: Recipe, shape: torch.Size, axes: tuple[int, int], count: int) -> Field:
+    field = geometry(shape, axes if "row" in recipe.sources(len(shape)) else None)
+    field.inner = math.prod(shape[axis] for axis in recipe.scaled_axes(len(shape)))
+    field.count = count
+    return field
+
+
+def geometry(shape: torch.Size, axes: tuple[int, int] | None) -> Field:
+    """How a tensor lies, with rows and columns where it has ``axes`` (`l2o.ops.factored.factored_axes`)."""
+    field = Field(entries=math.prod(shape))
+    if axes is not None:
         first, last = sorted(axes)
-        parts = (
-            shape[:first],
-            shape[first : first + 1],
-            shape[first + 1 : last],
-            shape[last : last + 1],
-            shape[last + 1 :],
-        )
-        field.axes = tuple(math.prod(part) for part in parts)
+        between, behind = shape[first + 1 : last], shape[last + 1 :]
+        field.axes = math.prod(shape[:first]), shape[first], math.prod(between), shape[last], math.prod(behind)
         field.factored, field.row_lacks_q = 1, axes[1] == last
     return field
 
 
-def _work(recipe: Recipe, lanes: int, fields: Sequence[_Field], decays: tuple[int, int, int], width: int) -> _Work:
+def _work(recipe: Recipe, lanes: int, fields: Sequence[Field], decays: tuple[int, int, int], width: int) -> _Work:
     return _Work(
         lanes=max(lanes, 1),
         tensors=len(fields),
@@ -274,7 +282,7 @@ def _work(recipe: Recipe, lanes: int, fields: Sequence[_Field], decays: tuple[in
         head={type(None): 0, Product: 1, Nominal: 2}[type(recipe.head)],
         codes=whole_numbers([GROUPS.index(group) for group in recipe.groups]),
         widths=whole_numbers([width]),
-        fields=(_Field * len(fields))(*fields),
+        fields=(Field * len(fields))(*fields),
         constants=floats(_constants(recipe)),
         rms_eps=recipe.rms_eps,
         diag_eps=recipe.rms_eps if recipe.diag_eps is None else recipe.diag_eps,

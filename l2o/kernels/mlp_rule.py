@@ -15,7 +15,7 @@ from l2o.kernels.arrays import (
     Int64s,
     Pointers,
     dense_lanes,
-    derivative_with_a_graph,
+    derivative_of,
     floats,
     plain,
     pointers,
@@ -229,7 +229,7 @@ class _Update(torch.autograd.Function):
         time, scales, *saved = ctx.saved_tensors
         momenta, tensors = saved[: ctx.count], saved[ctx.count :]
         if torch.is_grad_enabled():
-            return (None, None, None, None, *derivative_with_a_graph(ctx.reference, tensors, gradients))
+            return (None, None, None, None, *derivative_of(ctx.reference, tensors, gradients))
         # The old momenta are not needed, the new ones are.
         inputs = dense(Tensors.split(tensors, ctx.count)._replace(momenta=momenta))
         d_updates, d_momenta = ([g.contiguous() for g in gs] for gs in (gradients[: ctx.count], gradients[ctx.count :]))

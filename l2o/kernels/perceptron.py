@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2o.kernels.arrays import Int64s, Pointers, derivative_with_a_graph, plain, pointers, whole_numbers
+from l2o.kernels.arrays import Int64s, Pointers, derivative_of, plain, pointers, whole_numbers
 from l2o.kernels.build import available, run
 
 ACTIVATIONS = ("relu", "tanh", "gelu")
@@ -78,7 +78,7 @@ class _Derivative(torch.autograd.Function):
         x, y, *params = ctx.saved_tensors
         if torch.is_grad_enabled():
             reference = partial(_reference, ctx.activation, x, y)
-            return (None, None, None, None, *derivative_with_a_graph(reference, params, cotangents))
+            return (None, None, None, None, *derivative_of(reference, params, cotangents))
         d_losses, *d_grads = [t.contiguous() for t in cotangents]
         d_params = [torch.empty_like(t) for t in params]
         problem = describe(ctx.activation, params, d_params, x.shape[1:])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2o.kernels import mlp_rule, perceptron
-from l2o.kernels.arrays import Pointers, derivative_with_a_graph, plain, pointers
+from l2o.kernels.arrays import Pointers, derivative_of, plain, pointers
 from l2o.kernels.build import available, run
 from l2o.random import hashed_integers, several_keys
 from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, Updates
@@ -255,7 +255,7 @@ class _Derivative(torch.autograd.Function):
     def backward(ctx: Any, d_losses: Tensor, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         if torch.is_grad_enabled():
-            grads = derivative_with_a_graph(ctx.reference, inputs, (d_losses, *cotangents))
+            grads = derivative_of(ctx.reference, inputs, (d_losses, *cotangents))
             return (None, None, None, None, *grads)
         arrays = tree_unflatten(list(saved), ctx.structure)
         # Clones, in which the kernel works.

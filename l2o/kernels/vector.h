@@ -82,6 +82,28 @@ inline vec exp(vec x) {
     return vanishes ? vec{} : y;
 }
 
+// log of positive numbers that are not denormal, to 1 ulp; NaN stays NaN, and so does infinity.
+inline vec log(vec x) {
+    const ivec bits = (ivec)x;
+    ivec power = (bits >> 23) - 126;
+    vec m = (vec)((bits & 0x007fffff) | 0x3f000000);  // from 0.5 to 1
+    const ivec low = m < 0.707106781f;
+    power += low;  // -1 where it holds
+    m = (low ? m + m : m) - 1.0f;
+    const vec e = __builtin_convertvector(power, vec), z = m * m;
+    vec q = vec{} + 7.0376836292e-2f;
+    q = q * m - 1.1514610310e-1f;
+    q = q * m + 1.1676998740e-1f;
+    q = q * m - 1.2420140846e-1f;
+    q = q * m + 1.4249322787e-1f;
+    q = q * m - 1.6668057665e-1f;
+    q = q * m + 2.0000714765e-1f;
+    q = q * m - 2.4999993993e-1f;
+    q = q * m + 3.3333331174e-1f;
+    const vec y = m * z * q + e * -2.12194440e-4f - z * 0.5f + m + e * 0.693359375f;
+    return x <= std::numeric_limits<float>::max() ? y : x;
+}
+
 // tanh to 2 ulp: by exp, and near 0 by an odd polynomial fitted to 4e-9.
 inline vec tanh(vec x) {
     const vec size = x < 0 ? -x : x, square = x * x;

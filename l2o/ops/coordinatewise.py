@@ -1,8 +1,8 @@
 """Networks that look at every element of a tensor by itself: what they see of it, their layers, and their step.
 
 A tensor is given by its sources, a dict: ``grad`` and ``param [*shape]``, ``m [decays, *shape]``, and what a `Recipe`
-needs of ``v [1 or decays, *shape]``, of the slots of `l2o.ops.factored`, and of ``row_mean`` (`row_means` there); and by
-its ``axes``, those of rows and columns, which are the whole tensor's where this is a shard of it.
+needs of ``v [1 or decays, *shape]``, of the slots of `l2o.ops.factored`, and of ``row_mean`` (`row_means` there); and
+by its ``axes``, those of rows and columns, which are the whole tensor's where this is a shard of it.
 
 Channels (`l2o.ops.statistics`) are never there all at once: the functions here go over a tensor in blocks of elements,
 so that their scratch memory does not grow with it. They are written for one lane and any dtype and device, and are the
@@ -113,7 +113,8 @@ class Recipe:
     groups: of channels, see `l2o.ops.statistics`.
     head: makes the update from the outputs; None where only their sums are wanted.
     activation: of the hidden layers, a key of `ACTIVATIONS`.
-    rms_eps, diag_eps: see `l2o.ops.statistics.statistics`.     clip: gradients are clipped to ± this.
+    rms_eps: added to second moments under the root.     diag_eps: the same, for the factor of the momenta of tensors
+        without rows and columns; by default ``rms_eps``.     clip: gradients are clipped to ± this.
     scale_eps: of `second_moment_scale`.
     matrices: scale channels over the last two axes of a tensor, not over all of it.
     raw: take the factor of gradients from other slots than that of momenta; see `raw_factors`.
@@ -228,7 +229,7 @@ def raw_factors(slots: Slots, row_mean: Tensor | None) -> Slots:
 
 def blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
     """Slices of a tensor that have at most `BLOCK` elements each, in the order of its elements; one at least."""
-    axis = len(shape)
+    axis = len(shape) if math.prod(shape) > BLOCK else 0
     while axis and math.prod(shape[axis - 1 :]) <= BLOCK:
         axis -= 1
     inner = (slice(None),) * (len(shape) - axis)
@@ -250,8 +251,10 @@ def cut(sources: Slots, index: tuple[slice, ...]) -> Slots:
     """One block of each: ``[*shape]``, or with an axis before those of the tensor; axes of size 1 stay."""
 
     def one(t: Tensor) -> Tensor:
-        own = (*(i if n > 1 else slice(None) for i, n in zip(index, t.shape[t.ndim - len(index) :], strict=True)),)
-        return t[(..., *own)] if own else t
+        for axis, part in enumerate(index, t.ndim - len(index)):
+            if part != slice(None) and t.shape[axis] > 1:
+                t = t.narrow(axis, part.start, min(part.stop, t.shape[axis]) - part.start)
+        return t
 
     return {name: one(t) for name, t in sources.items()}
 

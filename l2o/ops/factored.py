@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l2o.ops.moments import momenta
-from l2o.types import Grads, Infos, ParamInfo, Reduce, Slots, Sum
+from l2o.types import Infos, ParamInfo, Reduce, Slots, Sum
 
 _EPS_SQUARE = 1e-30
 """Added to squared gradients."""
@@ -45,30 +45,36 @@ def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
     return {"row": zeros(param.sum(largest)), "col": zeros(param.sum(second))}
 
 
-def factored(
-    previous: Mapping[str, Slots], grads: Grads, infos: Infos, decays: Tensor, reduce: Reduce
-) -> dict[str, Slots]:
-    """The slots of each tensor with its gradient averaged in.  decays: ``[decays]``, brought into 0 to 1."""
-    sums = reduce.shards({name: _sums(g.square() + _EPS_SQUARE, infos[name]) for name, g in grads.items()})
-    decays = decays.clamp(0.0, 1.0)
-    new: dict[str, Slots] = {}
-    for name, g in grads.items():
-        axes, old = factored_axes(infos[name].shape), previous[name]
-        if axes is None:
-            new[name] = {"diag": momenta(old["diag"], g.square() + _EPS_SQUARE, decays)}
-            continue
-        lengths = {"row": axes[1], "col": axes[0]}
-        means = {slot: sums[name][slot] / _length(infos[name], axis) for slot, axis in lengths.items()}
-        new[name] = {slot: momenta(old[slot], mean, decays) for slot, mean in means.items()}
-    return new
+def diagonal(previous: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
+    """``diag`` of a tensor that is not factored with its gradient averaged in."""
+    return momenta(previous, grad.square() + _EPS_SQUARE, decays)
 
 
-def _sums(squares: Tensor, info: ParamInfo) -> dict[str, Sum]:
-    axes = factored_axes(info.shape)
+def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
+    """Sums of squares over the axes that ``row`` and ``col`` lack, by the names of these; nothing without ``axes``."""
     if axes is None:
         return {}
     second, largest = axes
-    return {"row": Sum(squares.sum(largest), (largest,)), "col": Sum(squares.sum(second), (second,))}
+    squares = grad.square() + _EPS_SQUARE
+    return {"row": squares.sum(largest), "col": squares.sum(second)}
+
+
+def averaged(
+    previous: Mapping[str, Slots], sums: Mapping[str, Slots], infos: Infos, decays: Tensor, reduce: Reduce
+) -> dict[str, Slots]:
+    """``row`` and ``col`` of each tensor with its `square_sums` averaged in."""
+    slots: tuple[str, str] = ("col", "row")  # the one lacks the second largest axis, the other the largest
+    lengths = {name: dict(zip(slots, factored_axes(infos[name].shape) or (), strict=False)) for name in sums}
+    totals = reduce.shards(
+        {name: {slot: Sum(x, (lengths[name][slot],)) for slot, x in own.items()} for name, own in sums.items()}
+    )
+    return {
+        name: {
+            slot: momenta(previous[name][slot], x / _length(infos[name], lengths[name][slot]), decays)
+            for slot, x in own.items()
+        }
+        for name, own in totals.items()
+    }
 
 
 def row_means(slots: Mapping[str, Slots], infos: Infos, reduce: Reduce) -> dict[str, Tensor | None]:
@@ -88,16 +94,6 @@ def _in_row(second: int, largest: int) -> int:
     return second + 1 if second < largest else second
 
 
-def rows_and_columns(slots: Slots, like: Tensor, info: ParamInfo) -> tuple[Tensor, Tensor]:
-    """``row`` and ``col`` as views ``[decays, *shape]``, of the shape of ``like``; without factors, ``diag`` twice."""
-    axes = factored_axes(info.shape)
-    if axes is None:
-        return slots["diag"], slots["diag"]
-    second, largest = axes
-    whole = (-1, *like.shape)
-    return slots["row"].unsqueeze(largest + 1).expand(whole), slots["col"].unsqueeze(second + 1).expand(whole)
-
-
 def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
     """``row, col`` and ``row_factor, col_factor``, with 1 for the axis that they are without.
 
@@ -115,18 +111,6 @@ def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
 def diagonal_factor(diag: Tensor) -> Tensor:
     """The inverse root of the second moment of a tensor that is not factored; a gradient's factor."""
     return torch.rsqrt((diag + _EPS).clamp(min=_EPS))
-
-
-def preconditioner(slots: Slots, row_mean: Tensor | None, info: ParamInfo) -> Tensor:
-    """``[decays, *shape]``, the inverse root of the second moment that the slots stand for; a gradient's factor.
-
-    row_mean: see `row_means`.
-    """
-    axes = factored_axes(info.shape)
-    if axes is None or row_mean is None:
-        return diagonal_factor(slots["diag"])
-    factor = factors(slots, row_mean, axes)
-    return factor["row_factor"] * factor["col_factor"]
 
 
 def _length(info: ParamInfo, axis: int) -> int:

@@ -20,6 +20,8 @@ FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 
 EPS = 1e-5
 """Of `second_moment_scale`, inside the root: a channel of zeros stays zero."""
+_BLOCK = 1 << 14
+"""Entries of a tensor whose distances from a mean are in the cache at once."""
 
 
 def step_embedding(run: Run, like: Tensor) -> Tensor:
@@ -71,17 +73,31 @@ def tensor_means(channels: Mapping[str, Mapping[str, Tensor]], infos: Infos, red
     return {name: {key: total / size(infos[name]) for key, total in own.items()} for name, own in totals.items()}
 
 
-def entry_sum(x: Tensor) -> Sum:
-    """The sum over all entries of a tensor ``[*shape]``, 0-d."""
-    return Sum(x.sum(), tuple(range(x.ndim)))
+def square_sums(channels: Tensor) -> Sum:
+    """Sums ``[channels]`` of squares over the entries of ``[channels, *shape]``, without a tensor of that size."""
+    flat = columns(channels)
+    squares = torch.bmm(flat.unsqueeze(1), flat.unsqueeze(2)).reshape(len(flat))
+    return Sum(squares, tuple(range(channels.ndim - 1)))
 
 
-def normalised(channels: Tensor, sum_of_squares: Tensor, count: int, eps: float = EPS) -> Tensor:
-    """``[channels, *shape] -> [channels, entries]``, each channel over its root mean square (`second_moment_scale`).
+def spread_sums(channels: Tensor, centers: Tensor) -> Sum:
+    """Sums ``[channels]`` of ``(x - center)^2`` over the entries of ``[channels, *shape]``, by blocks of entries.
 
-    sum_of_squares: ``[channels]``, over the whole tensor.    count: of its entries.
+    centers: ``[channels]`` or ``[1]``.
     """
-    return columns(channels) * second_moment_scale(sum_of_squares, count, eps).unsqueeze(-1)
+    blocks = columns(channels).split(_BLOCK, -1)
+    squares = torch.stack([(x - centers.unsqueeze(-1)).square().sum(-1) for x in blocks])
+    return Sum(squares.sum(0), tuple(range(channels.ndim - 1)))
+
+
+def spreads(
+    channels: Mapping[str, Mapping[str, Tensor]], centers: Mapping[str, Slots], infos: Infos, reduce: Reduce
+) -> dict[str, Slots]:
+    """Means ``[channels]`` over each whole tensor, by parameter and name, of the squares in `spread_sums`."""
+    totals = reduce.shards(
+        {name: {key: spread_sums(x, centers[name][key]) for key, x in own.items()} for name, own in channels.items()}
+    )
+    return {name: {key: total / size(infos[name]) for key, total in own.items()} for name, own in totals.items()}
 
 
 def columns(x: Tensor) -> Tensor:

@@ -41,18 +41,22 @@ def mlp(
 ) -> Tensor:
     """MLP of the layers ``w0, b0, w1, ...`` in θ, which may hold more.
 
-    x: ``[channels, n]``.  shared: ``[k]``, the last inputs of each entry, the same for all of them.
-
-    Being the same, they enter as a bias of the first layer, computed once.
+    x: ``[channels, n]``.  shared: ``[k]``, the last inputs of each entry, the same for all of them (`with_shared`).
     """
-    own, bias = theta["w0"], theta["b0"]
-    if shared is not None:
-        own, common = own.split([x.shape[0], shared.shape[0]])
-        bias = bias + shared @ common
-    x = linear(x, own, bias)
-    for i in takewhile(lambda i: f"w{i}" in theta, count(1)):
-        x = linear(activation(x), theta[f"w{i}"], theta[f"b{i}"])
+    own = theta if shared is None else with_shared(theta, len(x), shared)
+    x = linear(x, own["w0"], own["b0"])
+    for i in takewhile(lambda i: f"w{i}" in own, count(1)):
+        x = linear(activation(x), own[f"w{i}"], own[f"b{i}"])
     return x
+
+
+def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
+    """``weights`` for the first ``own`` inputs; the others, the same for all elements, become a part of the bias.
+
+    shared: ``[k]``, or ``[tensors, k]`` where they differ from tensor to tensor.
+    """
+    first, common = weights["w0"].split([own, shared.shape[-1]], -2)
+    return weights | {"w0": first, "b0": weights["b0"] + shared @ common}
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,17 @@ Metz et al. 2022 (VeLO, arXiv 2211.09760, app. B) and google/learned_optimizatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from l2o.ops.factored import factored, init_factored, preconditioner, rows_and_columns
+from l2o.ops.factored import diagonal, init_factored, square_sums
 from l2o.ops.moments import init_momenta, momenta
-from l2o.ops.numeric import constant, safe_rsqrt
-from l2o.types import Grads, Infos, ParamInfo, Reduce, Slots
+from l2o.ops.numeric import constant
+from l2o.types import ParamInfo, Slots
 
 
 class Statistics(NamedTuple):
@@ -35,28 +36,6 @@ class Statistics(NamedTuple):
     col: Tensor
     grad_factor: Tensor
     m_factor: Tensor
-
-
-def statistics(
-    grad: Tensor,
-    param: Tensor,
-    slots: Slots,
-    row_mean: Tensor | None,
-    info: ParamInfo,
-    rms_eps: float = 1e-6,
-    diag_eps: float | None = None,
-) -> Statistics:
-    """Of the slots ``m``, ``v`` and those of `l2o.ops.factored`, which have seen ``grad``.
-
-    row_mean: see `l2o.ops.factored.row_means`.
-    rms_eps: added to ``v`` under the root.
-    diag_eps: the same for the factor of the momenta of tensors without rows and columns; by default ``rms_eps``.
-    """
-    row, col = rows_and_columns(slots, grad, info)
-    factor = preconditioner(slots, row_mean, info)
-    m_factor = factor if grad.ndim >= 2 else safe_rsqrt(slots["diag"] + (rms_eps if diag_eps is None else diag_eps))
-    inv_rms = torch.rsqrt(slots["v"] + rms_eps)
-    return Statistics(grad, param, slots["m"], slots["v"], inv_rms, row, col, factor, m_factor)
 
 
 _EPS = 1e-8
@@ -101,7 +80,7 @@ def init_statistics(param: Tensor, info: ParamInfo, decays: int) -> Slots:
 
 
 class Decays(NamedTuple):
-    """Of `advance_statistics`.  momentum, factored: ``[D]``.  rms: ``[1]``."""
+    """Of `advanced`.  momentum, factored: ``[D]``.  rms: ``[1]``."""
 
     momentum: Tensor
     rms: Tensor
@@ -113,21 +92,24 @@ class Decays(NamedTuple):
         return cls(constant(momentum, like), constant([rms], like), constant(factored, like))
 
 
-def advance_statistics(
-    slots: Mapping[str, Slots], grads: Grads, infos: Infos, decays: Decays, reduce: Reduce
-) -> dict[str, Slots]:
-    """The slots of `init_statistics` of each tensor with its gradient averaged in."""
-    factors = factored(slots, grads, infos, decays.factored, reduce)
-    return {
-        name: {
-            "m": momenta(slots[name]["m"], g, decays.momentum),
-            "v": momenta(slots[name]["v"], g.square(), decays.rms),
-            **factors[name],
-        }
-        for name, g in grads.items()
+def advanced(slots: Slots, grad: Tensor, decays: Decays, axes: tuple[int, int] | None, clip: float) -> Slots:
+    """``m``, ``v`` with ``grad``, clipped to ± ``clip``, averaged in, and ``diag`` or the sums for ``row`` and ``col``.
+
+    slots: ``diag`` is there or not.     axes: of rows and columns (`l2o.ops.factored.factored_axes`), None without.
+    """
+    grad = grad.clamp(-clip, clip) if clip < math.inf else grad
+    new = {
+        "m": momenta(slots["m"], grad, decays.momentum),
+        "v": momenta(slots["v"], grad.square(), decays.rms),
+        **square_sums(grad, axes),
     }
+    return new | {"diag": diagonal(slots["diag"], grad, decays.factored)} if "diag" in slots else new
+
+
+CLIP = 1000.0
+"""What VeLO, Celo and Celo2 clip gradients to, an entry at a time, before anything else."""
 
 
 def clip_gradient(grad: Tensor) -> Tensor:
-    """To ± 1000, an entry at a time: what VeLO, Celo and Celo2 do before anything else."""
-    return grad.clamp(-1000.0, 1000.0)
+    """To ± `CLIP`."""
+    return grad.clamp(-CLIP, CLIP)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int, check_same_length
-from l2o.kernels.coordinatewise import Tensors, completed_sums, network, with_shared
+from l2o.kernels.coordinatewise import Tensors, completed_sums, network
+from l2o.kernels.moments import advance_statistics
 from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.factored import row_means
 from l2o.ops.features import TIMESCALES, step_embedding
 from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import learned_decays
-from l2o.ops.networks import init_mlp
+from l2o.ops.networks import init_mlp, with_shared
 from l2o.ops.numeric import constant
-from l2o.ops.statistics import SMALL_FC_GROUPS, Decays, advance_statistics, init_statistics
+from l2o.ops.statistics import SMALL_FC_GROUPS, Decays, init_statistics
 from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int, check_same_length
 from l2o.kernels.coordinatewise import Tensors, feature_sums, network
+from l2o.kernels.moments import advance_statistics
 from l2o.ops.coordinatewise import ACTIVATIONS, Product, Recipe, raw_factors
 from l2o.ops.factored import row_means
-from l2o.ops.features import entry_sum, second_moment_scale
+from l2o.ops.features import second_moment_scale, square_sums
 from l2o.ops.kinds import size
 from l2o.ops.moments import debias, momenta
 from l2o.ops.networks import init_mlp
 from l2o.ops.orthogonal import orthogonalize
 from l2o.ops.statistics import (
+    CLIP,
     UNFACTORED_GROUPS,
     VELO_GROUPS,
     Decays,
-    advance_statistics,
-    clip_gradient,
     init_statistics,
 )
 from l2o.types import (
@@ -131,11 +131,11 @@ class Celo2(UpdateRule):
         run: Run,
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
-        learned = {name: clip_gradient(g) for name, g in grads.items() if infos[name].kind not in self.adam}
+        learned = {name: g for name, g in grads.items() if infos[name].kind not in self.adam}
         moved, own = self._adam({name: g for name, g in grads.items() if name not in learned}, state, params)
         old = {name: state.per_param[name] for name in learned}
         decays = Decays.fixed(self.decays, self.rms_decay, self.adafactor_decays, next(iter(grads.values())))
-        new = advance_statistics(old, learned, infos, decays, reduce)
+        new = advance_statistics(old, learned, infos, decays, reduce, CLIP)
         slots = {name: {**x, "count": old[name]["count"] + 1.0} for name, x in new.items()}
         seen = {name: self._debiased(own) for name, own in slots.items()}
         means = row_means(seen, infos, reduce)
@@ -150,7 +150,7 @@ class Celo2(UpdateRule):
         recipes = {two: self._recipe(two) for two in (False, True)}
         squares = feature_sums(recipes[False], flat) | feature_sums(recipes[True], matrices)
         sums = reduce.shards(
-            {name: {"features": own, "param": entry_sum(params[name].square())} for name, own in squares.items()}
+            {name: {"features": own, "param": square_sums(params[name].unsqueeze(0))} for name, own in squares.items()}
         )
         outputs = self._outputs(theta, recipes[False], flat, sums) | self._outputs(theta, recipes[True], matrices, sums)
         steps = self._steps(outputs, sums, params, infos, reduce)
@@ -163,6 +163,7 @@ class Celo2(UpdateRule):
             Product(self.exp_mult),
             self.activation,
             rms_eps=EPS_ROOT,
+            clip=CLIP,
             scale_eps=EPS_NORM,
             matrices=True,
             raw=self.bias_correction,
@@ -197,11 +198,11 @@ class Celo2(UpdateRule):
             return {}
         features = {name: sums[name]["features"] for name in tensors.grads}
         own = next(iter(features.values())).shape[0]
-        gains = [theta["b0"].new_ones(())] * len(features)
+        gains = [theta["b0"].new_ones(1)] * len(features)
         if self.param_scale:
             gains = [(sums[name]["param"] / size(tensors.infos[name]) + EPS_NORM).sqrt() for name in features]
         weights = theta | {"w0": theta["w0"][:own]}
-        return network(recipe, weights, tensors, features, torch.stack(gains))[0]
+        return network(recipe, weights, tensors, features, torch.cat(gains))[0]
 
     def _steps(
         self, outputs: dict[str, Tensor], sums: Mapping[str, Slots], params: Params, infos: Infos, reduce: Reduce

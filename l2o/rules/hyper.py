@@ -13,13 +13,14 @@ from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int, check_same_length
 from l2o.kernels.coordinatewise import Tensors, feature_sums, network
+from l2o.kernels.moments import advance_statistics
 from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.factored import row_means
-from l2o.ops.features import entry_sum
+from l2o.ops.features import square_sums
 from l2o.ops.kinds import size
 from l2o.ops.networks import init_mlp
 from l2o.ops.scheduler import init_scheduler
-from l2o.ops.statistics import VELO_GROUPS, Decays, advance_statistics, clip_gradient
+from l2o.ops.statistics import CLIP, VELO_GROUPS, Decays
 from l2o.types import LOCAL, Grads, Infos, OptState, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 
@@ -83,22 +84,24 @@ class HyperRule(UpdateRule):
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
         scheduled, shared = self.schedule(theta, state, _filled(params, infos), infos, run, reduce)
-        clipped = {name: clip_gradient(g) for name, g in grads.items()}
         decays = Decays.fixed(self.decays, self.rms_decay, self.adafactor_decays, shared["loss_means"])
-        new = advance_statistics(state.per_param, clipped, infos, decays, reduce)
-        recipe = Recipe(VELO_GROUPS, Product(self.exp_mult), diag_eps=0.0)
-        tensors = Tensors(clipped, params, new, infos, row_means(new, infos, reduce))
+        new = advance_statistics(state.per_param, grads, infos, decays, reduce, CLIP)
+        recipe = Recipe(VELO_GROUPS, Product(self.exp_mult), diag_eps=0.0, clip=CLIP)
+        tensors = Tensors(grads, params, new, infos, row_means(new, infos, reduce))
         parts = {name: {"features": own} for name, own in feature_sums(recipe, tensors).items()}
-        sums = reduce.shards({name: own | {"param": entry_sum(params[name].square())} for name, own in parts.items()})
+        sums = reduce.shards(
+            {name: own | {"param": square_sums(params[name].unsqueeze(0))} for name, own in parts.items()}
+        )
         slots = {name: state.per_param[name] | own | scheduled.get(name, {}) for name, own in new.items()}
-        updates = {name: torch.zeros_like(g) for name, g in grads.items()}
-        if names := list(_filled(grads, infos)):
+        filled = _filled(grads, infos)
+        updates = {name: torch.zeros_like(g) for name, g in grads.items() if name not in filled}
+        if names := list(filled):
             weights, rates = self.mixed(theta, OptState(slots, shared), names)
-            squares = torch.stack([sums[name]["param"] / size(infos[name]) for name in names])
-            gains = -self.step_mult * rates * (squares + 1e-9).sqrt()
+            sizes = torch.cat([sums[name]["param"] / size(infos[name]) for name in names])
+            gains = -self.step_mult * rates * (sizes + 1e-9).sqrt()
             features = {name: sums[name]["features"] for name in names}
             updates |= network(recipe, weights, tensors.only(names), features, gains)[0]
-        return updates, OptState(slots, shared)
+        return {name: updates[name] for name in grads}, OptState(slots, shared)
 
 
 def _filled(tensors: dict[str, Tensor], infos: Infos) -> dict[str, Tensor]:

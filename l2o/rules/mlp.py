@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int
-from l2o.kernels.coordinatewise import Tensors, completed_sums, network, with_shared
+from l2o.kernels.coordinatewise import Tensors, completed_sums, network
 from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.features import FRACTIONS, TIMESCALES, fraction_embedding, step_embedding
 from l2o.ops.kinds import width_multiplier
 from l2o.ops.moments import init_momenta, momenta
-from l2o.ops.networks import init_mlp
+from l2o.ops.networks import init_mlp, with_shared
 from l2o.ops.numeric import constant
 from l2o.types import (
     LOCAL,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_float, check_int
-from l2o.ops.features import clip_log, tensor_means
+from l2o.ops.features import clip_log, spreads, tensor_means
 from l2o.ops.networks import linear
 from l2o.ops.numeric import scalar_like
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
@@ -143,11 +143,7 @@ def _features(
     }
     sizes = {name: {**own, "size": own["x"][:1].abs()} for name, own in seen.items()}
     means = tensor_means(sizes, infos, reduce)
-    spreads = {
-        name: {"x": (own["x"] - means[name]["x"].view(-1, *[1] * grads[name].ndim)).square()}
-        for name, own in seen.items()
-    }
-    variances = tensor_means(spreads, infos, reduce)
+    variances = spreads({name: {"x": own["x"]} for name, own in seen.items()}, means, infos, reduce)
     return {
         name: _of_tensor(slots[name], own["x"], variances[name]["x"], own["size"], infos[name])
         for name, own in means.items()

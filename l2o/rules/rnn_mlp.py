@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_each, check_float, check_int
-from l2o.kernels.coordinatewise import Tensors, completed_means, completed_sums, network, with_shared
+from l2o.kernels.coordinatewise import Tensors, completed_means, completed_sums, network
+from l2o.kernels.moments import advance_moments
 from l2o.ops.coordinatewise import Product, Recipe
-from l2o.ops.features import TIMESCALES, clip_log, sine_embedding, tensor_means
+from l2o.ops.features import TIMESCALES, clip_log, sine_embedding, spreads, square_sums, tensor_means
 from l2o.ops.kinds import size
-from l2o.ops.moments import init_momenta, momenta
-from l2o.ops.networks import init_linear, init_mlp, linear
+from l2o.ops.moments import init_momenta
+from l2o.ops.networks import init_linear, init_mlp, linear, with_shared
 from l2o.ops.numeric import constant, safe_sqrt
 from l2o.ops.recurrent import init_tensor_lstm, lstm_slots, tensor_lstm
+from l2o.ops.statistics import Decays
 from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, Run, Slots, Theta, UpdateRule, Updates
 
 _LOSS_DECAY = 0.9
@@ -111,7 +113,9 @@ class RNNMLP(UpdateRule):
     ) -> tuple[Updates, OptState]:
         averages, loss = _normalised_loss(state.shared, run)
         averages["grad_rms"], grads = _clipped(state.shared["grad_rms"], grads, infos, run, reduce)
-        slots = {name: self._moments(state.per_param[name], g) for name, g in grads.items()}
+        constants = constant(self.decays, averages["grad_rms"])
+        moments = advance_moments(state.per_param, grads, Decays(constants, constants, constants[:0]))
+        slots = {name: {**state.per_param[name], **own} for name, own in moments.items()}
         seen = _means(grads, params, slots, infos, reduce)
         sent = state.shared["from_lstm"]
         x = [torch.cat([sent, slots[name]["from_mlp"], own.features(loss, infos[name])]) for name, own in seen.items()]
@@ -133,10 +137,6 @@ class RNNMLP(UpdateRule):
         new = {name: slots[name] | cells[name] | {"from_mlp": own} for name, own in zip(grads, said, strict=True)}
         return updates, OptState(new, shared)
 
-    def _moments(self, slots: Slots, grad: Tensor) -> Slots:
-        m, v = momenta(slots["m"], grad, self.decays), momenta(slots["v"], grad.square(), self.decays)
-        return {**slots, "m": m, "v": v}
-
 
 def _normalised_loss(shared: Slots, run: Run) -> tuple[Slots, list[Tensor]]:
     """The averages with the loss in them; loss, and 0 for the validation loss, over the averages' deviation."""
@@ -153,9 +153,10 @@ def _normalised_loss(shared: Slots, run: Run) -> tuple[Slots, list[Tensor]]:
 def _clipped(grad_rms: Tensor, grads: Grads, infos: Infos, run: Run, reduce: Reduce) -> tuple[Tensor, Grads]:
     """The average with the gradients in it, and they, clipped by what was seen before them."""
     limit = _CLIP_MULT * grad_rms / (1.0 - _CLIP_DECAY ** (run.step.to(grad_rms.dtype) + 1.0))
-    grads = {name: torch.minimum(torch.maximum(g, -limit), limit) for name, g in grads.items()}
-    means = tensor_means({name: {"g": g.square().unsqueeze(0)} for name, g in grads.items()}, infos, reduce)
-    squares = reduce.tensors({name: torch.cat([own["g"], torch.ones_like(own["g"])]) for name, own in means.items()})
+    grads = {name: torch.clamp(g, -limit, limit) for name, g in grads.items()}
+    sums = reduce.shards({name: {"g": square_sums(g.unsqueeze(0))} for name, g in grads.items()})
+    means = {name: own["g"] / size(infos[name]) for name, own in sums.items()}
+    squares = reduce.tensors({name: torch.cat([own, torch.ones_like(own)]) for name, own in means.items()})
     return _CLIP_DECAY * grad_rms + (1.0 - _CLIP_DECAY) * torch.sqrt(1e-8 + squares[0] / squares[1]), grads
 
 
@@ -187,19 +188,20 @@ class _Means(NamedTuple):
 
 def _means(grads: Grads, params: Params, slots: Mapping[str, Slots], infos: Infos, reduce: Reduce) -> dict[str, _Means]:
     seen = {name: {"m": slots[name]["m"], "v": slots[name]["v"], "p": p.unsqueeze(0)} for name, p in params.items()}
-    squares = {name: torch.stack([grads[name], p]).square() for name, p in params.items()}
-    first = tensor_means({name: {**own, "squares": squares[name]} for name, own in seen.items()}, infos, reduce)
-    means = {name: {key: first[name][key].mean(0, keepdim=True) for key in own} for name, own in seen.items()}
-    spreads = {
-        name: {key: (x - means[name][key].view(-1, *[1] * (x.ndim - 1))).square() for key, x in own.items()}
-        for name, own in seen.items()
-    }
-    second = tensor_means(spreads, infos, reduce)
+    first = tensor_means(seen, infos, reduce)
+    means = {name: {key: x.mean(0, keepdim=True) for key, x in own.items()} for name, own in first.items()}
+    second = spreads(seen, means, infos, reduce)
+    squares = reduce.shards(
+        {
+            name: {"grad": square_sums(grads[name].unsqueeze(0)), "param": square_sums(p.unsqueeze(0))}
+            for name, p in params.items()
+        }
+    )
     found = {}
     for name, own in means.items():
-        norms = safe_sqrt(first[name]["squares"] * size(infos[name])).split(1)
+        norms = {key: safe_sqrt(x) for key, x in squares[name].items()}
         variances = [second[name][key].mean(0, keepdim=True) for key in own]
-        found[name] = _Means(norms[0], norms[1], list(own.values()), variances)
+        found[name] = _Means(norms["grad"], norms["param"], list(own.values()), variances)
     return found
 
 

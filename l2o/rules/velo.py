@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from l2o.checks import check_int
-from l2o.ops.features import clip_log, fraction_embedding, tensor_means
+from l2o.ops.features import clip_log, fraction_embedding, spreads, square_sums, tensor_means
+from l2o.ops.kinds import size
 from l2o.ops.losses import average_losses, init_loss_averages
 from l2o.ops.numeric import constant
 from l2o.ops.recurrent import lstm_slots
@@ -89,21 +90,18 @@ def _tensor_features(slots: Mapping[str, Slots], params: Params, infos: Infos, r
     The moments are measured in units of the tensor's root mean square. The last group has the distances of ``v`` from
     the means of the momenta, as in the original, where those of ``v`` from its own mean must have been meant.
     """
-    squares = tensor_means({name: {"param": p.square().unsqueeze(0)} for name, p in params.items()}, infos, reduce)
-    scales = {name: torch.rsqrt(own["param"].clamp(min=1e-9)) for name, own in squares.items()}
-    moments = {name: {slot: slots[name][slot] * scale for slot in "mv"} for name, scale in scales.items()}
+    squares = reduce.shards({name: {"param": square_sums(p.unsqueeze(0))} for name, p in params.items()})
+    scales = {name: torch.rsqrt((own["param"] / size(infos[name])).clamp(min=1e-9)) for name, own in squares.items()}
+    moments = {name: {slot: slots[name][slot] for slot in "mv"} for name in params}
     means = tensor_means(moments, infos, reduce)
-    spreads = {
-        name: {slot: (x - means[name]["m"].view(-1, *[1] * (x.ndim - 1))).square() for slot, x in own.items()}
-        for name, own in moments.items()
-    }
-    variances = tensor_means(spreads, infos, reduce)
+    centers = {name: dict.fromkeys("mv", own["m"]) for name, own in means.items()}
+    variances = spreads(moments, centers, infos, reduce)
     seen = {}
     for name, own in means.items():
         axes = sum(length > 1 for length in infos[name].shape)
         one_hot = [float(axes == n) for n in range(MAX_AXES)]
-        parts = (_size(variances[name][slot]) for slot in "mv")
-        seen[name] = torch.cat([_size(own["v"]), constant(one_hot, own["v"]), *parts])
+        parts = (_size(variances[name][slot] * scales[name].square()) for slot in "mv")
+        seen[name] = torch.cat([_size(own["v"] * scales[name]), constant(one_hot, own["v"]), *parts])
     return seen
 
 
