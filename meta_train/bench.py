@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 import torch
 
+import l2o.rules
 from l2o.bench.engine import Engine, measure, measure_checkpointing, measure_sharing
 from l2o.bench.steps import checked_shapes, measure_steps
 from l2o.checkpoints.store import load
 from l2o.checks import check_each, check_float, check_int, lookup
 from l2o.disk import atomic_write, user_path
 from l2o.distributed import ranks
-from l2o.types import ConfigurationError
+from l2o.types import ConfigurationError, UpdateRule
 from meta_train.config.build import refused
 from meta_train.config.compose import config_path, if_interrupted, main_guard, open_settings, resolve_device, wrapped
 from meta_train.run.card import commit, hardware
@@ -98,17 +99,30 @@ def _sharing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
 def _step(config: Mapping[str, Any], device: str) -> Iterator[Record]:
     check_each("threads", config["threads"], check_int)
     check_each("sources", config["sources"], lambda _, source: load(str(source)))
+    check_each("rules", config["rules"], lambda at, name: lookup(at, name, _RULES))
     check_each("shapes", config["shapes"], checked_shapes)
     for network, threads in itertools.product(config["shapes"], config["threads"] or [None]):
-        yield from _alone(_steps, config["sources"], network, threads, 5 * config["seconds"], device)
+        learned = config["sources"], config["rules"]
+        yield from _alone(_steps, *learned, network, threads, 5 * config["seconds"], device)
 
 
-def _steps(sources: list[Any], network: Any, threads: int | None, seconds: float, device: str) -> list[Record]:
-    """Records of one network, in a process whose number of threads they are free to set."""
+_RULES: dict[str, type[UpdateRule]] = {name: getattr(l2o.rules, name) for name in l2o.rules.__all__}
+
+
+def _steps(
+    sources: list[Any], rules: list[str], network: Any, threads: int | None, seconds: float, device: str
+) -> list[Record]:
+    """Records of one network, in a process whose number of threads they are free to set.
+
+    rules: classes that are measured with their defaults and a random θ, besides ``sources``.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     about = {"hardware": hardware(torch.device(device))}
-    found = measure_steps({source: load(source) for source in map(str, sources)}, network, seconds, device)
+    learned = {source: load(source) for source in map(str, sources)}
+    fresh = {name: _RULES[name]() for name in rules}
+    learned |= {name: (rule, rule.init_theta(torch.Generator().manual_seed(0))) for name, rule in fresh.items()}
+    found = measure_steps(learned, network, seconds, device)
     return [{**record, **about} for record in found]
 
 

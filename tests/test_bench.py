@@ -52,18 +52,25 @@ def test_records_of_checkpointing(here: Path) -> None:
 
 def test_records_of_a_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a rule with a kernel and one that has none, on shapes that are named and on shapes that are not."""
-    small = ["seconds=0.001", "sources=[default,lstm-quadratics]", "shapes=[[[8,4],[3]],[[5],[5]]]", "threads=[1,2]"]
+    small = [
+        "seconds=0.001",
+        "sources=[default,lstm-quadratics]",
+        "rules=[AdafacMLP]",
+        "shapes=[[[8,4],[3]],[[5],[5]]]",
+        "threads=[1,2]",
+    ]
     assert bench("suite=step", *small, "out=records.json") == 0
     records = read("records.json")
-    assert [record["rule"] for record in records[:5]] == [
+    assert [record["rule"] for record in records[:6]] == [
         "default",
         "lstm-quadratics",
+        "AdafacMLP",
         "AdamW (fused)",
         "AdamW (foreach)",
         "Muon + AdamW",
     ]
-    assert [record["path"] for record in records[:5]] == ["kernel", "torch", "fused", "foreach", "loop"]
-    assert [(record["shapes"], record["threads"]) for record in records[::5]] == [
+    assert [record["path"] for record in records[:6]] == ["kernel", "torch", "torch", "fused", "foreach", "loop"]
+    assert [(record["shapes"], record["threads"]) for record in records[::6]] == [
         ("8x4, 3", 1),
         ("8x4, 3", 2),
         ("5, 5", 1),
@@ -74,9 +81,9 @@ def test_records_of_a_step(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert record["clock"] == ("cpu" if record["threads"] == 1 else "wall")
         assert record["ns_per_parameter"] > 0 < record["wall_ns_per_parameter"]
         assert (record["parameters"], record["tensors"]) == ((35, 2) if record["shapes"] == "8x4, 3" else (10, 2))
-    assert records[2]["ratio_to_fused_adamw"] == records[4]["ratio_to_muon"] == 1.0
+    assert records[3]["ratio_to_fused_adamw"] == records[5]["ratio_to_muon"] == 1.0
     of_muon = 4 * 32 + (8 * 3 + 4)  # a momentum of the matrix; moments and a count of the vector
-    assert records[4]["state_bytes_per_parameter"] == pytest.approx(of_muon / 35)
+    assert records[5]["state_bytes_per_parameter"] == pytest.approx(of_muon / 35)
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 1 + len(records)
     assert max(map(len, table)) <= 80
@@ -135,6 +142,7 @@ def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -
         (["seconds=0"], "seconds=0"),
         (["suite=step", "sources=default"], "sources='default' (str): expected a tuple or list"),
         (["suite=step", "sources=[defaul]"], "'defaul'"),
+        (["suite=step", "rules=[AdafacMPL]"], "unknown rules[0] 'AdafacMPL', did you mean 'AdafacMLP'"),
         (["suite=step", "threads=[0]"], "threads[0]=0"),
         (["suite=step", "shapes=[matrx]"], "unknown shapes[0] 'matrx', did you mean 'matrix'"),
         (["suite=step", "shapes=[[]]"], "shapes[0]=[]: expected a name, or a list of shapes"),

@@ -26,17 +26,19 @@ from l2o.distributed import all_sum, ranks
 from l2o.estimators import Backprop, Evolution
 from l2o.meta import MetaTraining
 from l2o.ops.kinds import infos_of
-from l2o.rules import MLP
+from l2o.rules import MLP, AdafacMLP
 from l2o.tasks import ImageMLP
 from l2o.types import Batch, InnerState, MetaGradient, OptState, Run, Theta, UpdateRule
 from l2o.unroll import expand_theta, gradients, unroll, updates
 
-RULES = {
+RULES: dict[str, MLP | AdafacMLP] = {
     "mlp": MLP(time="steps"),
     # 30 inputs: gradient, parameter, 17 momenta and 11 of time, as many as Celo2's network has.
     "small": MLP(time="steps", hidden=(8, 8), decays=tuple(1.0 - 0.5**k for k in range(1, 18))),
+    "adafac": AdafacMLP(),
+    "adafac32": AdafacMLP(hidden=(32, 32)),
 }
-"""The rules that are measured, by name; their networks are 19-32-32-2 and 30-8-8-2."""
+"""The rules that are measured, by name; their networks are 19-32-32-2, 30-8-8-2, 39-4-4-2 and 39-32-32-2."""
 
 FAMILY = ImageMLP(dataset="digits", width=32, batch_size=128)
 HORIZON, TRUNCATION = 200, 20

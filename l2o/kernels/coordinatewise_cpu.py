@@ -133,10 +133,15 @@ def _filled(
     if updates:
         table[_PLACES["update"] :: len(_ADDRESSES)] = [t.data_ptr() for t in updates]
     work = _Work.from_buffer_copy(plan.work)
-    work.threads = torch.get_num_threads()
+    work.threads = threads_for(sum(sources[i].numel() for i in plan.first))
     addresses = (ctypes.c_void_p * len(table))(*table)
     work.addresses = addresses
     return work, addresses
+
+
+def threads_for(elements: int) -> int:
+    """How many threads share so much work: waiting for one another takes longer than a few thousand elements do."""
+    return min(torch.get_num_threads(), 1 + elements // 4096)
 
 
 def at_hand(tensors: Sequence[Tensor]) -> bool:

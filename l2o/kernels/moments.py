@@ -18,7 +18,7 @@ from torch.func import vmap
 
 from l2o.kernels.arrays import Pointers, derivative_of
 from l2o.kernels.build import available, run
-from l2o.kernels.coordinatewise_cpu import Field, at_hand, geometry, ordinary
+from l2o.kernels.coordinatewise_cpu import Field, at_hand, geometry, ordinary, threads_for
 from l2o.kernels.lanes import lowered, vmap_rule
 from l2o.ops.factored import averaged, factored_axes
 from l2o.ops.statistics import Decays, advanced
@@ -155,7 +155,8 @@ def _by_kernel(
         table[place] = t.data_ptr()
     joined = torch.cat(list(decays), -1)
     own = _Moments.from_buffer_copy(work)
-    own.threads, own.decays, own.clip = torch.get_num_threads(), joined.data_ptr(), clip
+    own.decays, own.clip = joined.data_ptr(), clip
+    own.threads = threads_for(sum(t.numel() for t in sources) // 3)
     own.addresses = (ctypes.c_void_p * len(table))(*table)
     run("coordinatewise", "l2o_moments", own)
     return results
