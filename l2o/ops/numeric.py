@@ -40,7 +40,7 @@ def logit_of(name: str, value: float) -> float:
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root of ``x >= 0`` whose derivative at 0 is 0 instead of infinite.
+    """Square root of ``x >= 0``, of any shape, whose derivative at 0 is 0 instead of infinite.
 
     A dead unit's gradient is exactly 0, its second moment too, and ``inf * 0`` would make the meta-gradient NaN. Where
     the root stands in ``m / (sqrt(v) + eps)`` with ``v`` a sum of squares, 0 is also what finite differences give.
@@ -50,13 +50,14 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def over_root(x: Tensor, squares: Tensor) -> Tensor:
-    """``x / sqrt(squares)``, and 0, with derivative 0, where ``squares`` is 0: no epsilon, so no scale is too small."""
+    """``x / sqrt(squares)``, of shapes that broadcast; 0, with derivative 0, where ``squares`` is 0: no epsilon, so no
+    scale is too small."""
     positive = squares > 0
     return x * torch.where(positive, torch.where(positive, squares, 1.0).rsqrt(), 0.0)
 
 
 def unit(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """``x`` over its norm along ``axes``; zeros stay zero."""
+    """``x [*shape]`` over its norm along ``axes``; zeros stay zero."""
     return over_root(x, x.square().sum(axes, keepdim=True))
 
 
