@@ -235,7 +235,7 @@ def scale(first_loss: Tensor) -> Tensor:
 
 
 def signed_log(losses: Tensor, floor: Tensor) -> Tensor:
-    """``log(losses + floor)``, of any shape, mirrored below zero: the slope is ``1 / (abs(loss) + floor)`` everywhere."""
+    """``log(losses + floor)``, of any shape, mirrored below zero: the slope is ``1 / (abs(loss) + floor)``."""
     below = losses < 0
     size = (torch.where(below, -losses, losses) + floor).log()
     return torch.where(below, 2.0 * floor.log() - size, size)

@@ -51,7 +51,7 @@ def diagonal(previous: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
 
 
 def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
-    """Sums of squares of ``grad [*shape]`` over the axis that ``row``, and that ``col`` lacks; nothing without ``axes``."""
+    """Sums of squares of ``grad [*shape]`` over the axes that ``row`` and ``col`` lack; none without ``axes``."""
     if axes is None:
         return {}
     second, largest = axes
@@ -62,7 +62,7 @@ def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
 def averaged(
     previous: Mapping[str, Slots], sums: Mapping[str, Slots], infos: Infos, decays: Tensor, reduce: Reduce
 ) -> dict[str, Slots]:
-    """``row`` and ``col``, ``[decays, ...]``, of each tensor with its `square_sums` averaged in.  decays: ``[decays]``."""
+    """``row`` and ``col``, ``[decays, ...]``, of each tensor with its `square_sums` averaged in."""
     slots: tuple[str, str] = ("col", "row")  # the one lacks the second largest axis, the other the largest
     lengths = {name: dict(zip(slots, factored_axes(infos[name].shape) or (), strict=False)) for name in sums}
     totals = reduce.shards(

@@ -41,7 +41,7 @@ def sine_embedding(run: Run, like: Tensor) -> Tensor:
 
 
 def clip_log(x: Tensor) -> Tensor:
-    """``clip(log(1e-8 + |x|), -5, 5)``, of any shape: a statistic's magnitude, whatever its scale (Metz et al. 2020, A)."""
+    """``clip(log(1e-8 + |x|), -5, 5)``, of any shape: a statistic's magnitude (Metz et al. 2020, app. A)."""
     return torch.log(1e-8 + x.abs()).clamp(-5.0, 5.0)
 
 

@@ -17,7 +17,7 @@ def decay(logit: Tensor) -> Tensor:
 
 
 def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
-    """``d * average + (1 - d) * value``, ``[*shape]``, ``d = sigmoid(logit_decay)``, 0-d; both factors to full precision."""
+    """``d * average + (1 - d) * value``, ``[*shape]``, ``d = sigmoid(logit_decay)``, 0-d; factors to full precision."""
     return decay(logit_decay) * average + torch.sigmoid(-logit_decay) * value
 
 
