@@ -14,7 +14,9 @@ from l2o.checks import check_float
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
     """``values`` as a 1-d tensor of the dtype and device of ``like``, copied to the device once and then cached."""
-    return _constant(tuple(values), like.dtype, like.device)
+    # A compiler, which makes it a constant of its own, looks through caches and warns of them.
+    make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
+    return make(tuple(values), like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=256)

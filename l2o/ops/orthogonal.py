@@ -25,7 +25,6 @@ _LARGE = 128
 """Rows from which products take longer than to begin them."""
 
 
-@functools.lru_cache(maxsize=1024)  # asked several times a step of each tensor
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor of this shape: its first axis, and all others."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
