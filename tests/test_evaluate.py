@@ -372,6 +372,7 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),
         (["optimizers=[{path:torch.optim.Adam,schedule:cosin}]"], ["unknown schedule 'cosin'", "'cosine'"]),
         (["optimizers=[{path:torch.optim.Adam,momentum:0.9}]"], ["torch.optim.Adam: ", "momentum", "its settings"]),
+        (["optimizers=[torch.optim.LBFGS]"], ["torch.optim.LBFGS: ", "closure"]),
         (["settings.wide.split=larg"], ["unknown split 'larg'", "'larger'"]),
         (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),
         (["out=~nobody-of-this-name/x"], ["out='~nobody-of-this-name/x': there is no such user"]),
