@@ -155,7 +155,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file; tensors may be views, share storage, need gradients, or be on any device."""
+    """The bytes of a safetensors file; tensors of any shape may be views, share storage, or need gradients."""
     # safetensors refuses storage that is shared or not contiguous, so everything is copied.
     own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     return safetensors.torch.save(own, None if metadata is None else dict(metadata))

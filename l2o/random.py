@@ -123,7 +123,7 @@ def mix(z: Tensor) -> Tensor:
 
 
 def shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's own copies the sign."""
+    """Logical shift to the right of int64 numbers, of any shape: torch's own copies the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

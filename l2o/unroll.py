@@ -156,7 +156,10 @@ def lane_losses(
 def updates(
     rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor, kinds: Mapping[str, Kind]
 ) -> tuple[Updates, OptState]:
-    """Of all lanes: by the rule's kernel where it has one, else by its ``update``.  kinds: those of the family."""
+    """Of all lanes, ``[lanes, ...]``: by the rule's kernel where it has one, else by its ``update``.
+
+    loss: ``[lanes]``.    kinds: those of the family.
+    """
     run, theta = Run(state.step, state.total_steps, loss), in_dtype_of(state.params, theta)
     found = fused.update(rule, theta, grads, state.opt, state.params, run)
     if found is not None:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,15 +47,21 @@ OPEN = ("task", "settings")
 """Nodes that take keys which the YAML does not mention: fields of a task, names of settings."""
 
 
+def read(arguments: Sequence[str]) -> list[str]:
+    """The command line as Hydra takes it.
+
+    Other commands have experiments and suites too; those of this one lie in a folder of their own.
+    """
+    return open_settings([f"evaluate/{a}" if a.startswith(("experiment=", "suite=")) else a for a in arguments], OPEN)
+
+
 @main_guard
 def main() -> None:
     """The command."""
     import hydra
 
     command = shlex.join(["python", "-m", "meta_train.evaluate", *sys.argv[1:]])
-    # Other commands have experiments and suites too; those of this one lie in a folder of their own.
-    arguments = [f"evaluate/{a}" if a.startswith(("experiment=", "suite=")) else a for a in sys.argv[1:]]
-    sys.argv[1:] = open_settings(arguments, OPEN)
+    sys.argv[1:] = read(sys.argv[1:])
     composed: list[DictConfig] = []
     # Hydra only composes: where what it runs fails, it adds a message of its own.
     compose = hydra.main(version_base="1.3", config_path=config_path(), config_name="evaluate")

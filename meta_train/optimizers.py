@@ -79,16 +79,21 @@ def torch_entrant(label: str, said: Mapping[str, Any]) -> TorchEntrant:
 
 
 def check(entrants: Mapping[str, Entrant]) -> None:
-    """Make each torch optimizer once, for a matrix and a vector: what is missing or wrong is said before any work."""
+    """Take one step with each torch optimizer, on a matrix and a vector: what is wrong is said before any work."""
     for entrant in entrants.values():
         if isinstance(entrant, TorchEntrant):
             params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
             try:
-                entrant.make(params, entrant.rates[0])
+                for optimizer in entrant.make(params, entrant.rates[0]):
+                    for p in params:
+                        p.grad = torch.ones_like(p)
+                    optimizer.step()
             except L2OError:
                 raise
-            except Exception as error:  # whatever an optimizer raises for its settings
-                raise ConfigurationError(f"{entrant.label}: {one_line(error)}; check its settings") from error
+            except Exception as error:  # whatever an optimizer raises for its settings, or without a closure
+                raise ConfigurationError(
+                    f"{entrant.label}: {one_line(error)}; check its settings, and that it steps without a closure"
+                ) from error
 
 
 def describe(entrant: Entrant) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,12 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 import l2o.checkpoints.store
-from l2o.evaluation import suite
+from l2o.evaluation import BASELINES, baselines, missing, run_entrant, suite
 from l2o.rules import SGD
 from l2o.types import UnknownNameError
 from meta_train import evaluate, optimizers, suites
@@ -282,6 +284,27 @@ def test_the_seeds_of_a_suite_are_its_own():
     assert all(seeds.count(seed) == 1 for seed in ours)
 
 
+SHIPPED = sorted(path.name for path in (ROOT / "benchmarks" / "suite").iterdir())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_curves_are_those_of_the_suite_as_it_is_now(command, monkeypatch, name):
+    """All of them are there, and begin where its problems begin today: else a revision has to be raised."""
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, line: seen.append(config))
+    assert command(f"suite={name}") == 0
+    made, chosen = suites.make_suite(seen[0]), baselines(seen[0].baselines, seen[0].wider)
+    store = suites.make_store(seen[0], Path("out"))
+    assert [str(job) for job in missing(made, chosen, store)] == []
+    for setting in made.tasks:
+        first = run_entrant(BASELINES["adamw"], dataclasses.replace(setting, steps=1, window=1)).train[0, :, 0]
+        np.testing.assert_allclose(store.kept(name, setting, chosen["adam"]).train[0, :, 0], first, rtol=2e-3)
+
+
+def test_shipped_curves_take_a_few_megabytes():
+    assert 0 < sum(path.stat().st_size for path in (ROOT / "benchmarks" / "suite").rglob("*.npz")) < 12e6
+
+
 def test_a_whole_suite_in_short(command, capsys):
     """The pipeline of suite=quick, with torch optimizers beside a learned one, over two processes, and again."""
     short = ["suite=quick", "steps=6", "seeds=2", "baselines=[adam,adamw]", "shipped=false", "store=curves"]
@@ -351,6 +374,7 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),
         (["optimizers=[{path:torch.optim.Adam,schedule:cosin}]"], ["unknown schedule 'cosin'", "'cosine'"]),
         (["optimizers=[{path:torch.optim.Adam,momentum:0.9}]"], ["torch.optim.Adam: ", "momentum", "its settings"]),
+        (["optimizers=[torch.optim.LBFGS]"], ["torch.optim.LBFGS: ", "closure"]),
         (["settings.wide.split=larg"], ["unknown split 'larg'", "'larger'"]),
         (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),
         (["out=~nobody-of-this-name/x"], ["out='~nobody-of-this-name/x': there is no such user"]),

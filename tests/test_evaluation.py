@@ -29,6 +29,7 @@ from l2o.evaluation import (
 )
 from l2o.evaluation.baselines import Scheduled, adamw, cosine, half_decades, linear, muon, torch_optimizer
 from l2o.evaluation.curves import evaluation_steps
+from l2o.evaluation.scores import condense, diverged
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, SGD, VeLO
 from l2o.tasks import GradientNoise, ImageMLP, ModuleTask, Quadratic, Repeated
@@ -265,6 +266,28 @@ def test_optimizers_may_replace_what_a_parameter_holds():
         for make in (Replacing, torch.optim.SGD)
     )
     np.testing.assert_allclose(run_entrant(ours, NOISY).valid, run_entrant(plain, NOISY).valid, rtol=1e-5)
+
+
+class Factorising(torch.optim.SGD):
+    """SGD that factorises its gradients, as Shampoo and SOAP do, and is wrong about others."""
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if p.grad.abs().max() > 1e3:
+                torch.linalg.cholesky(-torch.eye(2))
+            if self.param_groups[0]["lr"] == 7.0:
+                raise RuntimeError("a bug")
+        super().step()
+
+
+def test_a_run_in_which_an_optimizer_fails_is_lost_and_the_others_are_not():
+    make = partial(torch_optimizer, Factorising)
+    trials = run_entrant(TorchEntrant("", make, None, (0.01, 10.0)), NOISY)
+    assert np.isfinite(trials.train[..., 0]).all()
+    assert np.isnan(trials.train[-1, :, 1]).all()
+    assert diverged(condense(trials, 1)).tolist() == [[False, True]] * NOISY.seeds
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_entrant(TorchEntrant("", make, None, (7.0,)), NOISY)
 
 
 def test_what_is_done_of_all_runs_is_told():

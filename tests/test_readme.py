@@ -104,10 +104,10 @@ def test_the_commands_of_the_documents_are_read(words):
         addresses = parser().parse_args(arguments).files
         assert all(remote.parse_weights(address) for address in addresses)
         return
-    name, nodes = {"meta_train": ("train", OPEN), "meta_train.evaluate": ("evaluate", evaluate.OPEN)}[module]
+    read = {"meta_train": lambda words: open_settings(words, OPEN), "meta_train.evaluate": evaluate.read}[module]
     one_of_a_sweep = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", each) for each in arguments if each != "-m"]
     with initialize_config_dir(config_path(), version_base="1.3"):
-        compose(name, open_settings(one_of_a_sweep, nodes))
+        compose("evaluate" if module == "meta_train.evaluate" else "train", read(one_of_a_sweep))
 
 
 def test_the_readme_has_both_set_up_commands_and_no_other_languages():

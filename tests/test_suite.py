@@ -156,6 +156,8 @@ def test_a_packed_store_says_the_same_in_a_file_an_optimizer(tmp_path):
     )  # which is not asked for
     paths = store.pack(tmp_path / "packed", "tiny", TASKS, ENTRANTS)
     assert [path.name for path in paths] == ["learned.npz", "adam.npz", "adamw.npz"]
+    again = store.pack(tmp_path / "again", "tiny", TASKS, ENTRANTS)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
     base = Store(tmp_path / "none", [tmp_path / "packed"])
     assert len(base) == 2 * 2 * (1 + 3 + 1)
     assert numbers(comparisons(SUITE, ENTRANTS, base)) == before

@@ -229,13 +229,13 @@ def _ends(losses: Tensor, floor: Tensor) -> Tensor:
 
 
 def scale(first_loss: Tensor) -> Tensor:
-    """What the losses of a run are measured by: the size of its first, 1 where that is `NOTHING`."""
+    """What the losses of a run are measured by, ``[lanes]``: the size of its first, 1 where that is `NOTHING`."""
     size = first_loss.abs()
     return torch.where(size < NOTHING, 1.0, size)
 
 
 def signed_log(losses: Tensor, floor: Tensor) -> Tensor:
-    """``log(losses + floor)``, below zero its mirror image: the slope is ``1 / (abs(loss) + floor)`` everywhere."""
+    """``log(losses + floor)``, of any shape, mirrored below zero: the slope is ``1 / (abs(loss) + floor)``."""
     below = losses < 0
     size = (torch.where(below, -losses, losses) + floor).log()
     return torch.where(below, 2.0 * floor.log() - size, size)
@@ -250,7 +250,7 @@ def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[The
 
 
 def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: Tensor) -> dict[str, Tensor]:
-    """Sums over lanes behind the metrics that every estimator has, see `lane_metrics`."""
+    """Sums over lanes, 0-d, behind the metrics that every estimator has, see `lane_metrics`."""
     counted = running(before, len(losses))
     lane_losses = torch.where(counted, losses, 0.0).sum(0) / counted.sum(0).clamp(min=1)
     return {
@@ -263,8 +263,8 @@ def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: T
 
 
 def lane_metrics(sums: dict[str, Tensor]) -> Metrics:
-    """The mean loss of healthy lanes (NaN where there are none), how many are not or had no finite loss to begin with,
-    and inner steps taken."""
+    """0-d: the mean loss of healthy lanes (NaN where there are none), how many are not or had no finite loss to begin
+    with, and inner steps taken."""
     metrics = {name: value for name, value in sums.items() if name != "healthy"}
     return {**metrics, "meta_loss": sums["meta_loss"] / sums["healthy"]}
 

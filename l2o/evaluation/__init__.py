@@ -1,8 +1,10 @@
 """Judging optimizers: learned rules once, baselines over grids of learning rates or untuned, on the same problems.
 
-`compare` runs a `Setting`; `Report`, `write` and `print_tables` tell the result. What is compared is an `Entrant`: a
-rule with its θ (`RuleEntrant`), any torch optimizer (`TorchEntrant`), or a rule over a grid (`Baseline`). The parts:
-`run` (curves of any rule), `run_entrant` (trials), `score` (verdicts), `step_cost` (time and memory of a plug-in step).
+`run_suite` runs what a `Store` lacks of a `Suite`, that is of several `Setting`s; `summaries`, `by_split` and `profile`
+say what it comes to; `Report`, `write` and `print_tables` tell it. What is compared is an `Entrant`: a rule with its θ
+(`RuleEntrant`), any torch optimizer (`TorchEntrant`), or a rule over a grid (`Baseline`). The parts: `run` (curves of
+any rule), `run_entrant` (trials), `condense` and `score_kept`, `compare` (one setting, without a store), `step_cost`
+(time and memory of a plug-in step). `diagnosis` and `landscape` are about single runs.
 """
 
 from l2o.bench.cost import Cost, optimizer_costs, step_cost

@@ -95,13 +95,22 @@ class Lane(NamedTuple):
     clip: float | None
 
     def step(self, grads: Grads) -> None:
-        """Move the parameters.  grads: of this lane."""
+        """Move the parameters.  grads: of this lane.
+
+        An optimizer that fails at what is not finite, or at a factorisation, has lost the run: it goes on as NaN.
+        """
         for name, p in self.params.items():
             p.grad = grads[name] if self.clip is None else grads[name].clone()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.params.values(), self.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        try:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        except RuntimeError as error:
+            if not isinstance(error, torch.linalg.LinAlgError) and all(g.isfinite().all() for g in grads.values()):
+                raise
+            for p in self.params.values():
+                p.data.fill_(torch.nan)
         for scheduler in self.schedulers:
             scheduler.step()
 

@@ -150,11 +150,21 @@ def write(folder: Path, records: Mapping[str, Record], name: str = "") -> Path:
         facts = {key: dict(records[key].facts) for key in keys}
         groups.append({"steps": first.steps, "valid_steps": first.valid_steps, "facts": facts})
     header = json.dumps({"format": FORMAT, "groups": groups}).encode()
-    out = io.BytesIO()
-    np.savez_compressed(out, header=np.frombuffer(header, np.uint8), **arrays)  # type: ignore[arg-type]
     path = folder / f"{name or digest(sorted(records))}.npz"
-    atomic_write(path, out.getvalue())
+    atomic_write(path, _zipped({"header": np.frombuffer(header, np.uint8), **arrays}))
     return path
+
+
+def _zipped(arrays: Mapping[str, Array]) -> bytes:
+    """As `numpy.savez` has it, a third smaller, and the same bytes for the same arrays."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy")  # without the time of day
+            entry.compress_type = zipfile.ZIP_LZMA
+            with file.open(entry, "w") as written:
+                np.lib.format.write_array(written, array, allow_pickle=False)
+    return out.getvalue()
 
 
 def read(path: Path) -> dict[str, Record]:
@@ -167,9 +177,9 @@ def read(path: Path) -> dict[str, Record]:
                     f"{path} has format {header['format']!r}, this l2o reads {FORMAT}: use the l2o that wrote it"
                 )
             return dict(_unpacked(header["groups"], file))
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, ResumeError):
-            raise
+    except ResumeError:
+        raise
+    except Exception as error:  # whatever zip, compression, NumPy and JSON have against it
         raise ResumeError(
             f"{path} is damaged ({error}); delete it, and the same command runs its curves again"
         ) from error

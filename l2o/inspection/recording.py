@@ -99,7 +99,7 @@ def double(x: Tensor) -> Tensor:
 
 
 def dot(a: dict[str, Tensor], b: dict[str, Tensor], batch_axes: int = 0) -> Tensor:
-    """Inner product over all entries of all tensors, of each element of the first ``batch_axes`` axes."""
+    """Inner product over all entries of all tensors, ``[*shape[:batch_axes]]``, the shape of their first axes."""
     return torch.stack([entries(a[name] * b[name], batch_axes).sum(-1) for name in a]).sum(0)
 
 

@@ -58,7 +58,7 @@ def dense_lanes(t: Tensor) -> Tensor:
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[Any]:
-    """Of each tensor's first element; the tensors have to outlive them."""
+    """Of each tensor's first element, of tensors of any shape; the tensors have to outlive them."""
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 

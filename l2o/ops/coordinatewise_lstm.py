@@ -27,7 +27,7 @@ def init_coordinatewise_lstm(generator: torch.Generator, fan_in: int, hidden: Se
 
 
 def coordinatewise_slots(param: Tensor, hidden: Sequence[int]) -> Slots:
-    """Zero states for every entry of ``param``."""
+    """Zero states for every entry of ``param``: ``h0, c0, ...``, ``[units, *param.shape]``."""
     return {
         f"{slot}{i}": torch.zeros_like(param).expand(units, *param.shape).clone()
         for i, units in enumerate(hidden)

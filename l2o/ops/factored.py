@@ -46,12 +46,12 @@ def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
 
 
 def diagonal(previous: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
-    """``diag`` of a tensor that is not factored with its gradient averaged in."""
+    """``diag [decays, *shape]`` of a tensor that is not factored with its gradient ``[*shape]`` averaged in."""
     return momenta(previous, grad.square() + _EPS_SQUARE, decays)
 
 
 def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
-    """Sums of squares over the axes that ``row`` and ``col`` lack, by the names of these; nothing without ``axes``."""
+    """Sums of squares of ``grad [*shape]`` over the axes that ``row`` and ``col`` lack; none without ``axes``."""
     if axes is None:
         return {}
     second, largest = axes
@@ -62,7 +62,7 @@ def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
 def averaged(
     previous: Mapping[str, Slots], sums: Mapping[str, Slots], infos: Infos, decays: Tensor, reduce: Reduce
 ) -> dict[str, Slots]:
-    """``row`` and ``col`` of each tensor with its `square_sums` averaged in."""
+    """``row`` and ``col``, ``[decays, ...]``, of each tensor with its `square_sums` averaged in."""
     slots: tuple[str, str] = ("col", "row")  # the one lacks the second largest axis, the other the largest
     lengths = {name: dict(zip(slots, factored_axes(infos[name].shape) or (), strict=False)) for name in sums}
     totals = reduce.shards(
@@ -95,7 +95,7 @@ def _in_row(second: int, largest: int) -> int:
 
 
 def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
-    """``row, col`` and ``row_factor, col_factor``, with 1 for the axis that they are without.
+    """``row, col`` and ``row_factor, col_factor``, ``[decays, *shape]`` with 1 for the axis that they are without.
 
     row_mean: see `row_means`.     axes: see `factored_axes`.
     The factors are the inverse roots of rows over their mean and of columns. Their product is the inverse root of the
@@ -109,7 +109,7 @@ def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
 
 
 def diagonal_factor(diag: Tensor) -> Tensor:
-    """The inverse root of the second moment of a tensor that is not factored; a gradient's factor."""
+    """The inverse root of the second moment ``diag [decays, *shape]``, unfactored; a gradient's factor."""
     return torch.rsqrt((diag + _EPS).clamp(min=_EPS))
 
 

@@ -41,7 +41,7 @@ def sine_embedding(run: Run, like: Tensor) -> Tensor:
 
 
 def clip_log(x: Tensor) -> Tensor:
-    """``clip(log(1e-8 + |x|), -5, 5)``: the magnitude of a statistic, whatever its scale (Metz et al. 2020, app. A)."""
+    """``clip(log(1e-8 + |x|), -5, 5)``, of any shape: a statistic's magnitude (Metz et al. 2020, app. A)."""
     return torch.log(1e-8 + x.abs()).clamp(-5.0, 5.0)
 
 
@@ -57,7 +57,10 @@ def log_and_sign(grad: Tensor, k: float = 5.0) -> Tensor:
 
 
 def second_moment_scale(sum_of_squares: Tensor, count: int, eps: float = EPS) -> Tensor:
-    """``rsqrt(eps + mean(x^2))``, a channel at a time: times it, a channel has mean square one over its tensor."""
+    """``rsqrt(eps + mean(x^2))``, a channel at a time: times it, a channel has mean square one over its tensor.
+
+    sum_of_squares: of any shape, which is the result's.    count: of entries that are summed over.
+    """
     return torch.rsqrt(eps + sum_of_squares / count)
 
 

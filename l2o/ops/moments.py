@@ -12,17 +12,20 @@ from l2o.ops.numeric import constant
 
 
 def decay(logit: Tensor) -> Tensor:
-    """``sigmoid(logit)``; near 1, where decays are, the nearest number, which `torch.sigmoid` often is not."""
+    """``sigmoid(logit)``, of any shape; near 1, where decays are, the nearest number, unlike `torch.sigmoid`."""
     return 1.0 - torch.sigmoid(-logit)
 
 
 def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
-    """``d * average + (1 - d) * value`` with ``d = sigmoid(logit_decay)``, both factors to full precision."""
+    """``d * average + (1 - d) * value``, ``[*shape]``, ``d = sigmoid(logit_decay)``, 0-d; factors to full precision."""
     return decay(logit_decay) * average + torch.sigmoid(-logit_decay) * value
 
 
 def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:
-    """``1 - d**count``, ``d = sigmoid(logit_decay)``: what an `ema` from 0 is divided by (Adam, section 3)."""
+    """``1 - d**count``, ``d = sigmoid(logit_decay)``: what an `ema` from 0 is divided by (Adam, section 3).
+
+    logit_decay: 0-d.    count: of updates, of any shape, which is the result's.
+    """
     return -torch.expm1(count * logsigmoid(logit_decay))
 
 

@@ -14,7 +14,9 @@ from l2o.checks import check_float
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
     """``values`` as a 1-d tensor of the dtype and device of ``like``, copied to the device once and then cached."""
-    return _constant(tuple(values), like.dtype, like.device)
+    # A compiler, which makes it a constant of its own, looks through caches and warns of them.
+    make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
+    return make(tuple(values), like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -40,7 +42,7 @@ def logit_of(name: str, value: float) -> float:
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root of ``x >= 0`` whose derivative at 0 is 0 instead of infinite.
+    """Square root of ``x >= 0``, of any shape, whose derivative at 0 is 0 instead of infinite.
 
     A dead unit's gradient is exactly 0, its second moment too, and ``inf * 0`` would make the meta-gradient NaN. Where
     the root stands in ``m / (sqrt(v) + eps)`` with ``v`` a sum of squares, 0 is also what finite differences give.
@@ -50,13 +52,14 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def over_root(x: Tensor, squares: Tensor) -> Tensor:
-    """``x / sqrt(squares)``, and 0, with derivative 0, where ``squares`` is 0: no epsilon, so no scale is too small."""
+    """``x / sqrt(squares)``, of shapes that broadcast; 0, with derivative 0, where ``squares`` is 0: no epsilon, so no
+    scale is too small."""
     positive = squares > 0
     return x * torch.where(positive, torch.where(positive, squares, 1.0).rsqrt(), 0.0)
 
 
 def unit(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """``x`` over its norm along ``axes``; zeros stay zero."""
+    """``x [*shape]`` over its norm along ``axes``; zeros stay zero."""
     return over_root(x, x.square().sum(axes, keepdim=True))
 
 

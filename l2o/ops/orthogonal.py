@@ -25,7 +25,6 @@ _LARGE = 128
 """Rows from which products take longer than to begin them."""
 
 
-@functools.lru_cache(maxsize=1024)  # asked several times a step of each tensor
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor of this shape: its first axis, and all others."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
@@ -71,8 +70,8 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
 def newton_schulz_gram(x: Tensor, steps: int) -> Tensor:
     """`newton_schulz` with one product of all columns in and one out, every three steps.
 
-    Each step multiplies from the left by a polynomial ``q`` of ``g = x xᵀ``; all of these commute, so that ``x <- q x``
-    is ``g <- q q g``. But for a fresh ``g``, what rounding put below 0 would grow by ``a²`` a step.
+    x: as there. Each step multiplies from the left by a polynomial ``q`` of ``g = x xᵀ``; all of these commute, so that
+    ``x <- q x`` is ``g <- q q g``. But for a fresh ``g``, what rounding put below 0 would grow by ``a²`` a step.
     """
     if steps > _GRAM_STEPS:
         return newton_schulz_gram(newton_schulz_gram(x, _GRAM_STEPS), steps - _GRAM_STEPS)

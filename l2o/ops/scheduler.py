@@ -46,7 +46,7 @@ def head(theta: Theta, name: str, h: Tensor) -> Tensor:
 
 
 def init_run_schedule(theta: Theta, like: Tensor) -> Slots:
-    """Celo's shared slots: ``h, c``, and those of the loss."""
+    """Celo's shared slots: ``h, c [hidden]``, and those of the loss, of the dtype and device of ``like``."""
     return lstm_slots(theta) | init_loss_averages(like)
 
 

@@ -37,7 +37,7 @@ def finite(tensors: list[Tensor]) -> Tensor:
 
 
 def culprit(members: Sequence[Member], grads: Grads, updates: Updates, loss: Tensor | None) -> str:
-    """What is not `finite`; for the message, once it is known that something is not."""
+    """What is not `finite`, gradients and updates ``[*shape]`` or the 0-d loss; for the message, once that is known."""
     if loss is not None and not finite([loss]):
         return "the loss"
     for what, tensors in (("gradient", grads), ("update", updates)):

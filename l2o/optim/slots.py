@@ -51,7 +51,7 @@ def keep(state: State, members: Sequence[Member], new: OptState) -> None:
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in ``dtype``."""
+    """``tensors``, of any shapes, the floating-point ones in ``dtype``."""
     return {k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for k, t in tensors.items()}
 
 
