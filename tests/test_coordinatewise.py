@@ -118,6 +118,12 @@ def assert_close(got: list[Tensor], want: list[Tensor], rtol: float) -> None:
             torch.testing.assert_close(a.double(), b, rtol=0, atol=rtol * b.abs().max().item() + 1e-12)
 
 
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derivatives are those of the ops, not autograd's of what they are made of."""
+    monkeypatch.setattr(coordinatewise_cpu, "SMALL", 0)
+
+
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are had, or it is an error; and used: torch's own operations in float32 are not to be had."""
@@ -279,6 +285,18 @@ def test_what_the_kernel_does_not_fit_is_left_to_torch() -> None:
         fits._replace(sums=[s[1:] for s in sums]),
     ):
         assert coordinatewise_cpu.coordinatewise(problem.recipe, 0, axes, counts, wrong) is None
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_small_tensors_have_a_graph_of_torch(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, called, run = Problem(RECIPES["AdafacMLP"], lanes, shapes=SEVERAL), [], coordinatewise_cpu.run
+    monkeypatch.setattr(coordinatewise_cpu, "run", lambda *given: called.append(given[1]) or run(*given))  # type: ignore[func-returns-value]
+    want = problem.derivatives(problem.arguments)
+    assert called
+    called.clear()
+    monkeypatch.setattr(coordinatewise_cpu, "SMALL", 1 << 16)
+    assert_close(problem.derivatives(problem.arguments), [t.double() for t in want], 1e-4)
+    assert not called
 
 
 def test_inputs_that_all_elements_share_are_a_bias() -> None:

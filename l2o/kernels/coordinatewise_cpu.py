@@ -20,10 +20,14 @@ from torch.autograd import forward_ad
 
 from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, pointers, whole_numbers
 from l2o.kernels.build import available, run
+from l2o.kernels.lanes import differentiable
 from l2o.ops.coordinatewise import ACTIVATIONS, NOMINAL, Nominal, Product, Recipe
 from l2o.ops.statistics import GROUPS
 
 Shapes = tuple[torch.Size, ...]
+
+SMALL = 1 << 16
+"""Elements of the largest source of any tensor, up to which autograd goes through torch's operations itself."""
 
 _ADDRESSES = ("grad", "param", "m", "v", "row", "col", "row_mean", "sums", "update")
 _PLACES = {name: i for i, name in enumerate(_ADDRESSES)} | {"diag": _ADDRESSES.index("row")}
@@ -145,9 +149,15 @@ def threads_for(elements: int) -> int:
 
 
 def at_hand(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are tensors for kernels, which can be had; seen from within `torch.func.vmap` too."""
-    watched = torch.compiler.is_compiling() or forward_ad._current_level >= 0  # custom ops have no rule for the latter
-    return not watched and ordinary(tensors) and available("coordinatewise")
+    """Whether these are tensors for kernels, which can be had; seen from within `torch.func.vmap` too.
+
+    Small ones whose derivatives are wanted are not: to compute them again takes longer than to keep autograd's graph.
+    """
+    unknown = torch.compiler.is_compiling() or forward_ad._current_level >= 0  # custom ops have no rule for the latter
+    if unknown or not ordinary(tensors):
+        return False
+    small = max((t.numel() for t in tensors), default=0) <= SMALL
+    return not (small and differentiable(tensors)) and available("coordinatewise")
 
 
 def ordinary(tensors: Iterable[Tensor]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -29,6 +30,17 @@ def lowered(call: Callable[[int, Nest], list[Tensor]], tensors: Nest) -> list[Te
     with temporarily_pop_interpreter_stack():
         results = lowered(lambda lanes, own: _in_lanes(call, lanes, size, own), below)
     return [_functorch._add_batch_dim(t, 0, level) for t in results]
+
+
+def differentiable(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd has to know of what is computed from ``tensors``, also those of lanes, which do not say so."""
+    return torch.is_grad_enabled() and any(_innermost(t).requires_grad for t in tensors)
+
+
+def _innermost(t: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(t) and not t.requires_grad:
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def _below(t: Tensor | None, level: int, size: int) -> Tensor | None:
