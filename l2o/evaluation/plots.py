@@ -29,6 +29,8 @@ _PLACES = [*SHOWN, *(name for name in BASELINES if name not in SHOWN)]
 _FEW = 8
 """Up to so many baselines are all drawn; of more, those of ``SHOWN``."""
 _COLUMNS = 3
+_ROWS, _COARSE = 4, 80
+"""Pictures of more rows have so many dots an inch: the page of the report has each panel at any size."""
 _FLOOR = 1e-9
 """Losses under it, exact zeros among them, are drawn here: float32 has little to say of them."""
 _MANY_SEEDS = 10
@@ -78,6 +80,8 @@ def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training lo
     columns = 2 if len(comparisons) == 4 else min(_COLUMNS, len(comparisons))
     rows = math.ceil(len(comparisons) / columns)
     figure = new_figure(max(5.0 * columns, 7.0), 4.0 * rows + 0.5)
+    if rows > _ROWS:
+        figure.set_dpi(_COARSE)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, comparison in zip(panels, comparisons, strict=False):
         draw_training(panel, comparison, loss_label)
