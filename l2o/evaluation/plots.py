@@ -159,7 +159,7 @@ def new_figure(width: float, height: float) -> Any:
 def png(figure: Any) -> bytes:
     """The figure as a PNG file."""
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    figure.savefig(out, format="png", dpi=figure.dpi)  # as it is now, not as it was made
     return out.getvalue()
 
 
