@@ -20,7 +20,7 @@ from l2o.evaluation.trials import Array
 from l2o.evaluation.verdicts import SHOWN
 
 LEARNED_COLOUR = "#D55E00"
-LEARNED_COLOURS = (LEARNED_COLOUR, "#882255", "#332288", "#117733")
+LEARNED_COLOURS = (LEARNED_COLOUR, "#882255", "#332288", "#117733", "#AA4499", "#661100")
 """Of several judged optimizers, from Tol's palette; then from the first again."""
 # The rest of Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#777777")
