@@ -66,6 +66,7 @@ def python(wheel: Path) -> Iterator[Path]:
 
 def test_it_carries_code_types_configs_and_pretrained(wheel: Path) -> None:
     moved = {"l2o": "l2o", "meta_train": "meta_train", "configs": "meta_train/configs", "pretrained": "l2o/pretrained"}
+    moved["benchmarks/suite"] = "meta_train/benchmarks/suite"
     files = {
         f"{there}/{path.relative_to(ROOT / here).as_posix()}"
         for here, there in moved.items()
