@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT
 
 import l2o.checkpoints.store
-from l2o.evaluation import BASELINES, baselines, missing, run_entrant, suite
+from l2o.evaluation import BASELINES, Setting, baselines, missing, run_entrant, suite
 from l2o.rules import SGD
+from l2o.tasks import Quadratic
 from l2o.types import UnknownNameError
 from meta_train import evaluate, optimizers, suites
 from meta_train.config.compose import EXTRA
@@ -253,6 +254,12 @@ def test_every_experiment_makes_sense(settings, name):
         assert setting.steps >= setting.smoothing
         half = "meta_train" if name == "meta_validation" else "meta_test"  # reports' own data choose nothing
         assert getattr(setting.family, "half", half) == half
+
+
+def test_problems_are_unlike_those_of_meta_training_only_where_they_say_so(settings):
+    assert Setting("as it stands", Quadratic(), steps=9).split == "unmarked"
+    demo = [setting.split for setting in settings("experiment=digits_demo").values()]
+    assert demo == ["like", "like", "like", "other"]
 
 
 SUITES = sorted(path.stem for path in (ROOT / "configs" / "evaluate" / "suite").glob("*.yaml"))

@@ -22,8 +22,9 @@ SPLITS = {
     "larger": "100 times the size, or more",
     "longer": "10 times the horizon, or more",
     "other": "of another kind",
+    "unmarked": "not said to be like those of meta-training, or unlike",
 }
-"""What problems are to those that learned optimizers were meta-trained on: meta-overfitting shows in the last three."""
+"""What problems are to those of meta-training: meta-overfitting shows in `larger`, `longer` and `other`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Setting:
     seeds: int = 5
     seed: int = 1000
     window: int | None = None
-    split: str = "other"
+    split: str = "unmarked"
     revision: int = 0
 
     def __post_init__(self) -> None:
