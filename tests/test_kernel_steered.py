@@ -228,7 +228,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_in_place_too(bad, worth):
     assert optimizer.skipped_steps == 1
     assert identical(values(optimizer), start)
     now = snapshot(optimizer)["state"]
-    assert identical(*({k: v for k, v in s.items() if k != "clock"} for s in (now, state)))
+    assert identical(now, state)
 
 
 def test_a_parameter_that_is_not_finite_spoils_no_other(worth):
@@ -237,7 +237,7 @@ def test_a_parameter_that_is_not_finite_spoils_no_other(worth):
     broken.data[0, 0] = float("nan")
     optimizer.step()
     assert all(p.isfinite().all() for p in others)
-    assert optimizer.state["shared"]["log_step"].isfinite()
+    assert optimizer.param_groups[0]["run"]["shared"]["log_step"].isfinite()
 
 
 @pytest.mark.filterwarnings("ignore:step 4 was skipped")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,15 +17,16 @@ from l2o.optim import resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, updated, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import length, resolved, scalar
-from l2o.optim.members import Member, check_params, checked_gradient, infos, label, settings
-from l2o.types import ConfigurationError, L2OError, OptState, Params, Run, Slots, Theta, UpdateRule
+from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
+from l2o.optim.state import RuleState
+from l2o.types import ConfigurationError, L2OError, Run, Theta, UpdateRule
 
 _LOOK = 1000
 """Steps between two looks at the number of skipped ones, on devices that have to be waited for."""
 _COUNTED = "nothing has changed by it. optimizer.skipped_steps counts such steps, of which no more is said"
 
 
-class LearnedOptimizer(torch.optim.Optimizer):
+class LearnedOptimizer(RuleState):
     """A learned update rule in the place of any torch optimizer::
 
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)                            # before
@@ -37,7 +36,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         (matrix, vector, embedding, output); by default a tensor of two and more axes is a matrix, others are vectors.
     source: name, path or address of a checkpoint (`l2o.load`), or a pair ``(rule, theta)``.
     total_steps: how many steps the run will have. It may go on after them, with a warning.
-    lr: factor on the rule's own step, without a unit: 1 is the step that was learned. Schedulers may change it.
+    lr: factor on the rule's own step, without a unit: 1 is the step that was learned. Schedulers may change it. A tensor
+        of one number stays one; a step waits for its device.
     weight_decay: decoupled and measured over the run: λ shrinks a parameter by ``exp(-λ)`` in ``total_steps`` steps at
         lr 1 (AdamW's ``lr * weight_decay * steps``). Each step: ``p <- p exp(-λ lr / total_steps)``.
     rules: classes of rules of your own that the checkpoint may name.
@@ -48,9 +48,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     where a gradient, the loss that the rule reads or an update is not finite, or its square is not: nothing but
     `skipped_steps` changes, the rule's clock does not advance, and a warning says so once.
 
-    ``state[p]`` has the rule's slots from p's first gradient on, ``state["shared"]`` those of no single parameter,
-    ``state["clock"]`` the numbers of steps that were called and, of these, skipped; ``state["origin"]`` names rule and
-    θ. What other code keeps there stays. Where the rule has a kernel, long runs use it (``L2O_KERNELS=0``: never), with
+    ``state[p]`` has the rule's slots from p's first gradient on, ``param_groups[0]["run"]`` all else: the numbers of
+    steps that were called and, of these, skipped, the slots of no single parameter, the names of rule and θ. What other
+    code keeps there stays. Where the rule has a kernel, long runs use it (``L2O_KERNELS=0``: never), with
     equal steps but for rounding. ``state_dict()`` is a snapshot, which later steps leave as it is. ``total_steps`` is
     not in it, so that a run can be resumed with another length.
 
@@ -58,42 +58,34 @@ class LearnedOptimizer(torch.optim.Optimizer):
     several devices), and what `l2o.load` raises.
     """
 
-    state: defaultdict[Any, Any]
-
     def __init__(
         self,
         params: ParamsT,
         source: store.Source | tuple[UpdateRule, Theta] | None = None,
         *,
         total_steps: int | None = None,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         rules: Sequence[type[UpdateRule]] = (),
     ) -> None:
         name, self.rule, self.theta = resolved(source, rules)
         self.total_steps = length(total_steps)
-        defaults = settings({"lr": lr, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        settings(defaults)
         self._origin = resume.origin(name, self.rule, self.theta)
-        self._warned: set[str] = set()
+        self._warned = set()
         self._forget()
         super().__init__(params, defaults)
         self._count(0, called=0)  # from the start, so that each state_dict of ours shows whose it is
-
-    def _forget(self) -> None:
-        """Forget what is kept for speed alone."""
-        self._theta_on: dict[tuple[torch.dtype, torch.device], Theta] = {}
-        self._places: list[tuple[int, ...]] = []
-        self._all: list[Member] = []
-        self._layouts: dict[str, resume.Layout] = {}
-        self._lent = True  # others may hold the state's tensors, which steps in place would write to
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters get their state with their first gradient."""
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            # As Python's floats: torch.load(weights_only=True) would not read numpy's in a state_dict.
-            group.update(settings(group))
+            # As Python's floats: torch.load(weights_only=True) would not read numpy's in a state_dict. Tensors stay, for
+            # schedulers and others to write to.
+            group.update({k: v for k, v in settings(group).items() if not isinstance(group[k], Tensor)})
             check_params(self._members())
         except L2OError:
             self.param_groups.pop()
@@ -102,7 +94,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped, because something was not finite. Waits for the device."""
-        return int(slots.counts(self.state)[1])
+        return int(slots.counts(self)[1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
@@ -120,6 +112,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         if closure is not None and loss is not None:
             raise ConfigurationError("step got a closure and loss=; the closure returns the loss, so leave loss= out")
+        if closure is None and loss is None and self._is_start():
+            return None
         if self.rule.needs_loss and closure is None and loss is None:
             raise ConfigurationError(f"{self.rule!r} reads the loss: call step(loss=loss), or step(closure)")
         if closure is not None:
@@ -132,6 +126,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self, members: Sequence[Member], loss: Any) -> None:
+        slots.renew(self)
         self._look()
         check_params(members)
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
@@ -144,7 +139,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
         updates, new = updated(self.rule, inputs, self.total_steps)
         if not self.rule.rests:
-            seen = {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
+            seen = self._seen(members)
             updates, now = rest(updates, grads, seen)
             old, new = beside(old, seen), beside(new, now)
         ok = finite([*grads.values(), *updates.values(), *([] if loss is None else [loss])])
@@ -153,7 +148,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         elif not ok:
             self._skip(culprit(members, grads, updates, loss))
             return
-        slots.store(self.state, members, inputs.params, new)
+        slots.store(self, members, inputs.params, new)
         write(members, inputs.params, updates, factors, None if readable(ok.device) else ok)
         self._count(0 if readable(ok.device) else (~ok).long())
 
@@ -169,15 +164,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         new = fused.step(self.rule, *inputs, {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None
-        slots.keep(self.state, members, new)
+        slots.keep(self, members, new)
         self._lent = False
         self._count(0)
         return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, and a snapshot: later steps leave its tensors as they are."""
-        self._lent = True
-        return super().state_dict()
 
     def _inputs(self, members: Sequence[Member], loss: Any) -> Inputs:
         """What the rule gets, all of it checked and in one dtype."""
@@ -194,70 +184,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         now = settings(group)
         return now["lr"], math.exp(-now["weight_decay"] * now["lr"] / self.total_steps)
 
-    def _members(self) -> list[Member]:
-        """Every parameter once, also one that a group has twice."""
-        places = [(id(group), *map(id, group["params"])) for group in self.param_groups]
-        if places != self._places:
-            unique: dict[int, Member] = {}
-            for i, (group, p) in enumerate((g, p) for g in self.param_groups for p in g["params"]):
-                unique.setdefault(id(p), Member(str(i), p, group))
-            self._places, self._all, self._layouts = places, list(unique.values()), {}
-        return self._all
-
-    def _dtype(self) -> torch.dtype:
-        """Of the arithmetic; asked at each step, because modules are also converted after their optimizer was made."""
-        float64 = any(m.param.dtype == torch.float64 for m in self._members())
-        return torch.float64 if float64 else torch.float32
-
-    def _theta(self, dtype: torch.dtype, device: torch.device) -> Theta:
-        if (dtype, device) not in self._theta_on:
-            self._theta_on[dtype, device] = {k: t.to(device, dtype) for k, t in self.theta.items()}
-        return self._theta_on[dtype, device]
-
-    def _opt_state(self, theta: Theta, members: Sequence[Member], params: Params) -> OptState:
-        """The state of ``members``, and what the rule starts with for those that have none. Nothing is written."""
-        dtype = next(iter(params.values())).dtype
-        old = {m.key: slots.cast(own, dtype) for m in members if (own := self._own(m))}
-        new = [m for m in members if m.key not in old]
-        fresh = self.rule.init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
-        per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
-        return OptState(per_param, slots.cast(self.state.get("shared") or fresh.shared, dtype))
-
-    def _start(self, member: Member) -> OptState:
-        """What the rule would start with, had it this parameter alone."""
-        dtype = self._dtype()
-        params = {member.key: member.param.detach().to(dtype)}
-        return self.rule.init(self._theta(dtype, member.param.device), params, infos([member]))
-
-    def _layout(self, member: Member) -> resume.Layout:
-        if member.key not in self._layouts:
-            self._layouts[member.key] = resume.layout(self._start(member).per_param[member.key])
-        return self._layouts[member.key]
-
-    def _own(self, member: Member) -> Slots:
-        """The rule's slots of a parameter, without what other code keeps beside them; none before its first step."""
-        kept = self.state.get(member.param)
-        return slots.own(kept, self._layout(member)) if kept else {}
-
     def _run(self, device: torch.device, loss: Tensor | None) -> Run:
-        called, skipped = slots.counts(self.state)
+        called, skipped = slots.counts(self)
         # Fills, not copies of host tensors: the host would wait for those.
         step, total = (torch.full((), n, dtype=torch.int64, device=device) for n in (called, self.total_steps))
         return Run(step - skipped, total, loss)
 
-    def _count(self, skipped: int | Tensor, called: int = 1) -> None:
-        steps, before = slots.counts(self.state)
-        self.state["clock"] = {"step": steps + called, "skipped": before + skipped}
-        self.state["origin"] = self._origin
-
     def _skip(self, reason: str) -> None:
         self._count(1)
-        skipped = f"step {slots.counts(self.state)[0]} was skipped: {reason} is not finite or its square is not"
+        skipped = f"step {slots.counts(self)[0]} was skipped: {reason} is not finite or its square is not"
         self._warn("skipped", f"{skipped}; {_COUNTED}")
 
     def _look(self) -> None:
         """Say when the run is over, and now and then whether steps were skipped, where it takes waiting."""
-        called, skipped = slots.counts(self.state)
+        called, skipped = slots.counts(self)
         if called >= self.total_steps:
             end = f"step {called + 1} of a run of total_steps={self.total_steps}: the rule was told it would be over"
             self._warn("over", end)
@@ -270,59 +210,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._warned.add(what)
             warnings.warn(message, UserWarning, stacklevel=7)  # the line that calls step
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict()`` returned, to the bit and in copies.
-
-        Where both sides have names, parameters and groups are found by them, whatever their order.
-        Raises ValueError, as torch does, where groups differ in number or size, and `ResumeError` where the state is of
-        another rule, θ or optimizer, or a group lacks a setting; both before anything is changed.
-        """
-        resume.check_kind(state_dict)
-        loaded: dict[str, Any] = {}
-
-        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(self._checked(final))
-            return loaded
-
-        # torch rounds the state of a bf16 parameter to bf16, so it is put in place once more. In hooks, because those
-        # of users may exchange the dict before, and want to see the result after.
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _checked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """``state_dict`` in the order of the optimizer; raises `ResumeError`."""
-        resume.check_origin(state_dict, self._origin)
-        resume.check_groups(state_dict["param_groups"])
-        groups, state = resume.in_order(self.param_groups, state_dict["param_groups"]), state_dict["state"]
-        if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
-            ids = list(chain.from_iterable(group["params"] for group in groups))
-            if any(state.get(ids[int(m.key)]) for m in self._members()):
-                shared = resume.layout(self._start(self._members()[0]).shared)
-                resume.check_shared(state, shared, repr(self.rule))
-            for m in self._members():
-                found = state.get(ids[int(m.key)], {})
-                resume.check_slots(found, self._layout(m), "origin" not in state, label(m), repr(self.rule))
-        return {**state_dict, "param_groups": groups}
-
-    def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        self.state.update(resume.copies(self.param_groups, state_dict))
-        called, skipped = slots.counts(self.state)
-        self.state.update(clock={"step": called, "skipped": int(skipped)}, origin=self._origin)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "_origin", "_warned")}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # load_state_dict calls this too, with part of the state
-        self._forget()
-
     def __repr__(self) -> str:
         what = dict.fromkeys([self._origin["checkpoint"], repr(self.rule)])  # once, where the rule was handed over
-        header = f"LearnedOptimizer (\n{', '.join(what)}, step {slots.counts(self.state)[0]} of {self.total_steps}"
-        return super().__repr__().replace("LearnedOptimizer (", header, 1)
+        header = f"LearnedOptimizer (\n{', '.join(what)}, step {slots.counts(self)[0]} of {self.total_steps}"
+        lines = super().__repr__().splitlines()
+        return "\n".join([header, *(line for line in lines[1:] if not line.startswith(f"    {slots.RUN}: "))])

@@ -22,6 +22,14 @@ class Member(NamedTuple):
     group: dict[str, Any]
 
 
+def unique(groups: Sequence[dict[str, Any]]) -> list[Member]:
+    """Every parameter once, with the first of its groups, by its place among all."""
+    found: dict[int, Member] = {}
+    for i, (group, p) in enumerate((g, p) for g in groups for p in g["params"]):
+        found.setdefault(id(p), Member(str(i), p, group))
+    return list(found.values())
+
+
 def check_params(members: Sequence[Member]) -> None:
     """Raise `ParameterError` unless all are dense floating-point tensors on one device that can be written to."""
     device = members[0].param.device if members and not is_lazy(members[0].param) else None
@@ -65,7 +73,7 @@ def checked_gradient(member: Member) -> Tensor:
 def settings(group: Mapping[str, Any]) -> dict[str, float]:
     """``lr`` and ``weight_decay`` of a group as Python's floats; raises `ConfigurationError`.
 
-    A 0-d tensor is read, for which a device is waited for.
+    A tensor of one number is read, for which a device is waited for.
     """
     for name in ("lr", "weight_decay"):
         if name not in group:
@@ -76,7 +84,7 @@ def settings(group: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def label(member: Member) -> str:
