@@ -117,7 +117,7 @@ def test_a_gradient_on_another_device():
     # torch itself refuses to make such a pair of devices that a test can count on.
     stub = SimpleNamespace(grad=torch.ones(2, device="meta"), shape=torch.Size([2]), device=torch.device("cpu"))
     with pytest.raises(GradientError, match=r"\(2,\) on meta, expected \(2,\) on cpu"):
-        checked_gradient(Member("0", stub, {"params": [stub]}))
+        checked_gradient(Member("0", stub, {"params": [stub]}, stub))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from l2o import fused
 from l2o.checkpoints import store
 from l2o.optim import resume, slots
-from l2o.optim.apply import Inputs, apart, in_place, updated, write
+from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import length, resolved, scalar
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
@@ -36,8 +36,8 @@ class LearnedOptimizer(RuleState):
         (matrix, vector, embedding, output); by default a tensor of two and more axes is a matrix, others are vectors.
     source: name, path or address of a checkpoint (`l2o.load`), or a pair ``(rule, theta)``.
     total_steps: how many steps the run will have. It may go on after them, with a warning.
-    lr: factor on the rule's own step, without a unit: 1 is the step that was learned. Schedulers may change it. A tensor
-        of one number stays one; a step waits for its device.
+    lr: factor on the rule's own step, without a unit: 1 is the step that was learned. Schedulers may change it. A
+        tensor of one number stays one; a step waits for its device.
     weight_decay: decoupled and measured over the run: λ shrinks a parameter by ``exp(-λ)`` in ``total_steps`` steps at
         lr 1 (AdamW's ``lr * weight_decay * steps``). Each step: ``p <- p exp(-λ lr / total_steps)``.
     rules: classes of rules of your own that the checkpoint may name.
@@ -83,8 +83,8 @@ class LearnedOptimizer(RuleState):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            # As Python's floats: torch.load(weights_only=True) would not read numpy's in a state_dict. Tensors stay, for
-            # schedulers and others to write to.
+            # As Python's floats: torch.load(weights_only=True) would not read numpy's in a state_dict. Tensors stay,
+            # for schedulers and others to write to.
             group.update({k: v for k, v in settings(group).items() if not isinstance(group[k], Tensor)})
             check_params(self._members())
         except L2OError:
@@ -119,7 +119,7 @@ class LearnedOptimizer(RuleState):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = [member for member in self._members() if member.param.grad is not None]
+        members = self._place.here([member for member in self._members() if member.param.grad is not None])
         if members:
             with plain(members[0].param.device):
                 self._step(members, loss)
@@ -137,18 +137,19 @@ class LearnedOptimizer(RuleState):
         if in_place is not None:
             return
         grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
-        updates, new = updated(self.rule, inputs, self.total_steps)
+        updates, new = self._place.update(self.rule, inputs, self.total_steps)
         if not self.rule.rests:
             seen = self._seen(members)
             updates, now = rest(updates, grads, seen)
             old, new = beside(old, seen), beside(new, now)
-        ok = finite([*grads.values(), *updates.values(), *([] if loss is None else [loss])])
+        ok = self._place.agree(finite([*grads.values(), *updates.values(), *([] if loss is None else [loss])]))
         if not readable(ok.device):
             updates, new = masked(ok, updates, new, old)
         elif not ok:
             self._skip(culprit(members, grads, updates, loss))
             return
-        slots.store(self, members, inputs.params, new)
+        new = slots.apart(members, inputs.params, grads, new)
+        slots.keep(self, members, self._place.kept(members, new))
         write(members, inputs.params, updates, factors, None if readable(ok.device) else ok)
         self._count(0 if readable(ok.device) else (~ok).long())
 
@@ -156,7 +157,7 @@ class LearnedOptimizer(RuleState):
         self, members: Sequence[Member], inputs: Inputs, factors: Mapping[int, tuple[float, float]]
     ) -> bool | None:
         """Take the step by the rule's kernel: False where a gradient is not finite, None where there is no kernel."""
-        if not (readable(members[0].param.device) and in_place(self.rule, inputs, members, self.total_steps)):
+        if not (self._place.alone and readable(members[0].param.device) and in_place(self.rule, inputs, members, self.total_steps)):
             return None
         if not finite(list(inputs.grads.values())):
             return False
@@ -173,8 +174,8 @@ class LearnedOptimizer(RuleState):
         """What the rule gets, all of it checked and in one dtype."""
         dtype, device = self._dtype(), members[0].param.device
         grads = slots.cast({m.key: checked_gradient(m) for m in members}, dtype)
-        params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
-        loss = scalar(loss, dtype, device) if self.rule.needs_loss else None
+        params = slots.cast({m.key: m.here.detach() for m in members}, dtype)
+        loss = self._place.mean(scalar(loss, dtype, device)) if self.rule.needs_loss else None
         theta = self._theta(dtype, device)
         state = self._opt_state(theta, members, params)
         return Inputs(theta, grads, state, params, infos(members), self._run(device, loss))

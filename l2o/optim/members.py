@@ -15,18 +15,22 @@ from l2o.types import ConfigurationError, GradientError, Kind, ParameterError, P
 
 
 class Member(NamedTuple):
-    """A parameter and its group; ``key``, its place in the optimizer, is its name in the dicts of the rule."""
+    """A parameter and its group; ``key``, its place in the optimizer, is its name in the dicts of the rule.
+
+    here: what of the parameter is in this process.
+    """
 
     key: str
     param: Tensor
     group: dict[str, Any]
+    here: Tensor
 
 
 def unique(groups: Sequence[dict[str, Any]]) -> list[Member]:
     """Every parameter once, with the first of its groups, by its place among all."""
     found: dict[int, Member] = {}
     for i, (group, p) in enumerate((g, p) for g in groups for p in g["params"]):
-        found.setdefault(id(p), Member(str(i), p, group))
+        found.setdefault(id(p), Member(str(i), p, group, p))
     return list(found.values())
 
 
@@ -54,8 +58,12 @@ def check_params(members: Sequence[Member]) -> None:
 
 
 def checked_gradient(member: Member) -> Tensor:
-    """The gradient of a parameter that has one; `GradientError` unless it is dense, real, of its shape and device."""
-    grad, p = member.param.grad, member.param
+    """What is here of the gradient of a parameter that has one.
+
+    Raises `GradientError` unless it is dense, real, of the parameter's shape and device, and in as many parts.
+    """
+    grad: Any = member.param.grad
+    p: Any = member.param
     assert grad is not None
     if grad.layout != torch.strided or not grad.is_floating_point():
         raise GradientError(
@@ -67,7 +75,7 @@ def checked_gradient(member: Member) -> Tensor:
             f"the gradient of {label(member)} is {tuple(grad.shape)} on {grad.device}, expected {tuple(p.shape)} on "
             f"{p.device}; call zero_grad() and backward() once more after a parameter was resized or moved"
         )
-    return grad.detach()
+    return grad.detach() if member.here is p else grad.redistribute(placements=p.placements).to_local()
 
 
 def settings(group: Mapping[str, Any]) -> dict[str, float]:

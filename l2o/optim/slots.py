@@ -10,11 +10,11 @@ from torch import Tensor
 
 from l2o.optim.guard import HAD_GRADIENT
 from l2o.optim.members import Member
-from l2o.types import OptState, Params, Slots
+from l2o.types import Grads, OptState, Params, Slots
 
 RUN = "run"
-"""Of the first group: the numbers of steps, rule and θ, and the slots that belong to no single parameter. There, and not
-in the state, where distributed checkpoints and sharded optimizers know of nothing but parameters."""
+"""Of the first group: the numbers of steps, rule and θ, and the slots that belong to no single parameter. There, and
+not in the state, where distributed checkpoints and sharded optimizers know of nothing but parameters."""
 
 
 def run_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
@@ -50,19 +50,19 @@ def seen(state: Mapping[Any, Any], member: Member, started: bool) -> Tensor:
     """Bool: which entries of a parameter have had a gradient; all, where an older l2o has ``started`` it."""
     kept = state.get(member.param) or {}
     mask: Tensor | None = kept.get(HAD_GRADIENT)
-    return torch.full_like(member.param, started, dtype=torch.bool) if mask is None else mask
+    return torch.full_like(member.here, started, dtype=torch.bool) if mask is None else mask
 
 
-def store(optimizer: torch.optim.Optimizer, members: Sequence[Member], params: Params, new: OptState) -> None:
-    """Keep the new slots. Dicts are replaced, not changed, so that ``state_dict()`` stays what it was."""
+def apart(members: Sequence[Member], params: Params, grads: Grads, new: OptState) -> OptState:
+    """``new`` without what a step writes to."""
     # A rule may return an input as a slot (the last gradient, say), and inputs are written to after this.
-    inputs = {t.untyped_storage().data_ptr() for m in members for t in (params[m.key], m.param.grad) if t is not None}
+    inputs = {t.untyped_storage().data_ptr() for m in members for t in (params[m.key], grads[m.key])}
     per_param = {m.key: _apart(new.per_param[m.key], inputs) for m in members}
-    keep(optimizer, members, OptState(per_param, _apart(new.shared, inputs)))
+    return OptState(per_param, _apart(new.shared, inputs))
 
 
 def keep(optimizer: torch.optim.Optimizer, members: Sequence[Member], new: OptState) -> None:
-    """`store` for slots that are no inputs."""
+    """Keep the new slots. Dicts are replaced, not changed, so that ``state_dict()`` stays what it was."""
     state = optimizer.state
     for m in members:
         state[m.param] = {**state.get(m.param, {}), **new.per_param[m.key]}
@@ -70,12 +70,14 @@ def keep(optimizer: torch.optim.Optimizer, members: Sequence[Member], new: OptSt
         record(optimizer, shared=new.shared)
 
 
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | None = None) -> dict[str, Tensor]:
-    """``tensors``, of any shapes, on ``device``, the floating-point ones in ``dtype``."""
-    return {
-        k: t.to(device) if t.dtype == dtype or not t.is_floating_point() else t.to(device, dtype)
-        for k, t in tensors.items()
-    }
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """``tensors``, of any shapes, the floating-point ones in ``dtype``."""
+    return {k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for k, t in tensors.items()}
+
+
+def on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """``tensors`` on ``device``, to which some tools do not take all that they save."""
+    return dict(tensors) if device.type == "cpu" else {k: t.to(device) for k, t in tensors.items()}
 
 
 def _apart(slots: Slots, inputs: set[int]) -> Slots:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from l2o.optim import resume, slots
 from l2o.optim.guard import beside, plain
-from l2o.optim.members import Member, infos, label, settings, unique
+from l2o.optim.members import Member, checked_gradient, infos, label, settings, unique
+from l2o.optim.place import WHOLE, placed
 from l2o.types import OptState, Params, Slots, Theta, UpdateRule
 
 
@@ -34,6 +35,7 @@ class RuleState(torch.optim.Optimizer):
         """Forget what is kept for speed alone."""
         self._theta_on: dict[tuple[torch.dtype, torch.device], Theta] = {}
         self._places: list[tuple[int, ...]] = []
+        self._place = WHOLE
         self._all: list[Member] = []
         self._layouts: dict[str, resume.Layout] = {}
         self._lent = True  # others may hold the state's tensors, which steps in place would write to
@@ -42,7 +44,9 @@ class RuleState(torch.optim.Optimizer):
         """Every parameter once, also one that a group has twice."""
         places = [(id(group), *map(id, group["params"])) for group in self.param_groups]
         if places != self._places:
-            self._places, self._all, self._layouts = places, unique(self.param_groups), {}
+            found = unique(self.param_groups)
+            self._place = placed(found, self.rule, self.theta)
+            self._places, self._all, self._layouts = places, found, {}
         return self._all
 
     def _dtype(self) -> torch.dtype:
@@ -58,18 +62,21 @@ class RuleState(torch.optim.Optimizer):
     def _opt_state(self, theta: Theta, members: Sequence[Member], params: Params) -> OptState:
         """The state of ``members``, and what the rule starts with for those that have none. Nothing is written."""
         like = next(iter(params.values()))
-        old = {m.key: slots.cast(own, like.dtype) for m in members if (own := self._own(m))}
+        old = {m.key: slots.on(slots.cast(own, like.dtype), like.device) for m in members if (own := self._own(m))}
         new = [m for m in members if m.key not in old]
         fresh = self.rule.init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
         per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
         shared = slots.run_of(self).get("shared")
-        return OptState(per_param, slots.cast(shared or fresh.shared, like.dtype, like.device))
+        return OptState(per_param, slots.on(slots.cast(shared or fresh.shared, like.dtype), like.device))
 
     def _start(self, member: Member) -> OptState:
         """What the rule would start with, had it this parameter alone."""
-        dtype = self._dtype()
-        params = {member.key: member.param.detach().to(dtype)}
-        return self.rule.init(self._theta(dtype, member.param.device), params, infos([member]))
+        dtype, device = self._dtype(), member.param.device
+        if not self._place.alone:
+            device = torch.device("meta")  # nothing is here of the whole parameter but its shape
+        whole = torch.empty(member.param.shape, dtype=dtype, device=device) if device.type == "meta" else None
+        params = {member.key: member.param.detach().to(dtype) if whole is None else whole}
+        return self.rule.init(self._theta(dtype, device), params, infos([member]))
 
     def _layout(self, member: Member) -> resume.Layout:
         if member.key not in self._layouts:
@@ -79,11 +86,12 @@ class RuleState(torch.optim.Optimizer):
     def _own(self, member: Member) -> Slots:
         """The rule's slots of a parameter, without what other code keeps beside them; none before its first step."""
         kept = self.state.get(member.param)
-        return slots.own(kept, self._layout(member)) if kept else {}
+        return self._place.local(slots.own(kept, self._layout(member))) if kept else {}
 
     def _seen(self, members: Sequence[Member]) -> Slots:
         """Bool ``[*shape]`` by parameter: which entries have had a gradient."""
-        return {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
+        seen = {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
+        return self._place.local(seen)
 
     def _is_start(self) -> bool:
         """Make the state, and nothing else, where the first step has ``lr=0`` and no gradient but zeros.
@@ -93,14 +101,17 @@ class RuleState(torch.optim.Optimizer):
         """
         if self.state or slots.counts(self)[0] or any(settings(group)["lr"] for group in self.param_groups):
             return False
-        members = [m for m in self._members() if m.param.grad is not None]
-        if not members or any(m.param.grad.count_nonzero() for m in members):
+        members = self._place.here([m for m in self._members() if m.param.grad is not None])
+        if not members:
             return False
         dtype, device = self._dtype(), members[0].param.device
         with plain(device):
-            params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
+            if not self._place.agree(~torch.stack([checked_gradient(m).any() for m in members]).any()):
+                return False
+            params = slots.cast({m.key: m.here.detach() for m in members}, dtype)
             new = self._opt_state(self._theta(dtype, device), members, params)
-            slots.keep(self, members, new if self.rule.rests else beside(new, self._seen(members)))
+            new = new if self.rule.rests else beside(new, self._seen(members))
+            slots.keep(self, members, self._place.kept(members, new))
         return True
 
     def _count(self, skipped: int | Tensor, called: int = 1) -> None:
@@ -155,7 +166,10 @@ class RuleState(torch.optim.Optimizer):
         return {**state_dict, "param_groups": [{**groups[0], slots.RUN: {**run, **self._origin}}, *groups[1:]]}
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        self.state.update(resume.copies(self.param_groups, state_dict))
+        copies = resume.copies(self.param_groups, state_dict)
+        for m in self._members() if not self._place.alone else []:
+            copies[m.param] = self._place.taken(m, copies.get(m.param, {}))
+        self.state.update(copies)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "_origin", "_warned")}
