@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "meta": SUPPORT | {"ops", "estimators"},
     "checkpoints": SUPPORT | {"rules"},
     "interop": {"types", "checks", "disk", "checkpoints", "ops", "rules"},
-    "optim": {"types", "checks", "ops", "checkpoints", "fused"},
+    "optim": {"types", "checks", "distributed", "ops", "checkpoints", "fused"},
     "integrations": ROOMS,
     "evaluation": ROOMS | {"bench"},
     "inspection": ROOMS | {"evaluation"},

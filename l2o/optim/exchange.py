@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l2o.optim.apply import Inputs
-from l2o.types import Infos, OptState, Reduce, Slots, Sum, Updates
+from l2o.types import ConfigurationError, Infos, OptState, Reduce, Slots, Sum, Updates
 
 Group = Any
 """A process group of torch."""
@@ -48,6 +48,35 @@ class Summed(Reduce):
         most = torch.stack(list(values.values())).amax(0)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
         return most
+
+
+class Together(Summed):
+    """`Summed` where processes have other tensors each, so that a rule might not ask for as many sums in all of them.
+
+    Before each sum all say that they go on, and at the end that they do not: nobody waits for a sum that never comes.
+    """
+
+    def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
+        self._say(True, next(iter(values.values())))
+        return super().tensors(values)
+
+    def largest(self, values: Mapping[str, Tensor]) -> Tensor:
+        self._say(True, next(iter(values.values())))
+        return super().largest(values)
+
+    def finish(self, like: Tensor) -> None:
+        """Say that there are no more sums."""
+        self._say(False, like)
+
+    def _say(self, more: bool, like: Tensor) -> None:
+        count = torch.full((), int(more), dtype=torch.int32, device=like.device)
+        dist.all_reduce(count, group=self.group)
+        if count not in (0, dist.get_world_size(self.group)):
+            raise ConfigurationError(
+                f"the rule asks for sums over all tensors in {int(count)} of {dist.get_world_size(self.group)} "
+                "processes of ZeroRedundancyOptimizer alone: expected each to have tensors of every kind that it "
+                "treats apart; use fewer processes, or shard with torch.distributed.fsdp.fully_shard"
+            )
 
 
 def agreed(ok: Tensor, group: Group) -> Tensor:

@@ -13,10 +13,12 @@ from torch.optim.optimizer import ParamsT
 
 from l2o import fused
 from l2o.checkpoints import store
+from l2o.distributed import ranks
 from l2o.optim import resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import length, resolved, scalar
+from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
 from l2o.optim.state import RuleState
 from l2o.types import ConfigurationError, L2OError, Run, Theta, UpdateRule
@@ -73,7 +75,7 @@ class LearnedOptimizer(RuleState):
         defaults = {"lr": lr, "weight_decay": weight_decay}
         settings(defaults)
         self._origin = resume.origin(name, self.rule, self.theta)
-        self._warned = set()
+        self._warned, self._group = set(), zero_group()
         self._forget()
         super().__init__(params, defaults)
         self._count(0, called=0)  # from the start, so that each state_dict of ours shows whose it is
@@ -128,6 +130,8 @@ class LearnedOptimizer(RuleState):
     def _step(self, members: Sequence[Member], loss: Any) -> None:
         slots.renew(self)
         self._look()
+        if ranks().size > 1:
+            check_flat(members)
         check_params(members)
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         inputs = self._inputs(members, loss)
@@ -157,7 +161,11 @@ class LearnedOptimizer(RuleState):
         self, members: Sequence[Member], inputs: Inputs, factors: Mapping[int, tuple[float, float]]
     ) -> bool | None:
         """Take the step by the rule's kernel: False where a gradient is not finite, None where there is no kernel."""
-        if not (self._place.alone and readable(members[0].param.device) and in_place(self.rule, inputs, members, self.total_steps)):
+        if not (
+            self._place.alone
+            and readable(members[0].param.device)
+            and in_place(self.rule, inputs, members, self.total_steps)
+        ):
             return None
         if not finite(list(inputs.grads.values())):
             return False
@@ -198,6 +206,7 @@ class LearnedOptimizer(RuleState):
 
     def _look(self) -> None:
         """Say when the run is over, and now and then whether steps were skipped, where it takes waiting."""
+        resume.check_same(slots.run_of(self), self._origin)
         called, skipped = slots.counts(self)
         if called >= self.total_steps:
             end = f"step {called + 1} of a run of total_steps={self.total_steps}: the rule was told it would be over"

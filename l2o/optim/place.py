@@ -8,7 +8,7 @@ from torch import Tensor
 
 from l2o.optim.apply import Inputs, updated
 from l2o.optim.members import Member
-from l2o.types import OptState, Slots, Theta, UpdateRule, Updates
+from l2o.types import OptState, Slots, UpdateRule, Updates
 
 
 class Place:
@@ -47,12 +47,3 @@ class Place:
 
 
 WHOLE = Place()
-
-
-def placed(members: Sequence[Member], rule: UpdateRule, theta: Theta) -> Place:
-    """Where ``members`` are; raises `ParameterError` where rules cannot follow."""
-    if any(hasattr(m.param, "device_mesh") for m in members):
-        from l2o.optim.sharded import Shards  # what it imports takes a second, and needs torch.distributed
-
-        return Shards(members, rule, theta)
-    return WHOLE

@@ -75,13 +75,18 @@ def checked_run(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> Mappin
     run: Mapping[str, Any] = next((group[RUN] for group in state_dict["param_groups"] if RUN in group), {})
     if not isinstance(run, Mapping) or not _is_count(run.get("step")) or not _is_count(run.get("skipped", 0)):
         raise ResumeError(f"state_dict has no numbers of steps as {RUN!r} of a group: it is of another optimizer")
+    check_same(run, own)
+    return {**run, "skipped": int(run.get("skipped", 0))}
+
+
+def check_same(run: Mapping[str, Any], own: Mapping[str, str]) -> None:
+    """Raise `ResumeError` where what was kept of a run says that it is of another rule or θ than ``own``."""
     if run.get("fingerprint", own["fingerprint"]) != own["fingerprint"]:
         raise ResumeError(
             f"state_dict is of a run with {run['checkpoint']}, this optimizer has {own['checkpoint']}, another rule "
             f"or θ; make it with the one that was saved, or delete state_dict['param_groups'][0][{RUN!r}]"
             "['fingerprint'] to go on with this one"
         )
-    return {**run, "skipped": int(run.get("skipped", 0))}
 
 
 def _is_count(value: Any) -> bool:

@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from l2o.optim.apply import Inputs, checked
-from l2o.optim.exchange import Exchange, Summed, agreed, averaged, chunks, holders
+from l2o.optim.exchange import Exchange, Summed, Together, agreed, averaged, chunks, holders
 from l2o.optim.guard import HAD_GRADIENT
 from l2o.optim.members import Member, infos, label
 from l2o.optim.place import Place
-from l2o.types import OptState, ParameterError, ParamInfo, Slots, Theta, UpdateRule, Updates
+from l2o.types import ConfigurationError, OptState, ParameterError, ParamInfo, Slots, Theta, UpdateRule, Updates
 
 
 class Shards(Place):
@@ -87,6 +87,39 @@ class Shards(Place):
         reduce = Summed(self.group, {key: axis for key, axis in self.axes.items() if key not in ranks}, told)
         new = checked(rule, given, *rule.update(*given, reduce))
         return exchange.returned(*new) if whole else new
+
+
+class Spread(Place):
+    """Whole tensors, of which each process of a group has some: torch's `ZeroRedundancyOptimizer`."""
+
+    alone = False
+
+    def __init__(self, group: Any, rule: UpdateRule) -> None:
+        self.group, self.rule = group, rule
+
+    def here(self, members: Sequence[Member]) -> Sequence[Member]:
+        """Raises `ConfigurationError` where some processes have tensors with gradients and others none."""
+        device = dist.distributed_c10d._get_pg_default_device(self.group)
+        some = torch.tensor(bool(members), device=device)
+        if agreed(some, self.group) != (~agreed(~some, self.group)):
+            raise ConfigurationError(
+                f"one of the {dist.get_world_size(self.group)} processes of ZeroRedundancyOptimizer has no parameter "
+                "with a gradient: expected some in each; use fewer processes, leave out frozen parameters, or shard "
+                "with torch.distributed.fsdp.fully_shard"
+            )
+        return members
+
+    def agree(self, ok: Tensor) -> Tensor:
+        return agreed(ok, self.group)
+
+    def mean(self, loss: Tensor) -> Tensor:
+        return averaged(loss, [self.group])
+
+    def update(self, rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState]:
+        reduce = Together(self.group, {}, inputs.params)
+        new = checked(rule, inputs, *rule.update(*inputs, reduce))
+        reduce.finish(next(iter(inputs.params.values())))
+        return new
 
 
 def slot_axes(rule: UpdateRule, theta: Theta, info: ParamInfo, axis: int) -> dict[str, int | None]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from l2o.optim import resume, slots
 from l2o.optim.guard import beside, plain
+from l2o.optim.locate import placed
 from l2o.optim.members import Member, checked_gradient, infos, label, settings, unique
-from l2o.optim.place import WHOLE, placed
+from l2o.optim.place import WHOLE
 from l2o.types import OptState, Params, Slots, Theta, UpdateRule
 
 
@@ -30,6 +31,8 @@ class RuleState(torch.optim.Optimizer):
     total_steps: int
     _origin: dict[str, str]
     _warned: set[str]
+    _group: Any = None
+    """The processes that have the other tensors of the run."""
 
     def _forget(self) -> None:
         """Forget what is kept for speed alone."""
@@ -45,7 +48,7 @@ class RuleState(torch.optim.Optimizer):
         places = [(id(group), *map(id, group["params"])) for group in self.param_groups]
         if places != self._places:
             found = unique(self.param_groups)
-            self._place = placed(found, self.rule, self.theta)
+            self._place = placed(found, self.rule, self.theta, self._group)
             self._places, self._all, self._layouts = places, found, {}
         return self._all
 
