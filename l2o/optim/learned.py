@@ -17,7 +17,7 @@ from l2o.distributed import ranks
 from l2o.optim import resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
-from l2o.optim.inputs import length, resolved, scalar
+from l2o.optim.inputs import evaluated, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
 from l2o.optim.state import RuleState
@@ -102,25 +102,17 @@ class LearnedOptimizer(RuleState):
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
         """Take one step and return the loss, if there is one. Does not wait for the device.
 
-        closure: as in torch, computes loss and gradients anew; called with grad mode on.
+        closure: as in torch, computes loss and gradients anew, or returns a loss that has been computed: what wrappers
+            of other libraries pass on. Called with grad mode on.
         loss: the loss that the gradients are of, 0-d, where there is no closure. Some rules need it (``needs_loss``).
 
         Raises `GradientError`, `ParameterError` or `ConfigurationError` before a parameter or any state is written.
         """
-        if closure is not None and not callable(closure):
-            raise ConfigurationError(
-                f"step got a {type(closure).__name__} as closure, expected a function; a loss goes by name: "
-                "step(loss=loss)"
-            )
-        if closure is not None and loss is not None:
-            raise ConfigurationError("step got a closure and loss=; the closure returns the loss, so leave loss= out")
         if closure is None and loss is None and self._is_start():
             return None
         if self.rule.needs_loss and closure is None and loss is None:
             raise ConfigurationError(f"{self.rule!r} reads the loss: call step(loss=loss), or step(closure)")
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure, loss)
         members = self._place.here([member for member in self._members() if member.param.grad is not None])
         if members:
             with plain(members[0].param.device):
