@@ -110,6 +110,10 @@ class Reduce:
         """
         return {name: {key: each.value for key, each in own.items()} for name, own in sums.items()}
 
+    def part(self, name: str) -> Reduce:
+        """For a rule that is a part of another: its sums are over the tensors of that part alone."""
+        return self
+
     def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
         """The sum over all tensors of the run of what is known of each as a whole, ``[...]`` by parameter."""
         return torch.stack(list(values.values())).sum(0)

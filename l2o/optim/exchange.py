@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,31 +52,40 @@ class Summed(Reduce):
 
 
 class Together(Summed):
-    """`Summed` where processes have other tensors each, so that a rule might not ask for as many sums in all of them.
+    """`Summed` where processes have other tensors each, so that a rule might not ask for the same sums in all of them.
 
-    Before each sum all say that they go on, and at the end that they do not: nobody waits for a sum that never comes.
+    Before each sum all say which part of a rule it is for, and at the end that there are no more: nobody waits for a
+    sum that never comes, or adds what does not belong together.
     """
 
+    name = "rule"
+
+    def part(self, name: str) -> Together:
+        part = Together(self.group, self.axes, self.told)
+        part.name = f"{self.name}.{name}"
+        return part
+
     def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
-        self._say(True, next(iter(values.values())))
+        self._say(self.name, next(iter(values.values())))
         return super().tensors(values)
 
     def largest(self, values: Mapping[str, Tensor]) -> Tensor:
-        self._say(True, next(iter(values.values())))
+        self._say(self.name, next(iter(values.values())))
         return super().largest(values)
 
     def finish(self, like: Tensor) -> None:
         """Say that there are no more sums."""
-        self._say(False, like)
+        self._say("", like)
 
-    def _say(self, more: bool, like: Tensor) -> None:
-        count = torch.full((), int(more), dtype=torch.int32, device=like.device)
-        dist.all_reduce(count, group=self.group)
-        if count not in (0, dist.get_world_size(self.group)):
+    def _say(self, what: str, like: Tensor) -> None:
+        said = zlib.crc32(what.encode())
+        least = torch.tensor([said, -said], device=like.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+        if least.sum() != 0:
             raise ConfigurationError(
-                f"the rule asks for sums over all tensors in {int(count)} of {dist.get_world_size(self.group)} "
-                "processes of ZeroRedundancyOptimizer alone: expected each to have tensors of every kind that it "
-                "treats apart; use fewer processes, or shard with torch.distributed.fsdp.fully_shard"
+                f"the {dist.get_world_size(self.group)} processes of ZeroRedundancyOptimizer have tensors of other "
+                "kinds, which the rule treats apart: expected some of each kind in each process; use fewer processes, "
+                "or shard with torch.distributed.fsdp.fully_shard"
             )
 
 

@@ -48,7 +48,7 @@ def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, Updat
 
 
 def evaluated(closure: Callable[[], Any] | None, loss: Any) -> Any:
-    """The loss that ``step`` got, by name or from the closure, called with grad mode on; raises `ConfigurationError`."""
+    """The loss that ``step`` got, by name or from its closure, called with grad mode on; `ConfigurationError` else."""
     if closure is None:
         return loss
     if not callable(closure):

@@ -75,7 +75,7 @@ class LearnedOptimizer(RuleState):
         defaults = {"lr": lr, "weight_decay": weight_decay}
         settings(defaults)
         self._origin = resume.origin(name, self.rule, self.theta)
-        self._warned, self._group = set(), zero_group()
+        self._warned, self._others = set(), zero_group()
         self._forget()
         super().__init__(params, defaults)
         self._count(0, called=0)  # from the start, so that each state_dict of ours shows whose it is
@@ -113,7 +113,7 @@ class LearnedOptimizer(RuleState):
         if self.rule.needs_loss and closure is None and loss is None:
             raise ConfigurationError(f"{self.rule!r} reads the loss: call step(loss=loss), or step(closure)")
         loss = evaluated(closure, loss)
-        members = self._place.here([member for member in self._members() if member.param.grad is not None])
+        members = self._here()
         if members:
             with plain(members[0].param.device):
                 self._step(members, loss)

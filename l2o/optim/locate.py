@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from l2o.optim.members import Member, label
-from l2o.optim.place import WHOLE, Place
+from l2o.optim.place import WHOLE, Others, Place
 from l2o.types import ParameterError, Theta, UpdateRule
 
-Group = Any
-"""A process group of torch, or None."""
 _DEEP = 8
 """Calls between an optimizer's construction and whoever asked for it, subclasses of ours included."""
 
 
-def placed(members: Sequence[Member], rule: UpdateRule, theta: Theta, group: Group) -> Place:
-    """Where ``members`` are; raises `ParameterError` where rules cannot follow.
-
-    group: the processes that have the other tensors, or None.
-    """
-    if group is None and not any(hasattr(m.param, "device_mesh") for m in members):
+def placed(members: Sequence[Member], rule: UpdateRule, theta: Theta, others: Others | None) -> Place:
+    """Where ``members`` are; raises `ParameterError` where rules cannot follow.  others: that have other tensors."""
+    if others is None and not any(hasattr(m.param, "device_mesh") for m in members):
         return WHOLE
     from l2o.optim import sharded  # what it imports takes a second, and needs torch.distributed
 
-    return sharded.Shards(members, rule, theta) if group is None else sharded.Spread(group, rule)
+    return sharded.Shards(members, rule, theta) if others is None else sharded.Spread(others)
 
 
-def zero_group() -> Group:
+def zero_group() -> Others | None:
     """The processes of torch's `ZeroRedundancyOptimizer`, if the optimizer that is being made is for it, else None.
 
     It gives each process some of the tensors and does not say so; hence the look at who calls.
@@ -40,7 +34,7 @@ def zero_group() -> Group:
             break
         caller = frame.f_locals.get("self")
         if isinstance(caller, module.ZeroRedundancyOptimizer):
-            return caller.process_group
+            return Others(caller.process_group, caller._default_device)
         frame = frame.f_back
     return None
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from l2o.optim.apply import Inputs, updated
 from l2o.optim.members import Member
 from l2o.types import OptState, Slots, UpdateRule, Updates
+
+
+class Others(NamedTuple):
+    """The processes that have the other tensors of a run, and the device on which to tell them something."""
+
+    group: Any
+    device: torch.device
 
 
 class Place:

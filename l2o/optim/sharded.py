@@ -19,7 +19,7 @@ from l2o.optim.apply import Inputs, checked
 from l2o.optim.exchange import Exchange, Summed, Together, agreed, averaged, chunks, holders
 from l2o.optim.guard import HAD_GRADIENT
 from l2o.optim.members import Member, infos, label
-from l2o.optim.place import Place
+from l2o.optim.place import Others, Place
 from l2o.types import ConfigurationError, OptState, ParameterError, ParamInfo, Slots, Theta, UpdateRule, Updates
 
 
@@ -94,13 +94,12 @@ class Spread(Place):
 
     alone = False
 
-    def __init__(self, group: Any, rule: UpdateRule) -> None:
-        self.group, self.rule = group, rule
+    def __init__(self, others: Others) -> None:
+        self.group, self.device = others
 
     def here(self, members: Sequence[Member]) -> Sequence[Member]:
         """Raises `ConfigurationError` where some processes have tensors with gradients and others none."""
-        device = dist.distributed_c10d._get_pg_default_device(self.group)
-        some = torch.tensor(bool(members), device=device)
+        some = torch.full((), bool(members), device=self.device)
         if agreed(some, self.group) != (~agreed(~some, self.group)):
             raise ConfigurationError(
                 f"one of the {dist.get_world_size(self.group)} processes of ZeroRedundancyOptimizer has no parameter "

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from l2o.optim import resume, slots
+from l2o.optim.apply import apart
 from l2o.optim.guard import beside, plain
 from l2o.optim.locate import placed
 from l2o.optim.members import Member, checked_gradient, infos, label, settings, unique
-from l2o.optim.place import WHOLE
+from l2o.optim.place import WHOLE, Others
 from l2o.types import OptState, Params, Slots, Theta, UpdateRule
 
 
@@ -31,8 +32,7 @@ class RuleState(torch.optim.Optimizer):
     total_steps: int
     _origin: dict[str, str]
     _warned: set[str]
-    _group: Any = None
-    """The processes that have the other tensors of the run."""
+    _others: Others | None = None
 
     def _forget(self) -> None:
         """Forget what is kept for speed alone."""
@@ -48,9 +48,14 @@ class RuleState(torch.optim.Optimizer):
         places = [(id(group), *map(id, group["params"])) for group in self.param_groups]
         if places != self._places:
             found = unique(self.param_groups)
-            self._place = placed(found, self.rule, self.theta, self._group)
+            self._place = placed(found, self.rule, self.theta, self._others)
             self._places, self._all, self._layouts = places, found, {}
         return self._all
+
+    def _here(self) -> Sequence[Member]:
+        """Those that have a gradient, with what of each is in this process."""
+        members = [member for member in self._members() if member.param.grad is not None]
+        return self._place.here(members)
 
     def _dtype(self) -> torch.dtype:
         """Of the arithmetic; asked at each step, because modules are also converted after their optimizer was made."""
@@ -104,7 +109,7 @@ class RuleState(torch.optim.Optimizer):
         """
         if self.state or slots.counts(self)[0] or any(settings(group)["lr"] for group in self.param_groups):
             return False
-        members = self._place.here([m for m in self._members() if m.param.grad is not None])
+        members = self._here()
         if not members:
             return False
         dtype, device = self._dtype(), members[0].param.device
@@ -112,7 +117,8 @@ class RuleState(torch.optim.Optimizer):
             if not self._place.agree(~torch.stack([checked_gradient(m).any() for m in members]).any()):
                 return False
             params = slots.cast({m.key: m.here.detach() for m in members}, dtype)
-            new = self._opt_state(self._theta(dtype, device), members, params)
+            # Apart, because tensors are loaded into: a rule may start several slots with one tensor, or with θ's.
+            new = apart(self._opt_state(self._theta(dtype, device), members, params))
             new = new if self.rule.rests else beside(new, self._seen(members))
             slots.keep(self, members, self._place.kept(members, new))
         return True

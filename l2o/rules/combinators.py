@@ -150,7 +150,7 @@ class ByKind(UpdateRule):
                 before = OptState(self._own(part, state.per_param, infos), _of(state.shared, part))
                 seen = run if rule.needs_loss else run._replace(loss=None)
                 mine = self._own(part, params, infos)
-                moves, after = rule.update(_of(theta, part), own, before, mine, infos, seen, reduce)
+                moves, after = rule.update(_of(theta, part), own, before, mine, infos, seen, reduce.part(part))
                 updates.update(moves)
                 new.per_param.update(after.per_param)
                 new.shared.update({f"{part}.{slot}": t for slot, t in after.shared.items()})
