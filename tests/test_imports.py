@@ -59,16 +59,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package that an extra installs -> the only place that may import it.
 HOMES = {
-    "higher": "l2o.integrations",
+    "accelerate": "meta_train.library_checks",
+    "higher": ("l2o.integrations", "meta_train.library_checks"),
     "hydra": "meta_train",
+    "lightning": "meta_train.library_checks",
     "msgpack": "l2o.interop.msgpack",
     "omegaconf": "meta_train",
+    "peft": "meta_train.library_checks",
+    "transformers": "meta_train.library_checks",
     "triton": "l2o.kernels.mlp_triton",
     "wandb": "meta_train",
 }
 OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
 """Modules of the library that need an extra, and are imported where they are used."""
-COMMANDS = "bench convert evaluate gpu inspect landscape replay report rules_table train"
+COMMANDS = "bench convert evaluate gpu inspect landscape libraries replay report rules_table train"
 ENTRY_POINTS = {f"meta_train.{name}" for name in COMMANDS.split()}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [

@@ -53,8 +53,13 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def scheduled(name: str, lr: float | torch.Tensor = 0.1) -> None:
-    """A schedule makes of gradient descent as a rule what it makes of torch's, also where ``lr`` is a tensor."""
+def scheduled(lr: float | torch.Tensor) -> None:
+    """Schedules make of gradient descent as a rule what they make of torch's, also where ``lr`` is a tensor."""
+    for name in SCHEDULERS:
+        _scheduled(name, lr)
+
+
+def _scheduled(name: str, lr: float | torch.Tensor) -> None:
     ends, rates = [], []
     for descend in (_descent, torch.optim.SGD):
         model = Net()
@@ -65,8 +70,8 @@ def scheduled(name: str, lr: float | torch.Tensor = 0.1) -> None:
             schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
         ends.append(values(model))
         rates.append(optimizer.param_groups[0]["lr"])
-    assert type(rates[0]) is type(rates[1])
-    assert math.isclose(rates[0], rates[1], rel_tol=1e-6)
+    assert type(rates[0]) is type(rates[1]), name
+    assert math.isclose(rates[0], rates[1], rel_tol=1e-6), (name, rates)
     check_same(*ends)
 
 
