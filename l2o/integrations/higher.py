@@ -22,7 +22,7 @@ from torch import Tensor
 from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer
 from l2o.optim.guard import rest
-from l2o.types import ConfigurationError, OptState, Run
+from l2o.types import ConfigurationError, Kind, OptState, Run
 
 
 class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
@@ -45,7 +45,8 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         self._seen: dict[str, Tensor] = {}
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
-        places, params, grads, kinds = {}, {}, {}, {}
+        places, params, grads = {}, {}, {}
+        kinds: dict[str, Kind] = {}
         float64 = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
         dtype = torch.float64 if float64 else torch.float32
         theta = {k: t.to(dtype) for k, t in self.param_groups[0].get("theta", self._default_theta).items()}

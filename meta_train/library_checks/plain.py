@@ -105,7 +105,8 @@ def accumulated(rule: UpdateRule) -> None:
         halves = [loss_at(model, step, slice(start, start + 4)) / 2 for start in (0, 4)]
         for half in halves:
             half.backward()
-        optimizer.step(lambda halves=halves: sum(halves).detach())
+        whole = torch.stack(halves).sum().detach()
+        optimizer.step(lambda whole=whole: whole)  # type: ignore[misc]
     check_same(values(model), alone(rule))
 
 
@@ -152,7 +153,7 @@ def loaded_weights_only(rule: UpdateRule) -> None:
     check_equal(values(again), alone(rule))
 
 
-DCP_OPTIONS = {
+DCP_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "flat": {"flatten_optimizer_state_dict": True},
     "full": {"full_state_dict": True},

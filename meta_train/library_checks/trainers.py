@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from typing import Any
 
@@ -18,7 +19,7 @@ def language_model() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    none: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2, **none))
 
 
@@ -84,9 +85,7 @@ def accelerated(rule: UpdateRule) -> None:
 
     A loss goes in as a closure, which it passes on; by name it does not, and a loss in the closure's place is an error.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, optimizer = _prepared(accelerator, rule)
     with tempfile.TemporaryDirectory() as folder:
         for step in range(STEPS):
