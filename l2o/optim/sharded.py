@@ -51,7 +51,7 @@ class Shards(Place):
     def taken(self, member: Member, slots: Slots) -> Slots:
         axes = {k: a for k, a in self.slot_axes.get(member.key, {}).items() if a is not None}
         ours = {
-            name: t.split(chunks(t.shape[axes[name]], self.size), axes[name])[self.rank]
+            name: t.split(chunks(t.shape[axes[name]], self.size), axes[name])[self.rank].clone()
             for name, t in slots.items()
             if name in axes and not isinstance(t, DTensor)
         }
@@ -90,7 +90,10 @@ class Shards(Place):
 
 
 class Spread(Place):
-    """Whole tensors, of which each process of a group has some: torch's `ZeroRedundancyOptimizer`."""
+    """Whole tensors, of which each process of a group has some: torch's `ZeroRedundancyOptimizer`.
+
+    A step waits for the device: what differs between processes has to be known before the next message.
+    """
 
     alone = False
 

@@ -54,6 +54,7 @@ class RuleState(torch.optim.Optimizer):
 
     def _here(self) -> Sequence[Member]:
         """Those that have a gradient, with what of each is in this process."""
+        # First, because it is what finds out about the place.
         members = [member for member in self._members() if member.param.grad is not None]
         return self._place.here(members)
 
@@ -175,9 +176,9 @@ class RuleState(torch.optim.Optimizer):
         return {**state_dict, "param_groups": [{**groups[0], slots.RUN: {**run, **self._origin}}, *groups[1:]]}
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        copies = resume.copies(self.param_groups, state_dict)
-        for m in self._members() if not self._place.alone else []:
-            copies[m.param] = self._place.taken(m, copies.get(m.param, {}))
+        copies, members = resume.copies(self.param_groups, state_dict), self._members()
+        if not self._place.alone:
+            copies |= {m.param: self._place.taken(m, copies[m.param]) for m in members if m.param in copies}
         self.state.update(copies)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -166,6 +166,38 @@ def skipped_together(rule: UpdateRule) -> None:
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
 
 
+def loaded_whole(rule: UpdateRule) -> None:
+    """What ``state_dict()`` of one process says loads under FSDP2, where each process keeps its part."""
+    alone_, model = Net(), sharded_net()
+    saved, optimizer = make(alone_.parameters(), rule), make(model.parameters(), rule)
+    train(alone_, saved, range(2))
+    train(model, optimizer, range(2))
+    kept = {p: dict(optimizer.state[p]) for p in model.parameters()}
+    optimizer.load_state_dict(saved.state_dict())
+    for p, slots in kept.items():
+        for name, slot in slots.items():
+            now = optimizer.state[p][name]
+            assert type(now) is type(slot), name
+            assert getattr(now, "placements", None) == getattr(slot, "placements", None), name
+    train(model, optimizer, range(2, STEPS))
+    check_same(values(model), alone(rule))
+
+
+def tensor_parallel() -> None:
+    """Tensors that are cut over two dimensions of a mesh, or over two meshes, are an error that says so."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    meshes = [dist.init_device_mesh("cpu", shape) for shape in ((2,), (1, 2))]
+    cut = [distribute_tensor(torch.ones(4, 4), mesh, [Shard(i) for i in range(mesh.ndim)]) for mesh in meshes]
+    for params in (cut[1:], [cut[0], distribute_tensor(torch.ones(4), meshes[1], [Shard(0), Replicate()])]):
+        try:
+            make([torch.nn.Parameter(p) for p in params], Steered())
+            said = "no error"
+        except ParameterError as error:
+            said = str(error)
+        assert "over one dimension of one mesh" in said, said
+
+
 def zero_redundancy(rule: UpdateRule) -> None:
     """`ZeroRedundancyOptimizer` trains as one process does, and goes on from its state dict as if never stopped."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
