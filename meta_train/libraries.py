@@ -20,8 +20,8 @@ from meta_train.run.card import commit, hardware
 
 _TEXT = """# In other libraries
 
-Written by `python -m meta_train.libraries --out docs/results/libraries.md` on {date}, commit {commit}, {hardware}; the
-same checks are tests. Each trains a small network of an embedding, matrices, a convolution, vectors and a scalar, or a
+Written by `python -m meta_train.libraries --out docs/results/libraries.md` on {date}, at commit {commit}
+({hardware}). The same checks are tests. Each trains a small network of an embedding, matrices, a convolution, vectors and a scalar, or a
 small language model: parameters equal those of a plain loop in one process (to 1e-5 of the largest step of each
 tensor), and a run that was saved and loaded goes on as if never stopped. Several processes: gloo, on one machine.
 "n rules": the shipped ones with the hyperparameters of their defaults.
@@ -31,6 +31,8 @@ tensor), and a run that was saved and loaded goes on as if never stopped. Severa
 - A rule that reads the loss takes it as a closure, `optimizer.step(lambda: loss)`, which Accelerate and Lightning pass
   on; `transformers.Trainer` passes no loss on. Under DDP pass the mean over the processes (each has to read the same
   number); under FSDP2 and `ZeroRedundancyOptimizer` it is taken for you.
+- "full" is without gradient descent as a rule: torch asks for a tensor with axes in the state, which it does not have,
+  nor `torch.optim.SGD` without momentum.
 - FSDP1 keeps flat pieces of tensors, of which a rule cannot tell rows from columns: use `fully_shard`.
 - Tensors that a rule takes as a whole only (orthogonalised ones) are sent to one process each, updated there, and sent
   back, in two messages a step of about 4 and 3 numbers an entry. One dimension of a mesh is sharded; tensor parallelism

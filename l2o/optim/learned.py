@@ -56,8 +56,12 @@ class LearnedOptimizer(RuleState):
     equal steps but for rounding. ``state_dict()`` is a snapshot, which later steps leave as it is. ``total_steps`` is
     not in it, so that a run can be resumed with another length.
 
-    Raises `ConfigurationError`, `ParameterError` (not floating point, sparse, expanded, made in inference mode, or on
-    several devices), and what `l2o.load` raises.
+    Parameters may be shards (FSDP2's ``fully_shard``) or one process' share of all (``ZeroRedundancyOptimizer``): steps
+    are those of one process that has all, the loss is the mean of theirs, all skip a step or none, and slots are shards
+    as their parameters are, which ``torch.distributed.checkpoint`` saves and loads with any number of processes.
+
+    Raises `ConfigurationError`, `ParameterError` (not floating point, sparse, expanded, made in inference mode, on
+    several devices, or flat shards of FSDP1), and what `l2o.load` raises.
     """
 
     def __init__(
