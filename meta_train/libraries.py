@@ -21,10 +21,12 @@ from meta_train.run.card import commit, hardware
 _TEXT = """# In other libraries
 
 Written by `python -m meta_train.libraries --out docs/results/libraries.md` on {date}, at commit {commit}
-({hardware}). The same checks are tests. Each trains a small network of an embedding, matrices, a convolution, vectors and a scalar, or a
-small language model: parameters equal those of a plain loop in one process (to 1e-5 of the largest step of each
-tensor), and a run that was saved and loaded goes on as if never stopped. Several processes: gloo, on one machine.
-"n rules": the shipped ones with the hyperparameters of their defaults.
+({hardware}). The same checks are tests.
+
+Each trains a small network of an embedding, matrices, a convolution, vectors and a scalar, or a small language model:
+parameters equal those of a plain loop in one process (to 1e-5 of the largest step of each tensor), and a run that was
+saved and loaded goes on as if never stopped. Several processes: gloo, on one machine. "n rules": the shipped ones with
+the hyperparameters of their defaults (18: and a `ByKind` of two).
 
 {table}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +81,26 @@ def resharded(rule: UpdateRule) -> None:
     model, want = sharded_net(), alone(rule)
     optimizer = make(model.parameters(), rule)
     train(model, optimizer, range(2))
-    several, single = _folders()
-    _save(model, optimizer, several)
-    for again, one in ((sharded_net(), False), (Net(), True)):
-        check_same(_resumed(again, rule, several, one), want)
-    model = Net()
-    optimizer = make(model.parameters(), rule)
-    train(model, optimizer, range(2))
-    _save(model, optimizer, single)
-    check_same(_resumed(sharded_net(), rule, single), want)
+    with _folder() as folder:
+        _save(model, optimizer, folder)
+        for again, one in ((sharded_net(), False), (Net(), True)):
+            check_same(_resumed(again, rule, folder, one), want)
+    whole = Net()
+    optimizer = make(whole.parameters(), rule)
+    train(whole, optimizer, range(2))
+    with _folder() as folder:
+        _save(whole, optimizer, folder)
+        check_same(_resumed(sharded_net(), rule, folder), want)
 
 
-def _folders() -> list[str]:
-    """Two empty ones, the same in all processes."""
-    made = [[tempfile.mkdtemp() for _ in range(2)]]
-    dist.broadcast_object_list(made)
-    return made[0]
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """An empty one, the same in all processes, until all have done with it."""
+    with tempfile.TemporaryDirectory() as own:
+        first: list[Any] = [own]
+        dist.broadcast_object_list(first)
+        yield first[0]
+        dist.barrier()
 
 
 def _state(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
