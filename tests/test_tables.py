@@ -1,4 +1,4 @@
-"""`DiabetesMLP`: which patients are whose, and bad input; what it shares with other families is tested with them."""
+"""Families on tables: which rows are whose, and bad input; what they share with other families is tested with them."""
 
 from __future__ import annotations
 

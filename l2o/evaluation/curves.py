@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from l2o.checks import check_int
+from l2o.tasks import TableClassifier
 from l2o.tasks.image_task import ImageClassifier
 from l2o.types import InnerState, TaskFamily, Theta, UpdateRule
 from l2o.unroll import sample_runs, unroll
@@ -40,7 +41,7 @@ class Curves(NamedTuple):
     """Losses of a run, on its device.
 
     train: ``[steps, lanes]``, before each update.          valid: ``[points, lanes]``, on held-out data.
-    accuracy: share of held-out labels that are right, likewise; None but for classifiers of images.
+    accuracy: share of held-out labels that are right, likewise; None but for classifiers.
     valid_steps: how many updates had been applied at each point; the last is the length of the run.
     """
 
@@ -113,8 +114,8 @@ def evaluation_steps(horizon: int, evaluations: int) -> list[int]:
 
 
 def by_error(family: Any) -> TaskFamily | None:
-    """``family``, also inside others, with the share of wrong labels for its loss; None unless it classifies images."""
-    if isinstance(family, ImageClassifier):
+    """``family``, also inside others, with the share of wrong labels for its loss; None unless it classifies."""
+    if isinstance(family, ImageClassifier | TableClassifier):
         return replace(family, criterion="error")
     inner = by_error(family.family) if isinstance(getattr(family, "family", None), TaskFamily) else None
     return None if inner is None else cast(TaskFamily, replace(family, family=inner))

@@ -67,10 +67,12 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _code(made: Any) -> str:
-    """The name of a function or class without its module, which may move; its source where it is a user's own."""
+    """The name of a function or class without its module, which may move; with the source of a user's own."""
     if made.__module__.split(".")[0] in _OURS:
         return str(made.__qualname__)
-    try:
-        return f"{made.__qualname__} {hashlib.sha256(inspect.getsource(made).encode()).hexdigest()}"
-    except (OSError, TypeError):  # typed into an interpreter
-        return f"{made.__module__}.{made.__qualname__}"
+    for part in (inspect.getmodule(made), made):  # the whole file, for what it calls there; else, as of notebooks, it
+        try:
+            return f"{made.__qualname__} {hashlib.sha256(inspect.getsource(part).encode()).hexdigest()}"  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            continue
+    return f"{made.__module__}.{made.__qualname__}"  # typed into an interpreter
