@@ -248,6 +248,12 @@ def test_settings_override_the_task_and_the_rest(settings):
     ]
 
 
+def test_a_time_out_can_be_that_of_all_settings_or_of_one(settings):
+    found = settings("timeout=5", "settings={a: {}, b: {timeout: 90}, c: {timeout: null}}")
+    assert [setting.timeout for setting in found.values()] == [5, 90, None]
+    assert [setting.timeout for setting in settings().values()] == [None]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS["evaluate/experiment"])
 def test_every_experiment_makes_sense(settings, name):
     for setting in settings(f"experiment={name}").values():
@@ -376,6 +382,8 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["source=[]"], ["source=[]", "a name"]),
         (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),
+        (["timeout=0"], ["timeout=0", "over 0"]),
+        (["timeout=soon"], ["timeout='soon'"]),
         (["suite=quik"], ["unknown suite 'quik'", "'quick'"]),
         (["jobs=0"], ["jobs=0"]),
         (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),

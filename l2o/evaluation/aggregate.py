@@ -31,6 +31,7 @@ class Summary(NamedTuple):
     speed_ups: over the reference, by task; a miss is 0.     median, iqm: of them.     reached: share that is no miss.
     valid: median ratio of its validation loss to the reference's.     wall: median speed-up in time; None: not timed.
     diverged, runs: how many of the best trials' runs diverged.     overfitted: names of tasks.
+    timed_out: how many of those that diverged did so by exceeding their time.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Summary(NamedTuple):
     diverged: int
     runs: int
     overfitted: tuple[str, ...]
+    timed_out: int = 0
 
 
 def summaries(comparisons: Sequence[Comparison]) -> list[Summary]:
@@ -82,6 +84,7 @@ def _summary(comparisons: Sequence[Comparison], name: str) -> Summary:
         diverged=sum(int(s.diverged.sum()) for s in scores),
         runs=sum(len(s.diverged) for s in scores),
         overfitted=tuple(c.setting.name for c in comparisons if overfits(c, name)),
+        timed_out=sum(int(s.timed_out.sum()) for s in scores if s.timed_out is not None),
     )
 
 

@@ -18,8 +18,8 @@ from l2o.evaluation.trials import Setting
 
 _OURS = ("l2o", "torch", "numpy", "builtins", "functools", "pytorch_optimizer", "schedulefree", "prodigyopt")
 """Packages whose changes a suite's version, or their own, says; of other code the source is part of the identity."""
-_BESIDE = ("label", "rates", "name", "split", "seeds")
-"""Fields that say nothing of a single curve: names, and what is known by the rate and the seed of the curve."""
+_BESIDE = ("label", "rates", "name", "split", "seeds", "timeout")
+"""Fields that say nothing of a single curve: names, and what its rate, its seed and, of a time-out, its facts say."""
 
 
 def digest(*parts: Any) -> str:

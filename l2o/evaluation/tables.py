@@ -66,7 +66,7 @@ def _optimizer_row(found: Summary) -> tuple[str, ...]:
         _estimate(found.iqm),
         number(found.valid),
         "–" if found.wall is None else f"{found.wall:.3g}",
-        f"{found.diverged} of {found.runs}",
+        f"{found.diverged} of {found.runs}{f' ({found.timed_out} timed out)' if found.timed_out else ''}",
         str(len(found.overfitted)),
     )
 

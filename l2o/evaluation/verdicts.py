@@ -105,7 +105,8 @@ def verdict(comparison: Comparison) -> str:
     name = comparison.judged[0]
     ours = comparison.scores[name]
     lost = int(ours.diverged.sum())
-    failures = f" It diverged on {lost} of {len(ours.diverged)} seeds." if lost else " No seed diverged."
+    how = "diverged" if ours.timed_out is None else "timed out"
+    failures = f" It {how} on {lost} of {len(ours.diverged)} seeds." if lost else " No seed diverged."
     if REFERENCE not in comparison.scores:
         return f"{REFERENCE} is not among the baselines, so there is nothing to compare with.{failures}"
     adam = comparison.scores[REFERENCE]
@@ -136,7 +137,7 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
         "untuned" if score.rate is None else f"{number(score.rate)}{' (edge of the grid)' * score.at_edge}",
         f"{number(score.mean)} [{number(low, 2)}, {number(high, 2)}]",
         valid_text(score),
-        f"{int(score.diverged.sum())} of {len(score.diverged)}",
+        f"{int(score.diverged.sum())} of {len(score.diverged)}{' (timed out)' if score.timed_out is not None else ''}",
         _speed_up(comparison.speed_up(name)),
     )
 
