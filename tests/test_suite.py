@@ -42,7 +42,8 @@ from l2o.evaluation.identity import curve_key
 from l2o.evaluation.markdown import as_markdown
 from l2o.evaluation.report import as_json
 from l2o.evaluation.scores import kept_steps, target
-from l2o.evaluation.verdicts import overfits, table_row
+from l2o.evaluation.tables import optimizers_table
+from l2o.evaluation.verdicts import overall, overfits, table_row
 from l2o.evaluation.wall import relative_step
 from l2o.rules import SGD, Adam, VeLO
 from l2o.tasks import GradientNoise, ImageConv, ImageMLP, Lasso, ModuleTask, Quadratic, Rastrigin
@@ -397,6 +398,33 @@ def test_a_target_below_rounding_is_what_float32_resolves():
     assert not overfits(made, "learned")  # a validation loss of 1e-7 over one of 1e-12
 
 
+def test_losses_may_be_negative():
+    adam, mine = [4.0, 0.0, -3.0, -5.0], [4.0, -2.0, -5.0, -6.0]
+    made = comparison("likelihood", learned=mine, adam=adam, sgd=[4.0, 1.0, -1.0, -4.0])
+    assert target(made.scores["adam"]) == -5.0
+    assert [made.speed_up(name) for name in made.scores] == [4 / 3, 1.0, 0.0]
+    assert [made.reached(name) for name in made.scores] == [True, True, False]
+    worse = made.trials["learned"]._replace(valid=np.full((1, 1, 1), -1.0))
+    assert not overfits(made, "learned")
+    assert overfits(Comparison.of(made.setting, {**made.trials, "learned": worse}), "learned")
+
+
+def test_tasks_without_a_target_are_named():
+    lost = comparison("e", learned=falling(2), adam=[4.0, *[INF] * 7], sgd=falling(2))
+    table = optimizers_table([*MADE, lost])
+    assert table.note.endswith("Without a finite loss of Adam's, and left out: e.")
+    assert table.rows == optimizers_table(MADE).rows
+    assert "left out" not in optimizers_table(MADE).note
+
+
+def test_optimizers_of_a_notebook_may_have_any_name():
+    own = [comparison("a", mine=falling(2), adam=falling(8)), comparison("b", mine=falling(0), adam=falling(8))]
+    assert [found.name for found in overall(own)] == ["mine"]
+    text = as_markdown(Report("mine", own, {}, {}))
+    assert "Target reached: mine ends" in text
+    assert "Target missed: mine ends" in text
+
+
 def test_validation_stands_beside_training():
     over = comparison("over", learned=falling(2), adam=falling(8))
     trials = {**over.trials, "learned": over.trials["learned"]._replace(valid=np.full((1, 1, 1), 3.0))}
@@ -528,10 +556,7 @@ def test_a_page_is_whole_and_asks_for_nothing(tmp_path):
 
 def test_the_report_of_a_suite_has_every_optimizer_and_every_kind_of_task():
     text = as_markdown(Report("learned", MADE, {}, {}))
-    assert (
-        "| **learned** | untuned | 2 of 4 | 1 [0, 4] | 1 [0, 3.5] |" in text
-        or "| **learned** | untuned | 2 of 4 |" in text
-    )
+    assert "| **learned** | untuned | 2 of 4 | 1 [0, 4] | 1 [0, 4] | 2.1 |" in text
     assert "| like those of meta-training | 2 | 2 of 2; 3×; 1 |" in text
     assert "![performance profile](profile.png)" in text
     assert "diverged (1 of 1 seeds)" in text

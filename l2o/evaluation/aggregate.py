@@ -49,10 +49,20 @@ class Summary(NamedTuple):
     overfitted: tuple[str, ...]
     timed_out: int = 0
 
+    @property
+    def hits(self) -> str:
+        """On how many tasks the target is reached."""
+        return f"{sum(value > 0 for value in self.speed_ups.values())} of {self.tasks}"
+
+
+def is_scored(comparison: Comparison) -> bool:
+    """Whether there is a target: the reference was run, and has a finite loss."""
+    return REFERENCE in comparison.scores and bool(np.isfinite(comparison.scores[REFERENCE].mean))
+
 
 def summaries(comparisons: Sequence[Comparison]) -> list[Summary]:
-    """Every optimizer, best median first, then best IQM; empty where the reference was not run."""
-    scored = [c for c in comparisons if REFERENCE in c.scores and np.isfinite(c.scores[REFERENCE].mean)]
+    """Every optimizer over the tasks that have a target, best median first, then best IQM."""
+    scored = [c for c in comparisons if is_scored(c)]
     names = scored[0].scores if scored else ()
     found = [_summary(scored, name) for name in names]
     return sorted(found, key=lambda s: (-s.median.value, -s.iqm.value, s.label))

@@ -173,8 +173,14 @@ def bootstrap_interval(values: Array, level: float = 0.95, seed: int = 0) -> tup
 
 
 def target(reference: Score) -> float:
-    """The loss to be reached: the reference's final one, or where that is less, what float32 resolves of the first."""
-    return max(reference.mean, RESOLUTION * float(reference.curve[0].mean()))
+    """The loss to be reached: the reference's final one, or where that is nearer to 0, what float32 resolves."""
+    return resolved(reference.mean, reference)
+
+
+def resolved(loss: float, reference: Score) -> float:
+    """A loss, or where that is nearer to 0 what float32 resolves of the reference's first one."""
+    least = RESOLUTION * abs(float(reference.curve[0].mean()))
+    return least if abs(loss) < least else loss
 
 
 def speed_up(candidate: Score, reference: Score) -> float:
