@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from l2o.evaluation import Baseline, Entrant, RuleEntrant, TorchEntrant
 from l2o.evaluation.baselines import cosine, half_cosine, imported, linear, torch_optimizer
 from l2o.evaluation.compare import GIVEN, LEARNED
 from l2o.evaluation.entrants import UNTUNED
-from l2o.types import ConfigurationError, L2OError, UpdateRule
+from l2o.types import ConfigurationError, L2OError, Theta, UnknownNameError, UpdateRule
 from meta_train.config.build import import_classes
 from meta_train.config.compose import one_line
 
@@ -44,8 +44,17 @@ def judged(config: Any) -> dict[str, Entrant]:
             found[f"{GIVEN} {label}"] = torch_entrant(label, each if isinstance(each, Mapping) else {"path": label})
         else:
             key = LEARNED if LEARNED not in found else f"{LEARNED} {label}"
-            found[key] = RuleEntrant(label, *load(label, rules=classes))
+            found[key] = RuleEntrant(label, *_loaded(label, classes, name))
     return found
+
+
+def _loaded(label: str, classes: Sequence[type[UpdateRule]], name: str) -> tuple[UpdateRule, Theta]:
+    try:
+        return load(label, rules=classes)
+    except UnknownNameError as error:
+        if name == "source":
+            raise
+        raise UnknownNameError(f"{error}; an optimizer of torch's kind goes by module:Class") from error
 
 
 def _plain(value: Any) -> list[Any]:

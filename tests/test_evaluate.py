@@ -314,6 +314,16 @@ def test_shipped_curves_are_those_of_the_suite_as_it_is_now(command, monkeypatch
         np.testing.assert_allclose(store.kept(name, setting, chosen["adam"]).train[0, :, 0], first, rtol=2e-3)
 
 
+def test_packages_of_curves_that_are_there_need_not_be(command, monkeypatch):
+    """Those of the extra ``baselines``: whose curves come with l2o, or were run before."""
+    pytest.importorskip("prodigyopt")
+    run = ("suite=quick", "steps=5", "seeds=1", "only=[quadratic]", "baselines=[adam,prodigy]", "store=curves")
+    assert command(*run) == 0
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    assert command(*run) == 0
+    assert command(*run, "store=other") == 2
+
+
 def test_shipped_curves_take_a_few_megabytes():
     assert 0 < sum(path.stat().st_size for path in (ROOT / "benchmarks" / "suite").rglob("*.npz")) < 12e6
 
@@ -389,6 +399,7 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),
         (["optimizers=[{path:torch.optim.Adam,schedule:cosin}]"], ["unknown schedule 'cosin'", "'cosine'"]),
         (["optimizers=[{path:torch.optim.Adam,momentum:0.9}]"], ["torch.optim.Adam: ", "momentum", "its settings"]),
+        (["optimizers=[MyOptimizer]"], ["unknown checkpoint 'MyOptimizer'", "goes by module:Class"]),
         (["optimizers=[torch.optim.LBFGS]"], ["torch.optim.LBFGS: ", "closure"]),
         (["settings.wide.split=larg"], ["unknown split 'larg'", "'larger'"]),
         (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),

@@ -40,9 +40,11 @@ NOISY = Setting("noisy", Quadratic(dim=3, noise=0.1), steps=21, seeds=3, window=
 GRIDS = {name: entrant for name, entrant in BASELINES.items() if isinstance(entrant, Baseline)}
 UNTUNED = sorted(name for name, entrant in BASELINES.items() if entrant.rates == (None,))
 OF_TORCH = sorted(BASELINES.keys() - GRIDS.keys())
-PACKAGES = {"soap": "pytorch_optimizer", "prodigy": "prodigyopt"} | dict.fromkeys(
-    ["schedule_free", "schedule_free_tuned"], "schedulefree"
-)
+PACKAGES = {
+    **dict.fromkeys(["soap", "soap_fixed"], "pytorch_optimizer"),
+    **dict.fromkeys(["schedule_free", "schedule_free_tuned"], "schedulefree"),
+    "prodigy": "prodigyopt",
+}
 """That a baseline needs beside torch, from the extra ``baselines``."""
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

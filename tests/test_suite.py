@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
+import linecache
 import math
+import sys
 from functools import partial
 from html.parser import HTMLParser
 
@@ -48,6 +51,7 @@ from l2o.evaluation.wall import relative_step
 from l2o.rules import SGD, Adam, VeLO
 from l2o.tasks import GradientNoise, ImageConv, ImageMLP, Lasso, ModuleTask, Quadratic, Rastrigin
 from l2o.types import ConfigurationError, ResumeError, TaskFamily
+from meta_train.optimizers import torch_entrant
 
 TASKS = (
     Setting("small", Quadratic(dim=2), steps=12, seeds=2, window=1, split="like"),
@@ -284,6 +288,31 @@ def test_names_decide_nothing(change):
     assert key(**change) == key()
 
 
+OWN = """
+import torch
+
+RATE = 0.1
+
+
+class Mine(torch.optim.SGD):
+    def __init__(self, params):
+        super().__init__(params, lr=RATE)
+"""
+
+
+def test_what_a_users_file_says_is_part_of_a_curve(tmp_path, monkeypatch):
+    """Also beside the class: nobody is to see the curves of the file as it was yesterday."""
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for rate in ("0.1", "0.2", "0.1"):
+        (tmp_path / "own_optimizer.py").write_text(OWN.replace("0.1", rate))
+        monkeypatch.delitem(sys.modules, "own_optimizer", raising=False)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        keys.append(key(entrant=torch_entrant("mine", {"path": "own_optimizer:Mine"})))
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_a_new_setting_with_a_default_changes_no_curve():
     @dataclasses.dataclass(frozen=True)
     class Before:
@@ -309,6 +338,28 @@ def test_curves_of_a_problem_that_has_changed_are_refused(tmp_path):
         ConfigurationError, match=r"small: the first losses of mine .* its task has changed; raise the ver"
     ):
         comparisons(SUITE, {"adam": ENTRANTS["adam"], "learned": learned()}, store)
+
+
+class Broken(torch.optim.SGD):
+    """Has a bug."""
+
+    def step(self):
+        raise ValueError("a bug")
+
+
+def test_an_optimizer_that_raises_is_named_with_its_task_and_the_rest_is_kept(tmp_path):
+    entrants = {"adam": ENTRANTS["adam"], "given mine": TorchEntrant("mine", partial(torch_optimizer, Broken))}
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="a bug") as raised:
+        run_suite(SUITE, entrants, store)
+    assert raised.value.__notes__ == [
+        "in small: mine; what was done before is kept, and the same command goes on from there"
+    ]
+    assert [str(job) for job in missing(SUITE, entrants, Store(tmp_path))] == [
+        "small: mine",
+        "noisy: Adam",
+        "noisy: mine",
+    ]
 
 
 def test_tasks_have_names_of_their_own():
@@ -417,6 +468,17 @@ def test_tasks_without_a_target_are_named():
     assert "left out" not in optimizers_table(MADE).note
 
 
+def test_only_what_was_not_tuned_is_called_so():
+    assert Report("mine", MADE, {}, {}).title == "mine, untuned, beside baselines"
+    tuned = Comparison.of(
+        TASKS[0], {"given mine": kept_of([falling(2), falling(4)], (0.1, 1.0)), "adam": kept_of([falling(8)])}
+    )
+    assert Report("mine", [tuned], {}, {}).title == "mine, beside baselines"
+    for text in (as_markdown(Report("mine", [tuned], {}, {})), as_html(Report("mine", [tuned], {}, {}))):
+        assert "mine, beside baselines" in text
+        assert "untuned, beside" not in text
+
+
 def test_optimizers_of_a_notebook_may_have_any_name():
     own = [comparison("a", mine=falling(2), adam=falling(8)), comparison("b", mine=falling(0), adam=falling(8))]
     assert [found.name for found in overall(own)] == ["mine"]
@@ -439,11 +501,24 @@ def test_time_is_another_matter_than_steps():
     assert found == {"learned": 0.5, "adam": 1.0, "sgd": None}
 
 
+class Closureless(torch.optim.Optimizer):
+    """As many write their own."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p -= 0.1 * p.grad
+
+
 def test_steps_are_timed_for_what_a_user_would_run():
     family = ModuleTask(lambda: torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, (X, X[:, :1]), (X, X[:, :1]), 8)
     setting = Setting("", family, 5)
     needs_loss = RuleEntrant("velo", VeLO(), VeLO().init_theta(torch.Generator()))
-    assert all(relative_step(e, setting) > 0 for e in (learned(), ENTRANTS["adamw"], needs_loss))
+    own = TorchEntrant("", partial(torch_optimizer, Closureless))
+    assert all(relative_step(e, setting) > 0 for e in (learned(), ENTRANTS["adamw"], needs_loss, own))
     assert relative_step(ENTRANTS["adam"], setting) is None
 
 

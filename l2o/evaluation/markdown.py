@@ -52,6 +52,12 @@ class Report(NamedTuple):
     loss_label: str = "training loss"
 
     @property
+    def title(self) -> str:
+        """Of the page: nothing that is judged was tuned, unless it has several trials."""
+        tuned = any(c.scores[name].trials > 1 for c in self.comparisons for name in c.judged)
+        return f"{self.source}, {'' if tuned else 'untuned, '}beside baselines"
+
+    @property
     def scored_together(self) -> bool:
         """Whether there are several tasks, and a reference that speed-ups are over."""
         return len(self.comparisons) > 1 and REFERENCE in self.comparisons[0].scores
@@ -63,7 +69,7 @@ def as_markdown(report: Report) -> str:
 
 
 def _head(report: Report) -> Iterator[str]:
-    yield f"# `{report.source}`, untuned, beside its baselines\n"
+    yield f"# {report.title}\n"
     yield from (f"- {overall_text(found)}" for found in overall(report.comparisons))
     if report.scored_together:
         yield from _suite(report.comparisons)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from l2o.bench.cost import plug_in, wait
 from l2o.evaluation.entrants import Entrant, RuleEntrant, TorchEntrant
 from l2o.evaluation.trials import Setting
+from l2o.optim import LearnedOptimizer
 from l2o.unroll import lane_losses
 
 _ROUNDS = 15
@@ -74,6 +75,9 @@ class _Run:
         for p, grad in zip(params, torch.autograd.grad(loss, params, materialize_grads=True), strict=True):
             p.grad = grad
         for each in self._optimizers:
-            each.step(cast(Callable[[], float], loss.detach))  # a tensor, so that nobody waits for the device
+            if isinstance(each, LearnedOptimizer):
+                each.step(cast(Callable[[], float], loss.detach))  # a tensor, so that nobody waits for the device
+            else:
+                each.step()
         wait(self._device)
         return self._clock() - began
