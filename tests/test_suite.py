@@ -573,6 +573,38 @@ def test_tuned_adam_solves_what_is_convex(family, left):
     assert np.median(best / kept.train[0, :, 0]) < left
 
 
+def test_random_quadratics_begin_at_ten():
+    """The expected loss at the origin is the number of dimensions; that of the first step is a little above."""
+    generator = torch.Generator().manual_seed(0)
+    family = Quadratic(dim=10)
+    data = family.sample(generator, 4000)
+    params, _ = family.init(data, generator)
+    first = torch.func.vmap(family.loss)(params, {}, data, family.batch(data, "train", generator))[0]
+    assert first.mean() == pytest.approx(10.0, abs=4 * math.sqrt(20 / 4000))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 10), (25, 50)])
+def test_lasso_is_solved_as_fast_as_fista_is_known_to(rows, columns):
+    """Excess at most ``2 L |x_0 - x*|² / (k + 1)²`` (Beck and Teboulle 2009, theorem 4.4), down to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    family = Lasso(rows=rows, dims=(columns, columns))
+    data = {name: t.double() for name, t in family.sample(generator, 8).items()}
+    first = family.init(data, generator)[0]["x"].double()
+    a, solution, penalty = data["a"], data["solution"], data["penalty"]
+    lipschitz = torch.linalg.matrix_norm(a, 2).square().unsqueeze(1)
+    x, y, t = first, first, 1.0
+    for k in range(1, 201):
+        gradient = torch.einsum("lri,lrj,lj->li", a, a, y - solution) - penalty * data["subgradient"]
+        after = torch.nn.functional.relu((z := y - gradient / lipschitz).abs() - penalty / lipschitz) * z.sign()
+        t, before = (1 + math.sqrt(1 + 4 * t**2)) / 2, t
+        x, y = after, after + (before - 1) / t * (after - x)
+        noise = torch.zeros(8, rows, dtype=torch.float64)
+        excess = torch.func.vmap(family.loss)({"x": x}, {}, data, {"noise": noise})[0]
+        bound = 2 * lipschitz[:, 0] * (first - solution).square().sum(1) / (k + 1) ** 2
+        assert (excess >= -1e-12).all()
+        assert (excess <= bound + 1e-6).all()
+
+
 @pytest.mark.parametrize("n", [2, 10])
 def test_descent_ends_in_local_minima_of_the_egg_crate(n):
     """Near whole numbers, where ``Σ λ z²`` is what is left: Rastrigin's function is not solved by going down."""
