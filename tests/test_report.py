@@ -215,10 +215,19 @@ def test_losses_of_any_sign_are_in_the_picture(shift, scale):
     assert panel.get_yscale() == scale
     low, high = panel.get_ylim()
     for line, s in zip(panel.lines, [moved["adam"], moved[LEARNED]], strict=True):
-        seen = np.median(s.curve, 1)
+        seen = s.curve.mean(1)  # as the scores have it
         inside = np.isfinite(seen)
         np.testing.assert_allclose(line.get_ydata()[inside], seen[inside])
         assert ((low <= seen) & (seen <= high))[inside].all()
+
+
+def test_one_lost_seed_is_a_lost_run_in_the_picture_too():
+    result = comparison(1e-2)
+    ours = result.scores[LEARNED]
+    lost = dataclasses.replace(ours, curve=np.where(np.arange(3) == 1, np.array(ours.steps)[:, None] * INF, ours.curve))
+    (panel,) = figure_of(result._replace(scores={**result.scores, LEARNED: lost}))
+    assert (panel.lines[-1].get_ydata() > panel.get_ylim()[1]).all()
+    assert (panel.lines[0].get_ydata() < panel.get_ylim()[1]).all()
 
 
 @pytest.mark.parametrize("curve", [[0.0, 0.0, 0.0], [0.0, 0.1, 0.4], [-1.0, -1.0, -1.0]])
