@@ -27,7 +27,7 @@ from l2o.evaluation import (
     run_learned,
     step_cost,
 )
-from l2o.evaluation.baselines import Scheduled, adamw, cosine, half_decades, linear, muon, torch_optimizer
+from l2o.evaluation.baselines import Scheduled, adamw, cosine, half_cosine, half_decades, linear, muon, torch_optimizer
 from l2o.evaluation.curves import evaluation_steps
 from l2o.evaluation.scores import condense, diverged
 from l2o.optim import LearnedOptimizer
@@ -249,6 +249,19 @@ def test_the_untuned_baselines_are_those_that_their_names_say():
     assert [adamw(1e-3)([vector], rate)[0].param_groups[0]["lr"] for rate in (None, 0.1)] == [1e-3, 0.1]
     assert [linear(step, 4) for step in (0, 2, 4)] == [1.0, 0.5, 0.0]
     assert [cosine(step, 40) for step in (0, 1, 2, 21, 40)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_the_untuned_baselines_of_libraries_are_those_that_their_names_say():
+    for package in PACKAGES.values():
+        pytest.importorskip(package)
+    p = nn.Parameter(torch.ones(2, 2))
+    (soap,), (free,), (prodigy,) = (BASELINES[n].make([p], None) for n in ("soap_fixed", "schedule_free", "prodigy"))
+    made = [(type(o).__name__, o.param_groups[0]["lr"]) for o in (soap, free, prodigy)]
+    assert made == [("SOAP", 3e-3), ("AdamWScheduleFree", 2.5e-3), ("Prodigy", 1.0)]
+    assert free.param_groups[0]["train_mode"]
+    schedules = [BASELINES[n].schedule for n in ("soap_fixed", "schedule_free", "prodigy")]
+    assert schedules == [cosine, None, half_cosine]
+    assert [half_cosine(step, 40) for step in (0, 20, 40)] == pytest.approx([1.0, 0.5, 0.0])
 
 
 class Replacing(torch.optim.Optimizer):

@@ -307,6 +307,17 @@ def test_tables_fit_the_terminal(monkeypatch, capsys, width):
     assert "…" not in "".join(summed)
 
 
+def test_of_many_settings_the_terminal_shows_what_they_say_together(capsys):
+    many = [made(f"task {i}", learned=(1.0, 1.0), adam=(2.0, 1.0)) for i in range(5)]
+    print_tables(Report("mine", many, {}, {}))
+    shown = capsys.readouterr().out
+    assert "All optimizers" in shown
+    assert "Tasks, misses first" in shown
+    assert "best lr" not in shown
+    print_tables(Report("mine", many[:4], {}, {}))
+    assert "best lr" in capsys.readouterr().out
+
+
 def test_the_summary_and_every_learned_optimizer_stand_at_the_head_of_a_report(tmp_path):
     write(report(*SEVERAL), tmp_path)
     head, _, _ = (tmp_path / "report.md").read_text().partition("curves.png")

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from l2o.evaluation import (
+    BASELINES,
     Baseline,
     Comparison,
     Kept,
@@ -43,9 +44,10 @@ from l2o.evaluation.baselines import cosine, torch_optimizer
 from l2o.evaluation.html import as_html
 from l2o.evaluation.identity import curve_key
 from l2o.evaluation.markdown import as_markdown
+from l2o.evaluation.plots import LEARNED_COLOURS, baseline_style, styles
 from l2o.evaluation.report import as_json
 from l2o.evaluation.scores import kept_steps, target
-from l2o.evaluation.tables import optimizers_table
+from l2o.evaluation.tables import diagnoses_table, optimizers_table, splits_table
 from l2o.evaluation.verdicts import overall, overfits, table_row
 from l2o.evaluation.wall import relative_step
 from l2o.rules import SGD, Adam, VeLO
@@ -659,6 +661,48 @@ def test_a_page_is_whole_and_asks_for_nothing(tmp_path):
         assert f"<h3>{setting.name}</h3>" in page
     assert "Every setting and trial" in page
     assert "`a &lt; b`" in page
+
+
+def test_names_of_optimizers_are_text_on_the_page():
+    page = as_html(
+        Report("mine", [comparison("<b>a", learned=falling(2), adam=falling(8), **{"<i>": falling(4)})], {}, {})
+    )
+    assert "&lt;i&gt;" in page
+    assert "&lt;b&gt;a" in page
+    assert "<i>" not in page
+    assert "<b>" not in page
+
+
+def test_each_judged_optimizer_has_its_own_column_of_kinds():
+    two = [
+        comparison(n, s, learned=falling(a), given=falling(b), adam=falling(8))
+        for n, s, a, b in (("a", "like", 2, 0), ("b", "other", 0, 4))
+    ]
+    headings, *rows = splits_table(two).rows
+    assert headings == ("tasks", "number", "learned", "given")
+    assert [row[1:] for row in rows] == [
+        ("1", "1 of 1; 4×; 1", "0 of 1; 0×; 3.2"),
+        ("1", "0 of 1; 0×; 3.2", "1 of 1; 2×; 1"),
+    ]
+
+
+def test_of_several_seeds_the_gravest_is_in_the_table():
+    losses = np.array([[4.0, 4.0, 4.0], [3.0, 9.0, 3.0], [2.0, 9.0, 2.0], [1.0, 9.0, 1.0]])[:, :, None]
+    kept = Kept("mine", (None,), [1, 2, 3, 4], losses, losses, losses[-1:], [4], 0.0)
+    setting = Setting("seeds", Quadratic(), steps=4, seeds=3, window=1)
+    (_, row) = diagnoses_table(Comparison.of(setting, {"learned": kept})).rows
+    assert row[:3] == ("mine", "diverged (1 of 3 seeds)", "2")
+
+
+def test_a_baseline_looks_the_same_whoever_is_beside_it():
+    alone, among = (
+        comparison("a", learned=falling(2), adam=falling(8), muon=falling(4)),
+        comparison("b", sgd=falling(8), learned=falling(2), adamw=falling(8), adam=falling(8), muon=falling(4)),
+    )
+    assert styles(alone)["muon"] == styles(among)["muon"]
+    looks = {(style["color"], style["linestyle"]) for style in map(baseline_style, BASELINES)}
+    assert len(looks) == len(BASELINES)
+    assert not {colour for colour, _ in looks} & set(LEARNED_COLOURS)
 
 
 def test_the_report_of_a_suite_has_every_optimizer_and_every_kind_of_task():

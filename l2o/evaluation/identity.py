@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from l2o.evaluation.baselines import EXTRA
 from l2o.evaluation.entrants import Entrant
 from l2o.evaluation.trials import Setting
 
-_OURS = ("l2o", "torch", "numpy", "builtins", "functools", "pytorch_optimizer", "schedulefree", "prodigyopt")
+_OURS = ("l2o", "torch", "numpy", "builtins", "functools", *EXTRA)
 """Packages whose changes a suite's version, or their own, says; of other code the source is part of the identity."""
 _BESIDE = ("label", "rates", "name", "split", "seeds", "timeout")
 """Fields that say nothing of a single curve: names, and what its rate, its seed and, of a time-out, its facts say."""
