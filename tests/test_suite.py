@@ -11,6 +11,7 @@ import math
 import sys
 from functools import partial
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from l2o.evaluation import (
     run_jobs,
     run_suite,
     summaries,
+    wall,
 )
 from l2o.evaluation import suite as suite_module
 from l2o.evaluation.aggregate import estimate, interquartile_mean, median
@@ -501,6 +503,27 @@ def test_time_is_another_matter_than_steps():
     trials = {**made.trials, "learned": made.trials["learned"]._replace(relative_step=8.0)}
     found = {s.name: s.wall for s in summaries([Comparison.of(made.setting, trials)])}
     assert found == {"learned": 0.5, "adam": 1.0, "sgd": None}
+
+
+class Clocked(torch.optim.SGD):
+    """Moves a clock: by a second a step, and by ``more`` every tenth."""
+
+    now = 0.0
+
+    def __init__(self, params, more):
+        super().__init__(params, lr=0.1)
+        self.more, self.steps = more, 0
+
+    def step(self):
+        self.steps += 1
+        Clocked.now += 1.0 + (0.0 if self.steps % 10 else self.more)
+
+
+def test_what_is_done_every_tenth_step_counts_as_a_tenth(monkeypatch):
+    clock = dict.fromkeys(["thread_time", "perf_counter"], lambda: Clocked.now)
+    monkeypatch.setattr(wall, "time", SimpleNamespace(**clock))
+    monkeypatch.setattr(wall, "_adam", lambda params: [Clocked(params, 0.0)])
+    assert relative_step(TorchEntrant("", partial(torch_optimizer, Clocked, more=90.0)), TASKS[0]) == 10.0
 
 
 class Closureless(torch.optim.Optimizer):
