@@ -16,7 +16,7 @@ from l2o.checks import check_float, lookup
 from l2o.evaluation import Baseline, Entrant, RuleEntrant, TorchEntrant
 from l2o.evaluation.baselines import cosine, half_cosine, imported, linear, torch_optimizer
 from l2o.evaluation.compare import GIVEN, LEARNED
-from l2o.evaluation.entrants import UNTUNED
+from l2o.evaluation.entrants import UNTUNED, switch
 from l2o.types import ConfigurationError, L2OError, Theta, UnknownNameError, UpdateRule
 from meta_train.config.build import import_classes
 from meta_train.config.compose import one_line
@@ -93,7 +93,9 @@ def check(entrants: Iterable[Entrant]) -> None:
         if isinstance(entrant, TorchEntrant):
             params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
             try:
-                for optimizer in entrant.make(params, entrant.rates[0]):
+                made = entrant.make(params, entrant.rates[0])
+                switch(made, "train")
+                for optimizer in made:
                     for p in params:
                         p.grad = torch.ones_like(p)
                     optimizer.step()

@@ -258,10 +258,48 @@ def test_the_untuned_baselines_of_libraries_are_those_that_their_names_say():
     (soap,), (free,), (prodigy,) = (BASELINES[n].make([p], None) for n in ("soap_fixed", "schedule_free", "prodigy"))
     made = [(type(o).__name__, o.param_groups[0]["lr"]) for o in (soap, free, prodigy)]
     assert made == [("SOAP", 3e-3), ("AdamWScheduleFree", 2.5e-3), ("Prodigy", 1.0)]
-    assert free.param_groups[0]["train_mode"]
     schedules = [BASELINES[n].schedule for n in ("soap_fixed", "schedule_free", "prodigy")]
     assert schedules == [cosine, None, half_cosine]
     assert [half_cosine(step, 40) for step in (0, 20, 40)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+class Averaging(torch.optim.SGD):
+    """Judged elsewhere than trained: at the parameters less ``shift``."""
+
+    def __init__(self, params, lr, shift):
+        super().__init__(params, lr=lr)
+        self.shift, self.at = shift, 0.0
+
+    def train(self):
+        self._move(0.0)
+
+    def eval(self):
+        self._move(-self.shift)
+
+    def _move(self, to):
+        for p in self.param_groups[0]["params"]:
+            p.data += to - self.at
+        self.at = to
+
+    def step(self):
+        assert self.at == 0.0
+        super().step()
+
+
+def test_optimizers_may_be_judged_elsewhere_than_they_are_trained():
+    setting = dataclasses.replace(NOISY, family=Quadratic(dim=3))
+    still, shifted = (
+        run_entrant(TorchEntrant("", partial(torch_optimizer, Averaging, lr=1e-3, shift=shift)), setting)
+        for shift in (0.0, 1.0)
+    )
+    np.testing.assert_allclose(shifted.train, still.train, rtol=1e-5)
+    assert (np.abs(shifted.valid - still.valid) > 1e-2).all()
+    away = TorchEntrant("", partial(torch_optimizer, Averaging, lr=0.0, shift=0.5))
+    start = dataclasses.replace(setting, family=Quadratic(dim=3, init_scale=0.0), steps=1)
+    generator = torch.Generator().manual_seed(start.seed)
+    data = start.family.sample(generator, start.seeds)
+    want = (data["w"].sum(2) * -0.5 - data["y"]).square().sum(1)
+    np.testing.assert_allclose(run_entrant(away, start).valid[0, :, 0], want.numpy(), rtol=1e-5)
 
 
 class Replacing(torch.optim.Optimizer):

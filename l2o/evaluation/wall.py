@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from l2o.bench.cost import plug_in, wait
-from l2o.evaluation.entrants import Entrant, RuleEntrant, TorchEntrant
+from l2o.evaluation.entrants import Entrant, RuleEntrant, TorchEntrant, switch
 from l2o.evaluation.trials import Setting
 from l2o.optim import LearnedOptimizer
 from l2o.unroll import lane_losses
@@ -40,7 +40,9 @@ def _optimizers(entrant: RuleEntrant | TorchEntrant, params: list[nn.Parameter])
     """Those that a user would run."""
     if isinstance(entrant, RuleEntrant):
         return [plug_in(entrant.rule, entrant.theta, params)]
-    return entrant.make(params, entrant.rates[0])
+    made = entrant.make(params, entrant.rates[0])
+    switch(made, "train")
+    return made
 
 
 def _adam(params: list[nn.Parameter]) -> Sequence[Optimizer]:
