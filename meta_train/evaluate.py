@@ -167,7 +167,7 @@ def _interruptible(
         if found:
             done = {"Settings done": f"{len(found)} of {len(suite.tasks)}"}
             write(report._replace(comparisons=found, facts={**report.facts, **done}), out)
-            said += f"; the report of {len(found)} settings is {out / 'report.md'}"
+            said += f"; the report of {done['Settings done']} settings is {out / 'report.md'}"
         print(f"{said}; what is done is kept, and the same command with store={store.folder} goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 

@@ -136,7 +136,7 @@ def test_an_interrupted_evaluation_keeps_what_is_done_and_says_how_to_go_on(comm
     assert results["facts"]["Settings done"] == "1 of 3"
     assert {path.name for path in Path("out").iterdir()} == FILES
     said = capsys.readouterr().err
-    assert said.startswith("interrupted with 6 of 9 runs to do; the report of 1 settings is out/report.md; ")
+    assert said.startswith("interrupted with 6 of 9 runs to do; the report of 1 of 3 settings is out/report.md; ")
     assert "store=out/store goes on" in said
     ran = []
     monkeypatch.setattr(suite, "run_entrant", lambda *a: ran.append(a[1].name) or run_entrant(*a))
@@ -322,6 +322,14 @@ def test_packages_of_curves_that_are_there_need_not_be(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     assert command(*run) == 0
     assert command(*run, "store=other") == 2
+
+
+@pytest.mark.parametrize(("shipped", "some"), [("true", True), ("false", False)])
+def test_shipped_curves_are_taken_unless_they_are_not_wanted(command, monkeypatch, shipped, some):
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, line: seen.append(config))
+    assert command("suite=quick", f"shipped={shipped}") == 0
+    assert (len(suites.make_store(seen[0], Path("out"))) > 0) == some
 
 
 def test_shipped_curves_take_a_few_megabytes():
