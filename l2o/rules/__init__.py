@@ -1,6 +1,4 @@
-"""Learned update rules, one a file. A line in ``__all__`` makes one known to checkpoints and tests, a line in
-``configs/rule/<name>.yaml`` to the command line.
-"""
+"""Update rules, one a file. A line in ``__all__`` makes one known to checkpoints, tests and the command line."""
 
 from l2o.rules.adafac_mlp import AdafacMLP
 from l2o.rules.adagrad import AdaGrad
