@@ -18,6 +18,8 @@ import l2o
 
 COMMON = ["rule=mlp", "rule.hidden=[8,8]", "estimator.lanes=8", "evaluate_every=0", "logger=none", "outer=sgd"]
 PES = ["estimator=pes", "task=digits_mlp", "estimator.horizon=[10,30]", "estimator.truncation=5", "estimator.sigma=0.1"]
+ENDS = ["estimator.truncation=null", "estimator.meta_loss=end", "estimator.fitness=standard", "estimator.sigma=0.1"]
+WHOLE = ["estimator=pes", "task=quadratic", "estimator.horizon=[4,12]", *ENDS]
 TBPTT = ["estimator=tbptt", "task=quadratic", "task.noise=0.1", "estimator.horizon=12", "estimator.truncation=4"]
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
 
@@ -49,7 +51,7 @@ def metrics(run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("setup", [PES, TBPTT], ids=["pes", "tbptt"])
+@pytest.mark.parametrize("setup", [PES, WHOLE, TBPTT], ids=["pes", "whole runs", "tbptt"])
 def test_two_processes_agree_with_one(here: Path, setup: list[str]) -> None:
     one, two = (start(n, *setup, "steps=8", f"run=of{n}") for n in (1, 2))
     finish(one)
