@@ -315,6 +315,20 @@ def test_pairs_without_a_finite_first_loss_count_nothing():
     assert not broken[0]["log_lr"].isclose(whole[0]["log_lr"])
 
 
+@pytest.mark.parametrize("fitness", ["standard", "rank"])
+def test_pairs_without_a_finite_first_loss_are_no_measure_of_others(fitness, monkeypatch):
+    """Of three pairs one is broken: the two others have the fitness that they would have alone."""
+    found, make = [], Evolution._fitness
+    monkeypatch.setattr(Evolution, "_fitness", lambda self, x: found.append((x, make(self, x))) or found[-1][1])
+    estimator = Evolution(SGD(), Sick(since=0), lanes=6, horizon=8, truncation=4, fitness=fitness)
+    theta, g = SGD(lr=0.001).init_theta(generator()), generator()
+    estimator.estimate(theta, estimator.init(theta, g), g)
+    ((objectives, got),) = found
+    counted = ~objectives.isnan()
+    assert counted.sum() == 4
+    torch.testing.assert_close(got[counted[::2]], make(estimator, objectives[counted]))
+
+
 def test_deviations_by_tensor_and_their_decay():
     rule, g = Adam(), generator()
     theta = rule.init_theta(g)

@@ -142,7 +142,7 @@ class Evolution(Episodes):
         limit = self.limit(losses, after.first_loss)
         counted = self.objective(torch.where(exploded, limit, losses), before, after.first_loss)
         unbroken = after.first_loss.isfinite()
-        fitness = self._fitness(torch.where(unbroken, counted, 0.0))
+        fitness = self._fitness(torch.where(unbroken, counted, torch.nan))
         sums = lane_sums(losses, before, ~exploded.any(0), after.first_loss)
         rows = {k: s * _like(fitness, s).to(s.dtype) * self._unit(k) for k, s in score.items()}
         grads, sums = reduce_rows(rows, unbroken[::2], sums)
@@ -201,7 +201,7 @@ class Evolution(Episodes):
         return sigma * (progress * math.log(self.sigma_final / self.sigma)).exp()
 
     def _fitness(self, objective: Tensor) -> Tensor:
-        """``[pairs]``, from the objectives ``[lanes]``."""
+        """``[pairs]``, from the objectives ``[lanes]``; NaN, where they are, of pairs that count nothing for others."""
         half = (objective[::2] - objective[1::2]) / 2.0
         if self.fitness == "difference":
             return half
@@ -209,8 +209,9 @@ class Evolution(Episodes):
             return self.sigma * half.sign()
         every = all_rows(half).abs()
         if self.fitness == "standard":
-            return self.sigma * over_root(half, every.square().mean())
-        rank = (every.unsqueeze(0) < half.abs().unsqueeze(1)).sum(1) / max(len(every) - 1, 1)
+            return self.sigma * over_root(half, every.square().nanmean())
+        others = ((~every.isnan()).sum() - 1).clamp(min=1)
+        rank = (every.unsqueeze(0) < half.abs().unsqueeze(1)).sum(1) / others
         return self.sigma * half.sign() * rank.to(half.dtype)
 
 
