@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tables import generator
+from tables import generator, identical
 from torch.func import vmap
 
-from l2o.estimators.compiled import CompiledRule
+import l2o.unroll
+from l2o.estimators import Evolution
+from l2o.estimators.compiled import CompiledFamily, CompiledRule
 from l2o.ops.kinds import lane_infos
-from l2o.rules import MLP, AdafacMLP
-from l2o.types import OptState, Run, UpdateRule
+from l2o.rules import MLP, AdafacMLP, Adam, Celo2
+from l2o.tasks import ImageMLP, WordMLP
+from l2o.types import OptState, ParamInfo, Run, UpdateRule
 from l2o.unroll import expand_theta
 
+IMAGES = ImageMLP(width=3, batch_size=2)
 LANES, SHAPES = 2, {"w": (3, 4), "b": (3,)}
 
 
@@ -33,3 +37,27 @@ def test_rules_with_networks_can_be_compiled(rule: UpdateRule) -> None:
         state = OptState(*vmap(lambda theta, p: tuple(rule.init(theta, p, infos)))(theta, params))
         got = CompiledRule(rule, {}).update_lanes(theta, grads, state, params, run)
         torch.testing.assert_close(got, vmap(update)(theta, grads, params, run), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("valid_weight", [0.0, 0.5], ids=["whole unrolls", "updates and gradients"])
+def test_what_has_kernels_keeps_them(valid_weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without validation losses no single step is taken, with them nothing is compiled."""
+    monkeypatch.setenv("L2O_KERNELS", "1")
+    monkeypatch.setattr(torch if valid_weight else l2o.unroll, "compile" if valid_weight else "inner_step", None)
+    rule, found = MLP(hidden=(4,)), []
+    for compiled in (False, True):
+        estimator = Evolution(
+            rule, IMAGES, lanes=4, horizon=4, truncation=4, valid_weight=valid_weight, compile=compiled
+        )
+        g = generator()
+        theta = rule.init_theta(g)
+        found.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
+    assert identical(*found)
+
+
+def test_what_is_compiled_says_what_it_is() -> None:
+    rule, family = CompiledRule(Celo2(), {}), CompiledFamily(WordMLP())
+    whole = [rule.needs_whole(ParamInfo(shape, "matrix")) for shape in ((3,), (3, 4))]
+    assert (rule.rests, rule.needs_loss, whole) == (False, False, [False, True])
+    assert CompiledRule(Adam(), {}).rests is Adam().rests is True
+    assert family.kinds == WordMLP().kinds != {}

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": SUPPORT,
     "fused": {"types", "ops", "kernels", "rules", "tasks"},
     "unroll": {"types", "family_checks", "ops", "fused"},
-    "estimators": SUPPORT | {"ops", "tasks", "unroll", "fused"},
+    "estimators": SUPPORT | {"ops", "rules", "tasks", "unroll", "fused"},
     "meta": SUPPORT | {"ops", "estimators"},
     "checkpoints": SUPPORT | {"rules"},
     "interop": {"types", "checks", "disk", "checkpoints", "ops", "rules"},

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from l2o.fused import mlp, perceptrons, steered
-from l2o.kernels.perceptron_unroll import Batches
+from l2o.kernels.perceptron_unroll import Batches as Batches
 from l2o.rules import MLP, Steered
 from l2o.tasks.augment import Augmented, Reparametrized
 from l2o.tasks.image import ImageMLP
@@ -101,6 +101,13 @@ def unroll(
     if not any(isinstance(rule, cls) for cls, _ in UNROLLS):
         return None
     found = batches(family, state.data, generator)
+    return None if found is None else unroll_on(found, rule, theta, state, steps, generator)
+
+
+def unroll_on(
+    found: Any, rule: UpdateRule, theta: Theta, state: InnerState, steps: int, generator: torch.Generator
+) -> tuple[InnerState, Tensor] | None:
+    """`unroll` on the batches that `batches` has ``found``."""
     of_kind = {cls: kernel for (cls, kind), kernel in UNROLLS.items() if kind is type(found)}
     kernel = _entry(of_kind, rule, "update")
     result: tuple[InnerState, Tensor] | None = kernel and kernel(rule, theta, state, found, steps, generator)

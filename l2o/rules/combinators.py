@@ -29,15 +29,10 @@ from l2o.types import (
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Scheduled(UpdateRule):
-    """``rule`` with its updates warmed up over a share of the run, then following half a cosine to 0; θ is the rule's.
-
-    warmup: the share, rounded down to steps.
-    """
+class Wrapped(UpdateRule):
+    """A rule that is ``rule`` but for what a subclass overrides; θ and state are the rule's."""
 
     rule: UpdateRule
-    warmup: float = 0.05
 
     @property
     def needs_loss(self) -> bool:
@@ -59,6 +54,29 @@ class Scheduled(UpdateRule):
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         return self.rule.init(theta, params, infos)
+
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
+        return self.rule.update(theta, grads, state, params, infos, run, reduce)
+
+
+@dataclass(frozen=True)
+class Scheduled(Wrapped):
+    """``rule`` with its updates warmed up over a share of the run, then following half a cosine to 0; θ is the rule's.
+
+    warmup: the share, rounded down to steps.
+    """
+
+    rule: UpdateRule
+    warmup: float = 0.05
 
     def update(
         self,
