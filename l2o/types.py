@@ -100,7 +100,8 @@ class Sum(NamedTuple):
 class Reduce:
     """Completes sums where each process of a run holds some tensors or shards of tensors; here, one holds all.
 
-    Rules call its methods in the same order in all processes, once for all tensors.
+    Rules call its methods in the same order in all processes, once for all tensors; a process without any calls none,
+    and the others wait for it, so each has to hold a part of one.
     """
 
     def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:

@@ -99,6 +99,8 @@ class ByKind(UpdateRule):
 
     rules: by kind, of ``matrix, vector, embedding, output``.    other: for all further kinds.
     θ and shared slots: those of each rule as ``<kind>.<name>``, of ``other`` as ``other.<name>``.
+    Where processes hold different tensors (`Reduce`), each has to hold one for each rule that sums over them: a rule
+    without tensors is not called.
     Raises `ConfigurationError` for what is no kind.
     """
 
