@@ -74,7 +74,8 @@ class Evolution(Episodes):
         optimizer without a scale of its own for each entry, as if each tensor were measured in units of its deviation.
     explosion: at this multiple of its first a loss is cut off, since it is to be counted; a pair one of whose runs gets
         there is reset.
-    compile: what has no kernel of rule and family, by `l2o.estimators.compiled`: slow to begin, then two to four times as fast.
+    compile: rule and family, where they have no kernels, by `l2o.estimators.compiled`: slow to begin, then two to four
+        times as fast.
 
     Pairs whose first loss is not finite count nothing.
     """
