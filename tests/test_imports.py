@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"types", "checks"},
     "kernels": {"types", "checks", "disk", "ops", "random"},
     "rules": {"types", "checks", "ops", "kernels"},
-    "tasks": SUPPORT,
+    "tasks": SUPPORT | {"ops"},
     "fused": {"types", "ops", "kernels", "rules", "tasks"},
     "unroll": {"types", "family_checks", "ops", "fused"},
     "estimators": SUPPORT | {"ops", "rules", "tasks", "unroll", "fused"},

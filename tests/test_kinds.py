@@ -9,6 +9,7 @@ import torch
 from tables import generator
 from torch import nn
 
+import l2o
 from l2o.estimators import Evolution
 from l2o.estimators.curvature import check_curvature
 from l2o.rules import MLP, SGD, Adam, ByKind, Celo2, Steered
@@ -19,16 +20,38 @@ from l2o.unroll import expand_theta, init_state, sample_runs, unroll
 TOKENS = torch.randint(0, 5, (12, 3), generator=torch.Generator().manual_seed(0))
 NETWORK = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2))
 MODULE = ModuleTask(NETWORK, nn.functional.mse_loss, (TOKENS, torch.zeros(12, 2)), batch_size=4)
+
+
+class Tied(nn.Module):
+    """Its output, the first of its parts, has the weights of its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.mix, self.table = nn.Linear(2, 5, bias=False), nn.Linear(2, 2), nn.Embedding(5, 2)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.mix(self.table(x)).mean(-2))
+
+
 FAMILIES: dict[str, tuple[TaskFamily, set[str]]] = {
     "CharRNN": (CharRNN(width=4, length=4, batch_size=2), {"embedding.weight"}),
     "CharTransformer": (CharTransformer(width=4, length=4, batch_size=2), {"token.weight", "position.weight"}),
     "WordMLP": (WordMLP(words=8, width=2, hidden=3, batch_size=2), {"embedding.weight"}),
     "ModuleTask": (MODULE, {"0.weight"}),
+    "tied": (ModuleTask(Tied(), nn.functional.mse_loss, (TOKENS, torch.zeros(12, 5))), {"out.weight"}),
     "wrapped": (Repeated(GradientNoise(MODULE), 2), {"0.weight"}),
 }
-
-
 ROUTING = [Celo2(adam=("embedding",)), ByKind({"embedding": Adam()}, Steered())]
+DEEP = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1), nn.Linear(1, 2))
+
+
+@pytest.mark.parametrize("model", [NETWORK, Tied(), DEEP], ids=["embedding", "tied", "output"])
+def test_modules_are_in_training_what_they_are_in_use(model: nn.Module) -> None:
+    tokens = TOKENS.float() if model is DEEP else TOKENS
+    task = ModuleTask(model, nn.functional.mse_loss, (tokens, torch.zeros(12, 5 if isinstance(model, Tied) else 2)))
+    groups = l2o.param_groups(model)
+    assert task.kinds == {name: group["kind"] for group in groups for name, _ in group["params"]}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,8 +1,8 @@
 """`l2o.ops.coordinatewise` for all tensors of a rule, and all lanes, at once: two custom ops with kernels for the CPU.
 
-``l2o::feature_sums`` and ``l2o::coordinatewise`` take lanes as an argument, and have rules for autograd. Float32 tensors
-of the CPU take the kernels of coordinatewise.cpp; their derivatives, by blocks that are computed again, and all other
-tensors take torch's operations.
+``l2o::feature_sums`` and ``l2o::coordinatewise`` take lanes as an argument, and have rules for autograd. Float32
+tensors of the CPU take the kernels of coordinatewise.cpp; their derivatives, by blocks that are computed again, and all
+other tensors take torch's operations.
 """
 
 from __future__ import annotations
