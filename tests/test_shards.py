@@ -184,3 +184,25 @@ def test_what_needs_whole_tensors_says_so() -> None:
     needs = {name for name, rule in EVERY.items() if any(rule.needs_whole(info) for info in infos.values())}
     assert needs == {"Steered", "Steered-mlp", "Steered-lstm", "Steered-uncontrolled", "Celo2", "Celo2-options"}
     assert not Steered().needs_whole(infos["vector"])
+
+
+UNREAD = {
+    "Steered-uncontrolled": {"dots", "grads", "directions", "momenta"},
+    "Steered": {"momenta"},
+    "Steered-adam": {"params", "momenta"},
+    "Celo2": {"param"},
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_nobody_reads_is_not_summed(name: str) -> None:
+    asked: set[str] = set()
+
+    class Watching(Reduce):
+        def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
+            asked.update(*sums.values())
+            return super().shards(sums)
+
+    trained(EVERY[name], dict, Watching())
+    assert asked
+    assert not asked & UNREAD[name]
