@@ -69,6 +69,28 @@ def test_two_processes_agree_with_one(here: Path, setup: list[str]) -> None:
         assert (ours[name] - theirs[name]).abs().max() <= 1e-5, name
 
 
+LEAVES = """
+import importlib, os, torch
+from meta_train.run.processes import agreed, joined
+with joined() as ranks:
+    importlib.import_module("torch.distributed.nn.functional")  # as whatever torch imports late does
+    agreed(3)
+threads = os.listdir("/proc/self/task")
+print(ranks.size, [name for t in threads if "gloo" in (name := open(f"/proc/self/task/{t}/comm").read())])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the threads in /proc")
+def test_no_thread_of_the_process_group_outlives_the_run() -> None:
+    """One that does may wait for an interpreter that is gone, which ends the process by SIGABRT."""
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    elastic = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_RANK": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **place, **elastic}
+    command = [sys.executable, "-c", LEAVES]
+    done = subprocess.run(command, env=environment, text=True, check=True, capture_output=True)
+    assert done.stdout == "1 []\n"
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
