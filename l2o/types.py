@@ -100,7 +100,8 @@ class Sum(NamedTuple):
 class Reduce:
     """Completes sums where each process of a run holds some tensors or shards of tensors; here, one holds all.
 
-    Rules call its methods in the same order in all processes, once for all tensors.
+    Rules call its methods in the same order in all processes, once for all tensors. Each process has to hold a part
+    of some tensor: without one a rule calls nothing, and the others wait.
     """
 
     def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:

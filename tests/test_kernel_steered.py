@@ -26,6 +26,16 @@ RULES = {
 every_direction = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
+class Reversed(Steered):
+    def _direction(self, theta, slots, group):
+        return -super()._direction(theta, slots, group)
+
+
+class Halved(Steered):
+    def size(self, theta, shared, run):
+        return 0.5 * super().size(theta, shared, run)
+
+
 def tensors(seed, scale=1.0):
     g = generator(seed)
     return {name: scale * torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
@@ -51,6 +61,12 @@ def run(rule, factors, in_place, steps=6):
                 updates, state = rule.update(*args)
                 params = {name: factors[1] * p + factors[0] * updates[name] for name, p in params.items()}
     return params, state
+
+
+def test_a_subclass_has_the_kernel_of_what_it_does_not_change():
+    assert not l2o.fused.has(l2o.fused.STEPS, Reversed())
+    (params, _), (expected, _) = (run(Halved(), (1.0, 1.0), in_place) for in_place in (True, False))
+    torch.testing.assert_close(params, expected, rtol=1e-4, atol=1e-6)
 
 
 @every_direction

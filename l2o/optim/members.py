@@ -39,8 +39,7 @@ def check_params(members: Sequence[Member]) -> None:
     device = members[0].param.device if members and not is_lazy(members[0].param) else None
     for m in members:
         p = m.param
-        if is_lazy(p):
-            raise ParameterError(f"{label(m)} has no shape yet: run its lazy module once, then make the optimizer")
+        check_shape(label(m), p)
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ParameterError(
                 f"{label(m)} is {p.dtype}, {p.layout}: expected dense and floating point; leave it out"
@@ -55,6 +54,12 @@ def check_params(members: Sequence[Member]) -> None:
             raise ParameterError(
                 f"{label(m)} is expanded: several of its entries are one number in memory; make it a clone()"
             )
+
+
+def check_shape(name: str, param: Tensor) -> None:
+    """Raise `ParameterError` for a parameter, called ``name`` there, of a lazy module that has not run yet."""
+    if is_lazy(param):
+        raise ParameterError(f"{name} has no shape yet: run its lazy module once, then make the optimizer")
 
 
 def checked_gradient(member: Member) -> Tensor:

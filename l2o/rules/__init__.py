@@ -8,6 +8,7 @@ from l2o.rules.celo2 import Celo2
 from l2o.rules.celo_adam import CeloAdam
 from l2o.rules.combinators import ByKind as ByKind
 from l2o.rules.combinators import Scheduled as Scheduled
+from l2o.rules.combinators import Wrapped as Wrapped
 from l2o.rules.lstm import LSTM
 from l2o.rules.mlp import MLP
 from l2o.rules.momentum import Momentum
