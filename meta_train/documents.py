@@ -29,19 +29,19 @@ _BLOCK = re.compile(r"(<!-- (table of|made:) (\S+) -->\n).*?(<!-- end(?: of tabl
 
 _SHELF = """# Pretrained rules
 
-Written by `python -m meta_train.documents` from the cards. Each folder has θ (`theta.safetensors`), `card.json` (the command
-that made it, data, seeds, commit, hardware, compute, measured results, licence, checksum, what the rule is for and what
-not), and the card as text. `l2o.read_card(name)` reads a card, `l2o.list_pretrained()` lists the names. Aliases
-(`aliases.json`) will come to mean better rules, while a name of its own keeps its meaning.
+Written by `python -m meta_train.documents` from the cards. Each folder has θ (`theta.safetensors`), `card.json` (the
+command that made it, data, seeds, commit, hardware, compute, measured results, licence, checksum, what the rule is for
+and what not), and the card as text. `l2o.read_card(name)` reads a card, `l2o.list_pretrained()` lists the names.
+Aliases (`aliases.json`) will come to mean better rules, while a name of its own keeps its meaning.
 
 {which}
 
-Figures are those of `suite=standard` ([report](../docs/results/standard/report.md)): targets are tuned Adam's final training
-losses, speed-ups are medians over problems with a miss as 0. Costs are times of a step over fused AdamW's on the same tensors
-([measured](../docs/performance.md), one thread; from the card where that has none).
+Figures are those of `suite=standard` ([report](../docs/results/standard/report.md)): targets are tuned Adam's final
+training losses, speed-ups are medians over problems with a miss as 0. Costs are times of a step over fused AdamW's on
+the same tensors ([measured](../docs/performance.md), one thread; from the card where that has none).
 
-**Those without an alias are not for problems of yours.** They show what meta-training on few kinds of small problems makes,
-serve the demo and the tests, and are starts for meta-training of your own.
+**Those without an alias are not for problems of yours.** They show what meta-training on few kinds of small problems
+makes, serve the demo and the tests, and are starts for meta-training of your own.
 
 ## Where they are from
 
@@ -49,8 +49,8 @@ serve the demo and the tests, and are starts for meta-training of your own.
 
 ## On held-out tasks of their own kind
 
-Final training losses, mean over seeds and 95% interval; the learned rule once a seed, untuned, the others at the best of
-their grid. The commands are on the cards.
+Final training losses, mean over seeds and 95% interval; the learned rule once a seed, untuned, the others at the best
+of their grid. The commands are on the cards.
 
 {own}
 
@@ -99,7 +99,8 @@ def costs() -> str:
     records = [r for r in _json(STEPS) if r["threads"] == 1]
     rules, shapes = (list(dict.fromkeys(r[key] for r in records)) for key in ("rule", "shapes"))
     ratios = {(r["rule"], r["shapes"]): f"{r['ratio_to_fused_adamw']:.1f}" for r in records}
-    return table(("tensors", *rules), [(shape, *(ratios.get((rule, shape), "–") for rule in rules)) for shape in shapes])
+    rows = [(shape, *(ratios.get((rule, shape), "–") for rule in rules)) for shape in shapes]
+    return table(("tensors", *rules), rows)
 
 
 def hardware() -> str:
@@ -167,14 +168,17 @@ def _cost(name: str) -> str:
     if ratios:
         return f"{min(ratios):.2g} to {max(ratios):.2g} × fused AdamW"
     found = read_card(name).get("results", {}).get("costs", {})
-    return f"{found['learned']['seconds'] / found['AdamW (fused)']['seconds']:.0f} × fused AdamW" if found else "not measured"
+    if not found:
+        return "not measured"
+    return f"{found['learned']['seconds'] / found['AdamW (fused)']['seconds']:.0f} × fused AdamW"
 
 
 def _origins(cards: Mapping[str, Any]) -> str:
     rows = []
     for name, card in cards.items():
         size = sum(tensor.numel() for tensor in load(name)[1].values())
-        rows.append((f"[{name}]({name}/README.md)", f"`{card['rule']}`, {size:,} numbers", compute(card), card["licence"]))
+        rule, licence = f"`{card['rule']}`, {size:,} numbers", card.get("licence", "not said")
+        rows.append((f"[{name}]({name}/README.md)", rule, compute(card), licence))
     return table(("name", "rule", "meta-training", "licence"), rows)
 
 
@@ -203,7 +207,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m meta_train.documents",
         description="Write what documents take from records: model cards, pretrained/README.md, tables of results.",
     )
-    made.add_argument("--card", metavar="CHECKPOINT", help="only the model card of this checkpoint, beside its card.json")
+    made.add_argument(
+        "--card", metavar="CHECKPOINT", help="only the model card of this checkpoint, beside its card.json"
+    )
     return made
 
 

@@ -25,7 +25,11 @@ from docstrings import PACKAGES  # noqa: E402 - beside this file
 
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 
-COPIED = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "pretrained/README.md": "pretrained/index.md"}
+COPIED = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "pretrained/README.md": "pretrained/index.md",
+}
 """Pages of files that are elsewhere in the repository."""
 
 
@@ -85,7 +89,7 @@ def reference(package: ModuleType) -> str:
 
 
 def _reference(package: str, names: list[str]) -> Iterator[str]:
-    yield f"# {package}\n\n::: {package}"
+    yield f"# {package} {{ #{package} }}\n\n::: {package}"
     yield "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}\n"
     for name in names:
         full = f"{package}.{name}"

@@ -10,6 +10,7 @@ from typing import Any
 Card = Mapping[str, Any]
 
 _METADATA = "---\nlicense: {licence}\nlibrary_name: l2o\ntags: [learned-optimizer, optimizer, pytorch]\n---\n"
+_FACTS = ("Command", "Hardware", "Date", "Commit")
 _COLUMNS = ("optimizer", "trials a seed", "training loss [95%]", "validation", "speed-up", "diverged")
 
 
@@ -49,7 +50,8 @@ def _head(name: str, card: Card, other_names: Sequence[str]) -> Iterator[str]:
     if other_names:
         yield f"Also known as {', '.join(f'`{each}`' for each in other_names)}.\n"
     yield f'```python\noptimizer = l2o.LearnedOptimizer(model.parameters(), "{name}", total_steps=1_000)\n```\n'
-    yield from (f"**{title}**: {card[key]}.\n" for title, key in {"For": "for", "Not for": "not_for"}.items() if key in card)
+    titles = {"for": "For", "not_for": "Not for"}
+    yield from (f"**{title}**: {card[key]}.\n" for key, title in titles.items() if key in card)
 
 
 def _origin(card: Card) -> Iterator[str]:
@@ -91,8 +93,8 @@ def _results(card: Card) -> Iterator[str]:
         yield f"### {setting['name']}: {setting['steps']:,} steps, {setting['seeds']} seeds from {setting['seed']}\n"
         yield table(_COLUMNS, [_row(found) for found in setting["optimizers"].values()])
         yield f"\n{setting['verdict']} Task: `{setting['task']}`.\n"
-    facts = {key: text for key, text in results.get("facts", {}).items() if key not in ("Learned optimizer", "Wall time")}
-    yield "\n".join(f"- {key}: {text}" for key, text in facts.items()) + "\n"
+    facts = results.get("facts", {})
+    yield "\n".join(f"- {key}: {facts[key]}" for key in _FACTS if key in facts) + "\n"
 
 
 def _row(found: Mapping[str, Any]) -> tuple[str, ...]:
