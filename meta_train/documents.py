@@ -36,6 +36,8 @@ Aliases (`aliases.json`) will come to mean better rules, while a name of its own
 
 {which}
 
+{figures}
+
 Figures are those of `suite=standard` ([report](../docs/results/standard/report.md)): targets are tuned Adam's final
 training losses, speed-ups are medians over problems with a miss as 0. Costs are times of a step over fused AdamW's on
 the same tensors ([measured](../docs/performance.md), one thread; from the card where that has none).
@@ -72,15 +74,21 @@ def shelf() -> str:
     """The text of ``pretrained/README.md``."""
     cards = {name: read_card(name) for name in _names()}
     notes = [f"- `{name}`: {note}" for name, card in cards.items() for note in card.get("notes", ())]
-    return _SHELF.format(which=which(), origin=_origins(cards), own=_own_results(cards), notes="\n".join(notes))
+    return _SHELF.format(which=which(), figures=figures(), origin=_origins(cards), own=_own_results(cards), notes="\n".join(notes))
 
 
 def which() -> str:
-    """A row for each shipped rule: what it is for, and its figures."""
+    """A row for each shipped rule: what it is for."""
+    cards = {name: read_card(name) for name in _names()}
+    rows = [(_shown(name), card.get("for", "–"), card.get("not_for", "–")) for name, card in cards.items()]
+    return table(("name", "take it for", "do not take it for"), rows)
+
+
+def figures() -> str:
+    """A row for each shipped rule: what it reaches, and what a step costs."""
     scores = {found["label"]: found for found in _json(SUITE)["optimizers"]}
-    columns = ("name", "take it for", "do not take it for", "targets reached", "speed-up", "validation / Adam's")
-    rows = [(*_purpose(name), *_figures(name, scores), _cost(name)) for name in _names()]
-    return table((*columns, "diverged runs", "a step costs"), rows)
+    columns = ("name", "targets reached", "speed-up", "validation / Adam's", "diverged runs", "a step costs")
+    return table(columns, [(_shown(name), *_figures(name, scores), _cost(name)) for name in _names()])
 
 
 def words() -> str:
@@ -109,7 +117,7 @@ def hardware() -> str:
     return f"Measured on {used['cpu']}, {used['cores']} cores, torch {used['torch']}."
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"which": which, "words": words, "costs": costs, "hardware": hardware}
+BLOCKS: dict[str, Callable[[], str]] = {"which": which, "figures": figures, "words": words, "costs": costs, "hardware": hardware}
 
 
 def filled(text: str) -> str:
@@ -145,10 +153,8 @@ def _names() -> list[str]:
     return list(dict.fromkeys([*aliases().values(), *list_pretrained()]))
 
 
-def _purpose(name: str) -> tuple[str, ...]:
-    card = read_card(name)
-    shown = " ".join(f"`{each}`" for each in (*_others(name), name))
-    return shown, card.get("for", "–"), card.get("not_for", "–")
+def _shown(name: str) -> str:
+    return ", ".join(f"`{each}`" for each in (*_others(name), name))
 
 
 def _figures(name: str, scores: Mapping[str, Any]) -> tuple[str, ...]:

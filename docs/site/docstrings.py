@@ -22,11 +22,11 @@ def documented() -> dict[str, str]:
     """The full name of everything that the reference has a heading for, by its full name and its own."""
     found: dict[str, str] = {}
     for package in PACKAGES:
-        found[package] = package
         for name in importlib.import_module(package).__all__:
             full = f"{package}.{name}"
-            found.setdefault(name, full)
-            found.setdefault(full, full)
+            if full not in PACKAGES:
+                found.setdefault(name, full)
+                found[full] = full
     return found
 
 
@@ -60,7 +60,7 @@ def _listed(paragraph: str) -> Iterator[str]:
             yield from ("", line)
         else:
             yield f"    {line.strip()}" if inside else line
-        ended = line.rstrip().endswith((".", ":", ")"))
+        ended = not line or line.rstrip().endswith((".", ":", ")"))
 
 
 class Prose(griffe.Extension):

@@ -89,9 +89,9 @@ def reference(package: ModuleType) -> str:
 
 
 def _reference(package: str, names: list[str]) -> Iterator[str]:
-    yield f"# {package} {{ #{package} }}\n\n::: {package}"
+    yield f"# {package}\n\n::: {package}"
     yield "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}\n"
-    for name in names:
+    for name in sorted(names, key=lambda name: name.endswith("Error")):  # errors last
         full = f"{package}.{name}"
         if full in PACKAGES:
             yield f"## {full}\n\nA package: [its page]({full}.md).\n"

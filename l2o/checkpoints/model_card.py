@@ -68,7 +68,7 @@ def _origin(card: Card) -> Iterator[str]:
         "sources": "; ".join(recipe.get("sources", ())),
     }
     yield "## How it came about\n"
-    yield table(("", ""), [(key, text) for key, text in rows.items() if text]) + "\n"
+    yield table(("what", "which"), [(key, text) for key, text in rows.items() if text]) + "\n"
     if "command" in recipe:
         yield f"```bash\n{recipe['command']}\n```\n"
     if "constants" in recipe:
