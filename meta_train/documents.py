@@ -74,7 +74,9 @@ def shelf() -> str:
     """The text of ``pretrained/README.md``."""
     cards = {name: read_card(name) for name in _names()}
     notes = [f"- `{name}`: {note}" for name, card in cards.items() for note in card.get("notes", ())]
-    return _SHELF.format(which=which(), figures=figures(), origin=_origins(cards), own=_own_results(cards), notes="\n".join(notes))
+    return _SHELF.format(
+        which=which(), figures=figures(), origin=_origins(cards), own=_own_results(cards), notes="\n".join(notes)
+    )
 
 
 def which() -> str:
@@ -117,7 +119,13 @@ def hardware() -> str:
     return f"Measured on {used['cpu']}, {used['cores']} cores, torch {used['torch']}."
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"which": which, "figures": figures, "words": words, "costs": costs, "hardware": hardware}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "which": which,
+    "figures": figures,
+    "words": words,
+    "costs": costs,
+    "hardware": hardware,
+}
 
 
 def filled(text: str) -> str:
