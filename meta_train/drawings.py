@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
 
 from l2o.checkpoints.store import load
 from l2o.disk import atomic_write, user_path
 from l2o.evaluation.plots import COLOURS, LEARNED_COLOUR, frame, new_figure, png
 from l2o.ops.orthogonal import polar
-from l2o.optim import LearnedOptimizer
-from l2o.types import Run
+from l2o.types import ParamInfo, Params, Run
 from meta_train.config.compose import main_guard
 
 STEPS = 500
@@ -39,7 +39,7 @@ class Arrow(NamedTuple):
     points: tuple[tuple[int, int], ...]
 
 
-STEP = (
+STEP: tuple[Box | Arrow, ...] = (
     Box(0, 0, 150, ("gradients",), _DATA),
     Box(190, 0, 150, ("momentum",), _STATE),
     Box(380, 0, 170, ("direction:", "orthogonalised"), _STATE),
@@ -59,7 +59,7 @@ STEP = (
     Arrow(((340, 246), (376, 246))),
     Arrow(((550, 246), (720, 246), (720, 56))),
 )
-NETWORK = (
+NETWORK: tuple[Box | Arrow, ...] = (
     Box(0, 0, 170, ("gradient of an entry",), _DATA),
     Box(0, 70, 170, ("its momenta",), _STATE),
     Box(0, 140, 170, ("its second moments",), _STATE),
@@ -74,7 +74,7 @@ NETWORK = (
     Arrow(((630, 76), (665, 76), (665, 131), (696, 131))),
     Arrow(((630, 186), (665, 186), (665, 131), (696, 131))),
 )
-META = (
+META: tuple[Box | Arrow, ...] = (
     Box(0, 0, 150, ("θ of the rule",), _LEARNED),
     Box(200, 0, 200, ("inner runs: tasks are", "drawn, the rule trains"), _STATE),
     Box(450, 0, 150, ("losses of", "all steps"), _DATA),
@@ -132,17 +132,25 @@ def train(noise: float, steps: int = STEPS, seed: int = 0) -> Trained:
     digits = load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     y = torch.where(torch.rand(len(y)) < noise, torch.randint(10, y.shape), y)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = LearnedOptimizer(model.parameters(), "steered", total_steps=steps)
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    params = {name: p.detach() for name, p in network.named_parameters()}
+    infos = {name: ParamInfo(tuple(p.shape), "matrix" if p.ndim > 1 else "vector") for name, p in params.items()}
+    rule, theta = load("steered")
+    state = rule.init(theta, params, infos)
+
+    def loss_of(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(network, params, (x,)), y)
+
     losses, factors = [], []
-    for _ in range(steps):
+    for step in range(steps):
         rows = torch.randint(len(x), (64,))
-        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        grads, loss = grad_and_value(loss_of)(params, x[rows], y[rows])
+        run = Run(torch.tensor(step), torch.tensor(steps), loss)
+        with torch.no_grad():
+            updates, state = rule.update(theta, grads, state, params, infos, run)
+        params = {name: p + updates[name] for name, p in params.items()}
         losses.append(loss.item())
-        factors.append(float(optimizer.state["shared"]["log_step"].exp()))
+        factors.append(float(state.shared["log_step"].exp()))
     return Trained(losses, factors)
 
 
@@ -165,7 +173,8 @@ def schedule(steps: int = STEPS) -> list[float]:
 
 def measured_png(steps: int = STEPS) -> bytes:
     """Four panels: schedule, spectrum, controller, losses."""
-    figure = new_figure(11.0, 7.0)
+    figure = new_figure(11.0, 7.4)
+    figure.get_layout_engine().set(h_pad=0.12)
     panels = figure.subplots(2, 2).ravel()
     runs = {"true labels": train(0.0, steps), "half of the labels random": train(0.5, steps)}
     _draw(panels[0], {"": schedule(steps)}, "Schedule", "step", "factor on the step")
