@@ -19,7 +19,7 @@ from meta_train.drawings import DIAGRAMS, diagram, measured_png, schedule, singu
 
 pytestmark = pytest.mark.xdist_group("site")
 sys.path.insert(0, str(ROOT / "docs" / "site"))
-from docstrings import PACKAGES, markdown  # noqa: E402 - beside the site's hook
+from docstrings import PACKAGES, markdown, place  # noqa: E402 - beside the site's hook
 from pages import notebook, on_page_markdown  # noqa: E402
 
 LIBRARIES = {"torch", "trainer", "lightning", "accelerate", "sharded", "peft"}
@@ -49,8 +49,8 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
 def test_every_public_name_has_its_place_in_the_reference(site: Path) -> None:
     for package in PACKAGES:
         page = (site / "reference" / package / "index.html").read_text("utf-8")
-        named = [name for name in importlib.import_module(package).__all__ if f"{package}.{name}" not in PACKAGES]
-        assert [name for name in named if f'id="{package}.{name}"' not in page] == []
+        anchors = {place(package, name) for name in importlib.import_module(package).__all__} - set(PACKAGES)
+        assert {anchor for anchor in anchors if f'id="{anchor}"' not in page} == set()
 
 
 def test_every_public_subpackage_with_a_list_has_a_page() -> None:
@@ -86,6 +86,7 @@ def test_the_navigation_names_every_page_once() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("Take `load`'s.", "Take [`load`][l2o.load]'s."),
         ("Take `load`.", "Take [`load`][l2o.load]."),
         ("Take ``load``, `none`.", "Take ``load``, `none`."),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,15 +19,23 @@ _CODE = re.compile(r"::\n\n((?: {4,}.*\n?|\n(?= {4,}))+)")
 _NAMED = re.compile(r"(?<![`\w\[])`([A-Za-z_][\w.]*)`(?!`)")
 
 
+def place(package: str, name: str) -> str:
+    """The full name of a public name of a package, where a submodule of the same name does not come first."""
+    full = f"{package}.{name}"
+    module = sys.modules.get(full)
+    public = getattr(importlib.import_module(package), name)
+    return full if module is None or module is public else f"{full}.{name}"
+
+
 def documented() -> dict[str, str]:
     """The full name of everything that the reference has a heading for, by its full name and its own."""
     found: dict[str, str] = {}
     for package in PACKAGES:
         for name in importlib.import_module(package).__all__:
-            full = f"{package}.{name}"
+            full = place(package, name)
             if full not in PACKAGES:
                 found.setdefault(name, full)
-                found[full] = full
+                found[f"{package}.{name}"] = full
     return found
 
 

@@ -21,7 +21,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from docstrings import PACKAGES  # noqa: E402 - beside this file
+from docstrings import PACKAGES, place  # noqa: E402 - beside this file
 
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 
@@ -49,7 +49,7 @@ def on_config(config: Any) -> Any:
     sections = {name: pages for entry in config.nav for name, pages in entry.items()}
     sections["Pretrained"] += [page for page in copied().values() if page.startswith("pretrained/")]
     sections["Reference"] += [{package: f"reference/{package}.md"} for package in PACKAGES]
-    sections["Start"][-1:-1] = list(notebooks().values())
+    sections["Start"][-1:-1] = [{f"Notebook: {Path(page).stem}": page} for page in notebooks().values()]
     return config
 
 
@@ -84,19 +84,21 @@ def _led(link: re.Match[str], folder: str, page: str) -> str:
 
 
 def reference(package: ModuleType) -> str:
-    """The page of a package: what it says of itself, and a heading for each public name."""
-    return "\n".join(_reference(package.__name__, package.__all__))
+    """The page of a package: what it says of itself, and a heading for each public name, constants and errors last."""
+    constants = {name for name in package.__all__ if not callable(getattr(package, name))}
+    last = [name for name in package.__all__ if name.endswith("Error") or name in constants]
+    return "\n".join(_reference(package.__name__, [*(n for n in package.__all__ if n not in last), *last]))
 
 
 def _reference(package: str, names: list[str]) -> Iterator[str]:
     yield f"# {package}\n\n::: {package}"
     yield "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}\n"
-    for name in sorted(names, key=lambda name: name.endswith("Error")):  # errors last
-        full = f"{package}.{name}"
+    for name in names:
+        full = place(package, name)
         if full in PACKAGES:
             yield f"## {full}\n\nA package: [its page]({full}.md).\n"
         else:
-            yield f"::: {full}\n"
+            yield f"::: {full}\n    options: {{heading: {package}.{name}}}\n"
 
 
 def notebook(text: str) -> str:
