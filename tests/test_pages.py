@@ -24,13 +24,14 @@ LENGTHS = re.compile(r"\brange\(\d+\)")
 COMMANDS = ("python ", "pip ", "make ", "torchrun ", "l2o ")
 
 
-SHARDED = importlib.util.find_spec("l2o.optim.sharded") is not None
+NEEDED = {"sharded": "l2o.optim.sharded", "guard": "l2o.optim.guarded"}
+"""Pages that came before what they are about, and the module that it is in."""
 
 
 def row(path: Path) -> Any:
     """The row of a page."""
-    early = path.stem == "sharded" and not SHARDED
-    marks = [pytest.mark.skip("the plug-in knows no shards in this version")] if early else []
+    module = NEEDED.get(path.stem, "l2o")
+    marks = [] if importlib.util.find_spec(module) else [pytest.mark.skip(f"this version has no {module}")]
     return pytest.param(path, id=path.relative_to(DOCS).as_posix(), marks=marks)
 
 
