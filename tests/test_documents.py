@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT
+from tables import generator
 from training import command
 
 import l2o
@@ -49,7 +49,7 @@ def test_a_model_card_says_what_its_card_says(name: str) -> None:
 
 def test_a_card_of_ones_own_is_written_beside_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rule = SGD()
-    l2o.save("mine", rule, {"log_lr": rule.init_theta(l2o_generator())["log_lr"]}, {"licence": "MIT", "for": "a test"})
+    l2o.save("mine", rule, rule.init_theta(generator()), {"licence": "MIT", "for": "a test"})
     documents.run(["--card", "mine"])
     text = (here / "mine" / "README.md").read_text("utf-8")
     assert "# mine\n" in text
@@ -58,12 +58,6 @@ def test_a_card_of_ones_own_is_written_beside_it(here: Path, capsys: pytest.Capt
     assert "README.md" in capsys.readouterr().out
     documents.run(["--card", "mine"])
     assert capsys.readouterr().out == ""  # nothing has changed
-
-
-def l2o_generator() -> Any:
-    import torch
-
-    return torch.Generator()
 
 
 def test_numbers_that_json_has_not_are_dashes() -> None:

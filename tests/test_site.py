@@ -76,8 +76,7 @@ def test_tables_stand_as_tables(site: Path) -> None:
     assert "<p>| " not in page
 
 
-def test_the_navigation_names_every_page_once() -> None:
-    """`omitted_files: warn` sees those that are left out."""
+def test_fonts_are_the_readers_and_pages_outside_the_navigation_are_warnings() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
     assert settings["theme"]["font"] is False
     assert settings["validation"]["omitted_files"] == "warn"
