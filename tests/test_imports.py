@@ -72,7 +72,7 @@ HOMES = {
 }
 OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
 """Modules of the library that need an extra, and are imported where they are used."""
-COMMANDS = "bench convert evaluate gpu inspect landscape libraries replay report rules_table train"
+COMMANDS = "bench convert documents drawings evaluate gpu inspect landscape libraries replay report rules_table train"
 ENTRY_POINTS = {f"meta_train.{name}" for name in COMMANDS.split()}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
