@@ -135,7 +135,7 @@ def train(noise: float, steps: int = STEPS, seed: int = 0) -> Trained:
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     params = {name: p.detach() for name, p in network.named_parameters()}
     infos = {name: ParamInfo(tuple(p.shape), "matrix" if p.ndim > 1 else "vector") for name, p in params.items()}
-    rule, theta = load("steered-2")
+    rule, theta = load("steered")
     state = rule.init(theta, params, infos)
 
     def loss_of(params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -159,13 +159,13 @@ def singular_values(seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(64, 64, generator=generator))[0] for _ in range(2))
     matrix = left @ torch.diag(torch.logspace(0, -3, 64)) @ right
-    rule, _ = load("steered-2")
+    rule, _ = load("steered")
     return torch.linalg.svdvals(matrix), torch.linalg.svdvals(polar(matrix[None], rule.iterations)[0])  # type: ignore[attr-defined]
 
 
 def schedule(steps: int = STEPS) -> list[float]:
     """The factor on the step over a run, without the controller, over its largest."""
-    rule, theta = load("steered-2")
+    rule, theta = load("steered")
     still = {"log_step": torch.zeros(())}
     sizes = [float(rule.size(theta, still, Run(torch.tensor(t), torch.tensor(steps), None))) for t in range(steps)]  # type: ignore[attr-defined]
     return [size / max(sizes) for size in sizes]

@@ -35,7 +35,7 @@ def noise(mean, deviation, steps=T):
         (noise(0.0, 0.3), -0.2, 0.3),
         ([-0.9] * T, -5.0, -2.0),  # it bounces
         (noise(-0.1, 0.5), -0.1, 0.3),  # below zero, but that may be chance
-        ([0.9] * 100 + [0.0] * 900, 0.0, 0.5),  # what the first steps made of it leaks away
+        ([0.9] * 100 + [0.0] * 900, 0.0, 0.3),  # what the first steps made of it leaks away
     ],
     ids=["agree", "noise", "loud", "bounce", "unsure", "leak"],
 )

@@ -12,7 +12,7 @@ from torch import nn
 import l2o
 from l2o.estimators import Evolution
 from l2o.estimators.curvature import check_curvature
-from l2o.rules import MLP, SGD, Adam, ByKind, Celo2, Steered
+from l2o.rules import LSTM, MLP, SGD, Adam, ByKind, Celo2, Steered
 from l2o.tasks import CharRNN, CharTransformer, GradientNoise, ModuleTask, Repeated, WordMLP
 from l2o.types import TaskFamily
 from l2o.unroll import expand_theta, init_state, sample_runs, unroll
@@ -80,6 +80,12 @@ def test_the_width_of_a_table_is_no_fan_in() -> None:
         moved.append({name: p - state.params[name] for name, p in after.params.items()})
     torch.testing.assert_close(moved[1]["0.weight"], moved[0]["0.weight"])
     torch.testing.assert_close(moved[1]["2.weight"], moved[0]["2.weight"] / 6)
+
+
+def test_a_rule_by_kinds_rests_where_all_its_parts_do():
+    assert ByKind({"embedding": Adam()}, SGD()).rests
+    assert not ByKind({"embedding": LSTM()}, Adam()).rests
+    assert not ByKind({"embedding": Adam()}, LSTM()).rests
 
 
 @pytest.mark.parametrize("rule", [Celo2(adam=("embedding",)), ByKind({"embedding": Adam()}, SGD())])

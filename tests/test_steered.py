@@ -132,7 +132,7 @@ def test_the_schedule_warms_up_decays_to_its_floor_and_stays_there():
     sizes = [u["one"].abs().item() for u in updates]
     assert sizes[0] == pytest.approx(0.1 * rule.lr, rel=1e-3)
     assert max(sizes) == sizes[9]
-    assert sizes[50] == pytest.approx(rule.lr * (0.01 + 0.99 * 0.5**1.5), rel=1e-3)
+    assert sizes[50] == pytest.approx(rule.lr * (0.01 + 0.99 * 0.5**rule.power), rel=1e-3)
     assert sizes[100] == pytest.approx(sizes[129]) == pytest.approx(0.01 * rule.lr, rel=1e-3)
 
 

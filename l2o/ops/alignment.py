@@ -20,8 +20,8 @@ _START = {
     "slope": 6.0,  # of tanh
     "band_up": 0.06,  # a cosine under this is noise: the step does not grow
     "band_down": 0.05,  # one over minus this is too: it does not shrink
-    "fast": 20.0,  # steps that the means go over; short ones are greedier: better early, worse at the end
-    "slow": 200.0,
+    "fast": 5.0,  # steps that the means go over
+    "slow": 20.0,
     "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks
     "range": 5.0,  # of the log step
     "leak": 3.0,  # of the log step, a run: what it loses where nothing pushes

@@ -77,7 +77,7 @@ class Steered(UpdateRule):
     controller: Controller = "alignment"
     schedule: Schedule = "decay"
     iterations: int = 3
-    lr: float = 5e-3
+    lr: float = 3e-3
     matrix: float = 0.7
     momentum: float = 0.9
     beta1: float = 0.9
@@ -85,7 +85,7 @@ class Steered(UpdateRule):
     fan_in: float = 0.05
     relative: float = 0.03
     warmup: float = 0.03
-    power: float = 1.5
+    power: float = 1.0
 
     learned_init = False
     rests = True
