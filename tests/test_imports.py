@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "meta": SUPPORT | {"ops", "estimators"},
     "checkpoints": SUPPORT | {"rules"},
     "interop": {"types", "checks", "disk", "checkpoints", "ops", "rules"},
-    "optim": {"types", "checks", "ops", "checkpoints", "fused"},
+    "optim": {"types", "checks", "ops", "rules", "checkpoints", "fused"},
     "integrations": ROOMS,
     "evaluation": ROOMS | {"bench"},
     "inspection": ROOMS | {"evaluation"},
@@ -68,7 +68,7 @@ HOMES = {
 }
 OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
 """Modules of the library that need an extra, and are imported where they are used."""
-COMMANDS = "bench convert evaluate gpu inspect landscape replay report rules_table train"
+COMMANDS = "bench convert evaluate gpu guard inspect landscape replay report rules_table train"
 ENTRY_POINTS = {f"meta_train.{name}" for name in COMMANDS.split()}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [

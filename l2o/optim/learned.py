@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from l2o import fused
 from l2o.checkpoints import store
-from l2o.optim import resume, slots
+from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, updated, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import length, resolved, scalar
@@ -41,6 +41,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     weight_decay: decoupled and measured over the run: λ shrinks a parameter by ``exp(-λ)`` in ``total_steps`` steps at
         lr 1 (AdamW's ``lr * weight_decay * steps``). Each step: ``p <- p exp(-λ lr / total_steps)``.
     rules: classes of rules of your own that the checkpoint may name.
+    guard: whether a run that goes wrong is helped, by smaller steps, then by AdamW (`l2o.optim.guarded`). By default
+        for checkpoints alone, not for ``(rule, theta)``, whose users want to see what the rule itself does.
 
     Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision and
     autocast. All groups go through the rule together; parameters without a gradient stay as they are, and so do entries
@@ -69,7 +71,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         lr: float = 1.0,
         weight_decay: float = 0.0,
         rules: Sequence[type[UpdateRule]] = (),
+        guard: bool | None = None,
     ) -> None:
+        self.guard = not isinstance(source, tuple) if guard is None else bool(guard)
         name, self.rule, self.theta = resolved(source, rules)
         self.total_steps = length(total_steps)
         defaults = settings({"lr": lr, "weight_decay": weight_decay})
@@ -81,7 +85,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Forget what is kept for speed alone."""
-        self._theta_on: dict[tuple[torch.dtype, torch.device], Theta] = {}
+        self._theta_on: dict[tuple[int, torch.dtype, torch.device], Theta] = {}
         self._places: list[tuple[int, ...]] = []
         self._all: list[Member] = []
         self._layouts: dict[str, resume.Layout] = {}
@@ -103,6 +107,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """How many steps were skipped, because something was not finite. Waits for the device."""
         return int(slots.counts(self.state)[1])
+
+    def report(self) -> dict[str, Any]:
+        """What the guard did: ``stage``, ``skipped_steps`` and ``events``, each with ``step``, ``kind``, ``done``."""
+        return {**guarded.report(self.state), "skipped_steps": self.skipped_steps}
+
+    @property
+    def _acting(self) -> tuple[UpdateRule, Theta]:
+        return guarded.acting(self.state, self.rule, self.theta)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
@@ -134,24 +146,28 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _step(self, members: Sequence[Member], loss: Any) -> None:
         self._look()
         check_params(members)
+        if self.guard and self._watched(members, loss):
+            return
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         inputs = self._inputs(members, loss)
         in_place = self._stepped_in_place(members, inputs, factors)
         if in_place is False:
-            self._skip(culprit(members, inputs.grads, {}, None))
+            self._skip(culprit(members, inputs.grads, {}, None, guarded.limit(self.state)))
         if in_place is not None:
             return
         grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
-        updates, new = updated(self.rule, inputs, self.total_steps)
-        if not self.rule.rests:
+        rule = self._acting[0]
+        updates, new = updated(rule, inputs, self.total_steps)
+        if not rule.rests:
             seen = {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
             updates, now = rest(updates, grads, seen)
             old, new = beside(old, seen), beside(new, now)
-        ok = finite([*grads.values(), *updates.values(), *([] if loss is None else [loss])])
+        others = [*updates.values(), *([] if loss is None else [loss])]
+        ok = finite(list(grads.values()), others, guarded.limit(self.state))
         if not readable(ok.device):
             updates, new = masked(ok, updates, new, old)
         elif not ok:
-            self._skip(culprit(members, grads, updates, loss))
+            self._skip(culprit(members, grads, updates, loss, guarded.limit(self.state)))
             return
         slots.store(self.state, members, inputs.params, new)
         write(members, inputs.params, updates, factors, None if readable(ok.device) else ok)
@@ -161,18 +177,31 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self, members: Sequence[Member], inputs: Inputs, factors: Mapping[int, tuple[float, float]]
     ) -> bool | None:
         """Take the step by the rule's kernel: False where a gradient is not finite, None where there is no kernel."""
-        if not (readable(members[0].param.device) and in_place(self.rule, inputs, members, self.total_steps)):
+        rule = self._acting[0]
+        if not (readable(members[0].param.device) and in_place(rule, inputs, members, self.total_steps)):
             return None
-        if not finite(list(inputs.grads.values())):
+        if not finite(list(inputs.grads.values()), [], guarded.limit(self.state)):
             return False
         inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
-        new = fused.step(self.rule, *inputs, {m.key: factors[id(m.group)] for m in members})
+        new = fused.step(rule, *inputs, {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None
         slots.keep(self.state, members, new)
         self._lent = False
         self._count(0)
         return True
+
+    def _watched(self, members: Sequence[Member], loss: Any) -> bool:
+        """Whether the guard has put good parameters in place: this gradient is of others."""
+        names = {m.param: tuple(self._layout(m)) for m in self._members()}.__getitem__
+        event = guarded.watch_step(self.state, members, names, loss, self.total_steps)
+        if event is None:
+            return False
+        self._layouts, self._lent = {}, True
+        if event.restored:
+            self._warn(event.done, str(event))
+            self._count(0)
+        return event.restored
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and a snapshot: later steps leave its tensors as they are."""
@@ -184,15 +213,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         dtype, device = self._dtype(), members[0].param.device
         grads = slots.cast({m.key: checked_gradient(m) for m in members}, dtype)
         params = slots.cast({m.key: m.param.detach() for m in members}, dtype)
-        loss = scalar(loss, dtype, device) if self.rule.needs_loss else None
-        theta = self._theta(dtype, device)
+        rule, theta = self._acting
+        loss = scalar(loss, dtype, device) if rule.needs_loss else None
+        theta = self._cast(theta, dtype, device)
         state = self._opt_state(theta, members, params)
         return Inputs(theta, grads, state, params, infos(members), self._run(device, loss))
 
     def _factors(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """On the updates of a group's parameters, and on the parameters."""
         now = settings(group)
-        return now["lr"], math.exp(-now["weight_decay"] * now["lr"] / self.total_steps)
+        lr = guarded.rate(self.state, now["lr"], self.total_steps)
+        return lr, math.exp(-now["weight_decay"] * lr / self.total_steps)
 
     def _members(self) -> list[Member]:
         """Every parameter once, also one that a group has twice."""
@@ -209,29 +240,32 @@ class LearnedOptimizer(torch.optim.Optimizer):
         float64 = any(m.param.dtype == torch.float64 for m in self._members())
         return torch.float64 if float64 else torch.float32
 
-    def _theta(self, dtype: torch.dtype, device: torch.device) -> Theta:
-        if (dtype, device) not in self._theta_on:
-            self._theta_on[dtype, device] = {k: t.to(device, dtype) for k, t in self.theta.items()}
-        return self._theta_on[dtype, device]
+    def _cast(self, theta: Theta, dtype: torch.dtype, device: torch.device) -> Theta:
+        key = (id(theta), dtype, device)
+        if key not in self._theta_on:
+            self._theta_on[key] = {k: t.to(device, dtype) for k, t in theta.items()}
+        return self._theta_on[key]
 
     def _opt_state(self, theta: Theta, members: Sequence[Member], params: Params) -> OptState:
         """The state of ``members``, and what the rule starts with for those that have none. Nothing is written."""
         dtype = next(iter(params.values())).dtype
         old = {m.key: slots.cast(own, dtype) for m in members if (own := self._own(m))}
         new = [m for m in members if m.key not in old]
-        fresh = self.rule.init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
+        fresh = (
+            self._acting[0].init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
+        )
         per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
         return OptState(per_param, slots.cast(self.state.get("shared") or fresh.shared, dtype))
 
-    def _start(self, member: Member) -> OptState:
-        """What the rule would start with, had it this parameter alone."""
-        dtype = self._dtype()
+    def _start(self, member: Member, state: slots.State) -> OptState:
+        """What the rule that acts in a run of such a state would start with, had it this parameter alone."""
+        dtype, (rule, theta) = self._dtype(), guarded.acting(state, self.rule, self.theta)
         params = {member.key: member.param.detach().to(dtype)}
-        return self.rule.init(self._theta(dtype, member.param.device), params, infos([member]))
+        return rule.init(self._cast(theta, dtype, member.param.device), params, infos([member]))
 
     def _layout(self, member: Member) -> resume.Layout:
         if member.key not in self._layouts:
-            self._layouts[member.key] = resume.layout(self._start(member).per_param[member.key])
+            self._layouts[member.key] = resume.layout(self._start(member, self.state).per_param[member.key])
         return self._layouts[member.key]
 
     def _own(self, member: Member) -> Slots:
@@ -252,7 +286,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _skip(self, reason: str) -> None:
         self._count(1)
-        skipped = f"step {slots.counts(self.state)[0]} was skipped: {reason} is not finite or its square is not"
+        skipped = f"step {slots.counts(self.state)[0]} was skipped: {reason}"
         self._warn("skipped", f"{skipped}; {_COUNTED}")
 
     def _look(self) -> None:
@@ -302,20 +336,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
             ids = list(chain.from_iterable(group["params"] for group in groups))
             if any(state.get(ids[int(m.key)]) for m in self._members()):
-                shared = resume.layout(self._start(self._members()[0]).shared)
+                shared = resume.layout(self._start(self._members()[0], state).shared)
                 resume.check_shared(state, shared, repr(self.rule))
             for m in self._members():
                 found = state.get(ids[int(m.key)], {})
-                resume.check_slots(found, self._layout(m), "origin" not in state, label(m), repr(self.rule))
+                layout = resume.layout(self._start(m, state).per_param[m.key])
+                resume.check_slots(found, layout, "origin" not in state, label(m), repr(self.rule))
         return {**state_dict, "param_groups": groups}
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
         self.state.update(resume.copies(self.param_groups, state_dict))
+        self._layouts = {}
         called, skipped = slots.counts(self.state)
         self.state.update(clock={"step": called, "skipped": int(skipped)}, origin=self._origin)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "_origin", "_warned")}
+        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "guard", "_origin", "_warned")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
