@@ -22,7 +22,7 @@ from l2o.optim import watch
 from l2o.optim.members import Member
 from l2o.optim.slots import State, counts
 from l2o.rules import Adam
-from l2o.types import Theta, UpdateRule
+from l2o.types import ResumeError, Theta, UpdateRule
 
 GOOD = "good"
 """The name of a parameter's copy, beside its slots."""
@@ -105,6 +105,12 @@ def begin() -> Guard:
 def acting(state: Mapping[Any, Any], rule: UpdateRule, theta: Theta) -> tuple[UpdateRule, Theta]:
     """Who makes the steps: the rule with its θ, or AdamW."""
     return _adamw() if _stage(state) == "adamw" else (rule, theta)
+
+
+def check(state: Mapping[Any, Any], guard: bool) -> None:
+    """Raise `ResumeError` for a saved state of AdamW's that an optimizer without a guard is to go on from."""
+    if not guard and _stage(state) == "adamw":
+        raise ResumeError("state_dict is of a guarded run in which AdamW acts: make the optimizer with guard=True")
 
 
 def rate(state: State, lr: float, total_steps: int) -> float:

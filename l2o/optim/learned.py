@@ -331,6 +331,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _checked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """``state_dict`` in the order of the optimizer; raises `ResumeError`."""
         resume.check_origin(state_dict, self._origin)
+        guarded.check(state_dict["state"], self.guard)
         resume.check_groups(state_dict["param_groups"])
         groups, state = resume.in_order(self.param_groups, state_dict["param_groups"]), state_dict["state"]
         if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
@@ -347,6 +348,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
         self.state.update(resume.copies(self.param_groups, state_dict))
         self._layouts = {}
+        if not self.guard:
+            self.state.pop("guard", None)
         called, skipped = slots.counts(self.state)
         self.state.update(clock={"step": called, "skipped": int(skipped)}, origin=self._origin)
 

@@ -40,8 +40,8 @@ _PROGRESS = 0.05
 
 Memory = dict[str, float]
 """Numbers by name, which are all that is kept of earlier looks: ``looks``; ``first``, ``best``, ``noise`` of losses
-where there are any, and ``kept``, the best when parameters were last good; norms: ``size`` of parameters and ``gradient`` of
-gradients at the start, ``level`` and ``largest`` of gradients of late and at most."""
+where there are any, and ``kept``, the best when parameters were last good; norms: ``size`` of parameters and
+``gradient`` of gradients at the start, ``level`` and ``largest`` of gradients of late and at most."""
 
 
 class Seen(NamedTuple):
