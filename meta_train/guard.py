@@ -27,7 +27,6 @@ from l2o.evaluation.hazards import CASES, Begun, Hazard, begin, begin_family, tr
 from l2o.extras import require
 from l2o.optim import LearnedOptimizer
 from meta_train.config.compose import config_path, main_guard, writing
-from meta_train.evaluate import read
 from meta_train.run.card import commit, hardware
 from meta_train.suites import make_settings
 
@@ -92,7 +91,7 @@ def _settings(suite: str, names: list[str] | None) -> list[Any]:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(config_path(), version_base="1.3"):
-        settings = make_settings(compose("evaluate", read([f"suite={suite}"])))
+        settings = make_settings(compose("evaluate", [f"evaluate/suite={suite}"]))
     return [setting for setting in settings.values() if names is None or setting.name in names]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -188,11 +188,11 @@ def _first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def train(begun: Begun, steps: int, optimizer: Optimizer, tell: bool) -> list[float]:
     """The loss of every step.  tell: whether a plug-in gets it."""
-    losses = []
+    losses, step_with = [], cast("Callable[..., Any]", optimizer.step)
     for step in range(steps):
         optimizer.zero_grad()
         loss = begun.loss(step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(**({"loss": loss} if tell else {}))
+        loss.backward()
+        step_with(loss=loss) if tell else step_with()
         losses.append(loss.item())
     return losses

@@ -159,9 +159,11 @@ def watch_step(
         return None
     signs = watch.alarms(guard["memory"], seen)
     kind = watch.trouble(signs)
+    event: Event | None
     if kind is not None:
-        guard, event = _alarmed(guard, kind, seen, step, total_steps)
-        if event.restored:
+        guard, alarm = _alarmed(guard, kind, seen, step, total_steps)
+        event = alarm
+        if alarm.restored:
             _restore(state, names)
             guard.update(memory=watch.back(guard["memory"], seen), good=step)
     else:
