@@ -146,8 +146,11 @@ def watch_step(
 ) -> Event | None:
     """See every few steps, before one is taken, how the run goes, and do what has to be done; gives what was done.
 
-    members: those with gradients.     names: of the acting rule's slots of a parameter.     loss: if it is known.
+    members: those with gradients; nothing is done where they are DTensors.     names: of the acting rule's slots of a
+    parameter.     loss: if it is known; not looked at where processes share a run.
     """
+    if hasattr(members[0].param, "placements"):  # a process that holds shards cannot judge by its own
+        return None
     guard, (step, skipped) = _heard(state.get("guard") or begin(), loss), counts(state)
     if step % watch.EVERY:
         state["guard"] = guard
