@@ -144,7 +144,8 @@ def page(records: list[Record], command: str) -> str:
         f"Final training loss (mean over the last fiftieth of the run, at least ten steps; geometric mean over "
         f"{seeds} seeds) over that of AdamW at 1e-3; **bold** above {WORST}, the goal. "
         f"{len(guarded) - len(missed)} of {len(guarded)} guarded runs reach it. "
-        "The thresholds of the guard were chosen with these cases in sight: this is no held-out test. Where AdamW, which is not guarded, is lost, a ratio is 0.",
+        "The thresholds of the guard were chosen with these cases in sight: this is no held-out test. "
+        "Where AdamW, which is not guarded, is lost, a ratio is 0.",
         _cases_table(of["cases"], records),
         "## What was done, seed 0\n\n" + _events_table(guarded),
     ]
