@@ -15,7 +15,7 @@ ONE := OMP_NUM_THREADS=1 $(PY)
 # Two workers on two cores: threads inside each would only fight over them.
 PYTEST := $(ONE) -m pytest -n 2 --dist loadgroup
 
-.PHONY: help setup demo test soak gpu lint wheel clean
+.PHONY: help setup demo test soak gpu lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,11 +42,14 @@ lint: $(READY)  ## style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+docs: $(READY)  ## build/site: the documentation, warnings as errors, no network
+	NO_MKDOCS_2_WARNING=1 $(ONE) -m mkdocs build --strict
+
 wheel: $(READY)  ## dist/: the source archive, and the wheel built from it
 	$(PY) -m build --no-isolation
 
 clean:  ## remove what was built and cached; the environment and the runs stay
-	rm -rf dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp comes last, so that an interrupted set-up is done again; pip's own presence is tested because a failed

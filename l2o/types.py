@@ -100,7 +100,8 @@ class Sum(NamedTuple):
 class Reduce:
     """Completes sums where each process of a run holds some tensors or shards of tensors; here, one holds all.
 
-    Rules call its methods in the same order in all processes, once for all tensors.
+    Rules call its methods in the same order in all processes, once for all tensors. Each process has to hold a part
+    of some tensor: without one a rule calls nothing, and the others wait.
     """
 
     def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
@@ -109,6 +110,10 @@ class Reduce:
         Entries along axes that were not summed over stay with the process that holds them.
         """
         return {name: {key: each.value for key, each in own.items()} for name, own in sums.items()}
+
+    def part(self, name: str) -> Reduce:
+        """For a rule that is a part of another: its sums are over the tensors of that part alone."""
+        return self
 
     def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
         """The sum over all tensors of the run of what is known of each as a whole, ``[...]`` by parameter."""

@@ -77,16 +77,16 @@ def evaluate(config: DictConfig, command: str) -> Report:
     device, processes = resolve_device(config.device), check_int("jobs", config.jobs)
     chosen, ours = baselines(config.baselines, config.wider), judged(config)
     suite, entrants = make_suite(config), {**ours, **chosen}
-    check(entrants)
+    out = user_path(config.out, "out")
+    store = make_store(config, out)
+    check(job.entrant for job in missing(suite, entrants, store))
     for setting in suite.tasks:
         probe(setting.family, ["train", "valid"], device)
     rules = {name: e for name, e in ours.items() if isinstance(e, RuleEntrant)}
     recorded = next((e.label for e in rules.values()), None) if config.record else None
     if recorded:
         check_writable(recorded)
-    out = user_path(config.out, "out")
     prepare_folder(out)
-    store = make_store(config, out)
     facts = _facts(ours, device, command) | _place(suite, store)
     report = Report(", ".join(e.label for e in ours.values()), [], facts, {}, config.loss_label)
     report = _run(suite, entrants, store, device, processes, report, out)
@@ -167,7 +167,7 @@ def _interruptible(
         if found:
             done = {"Settings done": f"{len(found)} of {len(suite.tasks)}"}
             write(report._replace(comparisons=found, facts={**report.facts, **done}), out)
-            said += f"; the report of {len(found)} settings is {out / 'report.md'}"
+            said += f"; the report of {done['Settings done']} settings is {out / 'report.md'}"
         print(f"{said}; what is done is kept, and the same command with store={store.folder} goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 

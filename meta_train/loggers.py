@@ -182,7 +182,7 @@ def _said_by_wandb() -> Iterator[None]:
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of a run, by file."""
     for name in RECORDS:
-        for line in (folder / name).read_text().splitlines():
+        for line in (folder / name).read_text("utf-8").splitlines():
             row = json.loads(line)
             row.pop("seconds", None)  # which is no metric
             yield row

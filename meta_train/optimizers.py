@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from torch import nn
 from l2o.checkpoints.store import load
 from l2o.checks import check_float, lookup
 from l2o.evaluation import Baseline, Entrant, RuleEntrant, TorchEntrant
-from l2o.evaluation.baselines import cosine, half_cosine, linear, torch_optimizer
+from l2o.evaluation.baselines import cosine, half_cosine, imported, linear, torch_optimizer
 from l2o.evaluation.compare import GIVEN, LEARNED
-from l2o.evaluation.entrants import UNTUNED
-from l2o.types import ConfigurationError, L2OError, UpdateRule
+from l2o.evaluation.entrants import UNTUNED, switch
+from l2o.types import ConfigurationError, L2OError, Theta, UnknownNameError, UpdateRule
 from meta_train.config.build import import_classes
 from meta_train.config.compose import one_line
 
@@ -44,8 +44,17 @@ def judged(config: Any) -> dict[str, Entrant]:
             found[f"{GIVEN} {label}"] = torch_entrant(label, each if isinstance(each, Mapping) else {"path": label})
         else:
             key = LEARNED if LEARNED not in found else f"{LEARNED} {label}"
-            found[key] = RuleEntrant(label, *load(label, rules=classes))
+            found[key] = RuleEntrant(label, *_loaded(label, classes, name))
     return found
+
+
+def _loaded(label: str, classes: Sequence[type[UpdateRule]], name: str) -> tuple[UpdateRule, Theta]:
+    try:
+        return load(label, rules=classes)
+    except UnknownNameError as error:
+        if name == "source":
+            raise
+        raise UnknownNameError(f"{error}; an optimizer of torch's kind goes by module:Class") from error
 
 
 def _plain(value: Any) -> list[Any]:
@@ -74,17 +83,19 @@ def torch_entrant(label: str, said: Mapping[str, Any]) -> TorchEntrant:
     if clip is not None:
         check_float("clip", clip, above=0.0)
     grid = UNTUNED if rates is None else tuple(check_float("rates", rate, above=0.0) for rate in _plain(rates))
-    make = partial(torch_optimizer, path.replace(":", "."), **settings)
+    make = partial(torch_optimizer, imported(path), **settings)  # the class, whose source its curves belong to
     return TorchEntrant(label, make, lookup("schedule", str(schedule), SCHEDULES), grid, clip)
 
 
-def check(entrants: Mapping[str, Entrant]) -> None:
+def check(entrants: Iterable[Entrant]) -> None:
     """Take one step with each torch optimizer, on a matrix and a vector: what is wrong is said before any work."""
-    for entrant in entrants.values():
+    for entrant in {entrant.label: entrant for entrant in entrants}.values():
         if isinstance(entrant, TorchEntrant):
             params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
             try:
-                for optimizer in entrant.make(params, entrant.rates[0]):
+                made = entrant.make(params, entrant.rates[0])
+                switch(made, "train")
+                for optimizer in made:
                     for p in params:
                         p.grad = torch.ones_like(p)
                     optimizer.step()

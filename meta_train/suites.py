@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+_COMMON = ("steps", "seeds", "seed", "window", "timeout")
+"""What a configuration says of all its settings, and each may say otherwise."""
+
+
 def make_suite(config: DictConfig) -> Suite:
     """The tasks of a configuration, under the name and version that its suite has."""
     return Suite(str(config.name), int(config.version), tuple(make_settings(config).values()))
@@ -45,7 +49,7 @@ def make_settings(config: DictConfig) -> dict[str, Setting]:
     from omegaconf import OmegaConf
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    common = {name: plain[name] for name in ("steps", "seeds", "seed", "window")} | {"revision": plain["version"]}
+    common = {name: plain[name] for name in _COMMON} | {"revision": plain["version"]}
     named = plain["settings"] or {"": {}}
     if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
         raise ConfigurationError(f"settings={named!r}: expected a mapping such as {{wide: {{task: {{width: 128}}}}}}")
@@ -61,7 +65,7 @@ def _listed(name: str, value: Any) -> list[str]:
 
 def _setting(task: Mapping[str, Any], half: str, own: dict[str, Any], key: str) -> Setting:
     """One setting.  half: of the images, for a task that has halves and does not name one.  own: `Setting`'s fields."""
-    valid = ("name", "task", "steps", "seeds", "seed", "window", "split", "revision")
+    valid = ("name", "task", *_COMMON, "split", "revision")
     for name in own:
         if name not in valid:
             raise ConfigurationError(f"settings.{key}: {unknown('key', name, valid)}")

@@ -70,7 +70,12 @@ def make(params: Any, rule: UpdateRule | None = None, **settings: Any) -> Learne
 
 def untouched(optimizer: LearnedOptimizer) -> bool:
     """Whether its state is that of before the first step."""
-    return optimizer.state.keys() == {"clock", "origin"} and optimizer.state["clock"] == {"step": 0, "skipped": 0}
+    return not optimizer.state and counts(optimizer) == {"step": 0, "skipped": 0}
+
+
+def counts(optimizer: LearnedOptimizer) -> dict[str, int]:
+    """Of steps that were called, and skipped."""
+    return {name: optimizer.param_groups[0]["run"][name] for name in ("step", "skipped")}
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tables import generator, identical
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from l2o.kernels import coordinatewise_cpu
@@ -297,6 +297,28 @@ def test_small_tensors_have_a_graph_of_torch(lanes: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(coordinatewise_cpu, "SMALL", 1 << 16)
     assert_close(problem.derivatives(problem.arguments), [t.double() for t in want], 1e-4)
     assert not called
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad": (0, grad),
+    "jacrev": (0, jacrev),
+    "vmap of grad": (2, lambda f: vmap(grad(f))),
+    "grad of vmap": (2, lambda f: grad(lambda arguments: vmap(f)(arguments).sum())),
+}
+
+
+@pytest.mark.parametrize(("lanes", "transform"), TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_transforms_of_torch_are_derivatives_as_well(lanes: int, transform: Any) -> None:
+    problem = Problem(RECIPES["AdafacMLP"], lanes, shapes=SEVERAL)
+    arguments = tree_map(lambda t: t.clone().requires_grad_(), problem.arguments)
+    torch.stack([t.square().mean() * (lanes or 1) for t in problem.results(arguments) if t.numel()]).sum().backward()
+    want = [t.grad.double() for t in tree_leaves(arguments)]
+    problem.lanes = 0
+
+    def f(arguments: Any) -> Tensor:
+        return torch.stack([t.square().mean() for t in problem.results(arguments) if t.numel()]).sum()
+
+    assert_close(tree_leaves(transform(f)(problem.arguments)), want, 1e-4)
 
 
 def test_inputs_that_all_elements_share_are_a_bias() -> None:

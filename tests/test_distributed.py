@@ -18,6 +18,8 @@ import l2o
 
 COMMON = ["rule=mlp", "rule.hidden=[8,8]", "estimator.lanes=8", "evaluate_every=0", "logger=none", "outer=sgd"]
 PES = ["estimator=pes", "task=digits_mlp", "estimator.horizon=[10,30]", "estimator.truncation=5", "estimator.sigma=0.1"]
+ENDS = ["estimator.truncation=null", "estimator.meta_loss=end", "estimator.fitness=standard", "estimator.sigma=0.1"]
+WHOLE = ["estimator=pes", "task=quadratic", "estimator.horizon=[4,12]", *ENDS]
 TBPTT = ["estimator=tbptt", "task=quadratic", "task.noise=0.1", "estimator.horizon=12", "estimator.truncation=4"]
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
 
@@ -49,7 +51,7 @@ def metrics(run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("setup", [PES, TBPTT], ids=["pes", "tbptt"])
+@pytest.mark.parametrize("setup", [PES, WHOLE, TBPTT], ids=["pes", "whole runs", "tbptt"])
 def test_two_processes_agree_with_one(here: Path, setup: list[str]) -> None:
     one, two = (start(n, *setup, "steps=8", f"run=of{n}") for n in (1, 2))
     finish(one)
@@ -65,6 +67,28 @@ def test_two_processes_agree_with_one(here: Path, setup: list[str]) -> None:
     ours, theirs = theta("of1"), theta("of2")
     for name in ours:
         assert (ours[name] - theirs[name]).abs().max() <= 1e-5, name
+
+
+LEAVES = """
+import importlib, os, torch
+from meta_train.run.processes import agreed, joined
+with joined() as ranks:
+    importlib.import_module("torch.distributed.nn.functional")  # as whatever torch imports late does
+    agreed(3)
+threads = os.listdir("/proc/self/task")
+print(ranks.size, [name for t in threads if "gloo" in (name := open(f"/proc/self/task/{t}/comm").read())])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the threads in /proc")
+def test_no_thread_of_the_process_group_outlives_the_run() -> None:
+    """One that does may wait for an interpreter that is gone, which ends the process by SIGABRT."""
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    elastic = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_RANK": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **place, **elastic}
+    command = [sys.executable, "-c", LEAVES]
+    done = subprocess.run(command, env=environment, text=True, check=True, capture_output=True)
+    assert done.stdout == "1 []\n"
 
 
 def children(pid: int) -> list[int]:

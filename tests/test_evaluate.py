@@ -136,7 +136,7 @@ def test_an_interrupted_evaluation_keeps_what_is_done_and_says_how_to_go_on(comm
     assert results["facts"]["Settings done"] == "1 of 3"
     assert {path.name for path in Path("out").iterdir()} == FILES
     said = capsys.readouterr().err
-    assert said.startswith("interrupted with 6 of 9 runs to do; the report of 1 settings is out/report.md; ")
+    assert said.startswith("interrupted with 6 of 9 runs to do; the report of 1 of 3 settings is out/report.md; ")
     assert "store=out/store goes on" in said
     ran = []
     monkeypatch.setattr(suite, "run_entrant", lambda *a: ran.append(a[1].name) or run_entrant(*a))
@@ -248,6 +248,12 @@ def test_settings_override_the_task_and_the_rest(settings):
     ]
 
 
+def test_a_time_out_can_be_that_of_all_settings_or_of_one(settings):
+    found = settings("timeout=5", "settings={a: {}, b: {timeout: 90}, c: {timeout: null}}")
+    assert [setting.timeout for setting in found.values()] == [5, 90, None]
+    assert [setting.timeout for setting in settings().values()] == [None]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS["evaluate/experiment"])
 def test_every_experiment_makes_sense(settings, name):
     for setting in settings(f"experiment={name}").values():
@@ -306,6 +312,24 @@ def test_shipped_curves_are_those_of_the_suite_as_it_is_now(command, monkeypatch
     for setting in made.tasks:
         first = run_entrant(BASELINES["adamw"], dataclasses.replace(setting, steps=1, window=1)).train[0, :, 0]
         np.testing.assert_allclose(store.kept(name, setting, chosen["adam"]).train[0, :, 0], first, rtol=2e-3)
+
+
+def test_packages_of_curves_that_are_there_need_not_be(command, monkeypatch):
+    """Those of the extra ``baselines``: whose curves come with l2o, or were run before."""
+    pytest.importorskip("prodigyopt")
+    run = ("suite=quick", "steps=5", "seeds=1", "only=[quadratic]", "baselines=[adam,prodigy]", "store=curves")
+    assert command(*run) == 0
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    assert command(*run) == 0
+    assert command(*run, "store=other") == 2
+
+
+@pytest.mark.parametrize(("shipped", "some"), [("true", True), ("false", False)])
+def test_shipped_curves_are_taken_unless_they_are_not_wanted(command, monkeypatch, shipped, some):
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, line: seen.append(config))
+    assert command("suite=quick", f"shipped={shipped}") == 0
+    assert (len(suites.make_store(seen[0], Path("out"))) > 0) == some
 
 
 def test_shipped_curves_take_a_few_megabytes():
@@ -376,11 +400,14 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["source=[]"], ["source=[]", "a name"]),
         (["source=[sgd,nowhere]"], ["nowhere"]),
         (["steps=0"], ["steps=0"]),
+        (["timeout=0"], ["timeout=0", "over 0"]),
+        (["timeout=soon"], ["timeout='soon'"]),
         (["suite=quik"], ["unknown suite 'quik'", "'quick'"]),
         (["jobs=0"], ["jobs=0"]),
         (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),
         (["optimizers=[{path:torch.optim.Adam,schedule:cosin}]"], ["unknown schedule 'cosin'", "'cosine'"]),
         (["optimizers=[{path:torch.optim.Adam,momentum:0.9}]"], ["torch.optim.Adam: ", "momentum", "its settings"]),
+        (["optimizers=[MyOptimizer]"], ["unknown checkpoint 'MyOptimizer'", "goes by module:Class"]),
         (["optimizers=[torch.optim.LBFGS]"], ["torch.optim.LBFGS: ", "closure"]),
         (["settings.wide.split=larg"], ["unknown split 'larg'", "'larger'"]),
         (["seed=9223372036854775808"], ["seed=9223372036854775808: expected a seed of at most 63 bits"]),

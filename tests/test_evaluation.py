@@ -27,7 +27,7 @@ from l2o.evaluation import (
     run_learned,
     step_cost,
 )
-from l2o.evaluation.baselines import Scheduled, adamw, cosine, half_decades, linear, muon, torch_optimizer
+from l2o.evaluation.baselines import Scheduled, adamw, cosine, half_cosine, half_decades, linear, muon, torch_optimizer
 from l2o.evaluation.curves import evaluation_steps
 from l2o.evaluation.scores import condense, diverged
 from l2o.optim import LearnedOptimizer
@@ -40,9 +40,11 @@ NOISY = Setting("noisy", Quadratic(dim=3, noise=0.1), steps=21, seeds=3, window=
 GRIDS = {name: entrant for name, entrant in BASELINES.items() if isinstance(entrant, Baseline)}
 UNTUNED = sorted(name for name, entrant in BASELINES.items() if entrant.rates == (None,))
 OF_TORCH = sorted(BASELINES.keys() - GRIDS.keys())
-PACKAGES = {"soap": "pytorch_optimizer", "prodigy": "prodigyopt"} | dict.fromkeys(
-    ["schedule_free", "schedule_free_tuned"], "schedulefree"
-)
+PACKAGES = {
+    **dict.fromkeys(["soap", "soap_fixed"], "pytorch_optimizer"),
+    **dict.fromkeys(["schedule_free", "schedule_free_tuned"], "schedulefree"),
+    "prodigy": "prodigyopt",
+}
 """That a baseline needs beside torch, from the extra ``baselines``."""
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -247,6 +249,57 @@ def test_the_untuned_baselines_are_those_that_their_names_say():
     assert [adamw(1e-3)([vector], rate)[0].param_groups[0]["lr"] for rate in (None, 0.1)] == [1e-3, 0.1]
     assert [linear(step, 4) for step in (0, 2, 4)] == [1.0, 0.5, 0.0]
     assert [cosine(step, 40) for step in (0, 1, 2, 21, 40)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_the_untuned_baselines_of_libraries_are_those_that_their_names_say():
+    for package in PACKAGES.values():
+        pytest.importorskip(package)
+    p = nn.Parameter(torch.ones(2, 2))
+    (soap,), (free,), (prodigy,) = (BASELINES[n].make([p], None) for n in ("soap_fixed", "schedule_free", "prodigy"))
+    made = [(type(o).__name__, o.param_groups[0]["lr"]) for o in (soap, free, prodigy)]
+    assert made == [("SOAP", 3e-3), ("AdamWScheduleFree", 2.5e-3), ("Prodigy", 1.0)]
+    schedules = [BASELINES[n].schedule for n in ("soap_fixed", "schedule_free", "prodigy")]
+    assert schedules == [cosine, None, half_cosine]
+    assert [half_cosine(step, 40) for step in (0, 20, 40)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+class Averaging(torch.optim.SGD):
+    """Judged elsewhere than trained: at the parameters less ``shift``."""
+
+    def __init__(self, params, lr, shift):
+        super().__init__(params, lr=lr)
+        self.shift, self.at = shift, 0.0
+
+    def train(self):
+        self._move(0.0)
+
+    def eval(self):
+        self._move(-self.shift)
+
+    def _move(self, to):
+        for p in self.param_groups[0]["params"]:
+            p.data += to - self.at
+        self.at = to
+
+    def step(self):
+        assert self.at == 0.0
+        super().step()
+
+
+def test_optimizers_may_be_judged_elsewhere_than_they_are_trained():
+    setting = dataclasses.replace(NOISY, family=Quadratic(dim=3))
+    still, shifted = (
+        run_entrant(TorchEntrant("", partial(torch_optimizer, Averaging, lr=1e-3, shift=shift)), setting)
+        for shift in (0.0, 1.0)
+    )
+    np.testing.assert_allclose(shifted.train, still.train, rtol=1e-5)
+    assert (np.abs(shifted.valid - still.valid) > 1e-2).all()
+    away = TorchEntrant("", partial(torch_optimizer, Averaging, lr=0.0, shift=0.5))
+    start = dataclasses.replace(setting, family=Quadratic(dim=3, init_scale=0.0), steps=1)
+    generator = torch.Generator().manual_seed(start.seed)
+    data = start.family.sample(generator, start.seeds)
+    want = (data["w"].sum(2) * -0.5 - data["y"]).square().sum(1)
+    np.testing.assert_allclose(run_entrant(away, start).valid[0, :, 0], want.numpy(), rtol=1e-5)
 
 
 class Replacing(torch.optim.Optimizer):

@@ -13,6 +13,7 @@ from tables import Recorded, Shapes, every_rule, generator, identical, random_th
 from l2o.estimators import Backprop, Evolution
 from l2o.estimators.episodes import reduce_rows
 from l2o.meta import MetaTraining
+from l2o.random import uniform
 from l2o.rules import MLP, SGD, Adam
 from l2o.tasks import Quadratic
 from l2o.types import (
@@ -314,6 +315,20 @@ def test_pairs_without_a_finite_first_loss_count_nothing():
     assert not broken[0]["log_lr"].isclose(whole[0]["log_lr"])
 
 
+@pytest.mark.parametrize("fitness", ["standard", "rank"])
+def test_pairs_without_a_finite_first_loss_are_no_measure_of_others(fitness, monkeypatch):
+    """Of three pairs one is broken: the two others have the fitness that they would have alone."""
+    found, make = [], Evolution._fitness
+    monkeypatch.setattr(Evolution, "_fitness", lambda self, x: found.append((x, make(self, x))) or found[-1][1])
+    estimator = Evolution(SGD(), Sick(since=0), lanes=6, horizon=8, truncation=4, fitness=fitness)
+    theta, g = SGD(lr=0.001).init_theta(generator()), generator()
+    estimator.estimate(theta, estimator.init(theta, g), g)
+    ((objectives, got),) = found
+    counted = ~objectives.isnan()
+    assert counted.sum() == 4
+    torch.testing.assert_close(got[counted[::2]], make(estimator, objectives[counted]))
+
+
 def test_deviations_by_tensor_and_their_decay():
     rule, g = Adam(), generator()
     theta = rule.init_theta(g)
@@ -429,6 +444,21 @@ def test_whole_runs_have_one_length_an_estimate_drawn_from_the_range():
         assert metrics["inner_steps"] == 8 * length
         lengths.append(length)
     assert 10 <= min(lengths) < 18 < 26 < max(lengths) <= 40
+
+
+def test_the_length_of_whole_runs_says_nothing_of_their_tasks():
+    @dataclasses.dataclass(frozen=True)
+    class Drawn(Quadratic):
+        def sample(self, generator, lanes):
+            return {"first": uniform(generator, lanes), **super().sample(generator, lanes)}
+
+    rule = Adam()
+    estimator = Evolution(rule, Drawn(dim=2), lanes=4, horizon=(1, 1000), truncation=None)
+    theta, runs = rule.init_theta(generator()), []
+    for seed in range(40):
+        state = estimator.init(theta, generator(seed)).inner
+        runs.append([float(state.total_steps[0].log()), float(state.data["first"][0])])
+    assert torch.corrcoef(torch.tensor(runs).T)[0, 1].abs() < 0.5
 
 
 def test_the_end_of_a_run_is_the_mean_of_its_last_twentieth_and_a_quarter_of_its_middle():

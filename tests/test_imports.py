@@ -40,14 +40,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"types", "checks"},
     "kernels": {"types", "checks", "disk", "ops", "random"},
     "rules": {"types", "checks", "ops", "kernels"},
-    "tasks": SUPPORT,
+    "tasks": SUPPORT | {"ops"},
     "fused": {"types", "ops", "kernels", "rules", "tasks"},
     "unroll": {"types", "family_checks", "ops", "fused"},
-    "estimators": SUPPORT | {"ops", "tasks", "unroll", "fused"},
+    "estimators": SUPPORT | {"ops", "rules", "tasks", "unroll", "fused"},
     "meta": SUPPORT | {"ops", "estimators"},
     "checkpoints": SUPPORT | {"rules"},
     "interop": {"types", "checks", "disk", "checkpoints", "ops", "rules"},
-    "optim": {"types", "checks", "ops", "rules", "checkpoints", "fused"},
+    "optim": {"types", "checks", "distributed", "ops", "rules", "checkpoints", "fused"},
     "integrations": ROOMS,
     "evaluation": ROOMS | {"bench"},
     "inspection": ROOMS | {"evaluation"},
@@ -59,17 +59,21 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package that an extra installs -> the only place that may import it.
 HOMES = {
-    "higher": "l2o.integrations",
+    "accelerate": "meta_train.library_checks",
+    "higher": ("l2o.integrations", "meta_train.library_checks"),
     "hydra": "meta_train",
+    "lightning": "meta_train.library_checks",
     "msgpack": "l2o.interop.msgpack",
     "omegaconf": "meta_train",
+    "peft": "meta_train.library_checks",
+    "transformers": "meta_train.library_checks",
     "triton": "l2o.kernels.mlp_triton",
     "wandb": "meta_train",
 }
 OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
 """Modules of the library that need an extra, and are imported where they are used."""
-COMMANDS = "bench convert evaluate gpu guard inspect landscape replay report rules_table train"
-ENTRY_POINTS = {f"meta_train.{name}" for name in COMMANDS.split()}
+COMMANDS = "bench convert documents drawings evaluate gpu guard inspect landscape libraries replay report rules_table"
+ENTRY_POINTS = {f"meta_train.{name}" for name in (*COMMANDS.split(), "train")}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
     "msgpack",

@@ -117,7 +117,7 @@ def test_a_gradient_on_another_device():
     # torch itself refuses to make such a pair of devices that a test can count on.
     stub = SimpleNamespace(grad=torch.ones(2, device="meta"), shape=torch.Size([2]), device=torch.device("cpu"))
     with pytest.raises(GradientError, match=r"\(2,\) on meta, expected \(2,\) on cpu"):
-        checked_gradient(Member("0", stub, {"params": [stub]}))
+        checked_gradient(Member("0", stub, {"params": [stub]}, stub))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_a_gradient_on_another_device():
         ({}, "loss=loss"),
         ({"closure": lambda: None}, "loss is NoneType"),
         ({"loss": torch.ones(2)}, r"loss is \(2,\)"),
-        ({"loss": 1.0, "closure": lambda: 1.0}, "closure and loss="),
-        ({"closure": torch.tensor(1.0)}, r"got a Tensor as closure, expected a function.*step\(loss=loss\)"),
+        ({"loss": 1.0, "closure": lambda: 1.0}, "loss=, and a closure"),
+        ({"closure": torch.tensor(1.0)}, r"got a Tensor as closure, expected a function.*step\(lambda: loss\)"),
         ({"closure": 1.0}, "got a float as closure"),
     ],
 )

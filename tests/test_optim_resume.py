@@ -21,10 +21,21 @@ from l2o.types import ResumeError
 def older(state):
     """As an l2o saved it that neither counted skipped steps nor said what a state is of."""
     state = copy.deepcopy(state)
-    del state["state"]["origin"], state["state"]["clock"]["skipped"]
+    run = state["param_groups"][0].pop("run")
     for slots in state["state"].values():
         slots.pop("had_gradient", None)
+    state["state"] |= {"clock": {"step": run["step"]}} | ({"shared": run["shared"]} if "shared" in run else {})
     return state
+
+
+def old(state):
+    """As l2o saved it before distributed checkpoints: what is of no single parameter stood in the state."""
+    known = older(state)
+    run = state["param_groups"][0]["run"]
+    slots = {key: dict(kept) for key, kept in state["state"].items()}
+    known["state"].update(slots)
+    known["state"]["clock"] = {"step": run["step"], "skipped": run["skipped"]}
+    return known | {"state": known["state"] | {"origin": {k: run[k] for k in ("checkpoint", "fingerprint")}}}
 
 
 def without(name):
@@ -72,7 +83,8 @@ def test_state_of_another_optimizer_changes_nothing(other, change, message):
 
 
 @every_rule
-def test_state_of_an_older_version_continues_bit_for_bit(rule):
+@pytest.mark.parametrize("before", [old, older])
+def test_state_of_an_older_version_continues_bit_for_bit(rule, before):
     params = parameters()
     optimizer = make(params, rule)
     for step in range(3):  # without zeros, so that no entry waits for its first gradient
@@ -80,9 +92,13 @@ def test_state_of_an_older_version_continues_bit_for_bit(rule):
             p.grad = torch.full_like(p, 1.0 + step)
         optimizer.step(loss=1.0)
     fresh = make(copies(params), rule)
-    fresh.load_state_dict(older(optimizer.state_dict()))
+    state = before(optimizer.state_dict())
+    kept = copy.deepcopy(state)
+    fresh.load_state_dict(state)
+    assert identical(state, kept)
     assert identical(train(fresh, range(3, 6)), train(optimizer, range(3, 6)))
-    assert fresh.state["origin"] == optimizer.state["origin"]
+    runs = [each.param_groups[0]["run"] for each in (fresh, optimizer)]
+    assert identical(*([run[name] for name in sorted(run)] for run in runs))
 
 
 def test_a_hyperparameter_at_its_default_does_not_make_another_origin():
@@ -103,14 +119,18 @@ def test_what_other_code_keeps_in_the_state_stays_and_does_not_matter(rule):
     optimizer.state[params[0]]["note"] = "before the first step"
     train(optimizer, range(1))
     optimizer.state["count"], optimizer.state[params[1]]["copy"] = 1, torch.ones(2, dtype=torch.int32)
+    optimizer.state[params[1]]["nested"] = {"scale": torch.ones(2), "ids": [1, 2]}
     fresh = make(copies(params), rule)
-    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    state = through_a_file(optimizer.state_dict())
+    fresh.load_state_dict(state)
+    state["state"][1]["nested"]["scale"].zero_()
     train(plain, range(1))
     assert identical(train(fresh, range(1, 3)), train(plain, range(1, 3)))
     kept = [fresh.param_groups[0]["params"][i] for i in (0, 1)]
     assert fresh.state["count"] == 1
     assert fresh.state[kept[0]]["note"] == "before the first step"
     assert fresh.state[kept[1]]["copy"].tolist() == [1, 1]
+    assert identical(fresh.state[kept[1]]["nested"], optimizer.state[params[1]]["nested"])
 
 
 def named(*groups):
@@ -156,12 +176,12 @@ def test_other_names_at_the_same_places_do_not_matter():
         assert [*by_name(fresh).values()] == [*by_name(saved).values()]
 
 
-@pytest.mark.parametrize("change", [lambda s: s.pop("shared"), lambda s: s["shared"].pop("fast")])
+@pytest.mark.parametrize("change", [lambda run: run.pop("shared"), lambda run: run["shared"].pop("fast")])
 def test_a_state_without_what_all_parameters_share_is_refused(change):
     """As tools save it that know of nothing but the state of parameters."""
     optimizer, other = (make(parameters(), Steered()) for _ in range(2))
     train(optimizer, range(2))
     saved = snapshot(optimizer)
-    change(saved["state"])
-    with pytest.raises(ResumeError, match=r"state\['shared'\]"):
+    change(saved["param_groups"][0]["run"])
+    with pytest.raises(ResumeError, match="the shared slots"):
         other.load_state_dict(saved)

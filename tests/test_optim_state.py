@@ -11,6 +11,7 @@ from plugin import (
     TOTAL,
     Mixing,
     copies,
+    counts,
     every_rule,
     make,
     parameters,
@@ -66,13 +67,14 @@ def test_loading_copies():
     assert identical(fresh.state_dict(), optimizer.state_dict())
 
 
-def test_the_counts_and_the_origin_are_beside_the_slots():
-    optimizer = make(parameters(), Adam())
-    assert optimizer.state_dict()["state"].keys() == {"clock", "origin"}
+def test_the_state_has_parameters_alone_and_the_first_group_the_run():
+    optimizer = make([{"params": parameters()[:3]}, {"params": parameters()[3:]}], Adam())
+    assert not optimizer.state_dict()["state"]
     train(optimizer, range(2))
-    state = optimizer.state_dict()["state"]
-    assert state.pop("clock") == {"step": 2, "skipped": 0}
-    assert state.pop("origin")["checkpoint"] == repr(Adam())
+    state, groups = optimizer.state_dict().values()
+    assert groups[0]["run"].items() >= {"step": 2, "skipped": 0, "checkpoint": repr(Adam())}.items()
+    assert "run" not in groups[1]
+    assert "run" not in repr(optimizer)
     assert all(set(slots) == {"m", "v", "count"} for slots in state.values())
     assert set(state) == set(range(7))
 
@@ -83,7 +85,7 @@ def test_the_number_of_steps_goes_on_and_the_length_is_the_new_one():
     longer = make(parameters(), MLP(), total_steps=6)
     longer.load_state_dict(optimizer.state_dict())
     train(longer, range(3, 6))  # without the warning that a run over its length gives
-    assert longer.state["clock"]["step"] == 6
+    assert counts(longer)["step"] == 6
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
@@ -134,7 +136,7 @@ def test_state_of_frozen_parameters_may_be_missing():
     optimizer.step()
     fresh = make(copies(params), MLP())
     fresh.load_state_dict(optimizer.state_dict())
-    assert set(fresh.state_dict()["state"]) == {*range(1, 7), "clock", "origin"}
+    assert set(fresh.state_dict()["state"]) == set(range(1, 7))
     train(fresh, range(1))
 
 
@@ -157,18 +159,18 @@ def test_another_number_of_parameters_is_torchs_error(groups):
     assert untouched(fresh)
 
 
-def with_clock(**clock):
-    return lambda state: state.update(clock=clock)
+def with_run(**run):
+    return lambda group: group.update(run=run)
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        dict.clear,
-        lambda s: s.update(clock=None),
-        with_clock(step="1"),
-        with_clock(step=-1),
-        with_clock(step=1, skipped=None),
+        lambda group: group.pop("run"),
+        lambda group: group.update(run=None),
+        with_run(step="1"),
+        with_run(step=-1),
+        with_run(step=1, skipped=None),
     ],
 )
 def test_fresh_state_of_another_optimizer_is_refused_too(spoil):
@@ -177,7 +179,7 @@ def test_fresh_state_of_another_optimizer_is_refused_too(spoil):
         with pytest.raises(ResumeError, match="another optimizer"):
             optimizer.load_state_dict(foreign.state_dict())
     state = snapshot(optimizer)
-    spoil(state["state"])
+    spoil(state["param_groups"][0])
     with pytest.raises(ResumeError, match="another optimizer"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 1.0
@@ -214,7 +216,7 @@ def test_an_alias_is_shown_by_the_name_that_it_stands_for():
     name = aliases()["default"]
     optimizer = LearnedOptimizer(parameters(), "default", total_steps=TOTAL)
     assert f"\n{name}, " in repr(optimizer)
-    assert optimizer.state["origin"]["checkpoint"] == name
+    assert optimizer.param_groups[0]["run"]["checkpoint"] == name
 
 
 def test_a_rule_of_ones_own_is_loaded_when_its_class_is_given(tmp_path):

@@ -215,10 +215,19 @@ def test_losses_of_any_sign_are_in_the_picture(shift, scale):
     assert panel.get_yscale() == scale
     low, high = panel.get_ylim()
     for line, s in zip(panel.lines, [moved["adam"], moved[LEARNED]], strict=True):
-        seen = np.median(s.curve, 1)
+        seen = s.curve.mean(1)  # as the scores have it
         inside = np.isfinite(seen)
         np.testing.assert_allclose(line.get_ydata()[inside], seen[inside])
         assert ((low <= seen) & (seen <= high))[inside].all()
+
+
+def test_one_lost_seed_is_a_lost_run_in_the_picture_too():
+    result = comparison(1e-2)
+    ours = result.scores[LEARNED]
+    lost = dataclasses.replace(ours, curve=np.where(np.arange(3) == 1, np.array(ours.steps)[:, None] * INF, ours.curve))
+    (panel,) = figure_of(result._replace(scores={**result.scores, LEARNED: lost}))
+    assert (panel.lines[-1].get_ydata() > panel.get_ylim()[1]).all()
+    assert (panel.lines[0].get_ydata() < panel.get_ylim()[1]).all()
 
 
 @pytest.mark.parametrize("curve", [[0.0, 0.0, 0.0], [0.0, 0.1, 0.4], [-1.0, -1.0, -1.0]])
@@ -296,6 +305,17 @@ def test_tables_fit_the_terminal(monkeypatch, capsys, width):
     summed = lines[next(i for i, line in enumerate(lines) if "All settings" in line) :]
     assert any(line.split()[:5] == ["miss", "missed", "0×", "3/1", "4"] for line in summed)
     assert "…" not in "".join(summed)
+
+
+def test_of_many_settings_the_terminal_shows_what_they_say_together(capsys):
+    many = [made(f"task {i}", learned=(1.0, 1.0), adam=(2.0, 1.0)) for i in range(5)]
+    print_tables(Report("mine", many, {}, {}))
+    shown = capsys.readouterr().out
+    assert "All optimizers" in shown
+    assert "Tasks, misses first" in shown
+    assert "best lr" not in shown
+    print_tables(Report("mine", many[:4], {}, {}))
+    assert "best lr" in capsys.readouterr().out
 
 
 def test_the_summary_and_every_learned_optimizer_stand_at_the_head_of_a_report(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import l2o
-from l2o.types import ConfigurationError
+from l2o.types import ConfigurationError, ParameterError
 
 
 class Tied(nn.Module):
@@ -68,3 +68,8 @@ def test_every_optimizer_takes_them() -> None:
 def test_bad_input(model: object, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         l2o.param_groups(model)  # type: ignore[arg-type]
+
+
+def test_lazy_modules_are_refused_as_by_the_plug_in() -> None:
+    with pytest.raises(ParameterError, match=r"parameter '0.weight' has no shape yet: run its lazy module once"):
+        l2o.param_groups(nn.Sequential(nn.LazyLinear(3)))

@@ -13,7 +13,7 @@ from tables import RULES, generator, random_theta
 from torch import Tensor
 
 from l2o.ops.kinds import infos_of
-from l2o.rules import STAR, Adam, ByKind, Scheduled, Steered
+from l2o.rules import STAR, Adam, ByKind, Celo2, Scheduled, Steered
 from l2o.types import ParamInfo, Reduce, Run, Slots, Sum
 
 SHAPES = {"scalar": (), "vector": (7,), "matrix": (6, 5), "tall": (9, 2), "conv": (5, 3, 2, 2), "square": (6, 5)}
@@ -80,8 +80,11 @@ def problem(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in SHAPES.items()}
 
 
-def trained(rule: Any, pick: Callable[[dict[str, Tensor]], dict[str, Tensor]], reduce: Reduce) -> dict[str, Tensor]:
-    """What of the parameters ``pick`` leaves a rank, after some steps."""
+Tensors = dict[str, Tensor]
+
+
+def trained(rule: Any, pick: Callable[[Tensors], Tensors], reduce: Reduce) -> tuple[Tensors, Slots]:
+    """What of the parameters ``pick`` leaves a rank, after some steps; and the shared slots."""
     infos: Mapping[str, ParamInfo] = infos_of(problem(0), {"square": "embedding"})
     theta, params = random_theta(rule), pick(problem(0))
     theta = {name: t.double() for name, t in theta.items()}
@@ -92,19 +95,19 @@ def trained(rule: Any, pick: Callable[[dict[str, Tensor]], dict[str, Tensor]], r
             run = Run(torch.tensor(step), torch.tensor(10), loss)
             updates, state = rule.update(theta, pick(problem(step + 1)), state, params, infos, run, reduce)
             params = {name: p + updates[name] for name, p in params.items()}
-    return params
+    return params, state.shared
 
 
 def on_ranks(rule: Any, count: int, axis: Mapping[str, int], sizes: list[int] | None, owners: Mapping[str, int]) -> Any:
-    """The parameters of each rank."""
+    """What each rank has `trained`."""
     ranks = Ranks(count)
 
     def cut(name: str, t: Tensor) -> tuple[Tensor, ...]:
         length = t.shape[axis[name]]
         return t.split(chunks(length, count, sizes), axis[name])
 
-    def one(rank: int) -> dict[str, Tensor]:
-        def pick(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def one(rank: int) -> tuple[Tensors, Slots]:
+        def pick(tensors: Tensors) -> Tensors:
             mine = {name: t for name, t in tensors.items() if owners.get(name, rank) == rank}
             return {name: cut(name, t)[rank] if name in axis else t for name, t in mine.items()}
 
@@ -126,9 +129,16 @@ def chunks(length: int, count: int, weights: list[int] | None) -> list[int]:
     return lengths
 
 
+def assert_shared(parts: list[tuple[Tensors, Slots]], want: Slots) -> None:
+    """What belongs to no single tensor is the same everywhere."""
+    for _, shared in parts:
+        torch.testing.assert_close(shared, want, rtol=1e-5, atol=1e-8)
+
+
 EVERY = {
     **RULES,
     "STAR-means": STAR(weight_decay=0.1, decay_controller=True, mean_magnitude=True, mean_decay=True),
+    "Celo2-corrected": Celo2(orthogonalize=False, bias_correction=True),
     "Scheduled": Scheduled(Adam()),
     "ByKind": ByKind({"embedding": Adam()}, Steered(direction="adam")),
 }
@@ -143,7 +153,7 @@ every = pytest.mark.parametrize("rule", EVERY.values(), ids=EVERY)
 )
 def test_shards_equal_whole(rule: Any, along: str, count: int, weights: list[int] | None) -> None:
     """Tensors that a rule needs as a whole stay so."""
-    whole = trained(rule, dict, Reduce())
+    whole, shared = trained(rule, dict, Reduce())
     infos = infos_of(problem(0), {"square": "embedding"})
     place = {"first": 0, "second": 1, "last": -1}[along]
     axis = {
@@ -152,8 +162,9 @@ def test_shards_equal_whole(rule: Any, along: str, count: int, weights: list[int
         if len(shape) > max(place, 0) and not rule.needs_whole(infos[name])
     }
     parts = on_ranks(rule, count, axis, weights, {})
+    assert_shared(parts, shared)
     for name, want in whole.items():
-        got = torch.cat([part[name] for part in parts], axis[name]) if name in axis else parts[-1][name]
+        got = torch.cat([part[name] for part, _ in parts], axis[name]) if name in axis else parts[-1][0][name]
         scale = (want - problem(0)[name]).abs().max()
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(scale))
 
@@ -161,10 +172,11 @@ def test_shards_equal_whole(rule: Any, along: str, count: int, weights: list[int
 @every
 def test_ranks_with_different_tensors_equal_one_with_all(rule: Any) -> None:
     owners = {name: i % 2 for i, name in enumerate(SHAPES)}
-    whole, parts = trained(rule, dict, Reduce()), on_ranks(rule, 2, {}, None, owners)
+    (whole, shared), parts = trained(rule, dict, Reduce()), on_ranks(rule, 2, {}, None, owners)
+    assert_shared(parts, shared)
     for name, want in whole.items():
         scale = (want - problem(0)[name]).abs().max()
-        torch.testing.assert_close(parts[owners[name]][name], want, rtol=0, atol=1e-5 * float(scale))
+        torch.testing.assert_close(parts[owners[name]][0][name], want, rtol=0, atol=1e-5 * float(scale))
 
 
 def test_what_needs_whole_tensors_says_so() -> None:
@@ -172,3 +184,25 @@ def test_what_needs_whole_tensors_says_so() -> None:
     needs = {name for name, rule in EVERY.items() if any(rule.needs_whole(info) for info in infos.values())}
     assert needs == {"Steered", "Steered-mlp", "Steered-lstm", "Steered-uncontrolled", "Celo2", "Celo2-options"}
     assert not Steered().needs_whole(infos["vector"])
+
+
+UNREAD = {
+    "Steered-uncontrolled": {"dots", "grads", "directions", "momenta"},
+    "Steered": {"momenta"},
+    "Steered-adam": {"params", "momenta"},
+    "Celo2": {"param"},
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_nobody_reads_is_not_summed(name: str) -> None:
+    asked: set[str] = set()
+
+    class Watching(Reduce):
+        def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
+            asked.update(*sums.values())
+            return super().shards(sums)
+
+    trained(EVERY[name], dict, Watching())
+    assert asked
+    assert not asked & UNREAD[name]

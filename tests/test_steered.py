@@ -85,7 +85,7 @@ def test_a_matrix_moves_by_an_orthogonal_matrix_of_the_size_of_the_step():
     update = trajectory(rule, [tensors(1)])[0][0]["matrix"]
     values = torch.linalg.svdvals(update)
     assert values.max() / values.min() < 2.0
-    expected = 3e-3 * 0.7 * (9 / 64) ** -0.05
+    expected = rule.lr * 0.7 * (9 / 64) ** -0.05
     torch.testing.assert_close(update.square().mean().sqrt().item(), expected, rtol=1e-3, atol=0.0)
 
 
@@ -97,7 +97,7 @@ def test_a_normalized_matrix_has_columns_of_one_size_and_nearly_rows():
     torch.testing.assert_close(update.norm(dim=0), update.norm(dim=0).mean().expand(9), rtol=0.02, atol=0.0)
     rows = update.norm(dim=1)
     assert rows.max() / rows.min() < 2.0
-    torch.testing.assert_close(update.square().mean().sqrt().item(), 3e-3 * 0.7, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(update.square().mean().sqrt().item(), rule.lr * 0.7, rtol=1e-5, atol=0.0)
 
 
 @every_direction
@@ -105,7 +105,7 @@ def test_vectors_follow_adam(direction):
     rule = Steered(direction=direction, controller="none", schedule="constant", warmup=1e-6)
     grads = [tensors(seed) for seed in range(1, 5)]
     param = nn.Parameter(tensors(0)["vector"])
-    adam = torch.optim.Adam([param], lr=3e-3, betas=(0.9, 0.99), eps=0.0)
+    adam = torch.optim.Adam([param], lr=rule.lr, betas=(0.9, 0.99), eps=0.0)
     for update, g in zip(trajectory(rule, grads)[0], grads, strict=True):
         before = param.detach().clone()
         param.grad = g["vector"]
@@ -130,19 +130,19 @@ def test_the_schedule_warms_up_decays_to_its_floor_and_stays_there():
     grad = tensors(1)
     updates, _ = trajectory(rule, [grad] * 130, total=100)
     sizes = [u["one"].abs().item() for u in updates]
-    assert sizes[0] == pytest.approx(0.1 * 3e-3, rel=1e-3)
+    assert sizes[0] == pytest.approx(0.1 * rule.lr, rel=1e-3)
     assert max(sizes) == sizes[9]
-    assert sizes[50] == pytest.approx(3e-3 * (0.01 + 0.99 * 0.5), rel=1e-3)
-    assert sizes[100] == pytest.approx(sizes[129]) == pytest.approx(0.01 * 3e-3, rel=1e-3)
+    assert sizes[50] == pytest.approx(rule.lr * (0.01 + 0.99 * 0.5**rule.power), rel=1e-3)
+    assert sizes[100] == pytest.approx(sizes[129]) == pytest.approx(0.01 * rule.lr, rel=1e-3)
 
 
 def test_equal_gradients_make_the_step_grow_and_opposite_ones_shrink():
     grad = tensors(1)
     _, agree = trajectory(Steered(), [grad] * 50, total=1000)
-    flips = [{k: (-1.0) ** (t // 12) * g for k, g in grad.items()} for t in range(200)]
+    flips = [{k: (-1.0) ** t * g for k, g in grad.items()} for t in range(200)]
     _, bounce = trajectory(Steered(), flips, total=200)
     assert agree.shared["log_step"] > 0.5
-    assert bounce.shared["log_step"] < agree.shared["log_step"]
+    assert bounce.shared["log_step"] < -0.5
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (5, 9), (9, 5), (4, 40), (40, 4), (3, 4, 6)])

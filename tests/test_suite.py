@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
+import linecache
 import math
+import sys
 from functools import partial
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from l2o.evaluation import (
+    BASELINES,
     Baseline,
     Comparison,
     Kept,
@@ -33,6 +38,7 @@ from l2o.evaluation import (
     run_jobs,
     run_suite,
     summaries,
+    wall,
 )
 from l2o.evaluation import suite as suite_module
 from l2o.evaluation.aggregate import estimate, interquartile_mean, median
@@ -40,13 +46,16 @@ from l2o.evaluation.baselines import cosine, torch_optimizer
 from l2o.evaluation.html import as_html
 from l2o.evaluation.identity import curve_key
 from l2o.evaluation.markdown import as_markdown
+from l2o.evaluation.plots import LEARNED_COLOURS, baseline_style, styles
 from l2o.evaluation.report import as_json
 from l2o.evaluation.scores import kept_steps, target
-from l2o.evaluation.verdicts import overfits, table_row
+from l2o.evaluation.tables import diagnoses_table, optimizers_table, splits_table
+from l2o.evaluation.verdicts import overall, overfits, table_row
 from l2o.evaluation.wall import relative_step
 from l2o.rules import SGD, Adam, VeLO
 from l2o.tasks import GradientNoise, ImageConv, ImageMLP, Lasso, ModuleTask, Quadratic, Rastrigin
 from l2o.types import ConfigurationError, ResumeError, TaskFamily
+from meta_train.optimizers import torch_entrant
 
 TASKS = (
     Setting("small", Quadratic(dim=2), steps=12, seeds=2, window=1, split="like"),
@@ -283,6 +292,31 @@ def test_names_decide_nothing(change):
     assert key(**change) == key()
 
 
+OWN = """
+import torch
+
+RATE = 0.1
+
+
+class Mine(torch.optim.SGD):
+    def __init__(self, params):
+        super().__init__(params, lr=RATE)
+"""
+
+
+def test_what_a_users_file_says_is_part_of_a_curve(tmp_path, monkeypatch):
+    """Also beside the class: nobody is to see the curves of the file as it was yesterday."""
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for rate in ("0.1", "0.2", "0.1"):
+        (tmp_path / "own_optimizer.py").write_text(OWN.replace("0.1", rate))
+        monkeypatch.delitem(sys.modules, "own_optimizer", raising=False)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        keys.append(key(entrant=torch_entrant("mine", {"path": "own_optimizer:Mine"})))
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_a_new_setting_with_a_default_changes_no_curve():
     @dataclasses.dataclass(frozen=True)
     class Before:
@@ -308,6 +342,28 @@ def test_curves_of_a_problem_that_has_changed_are_refused(tmp_path):
         ConfigurationError, match=r"small: the first losses of mine .* its task has changed; raise the ver"
     ):
         comparisons(SUITE, {"adam": ENTRANTS["adam"], "learned": learned()}, store)
+
+
+class Broken(torch.optim.SGD):
+    """Has a bug."""
+
+    def step(self):
+        raise ValueError("a bug")
+
+
+def test_an_optimizer_that_raises_is_named_with_its_task_and_the_rest_is_kept(tmp_path):
+    entrants = {"adam": ENTRANTS["adam"], "given mine": TorchEntrant("mine", partial(torch_optimizer, Broken))}
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="a bug") as raised:
+        run_suite(SUITE, entrants, store)
+    assert raised.value.__notes__ == [
+        "in small: mine; what was done before is kept, and the same command goes on from there"
+    ]
+    assert [str(job) for job in missing(SUITE, entrants, Store(tmp_path))] == [
+        "small: mine",
+        "noisy: Adam",
+        "noisy: mine",
+    ]
 
 
 def test_tasks_have_names_of_their_own():
@@ -397,6 +453,44 @@ def test_a_target_below_rounding_is_what_float32_resolves():
     assert not overfits(made, "learned")  # a validation loss of 1e-7 over one of 1e-12
 
 
+def test_losses_may_be_negative():
+    adam, mine = [4.0, 0.0, -3.0, -5.0], [4.0, -2.0, -5.0, -6.0]
+    made = comparison("likelihood", learned=mine, adam=adam, sgd=[4.0, 1.0, -1.0, -4.0])
+    assert target(made.scores["adam"]) == -5.0
+    assert [made.speed_up(name) for name in made.scores] == [4 / 3, 1.0, 0.0]
+    assert [made.reached(name) for name in made.scores] == [True, True, False]
+    worse = made.trials["learned"]._replace(valid=np.full((1, 1, 1), -1.0))
+    assert not overfits(made, "learned")
+    assert overfits(Comparison.of(made.setting, {**made.trials, "learned": worse}), "learned")
+
+
+def test_tasks_without_a_target_are_named():
+    lost = comparison("e", learned=falling(2), adam=[4.0, *[INF] * 7], sgd=falling(2))
+    table = optimizers_table([*MADE, lost])
+    assert table.note.endswith("Without a finite loss of Adam's, and left out: e.")
+    assert table.rows == optimizers_table(MADE).rows
+    assert "left out" not in optimizers_table(MADE).note
+
+
+def test_only_what_was_not_tuned_is_called_so():
+    assert Report("mine", MADE, {}, {}).title == "mine, untuned, beside baselines"
+    tuned = Comparison.of(
+        TASKS[0], {"given mine": kept_of([falling(2), falling(4)], (0.1, 1.0)), "adam": kept_of([falling(8)])}
+    )
+    assert Report("mine", [tuned], {}, {}).title == "mine, beside baselines"
+    for text in (as_markdown(Report("mine", [tuned], {}, {})), as_html(Report("mine", [tuned], {}, {}))):
+        assert "mine, beside baselines" in text
+        assert "untuned, beside" not in text
+
+
+def test_optimizers_of_a_notebook_may_have_any_name():
+    own = [comparison("a", mine=falling(2), adam=falling(8)), comparison("b", mine=falling(0), adam=falling(8))]
+    assert [found.name for found in overall(own)] == ["mine"]
+    text = as_markdown(Report("mine", own, {}, {}))
+    assert "Target reached: mine ends" in text
+    assert "Target missed: mine ends" in text
+
+
 def test_validation_stands_beside_training():
     over = comparison("over", learned=falling(2), adam=falling(8))
     trials = {**over.trials, "learned": over.trials["learned"]._replace(valid=np.full((1, 1, 1), 3.0))}
@@ -411,11 +505,45 @@ def test_time_is_another_matter_than_steps():
     assert found == {"learned": 0.5, "adam": 1.0, "sgd": None}
 
 
+class Clocked(torch.optim.SGD):
+    """Moves a clock: by a second a step, and by ``more`` every tenth."""
+
+    now = 0.0
+
+    def __init__(self, params, more):
+        super().__init__(params, lr=0.1)
+        self.more, self.steps = more, 0
+
+    def step(self):
+        self.steps += 1
+        Clocked.now += 1.0 + (0.0 if self.steps % 10 else self.more)
+
+
+def test_what_is_done_every_tenth_step_counts_as_a_tenth(monkeypatch):
+    clock = dict.fromkeys(["thread_time", "perf_counter"], lambda: Clocked.now)
+    monkeypatch.setattr(wall, "time", SimpleNamespace(**clock))
+    monkeypatch.setattr(wall, "_adam", lambda params: [Clocked(params, 0.0)])
+    assert relative_step(TorchEntrant("", partial(torch_optimizer, Clocked, more=90.0)), TASKS[0]) == 10.0
+
+
+class Closureless(torch.optim.Optimizer):
+    """As many write their own."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p -= 0.1 * p.grad
+
+
 def test_steps_are_timed_for_what_a_user_would_run():
     family = ModuleTask(lambda: torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, (X, X[:, :1]), (X, X[:, :1]), 8)
     setting = Setting("", family, 5)
     needs_loss = RuleEntrant("velo", VeLO(), VeLO().init_theta(torch.Generator()))
-    assert all(relative_step(e, setting) > 0 for e in (learned(), ENTRANTS["adamw"], needs_loss))
+    own = TorchEntrant("", partial(torch_optimizer, Closureless))
+    assert all(relative_step(e, setting) > 0 for e in (learned(), ENTRANTS["adamw"], needs_loss, own))
     assert relative_step(ENTRANTS["adam"], setting) is None
 
 
@@ -468,6 +596,38 @@ def test_tuned_adam_solves_what_is_convex(family, left):
     best = kept.train[-1].min(1)
     assert (best >= 0).all()
     assert np.median(best / kept.train[0, :, 0]) < left
+
+
+def test_random_quadratics_begin_at_ten():
+    """The expected loss at the origin is the number of dimensions; that of the first step is a little above."""
+    generator = torch.Generator().manual_seed(0)
+    family = Quadratic(dim=10)
+    data = family.sample(generator, 4000)
+    params, _ = family.init(data, generator)
+    first = torch.func.vmap(family.loss)(params, {}, data, family.batch(data, "train", generator))[0]
+    assert first.mean() == pytest.approx(10.0, abs=4 * math.sqrt(20 / 4000))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 10), (25, 50)])
+def test_lasso_is_solved_as_fast_as_fista_is_known_to(rows, columns):
+    """Excess at most ``2 L |x_0 - x*|² / (k + 1)²`` (Beck and Teboulle 2009, theorem 4.4), down to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    family = Lasso(rows=rows, dims=(columns, columns))
+    data = {name: t.double() for name, t in family.sample(generator, 8).items()}
+    first = family.init(data, generator)[0]["x"].double()
+    a, solution, penalty = data["a"], data["solution"], data["penalty"]
+    lipschitz = torch.linalg.matrix_norm(a, 2).square().unsqueeze(1)
+    x, y, t = first, first, 1.0
+    for k in range(1, 201):
+        gradient = torch.einsum("lri,lrj,lj->li", a, a, y - solution) - penalty * data["subgradient"]
+        after = torch.nn.functional.relu((z := y - gradient / lipschitz).abs() - penalty / lipschitz) * z.sign()
+        t, before = (1 + math.sqrt(1 + 4 * t**2)) / 2, t
+        x, y = after, after + (before - 1) / t * (after - x)
+        noise = torch.zeros(8, rows, dtype=torch.float64)
+        excess = torch.func.vmap(family.loss)({"x": x}, {}, data, {"noise": noise})[0]
+        bound = 2 * lipschitz[:, 0] * (first - solution).square().sum(1) / (k + 1) ** 2
+        assert (excess >= -1e-12).all()
+        assert (excess <= bound + 1e-6).all()
 
 
 @pytest.mark.parametrize("n", [2, 10])
@@ -526,12 +686,51 @@ def test_a_page_is_whole_and_asks_for_nothing(tmp_path):
     assert "`a &lt; b`" in page
 
 
+def test_names_of_optimizers_are_text_on_the_page():
+    page = as_html(
+        Report("mine", [comparison("<b>a", learned=falling(2), adam=falling(8), **{"<i>": falling(4)})], {}, {})
+    )
+    assert "&lt;i&gt;" in page
+    assert "&lt;b&gt;a" in page
+    assert "<i>" not in page
+    assert "<b>" not in page
+
+
+def test_each_judged_optimizer_has_its_own_column_of_kinds():
+    two = [
+        comparison(n, s, learned=falling(a), given=falling(b), adam=falling(8))
+        for n, s, a, b in (("a", "like", 2, 0), ("b", "other", 0, 4))
+    ]
+    headings, *rows = splits_table(two).rows
+    assert headings == ("tasks", "number", "learned", "given")
+    assert [row[1:] for row in rows] == [
+        ("1", "1 of 1; 4×; 1", "0 of 1; 0×; 3.2"),
+        ("1", "0 of 1; 0×; 3.2", "1 of 1; 2×; 1"),
+    ]
+
+
+def test_of_several_seeds_the_gravest_is_in_the_table():
+    losses = np.array([[4.0, 4.0, 4.0], [3.0, 9.0, 3.0], [2.0, 9.0, 2.0], [1.0, 9.0, 1.0]])[:, :, None]
+    kept = Kept("mine", (None,), [1, 2, 3, 4], losses, losses, losses[-1:], [4], 0.0)
+    setting = Setting("seeds", Quadratic(), steps=4, seeds=3, window=1)
+    (_, row) = diagnoses_table(Comparison.of(setting, {"learned": kept})).rows
+    assert row[:3] == ("mine", "diverged (1 of 3 seeds)", "2")
+
+
+def test_a_baseline_looks_the_same_whoever_is_beside_it():
+    alone, among = (
+        comparison("a", learned=falling(2), adam=falling(8), muon=falling(4)),
+        comparison("b", sgd=falling(8), learned=falling(2), adamw=falling(8), adam=falling(8), muon=falling(4)),
+    )
+    assert styles(alone)["muon"] == styles(among)["muon"]
+    looks = {(style["color"], style["linestyle"]) for style in map(baseline_style, BASELINES)}
+    assert len(looks) == len(BASELINES)
+    assert not {colour for colour, _ in looks} & set(LEARNED_COLOURS)
+
+
 def test_the_report_of_a_suite_has_every_optimizer_and_every_kind_of_task():
     text = as_markdown(Report("learned", MADE, {}, {}))
-    assert (
-        "| **learned** | untuned | 2 of 4 | 1 [0, 4] | 1 [0, 3.5] |" in text
-        or "| **learned** | untuned | 2 of 4 |" in text
-    )
+    assert "| **learned** | untuned | 2 of 4 | 1 [0, 4] | 1 [0, 4] | 2.1 |" in text
     assert "| like those of meta-training | 2 | 2 of 2; 3×; 1 |" in text
     assert "![performance profile](profile.png)" in text
     assert "diverged (1 of 1 seeds)" in text

@@ -16,7 +16,7 @@ from torch.func import vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from l2o.bench.checks import HostReads
-from l2o.tasks import DiabetesMLP, ImageMLP, ModuleTask, Quadratic, Repeated
+from l2o.tasks import DiabetesMLP, ImageMLP, ModuleTask, Quadratic, Repeated, TableClassifier
 from l2o.tasks.data import image_split
 from l2o.types import ConfigurationError, TaskFamily, UnknownNameError
 
@@ -40,6 +40,7 @@ FAMILIES: dict[str, TaskFamily] = {
     "factory": module_task(net, TensorDataset(*EXAMPLES)),
     "loader": module_task(net, DataLoader(TensorDataset(*EXAMPLES))),
     "table": DiabetesMLP(width=4, batch_size=8),
+    "table classes": TableClassifier(width=4, batch_size=8),
     "repeated": Repeated(module_task(net, EXAMPLES), copies=2),
 } | {**NETWORKS, **ANALYTIC, **AUGMENTED}
 SPLITS = ("train", "valid")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import resource
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,15 @@ _PROC = Path("/proc/self")
 
 
 def peak_memory_mb() -> float:
-    """Of this process so far: the largest resident set, in MB (10^6 bytes)."""
+    """Of this process so far: the largest resident set, in MB (10^6 bytes); NaN on Windows."""
     # Linux hands `ru_maxrss` on from the process that started this one; the address space's own mark begins at nought.
     with contextlib.suppress(OSError, StopIteration):
-        lines = (_PROC / "status").read_text().splitlines()
+        lines = (_PROC / "status").read_text("utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
@@ -37,7 +41,7 @@ def scratch_bytes(work: Callable[[], Any], device: torch.device) -> float | None
         return float(torch.cuda.max_memory_allocated(device) - before)
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is used again, and not seen
-        (_PROC / "clear_refs").write_text("5")  # sets VmHWM back (proc(5))
+        (_PROC / "clear_refs").write_text("5", "utf-8")  # sets VmHWM back (proc(5))
     except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
         return None
     mark = peak_memory_mb()

@@ -19,17 +19,17 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from l2o import fused
+from l2o.fused import Batches
 from l2o.ops.kinds import lane_infos
+from l2o.rules import Wrapped
 from l2o.types import (
-    LOCAL,
     Batch,
     Buffers,
     Grads,
-    Infos,
+    InnerState,
     Kind,
     OptState,
     Params,
-    Reduce,
     Run,
     Split,
     TaskData,
@@ -40,44 +40,30 @@ from l2o.types import (
 )
 
 
-class CompiledRule(UpdateRule):
-    """``rule``, whose update of all lanes is compiled; for unrolls without derivatives.  kinds: of the family."""
+class CompiledRule(Wrapped):
+    """``rule``, whose update of all lanes is compiled where it has no kernel; for unrolls without derivatives.
+
+    kinds: of the family.
+    """
 
     def __init__(self, rule: UpdateRule, kinds: Mapping[str, Kind]) -> None:
         self.rule, self.kinds = rule, kinds
         self._update = _compiled(self._all)
 
-    @property
-    def learned_init(self) -> bool:
-        return self.rule.learned_init
-
-    @property
-    def needs_loss(self) -> bool:
-        return self.rule.needs_loss
-
-    def init_theta(self, generator: torch.Generator) -> Theta:
-        return self.rule.init_theta(generator)
-
-    def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
-        return self.rule.init(theta, params, infos)
-
-    def update(
-        self,
-        theta: Theta,
-        grads: Grads,
-        state: OptState,
-        params: Params,
-        infos: Infos,
-        run: Run,
-        reduce: Reduce = LOCAL,
-    ) -> tuple[Updates, OptState]:
-        return self.rule.update(theta, grads, state, params, infos, run, reduce)
-
     def update_lanes(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
     ) -> tuple[Updates, OptState]:
-        """``update`` of all lanes, compiled."""
+        """``update`` of all lanes, by a kernel or compiled."""
+        found = fused.update(self.rule, theta, grads, state, params, run)
+        if found is not None:
+            return found
         return cast("tuple[Updates, OptState]", self._update(theta, grads, state, params, run))
+
+    def unroll_lanes(
+        self, theta: Theta, state: InnerState, batches: Batches, steps: int, generator: torch.Generator
+    ) -> tuple[InnerState, Tensor] | None:
+        """See `l2o.fused.unroll`; by the kernel of the rule, if any."""
+        return fused.unroll_on(batches, self.rule, theta, state, steps, generator)
 
     def _all(self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
         infos, needs_loss = lane_infos(params, self.kinds), self.needs_loss
@@ -130,6 +116,10 @@ class CompiledFamily(TaskFamily):
         after = {name: b.detach() for name, b in after.items()}
         return losses.detach(), after, dict(zip(params, grads, strict=True))
 
+    def batches(self, data: TaskData, like: torch.Generator) -> Any:
+        """See `l2o.fused.batches`."""
+        return fused.batches(self.family, data, like)
+
     def transform_gradients(
         self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Grads, Buffers]:
@@ -158,4 +148,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 fused.UPDATES[CompiledRule] = CompiledRule.update_lanes
+fused.UNROLLS[CompiledRule, Batches] = CompiledRule.unroll_lanes
 fused.GRADIENTS[CompiledFamily] = CompiledFamily.gradient_lanes
+fused.BATCHES[CompiledFamily] = CompiledFamily.batches

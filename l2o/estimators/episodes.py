@@ -156,8 +156,8 @@ class Episodes(MetaGradient):
     def fresh(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
         """New runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
         generator = self._stream(index.device, seed, self.ids(index))
-        if self.truncation is None:  # one length, the same in every process
-            one = LaneGenerator(index.device, seed, torch.zeros(1, dtype=torch.long, device=index.device))
+        if self.truncation is None:  # one length, the same in every process, of an id that no lane has
+            one = LaneGenerator(index.device, seed, torch.full((1,), -1, device=index.device))
             horizon = self._draw_horizon(one, 1, count).repeat(len(index))
         else:
             horizon = self._draw_horizon(generator, len(index) // self.copies, count).repeat_interleave(self.copies)

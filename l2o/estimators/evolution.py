@@ -74,7 +74,8 @@ class Evolution(Episodes):
         optimizer without a scale of its own for each entry, as if each tensor were measured in units of its deviation.
     explosion: at this multiple of its first a loss is cut off, since it is to be counted; a pair one of whose runs gets
         there is reset.
-    compile: rule and family, by `l2o.estimators.compiled`: slow to begin, then two to four times as fast.
+    compile: rule and family, where they have no kernels, by `l2o.estimators.compiled`: slow to begin, then two to four
+        times as fast.
 
     Pairs whose first loss is not finite count nothing.
     """
@@ -142,7 +143,7 @@ class Evolution(Episodes):
         limit = self.limit(losses, after.first_loss)
         counted = self.objective(torch.where(exploded, limit, losses), before, after.first_loss)
         unbroken = after.first_loss.isfinite()
-        fitness = self._fitness(torch.where(unbroken, counted, 0.0))
+        fitness = self._fitness(torch.where(unbroken, counted, torch.nan))
         sums = lane_sums(losses, before, ~exploded.any(0), after.first_loss)
         rows = {k: s * _like(fitness, s).to(s.dtype) * self._unit(k) for k, s in score.items()}
         grads, sums = reduce_rows(rows, unbroken[::2], sums)
@@ -201,7 +202,7 @@ class Evolution(Episodes):
         return sigma * (progress * math.log(self.sigma_final / self.sigma)).exp()
 
     def _fitness(self, objective: Tensor) -> Tensor:
-        """``[pairs]``, from the objectives ``[lanes]``."""
+        """``[pairs]``, from the objectives ``[lanes]``; NaN, where they are, of pairs that count nothing for others."""
         half = (objective[::2] - objective[1::2]) / 2.0
         if self.fitness == "difference":
             return half
@@ -209,8 +210,9 @@ class Evolution(Episodes):
             return self.sigma * half.sign()
         every = all_rows(half).abs()
         if self.fitness == "standard":
-            return self.sigma * over_root(half, every.square().mean())
-        rank = (every.unsqueeze(0) < half.abs().unsqueeze(1)).sum(1) / max(len(every) - 1, 1)
+            return self.sigma * over_root(half, every.square().nanmean())
+        others = ((~every.isnan()).sum() - 1).clamp(min=1)
+        rank = (every.unsqueeze(0) < half.abs().unsqueeze(1)).sum(1) / others
         return self.sigma * half.sign() * rank.to(half.dtype)
 
 

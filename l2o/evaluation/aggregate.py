@@ -31,6 +31,7 @@ class Summary(NamedTuple):
     speed_ups: over the reference, by task; a miss is 0.     median, iqm: of them.     reached: share that is no miss.
     valid: median ratio of its validation loss to the reference's.     wall: median speed-up in time; None: not timed.
     diverged, runs: how many of the best trials' runs diverged.     overfitted: names of tasks.
+    timed_out: how many of those that diverged did so by exceeding their time.
     """
 
     name: str
@@ -46,11 +47,22 @@ class Summary(NamedTuple):
     diverged: int
     runs: int
     overfitted: tuple[str, ...]
+    timed_out: int = 0
+
+    @property
+    def hits(self) -> str:
+        """On how many tasks the target is reached."""
+        return f"{sum(value > 0 for value in self.speed_ups.values())} of {self.tasks}"
+
+
+def is_scored(comparison: Comparison) -> bool:
+    """Whether there is a target: the reference was run, and has a finite loss."""
+    return REFERENCE in comparison.scores and bool(np.isfinite(comparison.scores[REFERENCE].mean))
 
 
 def summaries(comparisons: Sequence[Comparison]) -> list[Summary]:
-    """Every optimizer, best median first, then best IQM; empty where the reference was not run."""
-    scored = [c for c in comparisons if REFERENCE in c.scores and np.isfinite(c.scores[REFERENCE].mean)]
+    """Every optimizer over the tasks that have a target, best median first, then best IQM."""
+    scored = [c for c in comparisons if is_scored(c)]
     names = scored[0].scores if scored else ()
     found = [_summary(scored, name) for name in names]
     return sorted(found, key=lambda s: (-s.median.value, -s.iqm.value, s.label))
@@ -82,6 +94,7 @@ def _summary(comparisons: Sequence[Comparison], name: str) -> Summary:
         diverged=sum(int(s.diverged.sum()) for s in scores),
         runs=sum(len(s.diverged) for s in scores),
         overfitted=tuple(c.setting.name for c in comparisons if overfits(c, name)),
+        timed_out=sum(int(s.timed_out.sum()) for s in scores if s.timed_out is not None),
     )
 
 

@@ -36,8 +36,8 @@ class Comparison(NamedTuple):
 
     @property
     def judged(self) -> list[str]:
-        """Names of those that verdicts are about, the first of which is the headline's."""
-        return [name for name in self.scores if is_judged(name)]
+        """Names of those that verdicts are about, the first of which is the headline's; without any, the first name."""
+        return [name for name in self.scores if is_judged(name)] or list(self.scores)[:1]
 
     @property
     def seconds(self) -> float:

@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
 from l2o.checks import check_int
+from l2o.tasks import TableClassifier
 from l2o.tasks.image_task import ImageClassifier
 from l2o.types import InnerState, TaskFamily, Theta, UpdateRule
 from l2o.unroll import sample_runs, unroll
@@ -40,14 +42,21 @@ class Curves(NamedTuple):
     """Losses of a run, on its device.
 
     train: ``[steps, lanes]``, before each update.          valid: ``[points, lanes]``, on held-out data.
-    accuracy: share of held-out labels that are right, likewise; None but for classifiers of images.
+    accuracy: share of held-out labels that are right, likewise; None but for classifiers.
     valid_steps: how many updates had been applied at each point; the last is the length of the run.
+    timed_out: whether it took too long and was ended at one of the points, after which all losses are NaN.
     """
 
     train: Tensor
     valid: Tensor
     valid_steps: list[int]
     accuracy: Tensor | None = None
+    timed_out: bool = False
+
+
+def never() -> bool:
+    """Of runs without a limit: whether it is over."""
+    return False
 
 
 def silent(steps: int) -> None:
@@ -88,10 +97,17 @@ def begin(rule: UpdateRule, theta: Theta, family: TaskFamily, horizon: int, gene
 
 
 @torch.no_grad()
-def trace(begun: Begun, points: list[int], generator: torch.Generator, advance: Advance = silent) -> Curves:
+def trace(
+    begun: Begun,
+    points: list[int],
+    generator: torch.Generator,
+    advance: Advance = silent,
+    is_late: Callable[[], bool] = never,
+) -> Curves:
     """Train up to the last of ``points`` (numbers of steps), and measure the validation loss at each of them.
 
     generator: the one that training draws from; validation batches come from another of the same seed.
+    is_late: asked at each point whether the run has to end there.
     """
     held_out = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ _VALID_SEED)
     state, losses, valid, wrong = begun.state, [], [], []
@@ -103,8 +119,16 @@ def trace(begun: Begun, points: list[int], generator: torch.Generator, advance: 
         valid.append(on_valid)
         wrong += error
         advance(point - before)
-    accuracy = 1.0 - torch.stack(wrong) if wrong else None
-    return Curves(torch.cat(losses), torch.stack(valid), points, accuracy)
+        if late := is_late():
+            break
+    train, held_out_losses = _padded(torch.cat(losses), points[-1]), _padded(torch.stack(valid), len(points))
+    accuracy = 1.0 - _padded(torch.stack(wrong), len(points)) if wrong else None
+    return Curves(train, held_out_losses, points, accuracy, late)
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """``[n, lanes]`` with NaN behind, ``[length, lanes]``."""
+    return F.pad(rows, (0, 0, 0, length - len(rows)), value=torch.nan)
 
 
 def evaluation_steps(horizon: int, evaluations: int) -> list[int]:
@@ -113,8 +137,8 @@ def evaluation_steps(horizon: int, evaluations: int) -> list[int]:
 
 
 def by_error(family: Any) -> TaskFamily | None:
-    """``family``, also inside others, with the share of wrong labels for its loss; None unless it classifies images."""
-    if isinstance(family, ImageClassifier):
+    """``family``, also inside others, with the share of wrong labels for its loss; None unless it classifies."""
+    if isinstance(family, ImageClassifier | TableClassifier):
         return replace(family, criterion="error")
     inner = by_error(family.family) if isinstance(getattr(family, "family", None), TaskFamily) else None
     return None if inner is None else cast(TaskFamily, replace(family, family=inner))

@@ -12,13 +12,14 @@ from l2o.evaluation.trials import Array
 from l2o.types import ConfigurationError
 
 STATES = {
+    "timed out": "a longer timeout, or an optimizer with cheaper steps",
     "descending": "to train on",
     "stalled": "a larger learning rate or, late in the run, a decaying one; else a larger model, or better data",
     "diverged": "a smaller learning rate, warm-up, clipping of gradients (max_norm=1), float32 instead of less",
     "unstable": "warm-up, clipping of gradients, a smaller learning rate, larger batches; look at the data of a spike",
     "overfitting": "to stop earlier; weight decay, dropout, augmentation or more data; a smaller model",
 }
-"""What a run can be, each with what to try."""
+"""What a run can be, each with what to try; of a time-out no losses tell."""
 OVERFITTED = 1.1
 """A validation loss of so many times the lowest one is overfitting, where the training loss went on falling."""
 _STALLED = 0.02
@@ -77,12 +78,20 @@ def diagnose_score(score: Score) -> list[Diagnosis]:
     """Each seed of a stored run."""
     steps, valid_steps = np.array(score.steps), np.array(score.valid_steps)
     rows = zip(score.curve.T, score.peak.T, score.valid_curve.T, strict=True)
-    return [_diagnose(_Run(steps, train, peak, valid_steps, valid)) for train, peak, valid in rows]
+    runs = [_Run(steps, train, peak, valid_steps, valid) for train, peak, valid in rows]
+    timed_out = np.full(len(runs), False) if score.timed_out is None else score.timed_out
+    return [_late(run) if late else _diagnose(run) for run, late in zip(runs, timed_out, strict=True)]
+
+
+def _late(run: _Run) -> Diagnosis:
+    """Of a run that was ended: since the last step that it came to."""
+    done = np.isfinite(run.peak)
+    return Diagnosis("timed out", int(run.steps[done][-1]) if done.any() else 1, STATES["timed out"])
 
 
 def gravest(found: Sequence[Diagnosis]) -> Diagnosis:
-    """Of several seeds, the one to look at: diverged first, then unstable, overfitting, stalled."""
-    order = ("diverged", "unstable", "overfitting", "stalled", "descending")
+    """Of several seeds, the one to look at: time-outs first, then diverged, unstable, overfitting, stalled."""
+    order = ("timed out", "diverged", "unstable", "overfitting", "stalled", "descending")
     return min(found, key=lambda d: (order.index(d.state), d.step or 0))
 
 

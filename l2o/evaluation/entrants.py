@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,13 @@ class Lane(NamedTuple):
             scheduler.step()
 
 
+def switch(optimizers: Iterable[Optimizer], mode: Literal["train", "eval"]) -> None:
+    """Have parameters be those to train or to judge, for optimizers that tell them apart, as Schedule-Free ones do."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+            getattr(optimizer, mode)()
+
+
 def _start(family: TaskFamily, horizon: Tensor, generator: torch.Generator) -> InnerState:
     """The problems of every lane, drawn as `l2o.unroll.start` draws them."""
     data = family.sample(generator, len(horizon))
@@ -127,14 +134,24 @@ def _train(
     lanes: Sequence[Lane], family: TaskFamily, generator: torch.Generator, state: InnerState, steps: int
 ) -> tuple[InnerState, Tensor]:
     losses = []
+    state = state._replace(params=_switched(lanes, "train"))
     for _ in range(steps):
         batch = family.batch(state.data, "train", generator)
         loss, buffers, grads, _ = gradients(family, state, batch)
         grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
         for i, lane in enumerate(lanes):
             lane.step({name: g[i] for name, g in grads.items()})
-        # Not views into which the optimizers write: some put another tensor into a parameter.
-        params = {name: torch.stack([lane.params[name] for lane in lanes]) for name in state.params}
-        state = state._replace(params=params, buffers=buffers, step=state.step + 1)
+        state = state._replace(params=_stacked(lanes), buffers=buffers, step=state.step + 1)
         losses.append(loss)
-    return state, torch.stack(losses)
+    return state._replace(params=_switched(lanes, "eval")), torch.stack(losses)
+
+
+def _switched(lanes: Sequence[Lane], mode: Literal["train", "eval"]) -> Params:
+    for lane in lanes:
+        switch(lane.optimizers, mode)
+    return _stacked(lanes)
+
+
+def _stacked(lanes: Sequence[Lane]) -> Params:
+    """Not views into which the optimizers write: some put another tensor into a parameter."""
+    return {name: torch.stack([lane.params[name] for lane in lanes]) for name in lanes[0].params}

@@ -50,7 +50,6 @@ _LONG = 40
 
 def as_html(report: Report) -> str:
     """The page, with every picture in it. Raises `ConfigurationError` where matplotlib is missing."""
-    title = f"{report.source}, beside its baselines"
     parts = [*_head(report), *(_together(report.comparisons) if report.scored_together else ())]
     for split, meaning in SPLITS.items():
         found = [c for c in misses_first(report.comparisons) if c.setting.split == split]
@@ -59,12 +58,12 @@ def as_html(report: Report) -> str:
             parts += [part for comparison in found for part in _setting(comparison, report.loss_label)]
     body = "\n".join([*parts, *_measured(report)])
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{viewport}<title>{escape(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8">{viewport}<title>{escape(report.title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
 def _head(report: Report) -> Iterator[str]:
-    yield f"<h1>{escape(report.source)}, untuned, beside its baselines</h1>"
+    yield f"<h1>{escape(report.title)}</h1>"
     yield from (f'<p class="verdict">{escape(overall_text(found))}</p>' for found in overall(report.comparisons))
     splits = dict.fromkeys(c.setting.split for c in report.comparisons)
     links = "".join(f'<a href="#{split}">{escape(SPLITS[split])}</a>' for split in SPLITS if split in splits)

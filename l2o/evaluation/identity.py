@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from l2o.evaluation.baselines import EXTRA
 from l2o.evaluation.entrants import Entrant
 from l2o.evaluation.trials import Setting
 
-_OURS = ("l2o", "torch", "numpy", "builtins", "functools", "pytorch_optimizer", "schedulefree", "prodigyopt")
+_OURS = ("l2o", "torch", "numpy", "builtins", "functools", *EXTRA)
 """Packages whose changes a suite's version, or their own, says; of other code the source is part of the identity."""
-_BESIDE = ("label", "rates", "name", "split", "seeds")
-"""Fields that say nothing of a single curve: names, and what is known by the rate and the seed of the curve."""
+_BESIDE = ("label", "rates", "name", "split", "seeds", "timeout")
+"""Fields that say nothing of a single curve: names, and what its rate, its seed and, of a time-out, its facts say."""
 
 
 def digest(*parts: Any) -> str:
@@ -67,10 +68,12 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _code(made: Any) -> str:
-    """The name of a function or class without its module, which may move; its source where it is a user's own."""
+    """The name of a function or class without its module, which may move; with the source of a user's own."""
     if made.__module__.split(".")[0] in _OURS:
         return str(made.__qualname__)
-    try:
-        return f"{made.__qualname__} {hashlib.sha256(inspect.getsource(made).encode()).hexdigest()}"
-    except (OSError, TypeError):  # typed into an interpreter
-        return f"{made.__module__}.{made.__qualname__}"
+    for part in (inspect.getmodule(made), made):  # the whole file, for what it calls there; else, as of notebooks, it
+        try:
+            return f"{made.__qualname__} {hashlib.sha256(inspect.getsource(part).encode()).hexdigest()}"  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            continue
+    return f"{made.__module__}.{made.__qualname__}"  # typed into an interpreter

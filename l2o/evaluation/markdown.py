@@ -30,7 +30,8 @@ _PROTOCOL = (
     "- Adam, warm-up + cosine: AdamW without weight decay; warm-up over 5% of the run, then half a cosine down to 0.",
     "- Training loss: seed-mean of the final one, with a 95% interval (bootstrap over seeds).",
     "- Validation: seed-mean of the loss on held-out data after the last step; of classifiers, the accuracy there.",
-    "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation.",
+    "- Diverged: seeds for which a loss was not finite, or the final one is above the one at initialisation, or which",
+    "  timed out.",
     "- Speed-up: steps of the run over the first step at which the smoothed seed-mean curve is at or under the final",
     "  training loss of tuned Adam, or 2^-23 of the first loss where that is higher; 0 if it never is.",
     f"- Overfitting: that loss is reached, and validation is over {OVERFITTED} times that of tuned Adam.",
@@ -51,6 +52,12 @@ class Report(NamedTuple):
     loss_label: str = "training loss"
 
     @property
+    def title(self) -> str:
+        """Of the page: nothing that is judged was tuned, unless it has several trials."""
+        tuned = any(c.scores[name].trials > 1 for c in self.comparisons for name in c.judged)
+        return f"{self.source}, {'' if tuned else 'untuned, '}beside baselines"
+
+    @property
     def scored_together(self) -> bool:
         """Whether there are several tasks, and a reference that speed-ups are over."""
         return len(self.comparisons) > 1 and REFERENCE in self.comparisons[0].scores
@@ -62,7 +69,7 @@ def as_markdown(report: Report) -> str:
 
 
 def _head(report: Report) -> Iterator[str]:
-    yield f"# `{report.source}`, untuned, beside its baselines\n"
+    yield f"# {report.title}\n"
     yield from (f"- {overall_text(found)}" for found in overall(report.comparisons))
     if report.scored_together:
         yield from _suite(report.comparisons)
@@ -125,7 +132,9 @@ def protocol(report: Report) -> Iterator[str]:
     yield "## How this was measured\n"
     yield from _PROTOCOL
     for setting in (comparison.setting for comparison in report.comparisons):
-        yield f"- Seeds of {setting.name}: {setting.seeds} problems, all drawn from a generator of seed {setting.seed}."
+        limit = "" if setting.timeout is None else f" A run that took over {number(setting.timeout)} s was ended."
+        drawn = f"{setting.seeds} problems, all drawn from a generator of seed {setting.seed}.{limit}"
+        yield f"- Seeds of {setting.name}: {drawn}"
     yield from (
         f"- {label}: {len(grid)} trials a seed, learning rates {', '.join(map(number, grid))}."
         for label, grid in _grids(report).items()

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l2o.evaluation.aggregate import share_within
 from l2o.evaluation.baselines import BASELINES
-from l2o.evaluation.compare import Comparison, is_judged
+from l2o.evaluation.compare import Comparison
 from l2o.evaluation.scores import Score
 from l2o.evaluation.trials import Array
 from l2o.evaluation.verdicts import SHOWN
@@ -54,9 +55,9 @@ Style = dict[str, Any]
 
 def styles(comparison: Comparison) -> dict[str, Style]:
     """How each optimizer that is drawn is drawn, the last on top; a baseline looks the same in every picture."""
-    usual = [name for name in comparison.scores if not is_judged(name)]
-    drawn = [name for name in usual if len(usual) <= _FEW or name in SHOWN]
     ours = comparison.judged
+    usual = [name for name in comparison.scores if name not in ours]
+    drawn = [name for name in usual if len(usual) <= _FEW or name in SHOWN]
     found = {name: baseline_style(name) for name in drawn}
     for i, name in reversed(list(enumerate(ours))):
         width = 1.9 if i else 2.6
@@ -72,7 +73,7 @@ def baseline_style(name: str) -> Style:
 
 
 def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training loss") -> bytes:
-    """A PNG of the smoothed training losses: median over seeds, and a band of their range or quartiles.
+    """A PNG of the smoothed training losses: mean over seeds, as scores have it, and their range or quartiles.
 
     Raises `ConfigurationError` where matplotlib is missing.
     """
@@ -118,7 +119,7 @@ def profile_picture(profiles: Mapping[str, Array], comparison: Comparison, make:
         panel = figure.subplots()
         factors = np.geomspace(1.0, 16.0, 161)
         for name, style in styles(comparison).items():
-            shares = [(profiles[name] <= factor).mean() for factor in factors]
+            shares = [share_within(profiles[name], factor) for factor in factors]
             panel.step(factors, shares, where="post", label=comparison.scores[name].label, **style)
         panel.set(xscale="log", xlabel="τ, times the steps of the best optimizer", ylabel="share of tasks")
         panel.set(ylim=(-0.02, 1.02), xlim=(1, 16), xticks=[1, 2, 4, 8, 16], xticklabels=["1", "2", "4", "8", "16"])
@@ -187,7 +188,7 @@ def draw_training(panel: Any, comparison: Comparison, loss_label: str) -> None:
     panel.set(xlabel="inner training step", ylabel=loss_label, yscale=view.scale, xlim=(0, setting.steps))
     panel.set_ylim(top=view.ceiling)
     spread = "quartiles" if setting.seeds > _MANY_SEEDS else "range"
-    _title(panel, setting.name, f"{setting.steps:,} steps; line and band: median and {spread} of {setting.seeds} seeds")
+    _title(panel, setting.name, f"{setting.steps:,} steps; line and band: mean and {spread} of {setting.seeds} seeds")
 
 
 def draw_validation(panel: Any, comparison: Comparison) -> None:
@@ -231,8 +232,8 @@ def _line(panel: Any, steps: Sequence[int], curve: Array, view: _View, score: Sc
 
 
 def _band(curve: Array, view: _View) -> tuple[Array, Array, Array]:
-    """Lower edge, median and upper edge over seeds; a loss that is not finite lies off the top of the panel."""
-    shown = np.clip(np.where(np.isfinite(curve), curve, np.inf), view.floor, view.off)
+    """Lower edge, mean and upper edge over seeds; a loss that is not finite lies off the top of the panel."""
+    losses = np.where(np.isfinite(curve), curve, np.inf)
     edge = 0.25 if curve.shape[1] > _MANY_SEEDS else 0.0
-    low, middle, high = np.quantile(shown, [edge, 0.5, 1.0 - edge], axis=1)
-    return low, middle, high
+    low, high = np.quantile(np.clip(losses, view.floor, view.off), [edge, 1.0 - edge], axis=1)
+    return low, np.clip(losses.mean(1), view.floor, view.off), high

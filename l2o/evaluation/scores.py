@@ -29,6 +29,7 @@ class Kept(NamedTuple):
     valid: ``[points, seeds, trials]``, after ``valid_steps`` updates.     label, rates, seconds: see `Trials`.
     relative_step: time of a training step over that with torch's Adam, see `relative_step`; None where not measured.
     accuracy: as ``valid``, the share of labels that are right; None where there are none, or nobody counted.
+    timed_out: bool ``[seeds, trials]``, what took longer than its limit and was ended; None where nothing did.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Kept(NamedTuple):
     seconds: float
     relative_step: float | None = None
     accuracy: Array | None = None
+    timed_out: Array | None = None
 
 
 def kept_steps(length: int) -> list[int]:
@@ -58,7 +60,8 @@ def condense(trials: Trials, window: int) -> Kept:
     raw = np.where(np.isfinite(trials.train), trials.train, np.inf)
     peak = np.maximum.reduceat(raw, [0, *steps[:-1]], axis=0)
     train = smooth(trials.train, window, steps)
-    rest = (trials.valid, trials.valid_steps, trials.seconds, None, trials.accuracy)
+    timed_out = np.full(trials.train.shape[1:], True) if trials.timed_out else None
+    rest = (trials.valid, trials.valid_steps, trials.seconds, None, trials.accuracy, timed_out)
     return Kept(trials.label, trials.rates, steps, train, peak, *rest)
 
 
@@ -75,6 +78,7 @@ class Score:
     steps, curve: smoothed training loss ``[points, seeds]`` and where the points lie, as in `Kept`.
     valid_curve: validation loss ``[points, seeds]`` after ``valid_steps`` updates.
     peak: as in `Kept`, ``[points, seeds]``.     accuracy: ``[seeds]`` at the end, or None.
+    timed_out: bool ``[seeds]``, also counted as diverged; None where nothing did.
     """
 
     label: str
@@ -92,6 +96,7 @@ class Score:
     valid_steps: list[int]
     valid_curve: Array
     accuracy: Array | None = None
+    timed_out: Array | None = None
 
     @property
     def mean(self) -> float:
@@ -125,6 +130,7 @@ def score_kept(kept: Kept) -> Score:
         valid_steps=kept.valid_steps,
         valid_curve=kept.valid[:, :, best],
         accuracy=None if kept.accuracy is None else kept.accuracy[-1, :, best],
+        timed_out=None if kept.timed_out is None or not kept.timed_out[:, best].any() else kept.timed_out[:, best],
     )
 
 
@@ -138,12 +144,13 @@ def smooth(losses: Array, window: int, steps: Sequence[int]) -> Array:
 
 
 def final_losses(kept: Kept) -> Array:
-    """Training loss at the end ``[seeds, trials]``; ``inf`` for a run in which a loss was not finite."""
-    return np.where(np.isfinite(kept.peak).all(0), kept.train[-1], np.inf)
+    """Training loss at the end ``[seeds, trials]``; ``inf`` for a run in which a loss was not finite, or timed out."""
+    whole = np.isfinite(kept.peak).all(0)
+    return np.where(whole if kept.timed_out is None else whole & ~kept.timed_out, kept.train[-1], np.inf)
 
 
 def diverged(kept: Kept) -> Array:
-    """Bool ``[seeds, trials]``: a loss was not finite, or the final one is above the one at initialisation.
+    """Bool ``[seeds, trials]``: a loss was not finite, the final one is above that at initialisation, or a time-out.
 
     Where that is zero but for rounding, as of adapters on a solved problem, the former alone.
     """
@@ -166,8 +173,14 @@ def bootstrap_interval(values: Array, level: float = 0.95, seed: int = 0) -> tup
 
 
 def target(reference: Score) -> float:
-    """The loss to be reached: the reference's final one, or where that is less, what float32 resolves of the first."""
-    return max(reference.mean, RESOLUTION * float(reference.curve[0].mean()))
+    """The loss to be reached: the reference's final one, or where that is nearer to 0, what float32 resolves."""
+    return resolved(reference.mean, reference)
+
+
+def resolved(loss: float, reference: Score) -> float:
+    """A loss, or where that is nearer to 0 what float32 resolves of the reference's first one."""
+    least = RESOLUTION * abs(float(reference.curve[0].mean()))
+    return least if abs(loss) < least else loss
 
 
 def speed_up(candidate: Score, reference: Score) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ _BITS = {"train": 11, "peak": 6, "valid": 11, "accuracy": 11}
 class Record(NamedTuple):
     """One curve.
 
-    facts: what people may want to know: suite, task, optimizer, rate, seed, seconds.
+    facts: what people may want to know: suite, task, optimizer, rate, seed, seconds; of a time-out also ``timed_out``,
+        the seconds that it was allowed.
     steps, valid_steps: as in `Kept`.     curves: train, peak, valid and, where there is one, accuracy, of one run.
     """
 
@@ -56,7 +58,9 @@ class Store:
 
     def _read(self, folder: Path) -> None:
         for path in sorted(set(folder.glob("*.npz")) - self._seen):
-            self._records.update(read(path))
+            for key, record in read(path).items():
+                if key not in self._records or _limit(record) >= _limit(self._records[key]):
+                    self._records[key] = record
             self._seen.add(path)
 
     def refresh(self) -> None:
@@ -64,10 +68,12 @@ class Store:
         self._read(self.folder)
 
     def lacking(self, suite: str, setting: Setting, entrant: Entrant) -> list[float | None]:
-        """The learning rates of which a seed is missing."""
-        return [
-            rate for rate in entrant.rates if not all(k in self._records for k in _keys(suite, setting, entrant, rate))
-        ]
+        """The learning rates of which a seed is missing, or was ended sooner than the setting's time-out has it."""
+
+        def has(key: str) -> bool:
+            return key in self._records and _limit(self._records[key]) >= (setting.timeout or math.inf)
+
+        return [rate for rate in entrant.rates if not all(map(has, _keys(suite, setting, entrant, rate)))]
 
     def add(self, suite: str, setting: Setting, entrant: Entrant, kept: Kept) -> Path:
         """Append the curves of some or all learning rates, those of ``kept``; atomically, in a file of their own."""
@@ -89,6 +95,7 @@ class Store:
         first = rows[0][0]
         names = [name for name in _ARRAYS if all(name in r.curves for row in rows for r in row)]
         curves = {n: np.stack([np.stack([r.curves[n] for r in row], 1) for row in rows], 2) for n in names}
+        timed_out = np.array([[_limit(r) < math.inf for r in row] for row in rows]).T
         return Kept(
             label=entrant.label,
             rates=entrant.rates,
@@ -96,6 +103,7 @@ class Store:
             valid_steps=first.valid_steps,
             seconds=sum(r.facts["seconds"] for row in rows for r in row),
             relative_step=first.facts["relative_step"],
+            timed_out=timed_out if timed_out.any() else None,
             **{name: curve.astype(np.float64) for name, curve in curves.items()},
         )
 
@@ -117,6 +125,11 @@ class Store:
         return paths
 
 
+def _limit(record: Record) -> float:
+    """The seconds after which a curve was ended; infinity for a whole one."""
+    return float(record.facts.get("timed_out", math.inf))
+
+
 def _record(suite: str, setting: Setting, kept: Kept, trial: int, seed: int) -> Record:
     facts = {
         "suite": suite,
@@ -128,6 +141,8 @@ def _record(suite: str, setting: Setting, kept: Kept, trial: int, seed: int) -> 
         "seconds": round(kept.seconds / (setting.seeds * len(kept.rates)), 3),
         "relative_step": kept.relative_step,
     }
+    if kept.timed_out is not None and kept.timed_out[seed, trial]:
+        facts["timed_out"] = setting.timeout
     whole = {name: getattr(kept, name) for name in _ARRAYS if getattr(kept, name) is not None}
     curves = {name: _rounded(curve[:, seed, trial], _BITS[name]) for name, curve in whole.items()}
     return Record(facts, kept.steps, kept.valid_steps, curves)

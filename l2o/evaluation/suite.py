@@ -132,9 +132,14 @@ def _next(results: Any) -> Done | None:
 
 
 def _run(job: Job, store: Store, device: torch.device | str, advance: Advance) -> Done:
-    trials = run_entrant(job.entrant, job.setting, device, advance)
+    try:
+        trials = run_entrant(job.entrant, job.setting, device, advance)
+    except Exception as error:  # whatever an optimizer or a task of the user's raises
+        error.add_note(f"in {job}; what was done before is kept, and the same command goes on from there")
+        raise
     kept = condense(trials, job.setting.smoothing)
-    kept = kept._replace(relative_step=relative_step(job.entrant, job.setting, device))
+    if not trials.timed_out:
+        kept = kept._replace(relative_step=relative_step(job.entrant, job.setting, device))
     store.add(job.suite, job.setting, job.entrant, kept)
     return Done(job, trials.seconds)
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2o.evaluation.aggregate import Estimate, Summary, by_split, summaries
+from l2o.evaluation.aggregate import Estimate, Summary, by_split, is_scored, summaries
 from l2o.evaluation.compare import REFERENCE, Comparison, is_judged
 from l2o.evaluation.diagnosis import diagnose_score, gravest
 from l2o.evaluation.scores import Kept, diverged, final_losses
 from l2o.evaluation.trials import SPLITS
-from l2o.evaluation.verdicts import misses_first, number, overfits, valid_loss
+from l2o.evaluation.verdicts import misses_first, number, overfits, speed_text, valid_loss
 
 
 class Table(NamedTuple):
@@ -26,7 +26,9 @@ class Table(NamedTuple):
 
 def optimizers_table(comparisons: Sequence[Comparison]) -> Table:
     """Every optimizer over all tasks, the best first; without rows where there is no reference."""
-    return summaries_table(summaries(comparisons))
+    table = summaries_table(summaries(comparisons))
+    out = ", ".join(c.setting.name for c in comparisons if not is_scored(c))
+    return table._replace(note=f"{table.note} Without a finite loss of Adam's, and left out: {out}.") if out else table
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -47,26 +49,25 @@ def summaries_table(found: Sequence[Summary]) -> Table:
         *("validation / Adam's", "speed-up in time", "diverged runs", "overfits on"),
     )
     note = (
-        "Target: the final training loss of Adam at the best rate of its grid, task by task. Speed-up: steps of the "
-        "run over those to the target; a miss is 0. [95% bootstrap intervals over tasks]. IQM: mean without the lowest "
-        "and the highest quarter. In time: step speed-up over the time of a training step relative to torch's Adam, on "
-        "these small problems on one thread; – where it was not timed. Tuned ones have as many trials a task and seed "
-        "as stated."
+        "Target: the final training loss of Adam at the best rate of its grid, task by task. Reached: at some step; a "
+        "verdict says where an optimizer ends. Speed-up: steps of the run over those to the target; a miss is 0. [95% "
+        "bootstrap intervals over tasks]. IQM: mean without the lowest and the highest quarter. In time: step speed-up "
+        "over the time of a training step relative to torch's Adam, on these small problems on one thread; – where it "
+        "was not timed. Tuned ones have as many trials a task and seed as stated."
     )
     return Table(note, [headings, *map(_optimizer_row, found)], [is_judged(s.name) for s in found])
 
 
 def _optimizer_row(found: Summary) -> tuple[str, ...]:
-    reached = sum(value > 0 for value in found.speed_ups.values())
     return (
         found.label,
         "untuned" if found.trials == 1 else str(found.trials),
-        f"{reached} of {found.tasks}",
+        found.hits,
         _estimate(found.median),
         _estimate(found.iqm),
         number(found.valid),
         "–" if found.wall is None else f"{found.wall:.3g}",
-        f"{found.diverged} of {found.runs}",
+        f"{found.diverged} of {found.runs}{f' ({found.timed_out} timed out)' if found.timed_out else ''}",
         str(len(found.overfitted)),
     )
 
@@ -91,8 +92,7 @@ def splits_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _split_cell(found: Summary) -> str:
-    reached = sum(value > 0 for value in found.speed_ups.values())
-    return f"{reached} of {found.tasks}; {found.median.value:.3g}×; {number(found.valid)}"
+    return f"{found.hits}; {found.median.value:.3g}×; {number(found.valid)}"
 
 
 def tasks_table(comparisons: Sequence[Comparison]) -> Table:
@@ -122,10 +122,7 @@ def _task_row(comparison: Comparison, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _speed(comparison: Comparison, name: str) -> str:
-    found = comparison.speed_up(name)
-    if found is None or math.isnan(found):
-        return "none"
-    return f"{found:.3g}×{' overfits' if overfits(comparison, name) else ''}" if found else "0 (miss)"
+    return f"{speed_text(comparison.speed_up(name))}{' overfits' if overfits(comparison, name) else ''}"
 
 
 def diagnoses_table(comparison: Comparison) -> Table:

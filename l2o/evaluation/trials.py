@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import NDArray
 
 from l2o import checks
+from l2o.bench.cost import wait
 from l2o.checks import check_int, lookup
-from l2o.evaluation.curves import EVALUATIONS, Advance, evaluation_steps, silent, trace
+from l2o.evaluation.curves import EVALUATIONS, Advance, evaluation_steps, never, silent, trace
 from l2o.evaluation.entrants import Entrant, Rates, RuleEntrant
 from l2o.types import ConfigurationError, TaskFamily, Theta, UpdateRule
 
@@ -35,6 +37,8 @@ class Setting:
     seeds: problems (task, initialisation and batches), the same for every optimizer.     seed: of all of them.
     window: steps that a training loss is the mean of; None for the protocol's 2% of ``steps``, at least 10.
     split: what the problems are to meta-training, a key of ``SPLITS``.
+    timeout: seconds of wall-clock time that a run may take, None for no limit; n runs side by side may take n times as
+        many. It is looked at at the 20 points of validation; what took longer ends there, and has failed.
     revision: to be raised with what changes curves and is no setting, such as the code behind them; curves of different
         revisions never meet. Of a suite's task it is the suite's version, unless the task keeps an older one.
     """
@@ -47,12 +51,15 @@ class Setting:
     window: int | None = None
     split: str = "unmarked"
     revision: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         bounds = {"steps": 1, "seeds": 1, "seed": 0, "revision": 0} | ({} if self.window is None else {"window": 1})
         for name, least in bounds.items():
             check_int(name, getattr(self, name), least)
         checks.check_seed("seed", self.seed)
+        if self.timeout is not None:
+            checks.check_float("timeout", self.timeout, above=0.0)
         lookup("split", self.split, SPLITS)
         if self.window is not None and self.window > self.steps:
             raise ConfigurationError(f"window={self.window}: expected at most steps={self.steps}")
@@ -69,6 +76,7 @@ class Trials(NamedTuple):
     rates: the learning rate of each trial, None for an untuned optimizer, which has one trial and none.
     train: float64 ``[steps, seeds, trials]``.     valid: float64 ``[points, seeds, trials]``, at ``valid_steps``.
     seconds: wall-clock time of all runs together.     accuracy: as ``valid``, see `Curves`; or None.
+    timed_out: whether they took too long, see ``timeout`` of `Setting`.
     """
 
     label: str
@@ -78,6 +86,7 @@ class Trials(NamedTuple):
     valid_steps: list[int]
     seconds: float
     accuracy: Array | None = None
+    timed_out: bool = False
 
 
 def run_entrant(
@@ -92,11 +101,22 @@ def run_entrant(
         advance(steps * setting.seeds * trials)
 
     begun = entrant.begin(setting.family, setting.steps, setting.seeds, generator)
-    curves = trace(begun, evaluation_steps(setting.steps, EVALUATIONS), generator, of_all)
+    is_late = _clock(started, setting.timeout and setting.timeout * setting.seeds * trials, device)
+    curves = trace(begun, evaluation_steps(setting.steps, EVALUATIONS), generator, of_all, is_late)
     train, valid = (_per_trial(losses, trials) for losses in (curves.train, curves.valid))
     accuracy = None if curves.accuracy is None else _per_trial(curves.accuracy, trials)
     seconds = time.perf_counter() - started
-    return Trials(entrant.label, entrant.rates, train, valid, curves.valid_steps, seconds, accuracy)
+    return Trials(entrant.label, entrant.rates, train, valid, curves.valid_steps, seconds, accuracy, curves.timed_out)
+
+
+def _clock(started: float, seconds: float | None, device: torch.device | str) -> Callable[[], bool]:
+    """Whether ``seconds`` are over, when what was begun on the device is done; without a limit nobody waits for it."""
+
+    def is_late() -> bool:
+        wait(device)
+        return time.perf_counter() - started > cast(float, seconds)
+
+    return never if seconds is None else is_late
 
 
 def run_baseline(baseline: Entrant, setting: Setting, device: torch.device | str = "cpu") -> Trials:

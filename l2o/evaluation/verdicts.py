@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from l2o.evaluation.compare import REFERENCE, USUAL, Comparison, is_judged
-from l2o.evaluation.scores import RESOLUTION, Score
+from l2o.evaluation.scores import Score, resolved
 
 COLUMNS = ("optimizer", "trials", "best lr", "training loss [95%]", "validation", "diverged", "speed-up")
 SUMMARY_NOTE = (
@@ -73,13 +73,12 @@ def overfits(comparison: Comparison, name: str) -> bool:
 
 
 def valid_ratio(comparison: Comparison, name: str) -> float:
-    """Validation loss over the reference's, losses below float32's resolution of the first one taken as that.
+    """Validation loss over the reference's, losses nearer to 0 than float32's resolution of the first one taken as it.
 
-    1, or infinity, where the reference's is not positive, or not finite.
+    1, or infinity for a higher one, where the reference's is not positive, or not finite.
     """
     reference = comparison.scores[REFERENCE]
-    rounding = RESOLUTION * float(reference.curve[0].mean())
-    ours, theirs = (max(valid_loss(s), rounding) for s in (comparison.scores[name], reference))
+    ours, theirs = (resolved(valid_loss(s), reference) for s in (comparison.scores[name], reference))
     if theirs > 0 and math.isfinite(theirs):
         return ours / theirs
     return 1.0 if ours <= theirs else math.inf
@@ -105,7 +104,8 @@ def verdict(comparison: Comparison) -> str:
     name = comparison.judged[0]
     ours = comparison.scores[name]
     lost = int(ours.diverged.sum())
-    failures = f" It diverged on {lost} of {len(ours.diverged)} seeds." if lost else " No seed diverged."
+    how = "diverged" if ours.timed_out is None else "timed out"
+    failures = f" It {how} on {lost} of {len(ours.diverged)} seeds." if lost else " No seed diverged."
     if REFERENCE not in comparison.scores:
         return f"{REFERENCE} is not among the baselines, so there is nothing to compare with.{failures}"
     adam = comparison.scores[REFERENCE]
@@ -136,8 +136,8 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
         "untuned" if score.rate is None else f"{number(score.rate)}{' (edge of the grid)' * score.at_edge}",
         f"{number(score.mean)} [{number(low, 2)}, {number(high, 2)}]",
         valid_text(score),
-        f"{int(score.diverged.sum())} of {len(score.diverged)}",
-        _speed_up(comparison.speed_up(name)),
+        f"{int(score.diverged.sum())} of {len(score.diverged)}{' (timed out)' if score.timed_out is not None else ''}",
+        speed_text(comparison.speed_up(name)),
     )
 
 
@@ -205,7 +205,8 @@ def _ratio(x: float | None) -> str:
     return f"{x:.3g} times it" if x is not None and math.isfinite(x) and x > 0 else "no ratio"
 
 
-def _speed_up(x: float | None) -> str:
+def speed_text(x: float | None) -> str:
+    """A speed-up; 0 is a miss."""
     if x is None or math.isnan(x):
         return "no reference"
     return f"{x:.3g}×" if x > 0 else "0 (miss)"

@@ -5,21 +5,23 @@ They stand above rules and tasks, which know nothing of them. Whoever has a kern
     l2o.fused.UPDATES[MyRule] = my_update
 
 A kernel gives None, with nothing drawn or written, where it does not fit or cannot be had; the engine and the plug-in
-then go by the contract. A subclass has the kernels of its class unless it overrides what they are a kernel of. Results
-differ from the contract's by rounding alone. Each is differentiable where grad mode is on, but for steps in place.
+then go by the contract. A subclass has the kernels of its class unless it overrides what they are a kernel of, or a
+helper of the class (``_name``); what else they depend on they call. Results differ from the contract's by rounding
+alone. Each is differentiable where grad mode is on, but for steps in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import getattr_static
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2o.fused import mlp, perceptrons, steered
-from l2o.kernels.perceptron_unroll import Batches
+from l2o.kernels.perceptron_unroll import Batches as Batches
 from l2o.rules import MLP, Steered
 from l2o.tasks.augment import Augmented, Reparametrized
 from l2o.tasks.image import ImageMLP
@@ -101,6 +103,13 @@ def unroll(
     if not any(isinstance(rule, cls) for cls, _ in UNROLLS):
         return None
     found = batches(family, state.data, generator)
+    return None if found is None else unroll_on(found, rule, theta, state, steps, generator)
+
+
+def unroll_on(
+    found: Any, rule: UpdateRule, theta: Theta, state: InnerState, steps: int, generator: torch.Generator
+) -> tuple[InnerState, Tensor] | None:
+    """`unroll` on the batches that `batches` has ``found``."""
     of_kind = {cls: kernel for (cls, kind), kernel in UNROLLS.items() if kind is type(found)}
     kernel = _entry(of_kind, rule, "update")
     result: tuple[InnerState, Tensor] | None = kernel and kernel(rule, theta, state, found, steps, generator)
@@ -113,11 +122,13 @@ def has(table: Table, thing: UpdateRule | TaskFamily) -> bool:
 
 
 def _entry(table: Table, thing: Any, *methods: str) -> Callable[..., Any] | None:
-    """The kernel of the nearest class that ``thing`` has these methods of."""
+    """The kernel of the nearest class that ``thing`` has these methods of, and all helpers (``_name``)."""
     kind = type(thing)
     for cls in kind.__mro__:
         if cls in table:
-            return table[cls] if all(getattr(kind, m) is getattr(cls, m) for m in methods) else None
+            helpers = [n for n, x in vars(cls).items() if n[0] == "_" and n[-2:] != "__" and hasattr(x, "__get__")]
+            same = (getattr_static(kind, n) is getattr_static(cls, n) for n in (*methods, *helpers))
+            return table[cls] if kind is cls or all(same) else None
     return None
 
 

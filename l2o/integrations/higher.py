@@ -22,15 +22,16 @@ from torch import Tensor
 from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer
 from l2o.optim.guard import rest
-from l2o.types import ConfigurationError, OptState, Run
+from l2o.types import ConfigurationError, Kind, OptState, Run
 
 
 class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     """`l2o.LearnedOptimizer` as a differentiable optimizer of `higher`; starts with fresh state at step 0.
 
     ``override={"theta": [theta]}`` gives the meta-parameters to differentiate (default: the optimizer's own), and
-    ``override={"lr": ...}`` works as for every optimizer of `higher`. Frozen and unused parameters stay as they are,
-    and so do entries that never had a gradient, as in the plug-in.
+    ``override={"lr": ...}`` works as for every optimizer of `higher`. As in the plug-in, arithmetic is float64 if any
+    parameter is, else float32, a group may have its ``kind``, frozen and unused parameters stay as they are, and so do
+    entries that never had a gradient.
     Raises `ConfigurationError` for rules that read the loss, which `higher` does not hand to its optimizers.
     """
 
@@ -44,15 +45,19 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         self._seen: dict[str, Tensor] = {}
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
-        theta = self.param_groups[0].get("theta", self._default_theta)
         places, params, grads = {}, {}, {}
+        kinds: dict[str, Kind] = {}
+        float64 = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        dtype = torch.float64 if float64 else torch.float32
+        theta = {k: t.to(dtype) for k, t in self.param_groups[0].get("theta", self._default_theta).items()}
         for i, (group, group_grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
             for j, grad in enumerate(group_grads):
                 if grad is not None:
                     key = f"{i}.{j}"
-                    places[key], params[key], grads[key] = (group, j), group["params"][j], grad
+                    places[key], params[key], grads[key] = (group, j), group["params"][j].to(dtype), grad.to(dtype)
+                    kinds |= {key: group["kind"]} if "kind" in group else {}
         new = {key: p for key, p in params.items() if key not in self._opt.per_param}
-        infos = infos_of(params)
+        infos = infos_of(params, kinds)
         fresh = self._rule.init(theta, new, infos)
         state = OptState({**self._opt.per_param, **fresh.per_param}, self._opt.shared or fresh.shared)
         device = next((p.device for p in params.values()), None)
@@ -63,8 +68,9 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
             updates, now = rest(updates, grads, seen)
             self._seen |= now
         for key, (group, j) in places.items():
-            keep = math.exp(-group["weight_decay"] * group["lr"] / self._total_steps)
-            group["params"][j] = keep * params[key] + group["lr"] * updates[key]
+            rate = -group["weight_decay"] * group["lr"] / self._total_steps
+            keep = rate.exp() if isinstance(rate, Tensor) else math.exp(rate)
+            group["params"][j] = (keep * params[key] + group["lr"] * updates[key]).to(group["params"][j].dtype)
         self._steps += 1
 
 

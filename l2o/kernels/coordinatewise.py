@@ -1,8 +1,8 @@
 """`l2o.ops.coordinatewise` for all tensors of a rule, and all lanes, at once: two custom ops with kernels for the CPU.
 
-``l2o::feature_sums`` and ``l2o::coordinatewise`` have rules for `torch.func.vmap` and for autograd. Float32 tensors of
-the CPU take the kernels of coordinatewise.cpp; their derivatives, by blocks that are computed again, and all other
-tensors take torch's operations.
+``l2o::feature_sums`` and ``l2o::coordinatewise`` take lanes as an argument, and have rules for autograd. Float32
+tensors of the CPU take the kernels of coordinatewise.cpp; their derivatives, by blocks that are computed again, and all
+other tensors take torch's operations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from l2o.kernels import coordinatewise_blocks as blocks
 from l2o.kernels import coordinatewise_cpu as cpu
 from l2o.kernels.arrays import derivative_of
-from l2o.kernels.lanes import lowered, vmap_rule
+from l2o.kernels.lanes import lowered
 from l2o.ops.coordinatewise import Recipe
 from l2o.ops.factored import factored_axes
 from l2o.ops.kinds import size
@@ -156,10 +156,6 @@ def _coordinatewise(
     found = cpu.coordinatewise(made, lanes, axes, counts, inputs)
     call = blocks.Call(made, lanes, axes, counts)
     return call.network(weights, gains, sums, sources) if found is None else found
-
-
-_feature_sums.register_vmap(vmap_rule(_feature_sums, 1))
-_coordinatewise.register_vmap(vmap_rule(_coordinatewise, 2))
 
 
 def _keep_sums(ctx: Any, inputs: Any, output: Any) -> None:

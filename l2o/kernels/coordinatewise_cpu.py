@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from l2o.kernels.arrays import Floats, Int64s, Pointers, dense_lanes, floats, pointers, whole_numbers
@@ -153,8 +154,9 @@ def at_hand(tensors: Sequence[Tensor]) -> bool:
 
     Small ones whose derivatives are wanted are not: to compute them again takes longer than to keep autograd's graph.
     """
-    unknown = torch.compiler.is_compiling() or forward_ad._current_level >= 0  # custom ops have no rule for the latter
-    if unknown or not ordinary(tensors):
+    # Custom ops have no rules for any transform but `vmap`, and none for forward mode.
+    others = any(x.key() != _functorch.TransformType.Vmap for x in _functorch.get_interpreter_stack() or ())
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or others or not ordinary(tensors):
         return False
     small = max((t.numel() for t in tensors), default=0) <= SMALL
     return not (small and differentiable(tensors)) and available("coordinatewise")

@@ -66,23 +66,3 @@ def _in_lanes(call: Callable[[int, Nest], list[Tensor]], outer: int, size: int, 
         for own in tensors
     ]
     return [t.unflatten(0, (outer, size)) for t in call(outer * size, merged)]
-
-
-def vmap_rule(op: Callable[..., list[Tensor]], statics: int) -> Callable[..., tuple[list[Tensor], list[int]]]:
-    """For ``register_vmap`` of an op whose arguments are its recipe, its lanes, other ``statics``, and tensors."""
-
-    def rule(info: Any, in_dims: Any, recipe: str, lanes: int, *arguments: Any) -> tuple[list[Tensor], list[int]]:
-        fixed, tensors = arguments[:statics], arguments[statics:]
-        moved = [_moved(own, axes, info.batch_size) for own, axes in zip(tensors, in_dims[2 + statics :], strict=True)]
-        results = _in_lanes(
-            lambda n, own: op(recipe, n, *fixed, *own), lanes and info.batch_size, lanes or info.batch_size, moved
-        )
-        return results, [0] * len(results)
-
-    return rule
-
-
-def _moved(own: Any, axes: Any, size: int) -> Any:
-    if isinstance(own, Sequence):
-        return [leading(t, axis, size) for t, axis in zip(own, axes, strict=True)]
-    return None if own is None else leading(own, axes, size)

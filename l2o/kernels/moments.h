@@ -4,7 +4,7 @@
 #include "coordinatewise.h"
 
 extern "C" {
-// Mirrored field by field in moments_cpu.py; `Field` as for the other kernels.
+// Mirrored field by field in moments.py; `Field` as for the other kernels.
 
 // Of one tensor: each lane contiguous, with an axis of decays after that of lanes in all but `grad`. Null what there is
 // not: diag of a tensor with rows and columns, these of all others.

@@ -19,7 +19,7 @@ from torch.func import vmap
 from l2o.kernels.arrays import Pointers, derivative_of
 from l2o.kernels.build import available, run
 from l2o.kernels.coordinatewise_cpu import Field, at_hand, geometry, ordinary, threads_for
-from l2o.kernels.lanes import lowered, vmap_rule
+from l2o.kernels.lanes import lowered
 from l2o.ops.factored import averaged, factored_axes
 from l2o.ops.statistics import Decays, advanced
 from l2o.types import Grads, Infos, Reduce, Slots
@@ -134,7 +134,6 @@ def _derivative(ctx: Any, d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]
     return None, None, None, found[:3], found[3:]
 
 
-_moments.register_vmap(vmap_rule(_moments, 1))
 _moments.register_autograd(_derivative, setup_context=_keep)
 
 

@@ -148,7 +148,7 @@ class Recipe:
 
     def count(self, shape: Sequence[int]) -> int:
         """Elements of a whole tensor that share their scales, at least 1: what `second_moment_scale` divides by."""
-        return max(math.prod(shape[axis] for axis in self.scaled_axes(len(shape))), 1)
+        return max(math.prod([shape[axis] for axis in self.scaled_axes(len(shape))]), 1)
 
 
 def feature_sums(recipe: Recipe, axes: Axes, sources: Slots) -> Tensor:

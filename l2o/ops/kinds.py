@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2o.types import Kind, ParamInfo
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def param_infos(shapes: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:
@@ -20,6 +22,27 @@ def param_infos(shapes: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind] |
         name: ParamInfo(tuple(shape), said.get(name, "matrix" if len(shape) >= 2 else "vector"))
         for name, shape in shapes.items()
     }
+
+
+def kinds_of(model: nn.Module) -> dict[str, Kind]:
+    """What each parameter of ``model`` is for, by name; those that several layers share once, by their first name.
+
+    ``embedding``: the tables of `torch.nn.Embedding`, also where an output shares them. ``output``: the weight of the
+    last `torch.nn.Linear` of the model, where it is not the only one. ``vector``: what has fewer than two axes of more
+    than one entry. ``matrix``: all else.
+    """
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, _TABLES)}
+    linear = [id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)]
+    outputs = set(linear[-1:] if len(linear) > 1 else ())
+
+    def kind(p: Tensor) -> Kind:
+        if id(p) in tables:
+            return "embedding"
+        if id(p) in outputs:
+            return "output"
+        return "matrix" if sum(length > 1 for length in p.shape) >= 2 else "vector"
+
+    return {name: kind(p) for name, p in model.named_parameters()}
 
 
 def infos_of(params: Mapping[str, Tensor], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:

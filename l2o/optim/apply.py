@@ -31,9 +31,13 @@ class Inputs(NamedTuple):
 def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState]:
     """The rule's update, by its kernel where there is one and the run is worth the seconds of compiling it.
 
-    Raises `ConfigurationError` unless there is an update of every parameter, of its shape.
+    Raises as `checked`.
     """
-    updates, state = _fused(rule, inputs, total_steps) or rule.update(*inputs)
+    return checked(rule, inputs, *(_fused(rule, inputs, total_steps) or rule.update(*inputs)))
+
+
+def checked(rule: UpdateRule, inputs: Inputs, updates: Updates, state: OptState) -> tuple[Updates, OptState]:
+    """Updates and state; raises `ConfigurationError` unless there is an update of every parameter, of its shape."""
     for key, p in inputs.params.items():
         if key not in updates or updates[key].shape != p.shape:
             came = tuple(updates[key].shape) if key in updates else "none"
@@ -86,5 +90,5 @@ def write(
             torch._foreach_mul_(values, keep if ok is None else torch.where(ok, values[0].new_full((), keep), 1.0))
         torch._foreach_add_(values, [updates[key] for key in keys], alpha=lr)
     for m in members:
-        if params[m.key].dtype != m.param.dtype:
-            m.param.copy_(params[m.key])
+        if params[m.key].dtype != m.here.dtype:
+            m.here.copy_(params[m.key])

@@ -1,14 +1,15 @@
 """A guard over a run: steps of a tenth, then AdamW from the last good parameters, and the way back.
 
 It acts on a plug-in from outside and is no rule made of rules: those would keep AdamW's moments from the first step on,
-choose between two updates of every entry in every step, and have no kernel. What it knows is in ``state["guard"]``,
-plain numbers but for the losses of the last steps, and ``state[p]["good"]``, copies of parameters in their dtype,
-renewed every ten steps while all is well: as much memory as the parameters take. AdamW's moments take the place of the
-rule's slots.
+choose between two updates of every entry in every step, and have no kernel. What it knows is ``guard`` of the run
+(`l2o.optim.slots`), plain numbers but for the losses of the last steps, and ``state[p]["good"]``, copies of parameters
+in their dtype, renewed every ten steps while all is well: as much memory as the parameters take. AdamW's moments take
+the place of the rule's slots.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from l2o.optim import watch
 from l2o.optim.members import Member
-from l2o.optim.slots import State, counts
+from l2o.optim.slots import counts, record, run_of
 from l2o.rules import Adam
 from l2o.types import ResumeError, Theta, UpdateRule
 
@@ -49,6 +51,8 @@ _MAKE_UP = 1.25
 _KEPT = 100
 """Events, of which the oldest are forgotten."""
 
+Facts = Mapping[str, Any]
+"""Of a run."""
 Guard = dict[str, Any]
 """stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good, base: the step of the good
 parameters, their norm.    alarm: the loss that gave the last one, -inf for none.    again: the step of AdamW's handing
@@ -102,24 +106,37 @@ def begin() -> Guard:
     return {**stage, "losses": [], "skipped": 0, "memory": {}, "events": []}
 
 
-def acting(state: Mapping[Any, Any], rule: UpdateRule, theta: Theta) -> tuple[UpdateRule, Theta]:
+def acting(run: Facts, rule: UpdateRule, theta: Theta) -> tuple[UpdateRule, Theta]:
     """Who makes the steps: the rule with its θ, or AdamW."""
-    return _adamw() if _stage(state) == "adamw" else (rule, theta)
+    return _adamw() if _stage(run) == "adamw" else (rule, theta)
 
 
-def check(state: Mapping[Any, Any], guard: bool) -> None:
-    """Raise `ResumeError` for a saved state of AdamW's that an optimizer without a guard is to go on from."""
-    if not guard and _stage(state) == "adamw":
+def check(run: Facts, guard: bool) -> None:
+    """Raise `ResumeError` for a saved run in which AdamW acts that an optimizer without a guard is to go on from."""
+    if not guard and _stage(run) == "adamw":
         raise ResumeError("state_dict is of a guarded run in which AdamW acts: make the optimizer with guard=True")
 
 
-def rate(state: State, lr: float, total_steps: int) -> float:
+def saved(run: Facts) -> str:
+    """What the guard knows as text: distributed checkpoints take nested structures apart and lose empty ones."""
+    guard = run.get("guard")
+    return json.dumps({**guard, "losses": [float(x) for x in guard["losses"]]}) if guard else ""
+
+
+def loaded(run: Facts) -> Facts:
+    """``run`` with what was `saved` of the guard."""
+    text = run.get("guard")
+    rest = {name: fact for name, fact in run.items() if name != "guard"}
+    return {**rest, "guard": json.loads(text)} if text else rest
+
+
+def rate(run: Facts, lr: float, total_steps: int) -> float:
     """The factor on updates where a group has ``lr``; AdamW takes no larger steps than its own."""
-    match _stage(state):
+    match _stage(run):
         case "small":
             return _SMALL * lr
         case "adamw":
-            return min(lr, 1.0) * _schedule(counts(state)[0] / total_steps, state["guard"]["since"] / total_steps)
+            return min(lr, 1.0) * _schedule(run["step"] / total_steps, run["guard"]["since"] / total_steps)
     return lr
 
 
@@ -129,76 +146,73 @@ def _schedule(done: float, began: float) -> float:
     return max(min((1.0 - done) / _LAST, 1.0), _FLOOR) / (1.0 - lost)
 
 
-def limit(state: State) -> float:
+def limit(run: Facts) -> float:
     """The norm of all gradients from which on a step is skipped."""
-    memory = state.get("guard", {}).get("memory")
+    memory = (run.get("guard") or {}).get("memory")
     return watch.limit(memory) if memory else math.inf
 
 
-def report(state: State) -> dict[str, Any]:
+def report(run: Facts) -> dict[str, Any]:
     """``stage`` and ``events``; the stage is "unguarded" where there is no guard."""
-    guard = state.get("guard", {"stage": "unguarded", "events": []})
+    guard = run.get("guard") or {"stage": "unguarded", "events": []}
     return {"stage": guard["stage"], "events": [dict(event) for event in guard["events"]]}
 
 
 def watch_step(
-    state: State, members: Sequence[Member], names: Callable[[Tensor], Sequence[str]], loss: Any, total_steps: int
+    optimizer: Optimizer, members: Sequence[Member], names: Callable[[Tensor], Sequence[str]], loss: Any, total: int
 ) -> Event | None:
     """See every few steps, before one is taken, how the run goes, and do what has to be done; gives what was done.
 
-    members: those with gradients; nothing is done where they are DTensors.     names: of the acting rule's slots of a
-    parameter.     loss: if it is known; not looked at where processes share a run.
+    members: those with gradients, whole.     names: of the acting rule's slots of a parameter.     loss: if known.
+    total: steps of the run.
     """
-    if hasattr(members[0].param, "placements"):  # a process that holds shards cannot judge by its own
-        return None
-    guard, (step, skipped) = _heard(state.get("guard") or begin(), loss), counts(state)
+    guard, (step, skipped) = _heard(run_of(optimizer).get("guard") or begin(), loss), counts(optimizer)
     if step % watch.EVERY:
-        state["guard"] = guard
+        record(optimizer, guard=guard)
         return None
-    seen = _seen(state, guard, members)
+    seen = _seen(optimizer, guard, members)
     guard = _skips(guard, step, int(skipped))
     if not guard["memory"]:
-        state["guard"] = _keep_good(state, {**guard, "losses": [], "memory": watch.begun(seen)}, members, seen.size)
+        new = {**guard, "losses": [], "memory": watch.begun(seen)}
+        record(optimizer, guard=_keep_good(optimizer, new, members, seen.size))
         return None
     signs = watch.alarms(guard["memory"], seen)
     kind = watch.trouble(signs)
     event: Event | None
     if kind is not None:
-        guard, alarm = _alarmed(guard, kind, seen, step, total_steps)
+        guard, alarm = _alarmed(guard, kind, seen, step, total)
         event = alarm
         if alarm.restored:
-            _restore(state, names)
+            _restore(optimizer, names)
             guard.update(memory=watch.back(guard["memory"], seen), good=step)
     else:
-        guard, event = _calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total_steps)
+        guard, event = _calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total)
         if event and event.done == "handed over":
-            _drop(state, names)
+            _drop(optimizer, names)
         # That small steps do no harm does not make parameters good.
         if watch.good(signs, guard["memory"]) and guard["stage"] != "small":
-            guard = _keep_good(state, guard, members, seen.size)
-    state["guard"] = {**guard, "losses": []}
+            guard = _keep_good(optimizer, guard, members, seen.size)
+    record(optimizer, guard={**guard, "losses": []})
     return event
 
 
 def _heard(guard: Guard, loss: Any) -> Guard:
     """With the loss, if it is one, kept for the next look. Nothing waits for the device."""
-    # Processes that share a run have losses of their own, and would go different ways.
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if shared or not (isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+    if not (isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
         return guard
     kept = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
     return {**guard, "losses": [*guard["losses"], kept]}
 
 
-def _seen(state: State, guard: Guard, members: Sequence[Member]) -> watch.Seen:
+def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watch.Seen:
     """Reads the device, once for all numbers."""
     params = [m.param.detach() for m in members]
-    good = [state.get(m.param, {}).get(GOOD, p) for m, p in zip(members, params, strict=True)]
+    good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(members, params, strict=True)]
     norms = [_norm([m.param.grad for m in members if m.param.grad is not None]), _norm(params)]
     dots = torch.stack([_product(p, old) for p, old in zip(params, good, strict=True)]).sum()
     losses = [torch.as_tensor(x, dtype=_DTYPE, device=params[0].device).reshape(()) for x in guard["losses"]]
     gradient, size, product, *heard = torch.stack([*norms, dots, *losses]).tolist()
-    (step, skipped), base = counts(state), guard["base"] or size
+    (step, skipped), base = counts(optimizer), guard["base"] or size
     moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
     entries, skips = sum(p.numel() for p in params), int(skipped) - guard["skipped"]
     return watch.Seen(tuple(heard), gradient, size, moved, base, step - guard["good"], entries, skips)
@@ -217,26 +231,27 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)).to(_DTYPE)
 
 
-def _keep_good(state: State, guard: Guard, members: Sequence[Member], size: float) -> Guard:
+def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member], size: float) -> Guard:
+    state = optimizer.state
     for m in members:
         state[m.param] = {**state.get(m.param, {}), GOOD: m.param.detach().clone()}
-    return {**guard, "good": counts(state)[0], "base": size, "memory": watch.kept(guard["memory"])}
+    return {**guard, "good": counts(optimizer)[0], "base": size, "memory": watch.kept(guard["memory"])}
 
 
-def _restore(state: State, names: Callable[[Tensor], Sequence[str]]) -> None:
+def _restore(optimizer: Optimizer, names: Callable[[Tensor], Sequence[str]]) -> None:
     """Put good parameters in place."""
-    for p in state:
-        if isinstance(p, Tensor) and GOOD in state[p]:
-            p.copy_(state[p][GOOD])
-    _drop(state, names)
+    for p, kept in optimizer.state.items():
+        if isinstance(p, Tensor) and GOOD in kept:
+            p.copy_(kept[GOOD])
+    _drop(optimizer, names)
 
 
-def _drop(state: State, names: Callable[[Tensor], Sequence[str]]) -> None:
+def _drop(optimizer: Optimizer, names: Callable[[Tensor], Sequence[str]]) -> None:
     """Drop the slots of who acted: who acts next begins with a state of its own."""
-    for p in [key for key in state if isinstance(key, Tensor)]:
+    for p in [key for key in optimizer.state if isinstance(key, Tensor)]:
         own = names(p)
-        state[p] = {name: kept for name, kept in state[p].items() if name not in own}
-    state.pop("shared", None)
+        optimizer.state[p] = {name: kept for name, kept in optimizer.state[p].items() if name not in own}
+    record(optimizer, shared={})
 
 
 def _skips(guard: Guard, step: int, skipped: int) -> Guard:
@@ -287,6 +302,6 @@ def _noted(guard: Guard, event: Event) -> Guard:
     return {**guard, "events": [*guard["events"], event._asdict()][-_KEPT:]}
 
 
-def _stage(state: Mapping[Any, Any]) -> str | None:
-    stage: str | None = state.get("guard", {}).get("stage")
+def _stage(run: Facts) -> str | None:
+    stage: str | None = (run.get("guard") or {}).get("stage")
     return stage

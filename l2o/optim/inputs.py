@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,22 @@ def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, Updat
         f"source={came}: expected a checkpoint's name (of {', '.join(store.list_pretrained())}), path or address, or a "
         f"pair (rule, theta); {_START}"
     )
+
+
+def evaluated(closure: Callable[[], Any] | None, loss: Any) -> Any:
+    """The loss that ``step`` got, by name or from its closure, called with grad mode on; `ConfigurationError` else."""
+    if closure is None:
+        return loss
+    if not callable(closure):
+        raise ConfigurationError(
+            f"step got a {type(closure).__name__} as closure, expected a function that returns the loss: "
+            "step(lambda: loss), which every library passes on; without one, step(loss=loss)"
+        )
+    with torch.enable_grad():
+        found = closure()
+    if found is not None and loss is not None:
+        raise ConfigurationError("step got loss=, and a closure that returns one, too; leave loss= out")
+    return loss if found is None else found  # Lightning's own closure, in manual optimisation, returns nothing
 
 
 def scalar(loss: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,11 +15,23 @@ from l2o.types import ConfigurationError, GradientError, Kind, ParameterError, P
 
 
 class Member(NamedTuple):
-    """A parameter and its group; ``key``, its place in the optimizer, is its name in the dicts of the rule."""
+    """A parameter and its group; ``key``, its place in the optimizer, is its name in the dicts of the rule.
+
+    here: what of the parameter is in this process.
+    """
 
     key: str
     param: Tensor
     group: dict[str, Any]
+    here: Tensor
+
+
+def unique(groups: Sequence[dict[str, Any]]) -> list[Member]:
+    """Every parameter once, with the first of its groups, by its place among all."""
+    found: dict[int, Member] = {}
+    for i, (group, p) in enumerate((g, p) for g in groups for p in g["params"]):
+        found.setdefault(id(p), Member(str(i), p, group, p))
+    return list(found.values())
 
 
 def check_params(members: Sequence[Member]) -> None:
@@ -27,8 +39,7 @@ def check_params(members: Sequence[Member]) -> None:
     device = members[0].param.device if members and not is_lazy(members[0].param) else None
     for m in members:
         p = m.param
-        if is_lazy(p):
-            raise ParameterError(f"{label(m)} has no shape yet: run its lazy module once, then make the optimizer")
+        check_shape(label(m), p)
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ParameterError(
                 f"{label(m)} is {p.dtype}, {p.layout}: expected dense and floating point; leave it out"
@@ -45,9 +56,19 @@ def check_params(members: Sequence[Member]) -> None:
             )
 
 
+def check_shape(name: str, param: Tensor) -> None:
+    """Raise `ParameterError` for a parameter, called ``name`` there, of a lazy module that has not run yet."""
+    if is_lazy(param):
+        raise ParameterError(f"{name} has no shape yet: run its lazy module once, then make the optimizer")
+
+
 def checked_gradient(member: Member) -> Tensor:
-    """The gradient of a parameter that has one; `GradientError` unless it is dense, real, of its shape and device."""
-    grad, p = member.param.grad, member.param
+    """What is here of the gradient of a parameter that has one.
+
+    Raises `GradientError` unless it is dense, real, of the parameter's shape and device, and in as many parts.
+    """
+    grad: Any = member.param.grad
+    p: Any = member.param
     assert grad is not None
     if grad.layout != torch.strided or not grad.is_floating_point():
         raise GradientError(
@@ -59,13 +80,13 @@ def checked_gradient(member: Member) -> Tensor:
             f"the gradient of {label(member)} is {tuple(grad.shape)} on {grad.device}, expected {tuple(p.shape)} on "
             f"{p.device}; call zero_grad() and backward() once more after a parameter was resized or moved"
         )
-    return grad.detach()
+    return grad.detach() if member.here is p else grad.redistribute(placements=p.placements).to_local()
 
 
 def settings(group: Mapping[str, Any]) -> dict[str, float]:
     """``lr`` and ``weight_decay`` of a group as Python's floats; raises `ConfigurationError`.
 
-    A 0-d tensor is read, for which a device is waited for.
+    A tensor of one number is read, for which a device is waited for.
     """
     for name in ("lr", "weight_decay"):
         if name not in group:
@@ -76,7 +97,7 @@ def settings(group: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def label(member: Member) -> str:

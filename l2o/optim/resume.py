@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import numbers
@@ -9,14 +10,19 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from l2o.optim.members import settings
+from l2o.optim.slots import RUN
 from l2o.types import ConfigurationError, ResumeError, Theta, UpdateRule
 
 Group = dict[str, Any]
 Layout = dict[str, tuple[int, ...]]
 """The shapes of a rule's slots of one parameter."""
+_IN_STATE = ("clock", "origin", "shared")
+"""Where an older l2o kept what of a run is of no single parameter, beside the parameters in the state."""
 
 
 def layout(slots: Mapping[str, Tensor]) -> Layout:
@@ -43,20 +49,43 @@ def check_kind(state_dict: Any) -> None:
         raise ResumeError(f"state_dict is a {type(state_dict).__name__}: expected what state_dict() returned")
 
 
-def check_origin(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> None:
-    """Raise `ResumeError` where ``state_dict`` is of no run of ours, or of one with another rule or θ than ``own``.
+def modern(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state_dict`` with all of the run in a group, which an older l2o had in the state: clock, origin, shared slots.
 
-    State of an older l2o does not say which it is of, and passes.
+    Raises `ResumeError` for what has neither groups nor state.
     """
-    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), list):
+    state, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(state, Mapping) or not isinstance(groups, list):
         raise ResumeError("state_dict has no 'state' and 'param_groups': expected what state_dict() returned")
-    clock, saved = (state_dict["state"].get(name, {}) for name in ("clock", "origin"))
-    if not isinstance(clock, Mapping) or not _is_count(clock.get("step")) or not _is_count(clock.get("skipped", 0)):
-        raise ResumeError("state_dict has no numbers of steps in state['clock']: it is of another optimizer")
-    if isinstance(saved, Mapping) and saved.get("fingerprint", own["fingerprint"]) != own["fingerprint"]:
+    run: dict[str, Any] = {}
+    for name in _IN_STATE:
+        kept = state.get(name)
+        run |= {} if not isinstance(kept, Mapping) else {"shared": kept} if name == "shared" else kept
+    if any(RUN in group for group in groups) or "step" not in run:
+        return state_dict
+    rest = {key: kept for key, kept in state.items() if key not in _IN_STATE}
+    return {**state_dict, "state": rest, "param_groups": [{**groups[0], RUN: run}, *groups[1:]]}
+
+
+def checked_run(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> Mapping[str, Any]:
+    """What ``state_dict`` has of the run; raises `ResumeError` where it is of no run of ours, or of another rule or θ.
+
+    own: `origin` of the optimizer. State of an older l2o does not say which it is of, and passes.
+    """
+    run: Mapping[str, Any] = next((group[RUN] for group in state_dict["param_groups"] if RUN in group), {})
+    if not isinstance(run, Mapping) or not _is_count(run.get("step")) or not _is_count(run.get("skipped", 0)):
+        raise ResumeError(f"state_dict has no numbers of steps as {RUN!r} of a group: it is of another optimizer")
+    check_same(run, own)
+    return {**run, "skipped": int(run.get("skipped", 0))}
+
+
+def check_same(run: Mapping[str, Any], own: Mapping[str, str]) -> None:
+    """Raise `ResumeError` where what was kept of a run says that it is of another rule or θ than ``own``."""
+    if run.get("fingerprint", own["fingerprint"]) != own["fingerprint"]:
         raise ResumeError(
-            f"state_dict is of a run with {saved['checkpoint']}, this optimizer has {own['checkpoint']}, another rule "
-            "or θ; make it with the one that was saved, or delete state_dict['state']['origin'] to go on with this one"
+            f"state_dict is of a run with {run['checkpoint']}, this optimizer has {own['checkpoint']}, another rule "
+            f"or θ; make it with the one that was saved, or delete state_dict['param_groups'][0][{RUN!r}]"
+            "['fingerprint'] to go on with this one"
         )
 
 
@@ -124,25 +153,30 @@ def check_slots(found: Mapping[str, Any], own: Layout, exact: bool, label: str, 
 
 
 def copies(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-    """The state in ``state_dict``, copied, in the dtypes that it has there, by the parameters of ``groups``."""
+    """The state in ``state_dict``, copied, in the dtypes that it has there, by the parameters of ``groups``.
+
+    What other code keeps there may be nested.
+    """
     ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = [p for group in groups for p in group["params"]]
     owners: dict[Any, Any] = dict(zip(ids, params, strict=True))
     return {
-        owners.get(key, key): {
-            k: v.detach().to(params[0].device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()
-        }
+        owners.get(key, key): {k: tree_map(lambda t: _copied(t, params[0].device), v) for k, v in kept.items()}
         for key, kept in state_dict["state"].items()
         if isinstance(kept, Mapping)  # else of other code, and torch has it
     }
 
 
-def check_shared(state: Mapping[Any, Any], own: Layout, rule: str) -> None:
+def _copied(value: Any, device: torch.device) -> Any:
+    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def check_shared(run: Mapping[str, Any], own: Layout, rule: str) -> None:
     """Raises `ResumeError` unless the slots that belong to no single parameter are those of the rule."""
-    found = state.get("shared") or {}
+    found = run.get("shared") or {}
     shapes = {k: tuple(t.shape) if isinstance(t, Tensor) else None for k, t in found.items()}
     if shapes != own:
         raise ResumeError(
-            f"state_dict has state['shared'] {shapes or 'missing'}, {rule} has {own or 'none'}; save and load what "
+            f"state_dict has the shared slots {shapes or 'missing'}, {rule} has {own or 'none'}; save and load what "
             "state_dict() returns as a whole"
         )

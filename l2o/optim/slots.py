@@ -1,4 +1,4 @@
-"""What a plug-in keeps in ``optimizer.state``: a rule's slots, beside what other code keeps there, and the counts."""
+"""What a plug-in keeps: a rule's slots in ``optimizer.state``, beside what other code keeps there, and its run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,35 @@ from torch import Tensor
 
 from l2o.optim.guard import HAD_GRADIENT
 from l2o.optim.members import Member
-from l2o.types import OptState, Params, Slots
+from l2o.types import Grads, OptState, Params, Slots
 
-State = dict[Any, Any]
-"""Of a `torch.optim.Optimizer`."""
+RUN = "run"
+"""Of the first group: the numbers of steps, rule and θ, and the slots that belong to no single parameter. There, and
+not in the state, where distributed checkpoints and sharded optimizers know of nothing but parameters."""
 
 
-def counts(state: State) -> tuple[int, int | Tensor]:
+def run_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """What is kept of the run, also where a group was taken from before the first one."""
+    run: Mapping[str, Any] = next((group[RUN] for group in optimizer.param_groups if RUN in group), {})
+    return run
+
+
+def record(optimizer: torch.optim.Optimizer, **facts: Any) -> None:
+    """Keep ``facts`` of the run. The dict is replaced, not changed, so that ``state_dict()`` stays what it was."""
+    optimizer.param_groups[0][RUN] = {**run_of(optimizer), **facts}
+
+
+def counts(optimizer: torch.optim.Optimizer) -> tuple[int, int | Tensor]:
     """Steps that were called, and of these, that were skipped: a number, or int64 0-d where reading it would wait."""
-    clock = state.get("clock", {})
-    return clock.get("step", 0), clock.get("skipped", 0)
+    run = run_of(optimizer)
+    return run.get("step", 0), run.get("skipped", 0)
+
+
+def renew(optimizer: torch.optim.Optimizer) -> None:
+    """Start the run anew where somebody cleared the state after a step."""
+    called, skipped = counts(optimizer)
+    if not optimizer.state and called != skipped:
+        record(optimizer, step=0, skipped=0, shared={}, guard={})
 
 
 def own(kept: Slots, layout: Mapping[str, Any]) -> Slots:
@@ -27,32 +46,38 @@ def own(kept: Slots, layout: Mapping[str, Any]) -> Slots:
     return {name: kept[name] for name in layout} if layout.keys() <= kept.keys() else {}
 
 
-def seen(state: State, member: Member, started: bool) -> Tensor:
+def seen(state: Mapping[Any, Any], member: Member, started: bool) -> Tensor:
     """Bool: which entries of a parameter have had a gradient; all, where an older l2o has ``started`` it."""
     kept = state.get(member.param) or {}
     mask: Tensor | None = kept.get(HAD_GRADIENT)
-    return torch.full_like(member.param, started, dtype=torch.bool) if mask is None else mask
+    return torch.full_like(member.here, started, dtype=torch.bool) if mask is None else mask
 
 
-def store(state: State, members: Sequence[Member], params: Params, new: OptState) -> None:
-    """Keep the new slots. Dicts are replaced, not changed, so that ``state_dict()`` stays what it was."""
+def apart(members: Sequence[Member], params: Params, grads: Grads, new: OptState) -> OptState:
+    """``new`` without what a step writes to."""
     # A rule may return an input as a slot (the last gradient, say), and inputs are written to after this.
-    inputs = {t.untyped_storage().data_ptr() for m in members for t in (params[m.key], m.param.grad) if t is not None}
+    inputs = {t.untyped_storage().data_ptr() for m in members for t in (params[m.key], grads[m.key])}
     per_param = {m.key: _apart(new.per_param[m.key], inputs) for m in members}
-    keep(state, members, OptState(per_param, _apart(new.shared, inputs)))
+    return OptState(per_param, _apart(new.shared, inputs))
 
 
-def keep(state: State, members: Sequence[Member], new: OptState) -> None:
-    """`store` for slots that are no inputs."""
+def keep(optimizer: torch.optim.Optimizer, members: Sequence[Member], new: OptState) -> None:
+    """Keep the new slots. Dicts are replaced, not changed, so that ``state_dict()`` stays what it was."""
+    state = optimizer.state
     for m in members:
         state[m.param] = {**state.get(m.param, {}), **new.per_param[m.key]}
     if new.shared:
-        state["shared"] = new.shared
+        record(optimizer, shared=new.shared)
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """``tensors``, of any shapes, the floating-point ones in ``dtype``."""
     return {k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for k, t in tensors.items()}
+
+
+def on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """``tensors`` on ``device``, to which some tools do not take all that they save."""
+    return dict(tensors) if device.type == "cpu" else {k: t.to(device) for k, t in tensors.items()}
 
 
 def _apart(slots: Slots, inputs: set[int]) -> Slots:

@@ -1,6 +1,4 @@
-"""Learned update rules, one a file. A line in ``__all__`` makes one known to checkpoints and tests, a line in
-``configs/rule/<name>.yaml`` to the command line.
-"""
+"""Update rules, one a file. A line in ``__all__`` makes one known to checkpoints, tests and the command line."""
 
 from l2o.rules.adafac_mlp import AdafacMLP
 from l2o.rules.adagrad import AdaGrad
@@ -10,6 +8,7 @@ from l2o.rules.celo2 import Celo2
 from l2o.rules.celo_adam import CeloAdam
 from l2o.rules.combinators import ByKind as ByKind
 from l2o.rules.combinators import Scheduled as Scheduled
+from l2o.rules.combinators import Wrapped as Wrapped
 from l2o.rules.lstm import LSTM
 from l2o.rules.mlp import MLP
 from l2o.rules.momentum import Momentum

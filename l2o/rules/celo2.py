@@ -149,13 +149,15 @@ class Celo2(UpdateRule):
         )
         recipes = {two: self._recipe(two) for two in (False, True)}
         squares = feature_sums(recipes[False], flat) | feature_sums(recipes[True], matrices)
-        sums = reduce.shards(
-            {name: {"features": own, "param": square_sums(params[name].unsqueeze(0))} for name, own in squares.items()}
-        )
+        sums = reduce.shards({name: {"features": own, **self._size(params[name])} for name, own in squares.items()})
         outputs = self._outputs(theta, recipes[False], flat, sums) | self._outputs(theta, recipes[True], matrices, sums)
         steps = self._steps(outputs, sums, params, infos, reduce)
         updates = steps | moved
         return {name: updates[name] for name in grads}, OptState({name: (slots | own)[name] for name in grads}, {})
+
+    def _size(self, param: Tensor) -> dict[str, Sum]:
+        """The sum that the root mean square of a tensor is made of, where it counts."""
+        return {"param": square_sums(param.unsqueeze(0))} if self.param_scale else {}
 
     def _recipe(self, matrices: bool) -> Recipe:
         return Recipe(

@@ -29,15 +29,10 @@ from l2o.types import (
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Scheduled(UpdateRule):
-    """``rule`` with its updates warmed up over a share of the run, then following half a cosine to 0; θ is the rule's.
-
-    warmup: the share, rounded down to steps.
-    """
+class Wrapped(UpdateRule):
+    """A rule that is ``rule`` but for what a subclass overrides; θ and state are the rule's."""
 
     rule: UpdateRule
-    warmup: float = 0.05
 
     @property
     def needs_loss(self) -> bool:
@@ -70,6 +65,29 @@ class Scheduled(UpdateRule):
         run: Run,
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
+        return self.rule.update(theta, grads, state, params, infos, run, reduce)
+
+
+@dataclass(frozen=True)
+class Scheduled(Wrapped):
+    """``rule`` with its updates warmed up over a share of the run, then following half a cosine to 0; θ is the rule's.
+
+    warmup: the share, rounded down to steps.
+    """
+
+    rule: UpdateRule
+    warmup: float = 0.05
+
+    def update(
+        self,
+        theta: Theta,
+        grads: Grads,
+        state: OptState,
+        params: Params,
+        infos: Infos,
+        run: Run,
+        reduce: Reduce = LOCAL,
+    ) -> tuple[Updates, OptState]:
         updates, state = self.rule.update(theta, grads, state, params, infos, run, reduce)
         factor = warmup_cosine(run.step, run.total_steps, warmup=(run.total_steps * self.warmup).floor())
         return {name: u * factor.to(u.dtype) for name, u in updates.items()}, state
@@ -81,6 +99,8 @@ class ByKind(UpdateRule):
 
     rules: by kind, of ``matrix, vector, embedding, output``.    other: for all further kinds.
     θ and shared slots: those of each rule as ``<kind>.<name>``, of ``other`` as ``other.<name>``.
+    Where processes hold different tensors (`Reduce`), each has to hold one for each rule that sums over them: a rule
+    without tensors is not called.
     Raises `ConfigurationError` for what is no kind.
     """
 
@@ -150,7 +170,7 @@ class ByKind(UpdateRule):
                 before = OptState(self._own(part, state.per_param, infos), _of(state.shared, part))
                 seen = run if rule.needs_loss else run._replace(loss=None)
                 mine = self._own(part, params, infos)
-                moves, after = rule.update(_of(theta, part), own, before, mine, infos, seen, reduce)
+                moves, after = rule.update(_of(theta, part), own, before, mine, infos, seen, reduce.part(part))
                 updates.update(moves)
                 new.per_param.update(after.per_param)
                 new.shared.update({f"{part}.{slot}": t for slot, t in after.shared.items()})

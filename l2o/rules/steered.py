@@ -161,19 +161,24 @@ class Steered(UpdateRule):
             new = self._advance(theta, group, reduce) | more
             d = self._direction(theta, new, group)
             own_size = size * more["factor"].exp() if more else size
-            scales = self.scales(theta, own_size, own["params"], [group.shape] * len(d))
+            squares = own.get("params", own_size)  # Adam's direction does not read them
+            scales = self.scales(theta, own_size, squares, [group.shape] * len(d))
             steps = -scales.view(-1, *[1] * (d.ndim - 1)) * d
             updates.update(zip(group.names, steps.unbind(), strict=True))
             slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
         return {name: updates[name] for name in grads}, OptState({name: slots[name] for name in grads}, shared)
 
     def _sums(self, theta: Theta, group: Group, params: Params) -> dict[str, Sum]:
-        """Products of gradients and the step before, and squares, ``[k]``."""
-        g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, group))
-        p = _flat(stack([params[name] for name in group.names]))
+        """Products of gradients and the step before, and squares, ``[k]``; those that somebody reads."""
+        seen = {}
+        if self.controller != "none":
+            g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, group))
+            seen = {"dots": g * d, "grads": g.square(), "directions": d.square()}
+        if self.direction != "adam" or self.decides:
+            seen["params"] = _flat(stack([params[name] for name in group.names])).square()
+        if self.decides:
+            seen["momenta"] = _flat(group.slots["m"]).square()
         axes = tuple(range(len(group.shape)))
-        seen = {"dots": g * d, "grads": g.square(), "directions": d.square(), "params": p.square()}
-        seen |= {"momenta": _flat(group.slots["m"]).square()} if self.decides else {}
         return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
 
     def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:

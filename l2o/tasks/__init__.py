@@ -14,7 +14,7 @@ from l2o.tasks.module import ModuleTask
 from l2o.tasks.quadratic import Quadratic
 from l2o.tasks.repeated import Repeated
 from l2o.tasks.residual import ImageResNet
-from l2o.tasks.tables import DiabetesMLP
+from l2o.tasks.tables import DiabetesMLP, TableClassifier
 from l2o.tasks.words import WordMLP
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "Repeated",
     "Rosenbrock",
     "Saddle",
+    "TableClassifier",
     "WordMLP",
 ]

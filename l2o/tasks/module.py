@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from l2o.checks import check_int
 from l2o.family_checks import check_scalar, check_trainable, vectorised
+from l2o.ops.kinds import kinds_of
 from l2o.random import LaneGenerator, keys
 from l2o.tasks.sources import Examples, Source, as_source
 from l2o.tasks.stateless import Stateless, seeded
@@ -81,10 +82,8 @@ class ModuleTask(TaskFamily):
 
     @cached_property
     def kinds(self) -> Mapping[str, Kind]:
-        """``embedding`` for the weights of `torch.nn.Embedding` and `torch.nn.EmbeddingBag`."""
-        parts = self._template.named_modules()
-        tables = [name for name, part in parts if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
-        return {f"{name}.weight".lstrip("."): "embedding" for name in tables}
+        """See `l2o.ops.kinds.kinds_of`."""
+        return kinds_of(self._template)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"lane": torch.arange(lanes, device=generator.device)}

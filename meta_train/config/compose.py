@@ -88,7 +88,7 @@ def main_guard(command: Callable[[], None]) -> Callable[[], None]:
             sys.exit(128 + signal.SIGINT)
         except BrokenPipeError:  # whoever read what is printed has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
+            sys.exit(128 + 13)  # SIGPIPE, which Windows has no name for
         except Exception as error:
             message = _message(error)
             if full or message is None:

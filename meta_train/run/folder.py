@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import json
 import re
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
-from l2o.disk import atomic_write, load_tree, remove_leftovers, save_tree, user_path
+from l2o.disk import atomic_write, load_tree, lock_file, remove_leftovers, save_tree, user_path
 from l2o.types import ConfigurationError, ResumeError, RunConflictError
 from meta_train.config.compose import writing
 
@@ -85,9 +84,9 @@ class RunFolder:
         """Make the folder, keep other processes out of it, and write ``config.yaml``."""
         with writing(f"run={self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")  # locked until it is closed, at the latest by the process' end
+            self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._lock)
         except OSError as error:
             self._lock.close()
             raise RunConflictError(f"run={self.path}: another process is writing to it; name another") from error

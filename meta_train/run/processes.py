@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,9 @@ def joined() -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks()
         return
+    # Its functions have the default group as a default from when it is imported, which an optimizer does: the group
+    # would outlive its destruction, and its threads the interpreter, which then may abort (torch 2.13, seen once).
+    importlib.import_module("torch.distributed.nn.functional")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
