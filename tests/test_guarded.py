@@ -103,7 +103,7 @@ def test_the_fallback_is_torchs_adamw_but_for_its_rate():
         if optimizer.report()["stage"] != "adamw":
             descend(optimizer, [step], tell=False)
     other = copies(params)
-    rate = guarded.rate(optimizer.state, 5.0, 1000)
+    rate = guarded.rate(optimizer.param_groups[0]["run"], 5.0, 1000)
     assert 1.0 < rate < 1.1
     torch_optimizer = torch.optim.AdamW(other, lr=1e-3 * rate, weight_decay=0.0)
     descend(optimizer, range(30), tell=False)

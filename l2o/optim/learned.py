@@ -43,8 +43,8 @@ class LearnedOptimizer(RuleState):
     weight_decay: decoupled and measured over the run: λ shrinks a parameter by ``exp(-λ)`` in ``total_steps`` steps at
         lr 1 (AdamW's ``lr * weight_decay * steps``). Each step: ``p <- p exp(-λ lr / total_steps)``.
     rules: classes of rules of your own that the checkpoint may name.
-    guard: whether a run that goes wrong is helped, by smaller steps, then by AdamW (`l2o.optim.guarded`), in one process
-        alone. By default for checkpoints, not for ``(rule, theta)``, whose users want to see what the rule itself does.
+    guard: whether a run that goes wrong is helped, by smaller steps, then by AdamW (`l2o.optim.guarded`), where it has
+        one process. By default for checkpoints, not for ``(rule, theta)``, whose users want to see what the rule does.
 
     Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision and
     autocast. All groups go through the rule together; parameters without a gradient stay as they are, and so do entries
