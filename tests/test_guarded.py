@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from plugin import Mixing, copies, every_rule, make, parameters, snapshot, source, through_a_file, train
 from tables import identical
 from torch import nn
+from torch.distributed.checkpoint import state_dict as portable
 
 from l2o.optim import LearnedOptimizer, guarded
 from l2o.rules import SGD, Adam
@@ -188,6 +190,30 @@ def test_states_pass_between_guarded_and_unguarded_runs_unless_adamw_acts():
     assert identical(snapshot(plain), before)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_guarded_run_goes_on_from_a_distributed_checkpoint(flat, tmp_path):
+    """Good parameters, memory and the losses since the last look are among what is saved."""
+    chosen, runs = portable.StateDictOptions(flatten_optimizer_state_dict=flat), []
+    for stop in (0, 25):
+        model = nn.Linear(3, 2)
+        nn.init.constant_(model.weight, 0.5), nn.init.constant_(model.bias, 0.1)
+        optimizer = make(model.parameters(), Adam(lr=0.01), total_steps=TOTAL, guard=True)
+        descend(optimizer, range(stop), tell=True)
+        if stop:
+            saved = portable.get_optimizer_state_dict(model, optimizer, options=chosen)
+            quiet(dcp.save, {"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+            again = copy.deepcopy(model)
+            optimizer = make(again.parameters(), Adam(lr=0.01), total_steps=TOTAL, guard=True)
+            state = {"optimizer": portable.get_optimizer_state_dict(again, optimizer, options=chosen)}
+            quiet(dcp.load, state, checkpoint_id=tmp_path, no_dist=True)
+            portable.set_optimizer_state_dict(again, optimizer, state["optimizer"], options=chosen)
+        descend(optimizer, range(stop, 45), tell=True)
+        end = snapshot(optimizer)
+        kept = [dict(sorted(slots.items())) for slots in end["state"].values()]  # in whatever order they are made
+        runs.append([kept, end["param_groups"], *copies(optimizer.param_groups[0]["params"])])
+    assert identical(*runs)
+
+
 def test_what_other_code_keeps_in_the_state_stays_when_the_guard_acts():
     params = bowl()
     optimizer = make(params, SGD(lr=3.0), total_steps=TOTAL, guard=True)
@@ -201,5 +227,5 @@ def test_a_rule_that_reads_the_loss_and_shares_slots_is_guarded_too():
     optimizer = make(bowl(), Mixing(), total_steps=TOTAL, lr=1000.0, guard=True)
     descend(optimizer, range(60), tell=True)
     assert optimizer.report()["stage"] == "adamw"
-    assert "shared" not in optimizer.state
+    assert optimizer.param_groups[0]["run"]["shared"] == {}
     assert source(Mixing())[0] == optimizer.rule

@@ -23,13 +23,8 @@ LENGTHS = re.compile(r"\brange\(\d+\)")
 COMMANDS = ("python ", "pip ", "make ", "torchrun ", "l2o ")
 
 
-def row(path: Path) -> Any:
-    """The row of a page."""
-    return pytest.param(path, id=path.relative_to(DOCS).as_posix())
-
-
 @pytest.mark.filterwarnings("ignore:::(lightning|torch|accelerate|transformers|peft)")
-@pytest.mark.parametrize("page", [row(path) for path in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_code_of_a_page_runs(page: Path, here: Path) -> None:
     """In an empty folder, one block after the other; loops take three turns. An optimizer has taken steps."""
     text = page.read_text("utf-8")

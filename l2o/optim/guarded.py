@@ -231,10 +231,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)).to(_DTYPE)
 
 
-def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member], size: float) -> Guard:
-    state = optimizer.state
+def keep_good(state: dict[Any, Any], members: Sequence[Member]) -> None:
+    """Keep copies of parameters."""
     for m in members:
         state[m.param] = {**state.get(m.param, {}), GOOD: m.param.detach().clone()}
+
+
+def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member], size: float) -> Guard:
+    keep_good(optimizer.state, members)
     return {**guard, "good": counts(optimizer)[0], "base": size, "memory": watch.kept(guard["memory"])}
 
 

@@ -130,6 +130,8 @@ class RuleState(torch.optim.Optimizer):
             new = apart(self._opt_state(rule, theta, members, params))
             new = new if rule.rests else beside(new, self._seen(members))
             slots.keep(self, members, self._place.kept(members, new))
+            if self.guard and self._place.alone:
+                guarded.keep_good(self.state, members)
         return True
 
     def _count(self, skipped: int | Tensor, called: int = 1) -> None:
