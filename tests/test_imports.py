@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "meta": SUPPORT | {"ops", "estimators"},
     "checkpoints": SUPPORT | {"rules"},
     "interop": {"types", "checks", "disk", "checkpoints", "ops", "rules"},
-    "optim": {"types", "checks", "distributed", "ops", "checkpoints", "fused"},
+    "optim": {"types", "checks", "distributed", "ops", "rules", "checkpoints", "fused"},
     "integrations": ROOMS,
     "evaluation": ROOMS | {"bench"},
     "inspection": ROOMS | {"evaluation"},
@@ -72,8 +72,8 @@ HOMES = {
 }
 OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
 """Modules of the library that need an extra, and are imported where they are used."""
-COMMANDS = "bench convert documents drawings evaluate gpu inspect landscape libraries replay report rules_table train"
-ENTRY_POINTS = {f"meta_train.{name}" for name in COMMANDS.split()}
+COMMANDS = "bench convert documents drawings evaluate gpu guard inspect landscape libraries replay report rules_table"
+ENTRY_POINTS = {f"meta_train.{name}" for name in (*COMMANDS.split(), "train")}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
     "msgpack",

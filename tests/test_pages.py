@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -24,19 +23,8 @@ LENGTHS = re.compile(r"\brange\(\d+\)")
 COMMANDS = ("python ", "pip ", "make ", "torchrun ", "l2o ")
 
 
-NEEDED = {"sharded": "l2o.optim.sharded", "guard": "l2o.optim.guarded"}
-"""Pages that came before what they are about, and the module that it is in."""
-
-
-def row(path: Path) -> Any:
-    """The row of a page."""
-    module = NEEDED.get(path.stem, "l2o")
-    marks = [] if importlib.util.find_spec(module) else [pytest.mark.skip(f"this version has no {module}")]
-    return pytest.param(path, id=path.relative_to(DOCS).as_posix(), marks=marks)
-
-
 @pytest.mark.filterwarnings("ignore:::(lightning|torch|accelerate|transformers|peft)")
-@pytest.mark.parametrize("page", [row(path) for path in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_code_of_a_page_runs(page: Path, here: Path) -> None:
     """In an empty folder, one block after the other; loops take three turns. An optimizer has taken steps."""
     text = page.read_text("utf-8")

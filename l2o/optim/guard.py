@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -28,23 +29,32 @@ def readable(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def finite(tensors: list[Tensor]) -> Tensor:
-    """Bool, 0-d: whether the sum of all squares is finite.  tensors: of one device, one at least.
+def finite(grads: list[Tensor], others: list[Tensor], limit: float = math.inf) -> Tensor:
+    """Bool, 0-d: whether the sum of all squares is finite, and the norm of ``grads`` at most ``limit``.
+
+    grads, others: of one device, one gradient at least.
 
     Rules square what they see: a gradient of 1e20 is finite in float32, but its second moment would stay infinite.
     """
-    return torch.stack(torch._foreach_norm(tensors)).square().sum().isfinite()
+    squares = torch.stack(torch._foreach_norm([*grads, *others])).square()
+    ok = squares.sum().isfinite()
+    return ok if limit == math.inf else ok & (squares[: len(grads)].sum() <= limit * limit)
 
 
-def culprit(members: Sequence[Member], grads: Grads, updates: Updates, loss: Tensor | None) -> str:
+def culprit(
+    members: Sequence[Member], grads: Grads, updates: Updates, loss: Tensor | None, limit: float = math.inf
+) -> str:
     """What is not `finite`, gradients and updates ``[*shape]`` or the 0-d loss; for the message, once that is known."""
-    if loss is not None and not finite([loss]):
-        return "the loss"
+    bad = "is not finite or its square is not"
+    if loss is not None and not finite([loss], []):
+        return f"the loss {bad}"
     for what, tensors in (("gradient", grads), ("update", updates)):
         for m in members:
-            if m.key in tensors and not finite([tensors[m.key]]):
-                return f"the {what} of {label(m)}"
-    return "the sum of all squared gradients and updates"
+            if m.key in tensors and not finite([tensors[m.key]], []):
+                return f"the {what} of {label(m)} {bad}"
+    if not finite(list(grads.values()), list(updates.values())):
+        return f"the sum of all squared gradients and updates {bad}"
+    return f"the norm of its gradients is above {limit:.3g}, far above all before"
 
 
 def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:

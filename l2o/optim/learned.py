@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from l2o import fused
 from l2o.checkpoints import store
 from l2o.distributed import ranks
-from l2o.optim import resume, slots
+from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import evaluated, length, resolved, scalar
@@ -43,6 +43,8 @@ class LearnedOptimizer(RuleState):
     weight_decay: decoupled and measured over the run: λ shrinks a parameter by ``exp(-λ)`` in ``total_steps`` steps at
         lr 1 (AdamW's ``lr * weight_decay * steps``). Each step: ``p <- p exp(-λ lr / total_steps)``.
     rules: classes of rules of your own that the checkpoint may name.
+    guard: whether a run that goes wrong is helped, by smaller steps, then by AdamW (`l2o.optim.guarded`), where it has
+        one process. By default for checkpoints, not for ``(rule, theta)``, whose users want to see what the rule does.
 
     Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision and
     autocast. All groups go through the rule together; parameters without a gradient stay as they are, and so do entries
@@ -73,7 +75,9 @@ class LearnedOptimizer(RuleState):
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         rules: Sequence[type[UpdateRule]] = (),
+        guard: bool | None = None,
     ) -> None:
+        self.guard = not isinstance(source, tuple) if guard is None else bool(guard)
         name, self.rule, self.theta = resolved(source, rules)
         self.total_steps = length(total_steps)
         defaults = {"lr": lr, "weight_decay": weight_decay}
@@ -102,6 +106,10 @@ class LearnedOptimizer(RuleState):
         """How many steps were skipped, because something was not finite. Waits for the device."""
         return int(slots.counts(self)[1])
 
+    def report(self) -> dict[str, Any]:
+        """What the guard did: ``stage``, ``skipped_steps`` and ``events``, each with ``step``, ``kind``, ``done``."""
+        return {**guarded.report(slots.run_of(self)), "skipped_steps": self.skipped_steps}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
         """Take one step and return the loss, if there is one. Does not wait for the device.
@@ -129,24 +137,28 @@ class LearnedOptimizer(RuleState):
         if ranks().size > 1:
             check_flat(members)
         check_params(members)
+        if self.guard and self._watched(members, loss):
+            return
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
-        inputs = self._inputs(members, loss)
-        in_place = self._stepped_in_place(members, inputs, factors)
+        rule, inputs = self._inputs(members, loss)
+        limit = guarded.limit(slots.run_of(self))
+        in_place = self._stepped_in_place(rule, members, inputs, factors, limit)
         if in_place is False:
-            self._skip(culprit(members, inputs.grads, {}, None))
+            self._skip(culprit(members, inputs.grads, {}, None, limit))
         if in_place is not None:
             return
         grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
-        updates, new = self._place.update(self.rule, inputs, self.total_steps)
-        if not self.rule.rests:
+        updates, new = self._place.update(rule, inputs, self.total_steps)
+        if not rule.rests:
             seen = self._seen(members)
             updates, now = rest(updates, grads, seen)
             old, new = beside(old, seen), beside(new, now)
-        ok = self._place.agree(finite([*grads.values(), *updates.values(), *([] if loss is None else [loss])]))
+        others = [*updates.values(), *([] if loss is None else [loss])]
+        ok = self._place.agree(finite(list(grads.values()), others, limit))
         if not readable(ok.device):
             updates, new = masked(ok, updates, new, old)
         elif not ok:
-            self._skip(culprit(members, grads, updates, loss))
+            self._skip(culprit(members, grads, updates, loss, limit))
             return
         new = slots.apart(members, inputs.params, grads, new)
         slots.keep(self, members, self._place.kept(members, new))
@@ -154,19 +166,21 @@ class LearnedOptimizer(RuleState):
         self._count(0 if readable(ok.device) else (~ok).long())
 
     def _stepped_in_place(
-        self, members: Sequence[Member], inputs: Inputs, factors: Mapping[int, tuple[float, float]]
+        self,
+        rule: UpdateRule,
+        members: Sequence[Member],
+        inputs: Inputs,
+        factors: Mapping[int, tuple[float, float]],
+        limit: float,
     ) -> bool | None:
         """Take the step by the rule's kernel: False where a gradient is not finite, None where there is no kernel."""
-        if not (
-            self._place.alone
-            and readable(members[0].param.device)
-            and in_place(self.rule, inputs, members, self.total_steps)
-        ):
+        here = self._place.alone and readable(members[0].param.device)
+        if not (here and in_place(rule, inputs, members, self.total_steps)):
             return None
-        if not finite(list(inputs.grads.values())):
+        if not finite(list(inputs.grads.values()), [], limit):
             return False
         inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
-        new = fused.step(self.rule, *inputs, {m.key: factors[id(m.group)] for m in members})
+        new = fused.step(rule, *inputs, {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None
         slots.keep(self, members, new)
@@ -174,20 +188,38 @@ class LearnedOptimizer(RuleState):
         self._count(0)
         return True
 
-    def _inputs(self, members: Sequence[Member], loss: Any) -> Inputs:
-        """What the rule gets, all of it checked and in one dtype."""
+    def _watched(self, members: Sequence[Member], loss: Any) -> bool:
+        """Whether the guard has put good parameters in place: this gradient is of others.
+
+        It watches runs of one process alone: others would see other losses, and go other ways.
+        """
+        if not self._place.alone or ranks().size > 1:
+            return False
+        names = {m.param: tuple(self._layout(m)) for m in self._members()}.__getitem__
+        event = guarded.watch_step(self, members, names, loss, self.total_steps)
+        if event is None:
+            return False
+        self._layouts, self._lent = {}, True
+        if event.restored:
+            self._warn(event.done, str(event))
+            self._count(0)
+        return event.restored
+
+    def _inputs(self, members: Sequence[Member], loss: Any) -> tuple[UpdateRule, Inputs]:
+        """Who makes the step, and what it gets, all of it checked and in one dtype."""
         dtype, device = self._dtype(), members[0].param.device
         grads = slots.cast({m.key: checked_gradient(m) for m in members}, dtype)
         params = slots.cast({m.key: m.here.detach() for m in members}, dtype)
-        loss = self._place.mean(scalar(loss, dtype, device)) if self.rule.needs_loss else None
-        theta = self._theta(dtype, device)
-        state = self._opt_state(theta, members, params)
-        return Inputs(theta, grads, state, params, infos(members), self._run(device, loss))
+        rule, theta = self._acting(dtype, device)
+        loss = self._place.mean(scalar(loss, dtype, device)) if rule.needs_loss else None
+        state = self._opt_state(rule, theta, members, params)
+        return rule, Inputs(theta, grads, state, params, infos(members), self._run(device, loss))
 
     def _factors(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """On the updates of a group's parameters, and on the parameters."""
         now = settings(group)
-        return now["lr"], math.exp(-now["weight_decay"] * now["lr"] / self.total_steps)
+        lr = guarded.rate(slots.run_of(self), now["lr"], self.total_steps)
+        return lr, math.exp(-now["weight_decay"] * lr / self.total_steps)
 
     def _run(self, device: torch.device, loss: Tensor | None) -> Run:
         called, skipped = slots.counts(self)
@@ -197,7 +229,7 @@ class LearnedOptimizer(RuleState):
 
     def _skip(self, reason: str) -> None:
         self._count(1)
-        skipped = f"step {slots.counts(self)[0]} was skipped: {reason} is not finite or its square is not"
+        skipped = f"step {slots.counts(self)[0]} was skipped: {reason}"
         self._warn("skipped", f"{skipped}; {_COUNTED}")
 
     def _look(self) -> None:

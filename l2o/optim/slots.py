@@ -38,7 +38,7 @@ def renew(optimizer: torch.optim.Optimizer) -> None:
     """Start the run anew where somebody cleared the state after a step."""
     called, skipped = counts(optimizer)
     if not optimizer.state and called != skipped:
-        record(optimizer, step=0, skipped=0, shared={})
+        record(optimizer, step=0, skipped=0, shared={}, guard={})
 
 
 def own(kept: Slots, layout: Mapping[str, Any]) -> Slots:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2o.optim import resume, slots
+from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import apart
 from l2o.optim.guard import beside, plain
 from l2o.optim.locate import placed
@@ -30,13 +30,14 @@ class RuleState(torch.optim.Optimizer):
     rule: UpdateRule
     theta: Theta
     total_steps: int
+    guard: bool
     _origin: dict[str, str]
     _warned: set[str]
     _others: Others | None = None
 
     def _forget(self) -> None:
         """Forget what is kept for speed alone."""
-        self._theta_on: dict[tuple[torch.dtype, torch.device], Theta] = {}
+        self._theta_on: dict[tuple[int, torch.dtype, torch.device], Theta] = {}
         self._places: list[tuple[int, ...]] = []
         self._place = WHOLE
         self._all: list[Member] = []
@@ -63,29 +64,35 @@ class RuleState(torch.optim.Optimizer):
         float64 = any(m.param.dtype == torch.float64 for m in self._members())
         return torch.float64 if float64 else torch.float32
 
-    def _theta(self, dtype: torch.dtype, device: torch.device) -> Theta:
-        if (dtype, device) not in self._theta_on:
-            self._theta_on[dtype, device] = {k: t.to(device, dtype) for k, t in self.theta.items()}
-        return self._theta_on[dtype, device]
+    def _acting(
+        self, dtype: torch.dtype, device: torch.device, run: guarded.Facts | None = None
+    ) -> tuple[UpdateRule, Theta]:
+        """Who makes the steps, now or in a ``run`` that was saved: the rule, or what the guard put there; with θ."""
+        rule, theta = guarded.acting(slots.run_of(self) if run is None else run, self.rule, self.theta)
+        key = (id(theta), dtype, device)
+        if key not in self._theta_on:
+            self._theta_on[key] = {k: t.to(device, dtype) for k, t in theta.items()}
+        return rule, self._theta_on[key]
 
-    def _opt_state(self, theta: Theta, members: Sequence[Member], params: Params) -> OptState:
+    def _opt_state(self, rule: UpdateRule, theta: Theta, members: Sequence[Member], params: Params) -> OptState:
         """The state of ``members``, and what the rule starts with for those that have none. Nothing is written."""
         like = next(iter(params.values()))
         old = {m.key: slots.on(slots.cast(own, like.dtype), like.device) for m in members if (own := self._own(m))}
         new = [m for m in members if m.key not in old]
-        fresh = self.rule.init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
+        fresh = rule.init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
         per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
         shared = slots.run_of(self).get("shared")
         return OptState(per_param, slots.on(slots.cast(shared or fresh.shared, like.dtype), like.device))
 
-    def _start(self, member: Member) -> OptState:
-        """What the rule would start with, had it this parameter alone."""
+    def _start(self, member: Member, run: guarded.Facts | None = None) -> OptState:
+        """What who makes the steps (see `_acting`) would start with, had it this parameter alone."""
         dtype, device = self._dtype(), member.param.device
         if not self._place.alone:
             device = torch.device("meta")  # nothing is here of the whole parameter but its shape
         whole = torch.empty(member.param.shape, dtype=dtype, device=device) if device.type == "meta" else None
         params = {member.key: member.param.detach().to(dtype) if whole is None else whole}
-        return self.rule.init(self._theta(dtype, device), params, infos([member]))
+        rule, theta = self._acting(dtype, device, run)
+        return rule.init(theta, params, infos([member]))
 
     def _layout(self, member: Member) -> resume.Layout:
         if member.key not in self._layouts:
@@ -119,9 +126,12 @@ class RuleState(torch.optim.Optimizer):
                 return False
             params = slots.cast({m.key: m.here.detach() for m in members}, dtype)
             # Apart, because tensors are loaded into: a rule may start several slots with one tensor, or with θ's.
-            new = apart(self._opt_state(self._theta(dtype, device), members, params))
-            new = new if self.rule.rests else beside(new, self._seen(members))
+            rule, theta = self._acting(dtype, device)
+            new = apart(self._opt_state(rule, theta, members, params))
+            new = new if rule.rests else beside(new, self._seen(members))
             slots.keep(self, members, self._place.kept(members, new))
+            if self.guard and self._place.alone:
+                guarded.keep_good(self.state, members)
         return True
 
     def _count(self, skipped: int | Tensor, called: int = 1) -> None:
@@ -133,7 +143,10 @@ class RuleState(torch.optim.Optimizer):
         self._lent = True
         called, skipped = slots.counts(self)
         slots.record(self, step=called, skipped=int(skipped))  # as in any other state_dict, on whatever device
-        return super().state_dict()
+        saved = super().state_dict()
+        run = saved["param_groups"][0][slots.RUN]
+        saved["param_groups"][0][slots.RUN] = {**run, "guard": guarded.saved(run)}
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict()`` returned, to the bit and in copies.
@@ -162,17 +175,21 @@ class RuleState(torch.optim.Optimizer):
     def _checked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """``state_dict`` in the order of the optimizer and today's layout; raises `ResumeError`."""
         state_dict = resume.modern(state_dict)
-        run = resume.checked_run(state_dict, self._origin)
+        run = guarded.loaded(resume.checked_run(state_dict, self._origin))
+        guarded.check(run, self.guard)
         resume.check_groups(state_dict["param_groups"])
         groups, state = resume.in_order(self.param_groups, state_dict["param_groups"]), state_dict["state"]
         if resume.sizes(groups) == resume.sizes(self.param_groups):  # else torch has its error
             ids = list(chain.from_iterable(group["params"] for group in groups))
             if any(state.get(ids[int(m.key)]) for m in self._members()):
-                resume.check_shared(run, resume.layout(self._start(self._members()[0]).shared), repr(self.rule))
+                shared = resume.layout(self._start(self._members()[0], run).shared)
+                resume.check_shared(run, shared, repr(self.rule))
             for m in self._members():
                 found = state.get(ids[int(m.key)], {})
-                resume.check_slots(found, self._layout(m), "fingerprint" not in run, label(m), repr(self.rule))
+                layout = resume.layout(self._start(m, run).per_param[m.key])
+                resume.check_slots(found, layout, "fingerprint" not in run, label(m), repr(self.rule))
         groups = [{name: v for name, v in group.items() if name != slots.RUN} for group in groups]
+        run = run if self.guard else {name: fact for name, fact in run.items() if name != "guard"}
         return {**state_dict, "param_groups": [{**groups[0], slots.RUN: {**run, **self._origin}}, *groups[1:]]}
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
@@ -180,9 +197,10 @@ class RuleState(torch.optim.Optimizer):
         if not self._place.alone:
             copies |= {m.param: self._place.taken(m, copies[m.param]) for m in members if m.param in copies}
         self.state.update(copies)
+        self._layouts = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "_origin", "_warned")}
+        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "guard", "_origin", "_warned")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,311 @@
+"""A guard over a run: steps of a tenth, then AdamW from the last good parameters, and the way back.
+
+It acts on a plug-in from outside and is no rule made of rules: those would keep AdamW's moments from the first step on,
+choose between two updates of every entry in every step, and have no kernel. What it knows is ``guard`` of the run
+(`l2o.optim.slots`), plain numbers but for the losses of the last steps, and ``state[p]["good"]``, copies of parameters
+in their dtype, renewed every ten steps while all is well: as much memory as the parameters take. AdamW's moments take
+the place of the rule's slots.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from l2o.optim import watch
+from l2o.optim.members import Member
+from l2o.optim.slots import counts, record, run_of
+from l2o.rules import Adam
+from l2o.types import ResumeError, Theta, UpdateRule
+
+GOOD = "good"
+"""The name of a parameter's copy, beside its slots."""
+_SMALL = 0.1
+"""Factor of steps that are backed off."""
+_PROBATION = 0.02
+"""Share of the run for which steps are small,"""
+_LEAST_PROBATION = 2 * watch.EVERY
+"""and at least so many steps."""
+_SOON = 0.1
+"""Share of the run after which an alarm is a new one; until then it is the same trouble once more."""
+_LATE = 0.1
+"""Share of the run after which a rule without trouble until then has proven itself: it gets one more chance,"""
+_AGAIN = 0.1
+"""so much of the run after AdamW took over."""
+_SAME = 0.8
+"""A loss at good parameters that is this share of the one that gave the alarm: not the optimizer was in trouble."""
+_LAST = 0.05
+"""Share of the run over which AdamW's rate decays at its end, as the learned rule's steps would have,"""
+_FLOOR = 0.05
+"""to this share of it."""
+_MAKE_UP = 1.25
+"""AdamW's rate is larger by what was lost of the run, at most by this factor."""
+_KEPT = 100
+"""Events, of which the oldest are forgotten."""
+
+Facts = Mapping[str, Any]
+"""Of a run."""
+Guard = dict[str, Any]
+"""stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good, base: the step of the good
+parameters, their norm.    alarm: the loss that gave the last one, -inf for none.    again: the step of AdamW's handing
+over, -1 for never.    losses: since the last look.    skipped: steps until then.    memory: `watch.Memory`.    events:
+dicts of ``step, kind, done``."""
+
+_WARNINGS = {
+    "backed off": "parameters are the last good ones again, steps are a tenth for a while",
+    "fell back": "parameters are the last good ones again, AdamW at 1e-3 goes on",
+    "anew": "parameters are the last good ones again, AdamW begins anew",
+}
+"""What is said of what was done, where parameters were put back. In the report alone: ``returned`` (the rule at its own
+steps), ``handed over`` (AdamW to the rule), ``another problem`` (where the loss is as high at the last good parameters;
+the run goes on) and ``skipped`` (steps whose gradients were not finite, or far above all before)."""
+
+
+class Event(NamedTuple):
+    """step: number of steps before it.    kind: of trouble.    done: what was done about it."""
+
+    step: int
+    kind: str
+    done: str
+
+    @property
+    def restored(self) -> bool:
+        """Whether good parameters were put in place."""
+        return self.done in _WARNINGS
+
+    def __str__(self) -> str:
+        signs = {
+            "leap": "parameters moved by more than half their norm within ten steps",
+            "growth": "parameters have grown a lot and gradients have not fallen",
+            "rise": "the loss has risen",
+            "skips": "half the gradients were not finite, or far above all before",
+        }
+        return (
+            f"step {self.step + 1}: {signs[self.kind]}; {_WARNINGS[self.done]}. optimizer.report() has all such events"
+        )
+
+
+@cache
+def _adamw() -> tuple[UpdateRule, Theta]:
+    """Decay is the plug-in's, which is AdamW's."""
+    rule = Adam(lr=watch.YARDSTICK)
+    return rule, rule.init_theta(torch.Generator())
+
+
+def begin() -> Guard:
+    """What is known before the first step."""
+    stage = {"stage": "rule", "since": 0, "good": 0, "base": 0.0, "alarm": -math.inf, "again": -1}
+    return {**stage, "losses": [], "skipped": 0, "memory": {}, "events": []}
+
+
+def acting(run: Facts, rule: UpdateRule, theta: Theta) -> tuple[UpdateRule, Theta]:
+    """Who makes the steps: the rule with its θ, or AdamW."""
+    return _adamw() if _stage(run) == "adamw" else (rule, theta)
+
+
+def check(run: Facts, guard: bool) -> None:
+    """Raise `ResumeError` for a saved run in which AdamW acts that an optimizer without a guard is to go on from."""
+    if not guard and _stage(run) == "adamw":
+        raise ResumeError("state_dict is of a guarded run in which AdamW acts: make the optimizer with guard=True")
+
+
+def saved(run: Facts) -> str:
+    """What the guard knows as text: distributed checkpoints take nested structures apart and lose empty ones."""
+    guard = run.get("guard")
+    return json.dumps({**guard, "losses": [float(x) for x in guard["losses"]]}) if guard else ""
+
+
+def loaded(run: Facts) -> Facts:
+    """``run`` with what was `saved` of the guard."""
+    text = run.get("guard")
+    rest = {name: fact for name, fact in run.items() if name != "guard"}
+    return {**rest, "guard": json.loads(text)} if text else rest
+
+
+def rate(run: Facts, lr: float, total_steps: int) -> float:
+    """The factor on updates where a group has ``lr``; AdamW takes no larger steps than its own."""
+    match _stage(run):
+        case "small":
+            return _SMALL * lr
+        case "adamw":
+            return min(lr, 1.0) * _schedule(run["step"] / total_steps, run["guard"]["since"] / total_steps)
+    return lr
+
+
+def _schedule(done: float, began: float) -> float:
+    """The factor on AdamW's rate, of shares of the run."""
+    lost = min(began + _LAST / 2, 1.0 - 1.0 / _MAKE_UP)
+    return max(min((1.0 - done) / _LAST, 1.0), _FLOOR) / (1.0 - lost)
+
+
+def limit(run: Facts) -> float:
+    """The norm of all gradients from which on a step is skipped."""
+    memory = (run.get("guard") or {}).get("memory")
+    return watch.limit(memory) if memory else math.inf
+
+
+def report(run: Facts) -> dict[str, Any]:
+    """``stage`` and ``events``; the stage is "unguarded" where there is no guard."""
+    guard = run.get("guard") or {"stage": "unguarded", "events": []}
+    return {"stage": guard["stage"], "events": [dict(event) for event in guard["events"]]}
+
+
+def watch_step(
+    optimizer: Optimizer, members: Sequence[Member], names: Callable[[Tensor], Sequence[str]], loss: Any, total: int
+) -> Event | None:
+    """See every few steps, before one is taken, how the run goes, and do what has to be done; gives what was done.
+
+    members: those with gradients, whole.     names: of the acting rule's slots of a parameter.     loss: if known.
+    total: steps of the run.
+    """
+    guard, (step, skipped) = _heard(run_of(optimizer).get("guard") or begin(), loss), counts(optimizer)
+    if step % watch.EVERY:
+        record(optimizer, guard=guard)
+        return None
+    seen = _seen(optimizer, guard, members)
+    guard = _skips(guard, step, int(skipped))
+    if not guard["memory"]:
+        new = {**guard, "losses": [], "memory": watch.begun(seen)}
+        record(optimizer, guard=_keep_good(optimizer, new, members, seen.size))
+        return None
+    signs = watch.alarms(guard["memory"], seen)
+    kind = watch.trouble(signs)
+    event: Event | None
+    if kind is not None:
+        guard, alarm = _alarmed(guard, kind, seen, step, total)
+        event = alarm
+        if alarm.restored:
+            _restore(optimizer, names)
+            guard.update(memory=watch.back(guard["memory"], seen), good=step)
+    else:
+        guard, event = _calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total)
+        if event and event.done == "handed over":
+            _drop(optimizer, names)
+        # That small steps do no harm does not make parameters good.
+        if watch.good(signs, guard["memory"]) and guard["stage"] != "small":
+            guard = _keep_good(optimizer, guard, members, seen.size)
+    record(optimizer, guard={**guard, "losses": []})
+    return event
+
+
+def _heard(guard: Guard, loss: Any) -> Guard:
+    """With the loss, if it is one, kept for the next look. Nothing waits for the device."""
+    if not (isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+        return guard
+    kept = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
+    return {**guard, "losses": [*guard["losses"], kept]}
+
+
+def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watch.Seen:
+    """Reads the device, once for all numbers."""
+    params = [m.param.detach() for m in members]
+    good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(members, params, strict=True)]
+    norms = [_norm([m.param.grad for m in members if m.param.grad is not None]), _norm(params)]
+    dots = torch.stack([_product(p, old) for p, old in zip(params, good, strict=True)]).sum()
+    losses = [torch.as_tensor(x, dtype=_DTYPE, device=params[0].device).reshape(()) for x in guard["losses"]]
+    gradient, size, product, *heard = torch.stack([*norms, dots, *losses]).tolist()
+    (step, skipped), base = counts(optimizer), guard["base"] or size
+    moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
+    entries, skips = sum(p.numel() for p in params), int(skipped) - guard["skipped"]
+    return watch.Seen(tuple(heard), gradient, size, moved, base, step - guard["good"], entries, skips)
+
+
+_DTYPE = torch.float32
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, dtype=_DTYPE)).norm()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products of all entries."""
+    dtype = torch.promote_types(a.dtype, _DTYPE)
+    return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)).to(_DTYPE)
+
+
+def keep_good(state: dict[Any, Any], members: Sequence[Member]) -> None:
+    """Keep copies of parameters."""
+    for m in members:
+        state[m.param] = {**state.get(m.param, {}), GOOD: m.param.detach().clone()}
+
+
+def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member], size: float) -> Guard:
+    keep_good(optimizer.state, members)
+    return {**guard, "good": counts(optimizer)[0], "base": size, "memory": watch.kept(guard["memory"])}
+
+
+def _restore(optimizer: Optimizer, names: Callable[[Tensor], Sequence[str]]) -> None:
+    """Put good parameters in place."""
+    for p, kept in optimizer.state.items():
+        if isinstance(p, Tensor) and GOOD in kept:
+            p.copy_(kept[GOOD])
+    _drop(optimizer, names)
+
+
+def _drop(optimizer: Optimizer, names: Callable[[Tensor], Sequence[str]]) -> None:
+    """Drop the slots of who acted: who acts next begins with a state of its own."""
+    for p in [key for key in optimizer.state if isinstance(key, Tensor)]:
+        own = names(p)
+        optimizer.state[p] = {name: kept for name, kept in optimizer.state[p].items() if name not in own}
+    record(optimizer, shared={})
+
+
+def _skips(guard: Guard, step: int, skipped: int) -> Guard:
+    """With the number of skipped steps, in the report if there are new ones."""
+    if skipped == guard["skipped"]:
+        return guard
+    return _noted({**guard, "skipped": skipped}, Event(step, "gradient", "skipped"))
+
+
+def _calm(guard: Guard, step: int, total: int) -> tuple[Guard, Event | None]:
+    """After a look that found nothing."""
+    if guard["stage"] == "small" and step - guard["since"] >= max(_PROBATION * total, _LEAST_PROBATION):
+        stage, event = "rule", Event(step, "calm", "returned")
+    elif guard["stage"] == "adamw" and step >= guard["again"] > 0:
+        stage, event = "small", Event(step, "calm", "handed over")
+    else:
+        return guard, None
+    return _noted({**guard, "stage": stage, "since": step, "alarm": -math.inf}, event), event
+
+
+def _alarmed(guard: Guard, kind: str, seen: watch.Seen, step: int, total: int) -> tuple[Guard, Event]:
+    """After one that found trouble."""
+    stage, since = guard["stage"], guard["since"]
+    if kind == "rise" and step - since <= 2 * watch.EVERY and seen.loss >= _SAME * guard["alarm"] > -math.inf:
+        new = {"stage": "rule" if stage == "small" else stage, "memory": watch.rebased(guard["memory"], seen.loss)}
+        event = Event(step, kind, "another problem")
+        return _noted({**guard, **new, "since": step, "alarm": -math.inf}, event), event
+    soon = since > 0 and step - since <= max(_SOON * total, 2 * _LEAST_PROBATION)
+    stage, done = {
+        "rule": ("adamw", "fell back") if soon else ("small", "backed off"),
+        "small": ("adamw", "fell back"),
+        "adamw": ("small", "backed off") if soon else ("adamw", "anew"),
+    }[stage]
+    event = Event(step, kind, done)
+    new = {"stage": stage, "since": step, "alarm": seen.loss if kind == "rise" else -math.inf}
+    new["again"] = _again(guard, step, total) if done == "fell back" else guard["again"]
+    return _noted({**guard, **new}, event), event
+
+
+def _again(guard: Guard, step: int, total: int) -> int:
+    """The step at which AdamW is to hand over."""
+    done = [(event["step"], event["done"]) for event in guard["events"] if event["kind"] != "gradient"]
+    proven = all(at >= _LATE * total and what != "fell back" for at, what in done)
+    return step + math.ceil(_AGAIN * total) if proven else -1
+
+
+def _noted(guard: Guard, event: Event) -> Guard:
+    return {**guard, "events": [*guard["events"], event._asdict()][-_KEPT:]}
+
+
+def _stage(run: Facts) -> str | None:
+    stage: str | None = (run.get("guard") or {}).get("stage")
+    return stage

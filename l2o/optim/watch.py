@@ -1,0 +1,155 @@
+"""When a training run has gone wrong: what is seen of it every few steps, what is kept in mind, and the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+EVERY = 10
+"""Steps between two looks, at which the host waits for the device."""
+YARDSTICK = 1e-3
+"""The largest root mean square of a step of Adam at its usual rate: what is small beside it is no leap."""
+
+_LOST = 0.25
+"""A loss has risen that has lost so much of what had been gained, more than the noise of batches,"""
+_NOISE = 3.0
+"""which is so many mean absolute differences of single losses from the median of their look,"""
+_SHARE = 0.1
+"""and so much of the lowest loss. On the problems of the suites `default` and `light` lose a fifth of this or less."""
+_AT_ONCE = 1.5
+"""A loss that is so many times the first one after one look has risen; at first nothing has been gained to lose."""
+_LEAP = 0.5
+"""A leap moves parameters by this share of their norm in the steps of a look. `default` and `light` stay below 0.4."""
+_LEAP_STEPS = 5.0
+"""times `YARDSTICK` a step is what a leap is at least, so that tensors that start at zero may begin."""
+_GROWTH = 12.0
+"""times their norm at the start is what parameters may not reach unless gradients have fallen."""
+_SMALL = 0.03
+"""A root mean square of parameters at the start; where it is less, growth is from here."""
+_SPIKE = 100.0
+"""A gradient is a spike that is so many times the largest that was seen."""
+_SKIPS = 0.5
+"""Share of the steps between two looks: where as many were skipped, it is not the data."""
+_WARM = 3
+"""Looks from which on a gradient can be too large: those before show what is usual."""
+_UNSURE = 0.5
+"""Parameters are good at less than this share of what is an alarm."""
+_PROGRESS = 0.05
+"""Share of its first value by which a loss has to fall before there are better parameters than those of the start."""
+
+Memory = dict[str, float]
+"""Numbers by name, which are all that is kept of earlier looks: ``looks``; ``first``, ``best``, ``noise`` of losses
+where there are any, and ``kept``, the best when parameters were last good; norms: ``size`` of parameters and
+``gradient`` of gradients at the start, ``level`` and ``largest`` of gradients of late and at most."""
+
+
+class Seen(NamedTuple):
+    """What a look shows.
+
+    losses: of the steps since the last one, empty where nobody gives them.     gradient, size: norms of all gradients
+    and of all parameters.     moved: the norm of what parameters moved by since they were last good.
+    base: their norm there.     steps: since then.     entries: of all parameters.     skips: steps that were skipped
+    since the last look.
+    """
+
+    losses: tuple[float, ...]
+    gradient: float
+    size: float
+    moved: float
+    base: float
+    steps: int
+    entries: int
+    skips: int = 0
+
+    @property
+    def loss(self) -> float:
+        """The median, which a single batch does not move; infinite where most are not finite."""
+        ordered = sorted(x if math.isfinite(x) else math.inf for x in self.losses)
+        return ordered[len(ordered) // 2]
+
+
+def begun(seen: Seen) -> Memory:
+    """What is kept of the first look, which is before the first step."""
+    size = max(seen.size, _SMALL * math.sqrt(seen.entries))
+    memory = {"looks": 0.0, "size": size, "gradient": 0.0, "level": seen.gradient, "largest": 0.0}
+    return rebased(memory, seen.loss) if seen.losses else memory
+
+
+def rebased(memory: Mapping[str, float], loss: float) -> Memory:
+    """``memory`` of a problem that has become another one, of such a loss."""
+    return {**memory, "first": loss, "best": loss, "kept": loss, "noise": 0.0}
+
+
+def kept(memory: Mapping[str, float]) -> Memory:
+    """``memory`` where parameters are found good."""
+    return {**memory, "kept": memory["best"]} if "best" in memory else dict(memory)
+
+
+def back(memory: Mapping[str, float], seen: Seen) -> Memory:
+    """``memory`` at those parameters again; what gradients came to on the way is no spike any more."""
+    largest = max(memory["largest"], seen.gradient) if math.isfinite(seen.gradient) else memory["largest"]
+    losses = {"best": memory["kept"]} if "best" in memory else {}
+    return {**memory, **losses, "largest": largest}
+
+
+def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
+    """By kind, how near to an alarm each sign of trouble is: from 1 on it is one."""
+    signs = {"leap": _leap(seen), "growth": _growth(memory, seen), "skips": seen.skips / (_SKIPS * EVERY)}
+    return {**signs, "rise": _rise(memory, seen.loss)} if seen.losses and "first" in memory else signs
+
+
+def trouble(signs: Mapping[str, float]) -> str | None:
+    """The kind of the gravest alarm, if there is one."""
+    kind = max(signs, key=lambda kind: signs[kind])
+    return kind if signs[kind] >= 1.0 else None
+
+
+def good(signs: Mapping[str, float], memory: Mapping[str, float]) -> bool:
+    """Whether parameters are worth going back to: better than those of the start, as far as losses are known."""
+    progress = "first" not in memory or memory["first"] - memory["best"] >= _PROGRESS * abs(memory["first"])
+    return progress and all(sign < _UNSURE for sign in signs.values())
+
+
+def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
+    """``memory`` after a look without an alarm."""
+    looks = memory["looks"] + 1
+    gradient = seen.gradient if seen.gradient <= limit(memory) else memory["level"]
+    early = max(memory["gradient"], gradient) if looks <= _WARM else memory["gradient"]
+    norms = {"gradient": early, "level": 0.8 * memory["level"] + 0.2 * gradient}
+    new = {**memory, **norms, "looks": looks, "largest": max(memory["largest"], gradient)}
+    if not seen.losses:
+        return new
+    if "first" not in memory:
+        return rebased(new, seen.loss)
+    noise = sum(abs(x - seen.loss) for x in seen.losses) / len(seen.losses)
+    new["noise"] = noise if looks == 1 else 0.9 * memory["noise"] + 0.1 * noise
+    new["best"] = min(memory["best"], seen.loss)
+    return new
+
+
+def limit(memory: Mapping[str, float]) -> float:
+    """The norm from which on a gradient is a spike."""
+    return _SPIKE * memory["largest"] if memory["looks"] >= _WARM else math.inf
+
+
+def _rise(memory: Mapping[str, float], loss: float) -> float:
+    first, best = memory["first"], memory["best"]
+    if memory["looks"] == 0:
+        return (loss - first) / ((_AT_ONCE - 1.0) * abs(first)) if first else 0.0
+    allowed = max(_LOST * (first - best), _NOISE * memory["noise"], _SHARE * abs(best))
+    return (loss - best) / allowed if allowed > 0.0 else 0.0
+
+
+def _leap(seen: Seen) -> float:
+    looks, least = max(seen.steps / EVERY, 1.0), _LEAP_STEPS * YARDSTICK * max(seen.steps, 1) * math.sqrt(seen.entries)
+    if seen.size < 1.1 * seen.base:  # towards the origin, or around it
+        return 0.0
+    return seen.moved / max(_LEAP * looks * seen.base, least, 1e-30)
+
+
+def _growth(memory: Mapping[str, float], seen: Seen) -> float:
+    if memory["looks"] < _WARM:
+        return 0.0
+    fallen = min(1.0, memory["level"] / max(memory["gradient"], 1e-30))
+    return seen.size / memory["size"] * fallen / _GROWTH

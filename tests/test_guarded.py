@@ -1,0 +1,231 @@
+"""What the guard of a plug-in does in runs that go wrong, that it costs a good run nothing, and that it resumes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from plugin import Mixing, copies, every_rule, make, parameters, snapshot, source, through_a_file, train
+from tables import identical
+from torch import nn
+from torch.distributed.checkpoint import state_dict as portable
+
+from l2o.optim import LearnedOptimizer, guarded
+from l2o.rules import SGD, Adam
+from l2o.types import ResumeError
+
+TOTAL = 200
+
+
+def quiet(call, *arguments, **named):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return call(*arguments, **named)
+
+
+def bowl(start=1.0):
+    return [nn.Parameter(torch.full((4, 3), start)), nn.Parameter(torch.full((3,), -start))]
+
+
+def descend(optimizer, steps, tell, factor=None):
+    """On the sum of squares; ``factor`` gives that of the loss at a step."""
+    params = optimizer.param_groups[0]["params"]
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params) * (1.0 if factor is None else factor(step))
+        loss.backward()
+        quiet(optimizer.step, **({"loss": loss} if tell else {}))
+        losses.append(loss.item())
+    return losses
+
+
+def events(optimizer):
+    return [(e["step"], e["kind"], e["done"]) for e in optimizer.report()["events"]]
+
+
+def slow(params, rule=None, **settings):
+    return make(params, rule, **{"total_steps": TOTAL, "lr": 1e-4, **settings})
+
+
+@every_rule
+def test_where_nothing_happens_a_run_is_the_same_to_the_bit(rule):
+    guarded_run, plain = slow(parameters(), rule, guard=True), slow(parameters(), rule)
+    assert identical(quiet(train, guarded_run, range(25)), quiet(train, plain, range(25)))
+    assert guarded_run.report() == {"stage": "rule", "skipped_steps": 0, "events": []}
+    for p, q in zip(guarded_run.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        kept = dict(guarded_run.state[p])
+        assert identical(kept.pop("good").shape, p.shape)
+        assert identical(kept, dict(plain.state[q]))
+
+
+@pytest.mark.parametrize("name", ["default", "light", "mlp-digits", "mlp-mixture", "lstm-quadratics"])
+def test_shipped_rules_are_guarded_and_steps_that_need_no_help_are_theirs(name):
+    params = bowl()
+    optimizer = LearnedOptimizer(params, name, total_steps=TOTAL, lr=1e-3)
+    plain = LearnedOptimizer(copies(params), name, total_steps=TOTAL, lr=1e-3, guard=False)
+    assert descend(optimizer, range(40), tell=True) == descend(plain, range(40), tell=True)
+    assert (optimizer.report()["stage"], events(optimizer)) == ("rule", [])
+    assert plain.report() == {"stage": "unguarded", "skipped_steps": 0, "events": []}
+
+
+def test_pairs_are_unguarded_unless_asked_for():
+    assert not make(parameters()).guard
+    assert make(parameters(), guard=True).guard
+
+
+@pytest.mark.parametrize("tell", [True, False])
+def test_steps_far_too_large_end_in_adamw_from_the_parameters_of_the_start(tell):
+    params = bowl()
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    descend(optimizer, range(10), tell)
+    optimizer.zero_grad()
+    loss = sum(p.square().sum() for p in params)
+    loss.backward()
+    with pytest.warns(UserWarning, match=r"step 11: .*optimizer\.report") as caught:
+        optimizer.step(**({"loss": loss} if tell else {}))
+    assert [each.filename for each in caught] == [__file__]
+    assert identical([p.detach() for p in params], before)
+    assert optimizer.report()["stage"] == "small"
+    descend(optimizer, range(11, 120), tell)
+    assert optimizer.report()["stage"] == "adamw"
+    assert [done for _, _, done in events(optimizer)][-1] == "fell back"
+    assert optimizer.state[params[0]].keys() == {"good", "m", "v", "count"}
+
+
+def test_the_fallback_is_torchs_adamw_but_for_its_rate():
+    """That makes up for lost steps, and decays at the end."""
+    params = bowl()
+    optimizer = make(params, SGD(lr=3.0), total_steps=1000, guard=True)
+    for step in range(61):
+        if optimizer.report()["stage"] != "adamw":
+            descend(optimizer, [step], tell=False)
+    other = copies(params)
+    rate = guarded.rate(optimizer.param_groups[0]["run"], 5.0, 1000)
+    assert 1.0 < rate < 1.1
+    torch_optimizer = torch.optim.AdamW(other, lr=1e-3 * rate, weight_decay=0.0)
+    descend(optimizer, range(30), tell=False)
+    for _ in range(30):
+        torch_optimizer.zero_grad()
+        sum(p.square().sum() for p in other).backward()
+        torch_optimizer.step()
+    torch.testing.assert_close(params, other, rtol=1e-5, atol=1e-7)
+
+
+def test_steps_are_small_for_a_while_and_then_the_rule_returns():
+    """One spell of gradients of the wrong sign."""
+    optimizer = slow(bowl(), SGD(lr=0.02), lr=1.0, total_steps=1000, guard=True)
+    descend(optimizer, range(40), tell=True)
+    descend(optimizer, range(40, 51), tell=True, factor=lambda step: 1000.0)
+    descend(optimizer, range(51, 120), tell=True)
+    assert optimizer.report()["stage"] == "rule"
+    assert "fell back" not in [done for _, _, done in events(optimizer)]
+
+
+def test_a_problem_that_has_become_another_one_is_not_held_against_the_rule():
+    optimizer = slow(bowl(), SGD(lr=0.01), lr=1.0, guard=True)
+    descend(optimizer, range(50), tell=True)
+    params = optimizer.param_groups[0]["params"]
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = 100.0 + sum(p.square().sum() for p in params)
+        loss.backward()
+        quiet(optimizer.step, loss=loss)
+    assert [done for _, _, done in events(optimizer)] == ["backed off", "another problem"]
+    assert optimizer.report()["stage"] == "rule"
+
+
+def test_one_gradient_that_is_a_thousand_times_larger_is_skipped():
+    optimizer = slow(bowl(), Adam(), guard=True)
+    descend(optimizer, range(45), tell=False)
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    descend(optimizer, [45], tell=False, factor=lambda step: 1000.0)
+    assert identical([p.detach() for p in optimizer.param_groups[0]["params"]], before)
+    descend(optimizer, range(46, 60), tell=False)
+    assert events(optimizer) == [(50, "gradient", "skipped")]
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("cut", [5, 20, 33, 90])
+@pytest.mark.parametrize("tell", [True, False])
+def test_a_guarded_run_resumes_to_the_bit_wherever_it_is(cut, tell):
+    """Between two looks, backed off, fallen back."""
+    whole, first = (make(bowl(), SGD(lr=3.0), total_steps=TOTAL, guard=True) for _ in range(2))
+    expected = descend(whole, range(120), tell)
+    losses = descend(first, range(cut), tell)
+    saved = through_a_file(first.state_dict())
+    second = make(copies(first.param_groups[0]["params"]), SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    second.load_state_dict(saved)
+    assert losses + descend(second, range(cut, 120), tell) == expected
+    assert second.report() == whole.report()
+
+
+def test_a_state_dict_is_a_snapshot_also_of_what_the_guard_knows():
+    optimizer = make(bowl(), SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    descend(optimizer, range(15), tell=True)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    descend(optimizer, range(15, 60), tell=True)
+    assert identical(saved, before)
+
+
+def test_states_pass_between_guarded_and_unguarded_runs_unless_adamw_acts():
+    plain, optimizer = slow(bowl()), slow(bowl(), guard=True)
+    descend(plain, range(25), tell=True)
+    optimizer.load_state_dict(through_a_file(plain.state_dict()))
+    descend(optimizer, range(25, 45), tell=True)
+    assert events(optimizer) == []
+    plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert plain.report()["stage"] == "unguarded"
+    fallen = make(bowl(), SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    descend(fallen, range(60), tell=True)
+    before = snapshot(plain)
+    other = make(bowl(), SGD(lr=3.0), total_steps=TOTAL)
+    with pytest.raises(ResumeError, match="guard=True"):
+        other.load_state_dict(fallen.state_dict())
+    assert identical(snapshot(plain), before)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_guarded_run_goes_on_from_a_distributed_checkpoint(flat, tmp_path):
+    """Good parameters, memory and the losses since the last look are among what is saved."""
+    chosen, runs = portable.StateDictOptions(flatten_optimizer_state_dict=flat), []
+    for stop in (0, 25):
+        model = nn.Linear(3, 2)
+        nn.init.constant_(model.weight, 0.5), nn.init.constant_(model.bias, 0.1)
+        optimizer = make(model.parameters(), Adam(lr=0.01), total_steps=TOTAL, guard=True)
+        descend(optimizer, range(stop), tell=True)
+        if stop:
+            saved = portable.get_optimizer_state_dict(model, optimizer, options=chosen)
+            quiet(dcp.save, {"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+            again = copy.deepcopy(model)
+            optimizer = make(again.parameters(), Adam(lr=0.01), total_steps=TOTAL, guard=True)
+            state = {"optimizer": portable.get_optimizer_state_dict(again, optimizer, options=chosen)}
+            quiet(dcp.load, state, checkpoint_id=tmp_path, no_dist=True)
+            portable.set_optimizer_state_dict(again, optimizer, state["optimizer"], options=chosen)
+        descend(optimizer, range(stop, 45), tell=True)
+        end = snapshot(optimizer)
+        kept = [dict(sorted(slots.items())) for slots in end["state"].values()]  # in whatever order they are made
+        runs.append([kept, end["param_groups"], *copies(optimizer.param_groups[0]["params"])])
+    assert identical(*runs)
+
+
+def test_what_other_code_keeps_in_the_state_stays_when_the_guard_acts():
+    params = bowl()
+    optimizer = make(params, SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    optimizer.state[params[0]]["note"] = "mine"
+    descend(optimizer, range(60), tell=True)
+    assert optimizer.report()["stage"] == "adamw"
+    assert optimizer.state[params[0]]["note"] == "mine"
+
+
+def test_a_rule_that_reads_the_loss_and_shares_slots_is_guarded_too():
+    optimizer = make(bowl(), Mixing(), total_steps=TOTAL, lr=1000.0, guard=True)
+    descend(optimizer, range(60), tell=True)
+    assert optimizer.report()["stage"] == "adamw"
+    assert optimizer.param_groups[0]["run"]["shared"] == {}
+    assert source(Mixing())[0] == optimizer.rule
