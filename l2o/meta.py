@@ -186,7 +186,9 @@ class MetaTraining:
         # Parameters have numbers; a `LearnedOptimizer` also has entries of other names.
         slots = {int(k) if k.isdecimal() else k: value for k, value in saved_state.items()}
         own = self.optimizer.state_dict()["param_groups"]
-        merged = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
+        # Not what this optimizer has counted by now, where what is saved does not say it.
+        settings = [{k: v for k, v in group.items() if not isinstance(v, dict)} for group in own]
+        merged = [{**group, **saved} for group, saved in zip(settings, groups, strict=True)]
         try:
             self.optimizer.load_state_dict({"state": slots, "param_groups": merged})
         except ValueError as error:
@@ -265,8 +267,8 @@ def _try_optimizer(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer], th
 
 
 def _kept(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer may count in a group of parameters; the schedule sets ``lr``."""
-    return {k: v for k, v in group.items() if k != "lr" and isinstance(v, bool | int | float | str | Tensor)}
+    """What an optimizer may count in a group of parameters, in a dict of its own too; the schedule sets ``lr``."""
+    return {k: v for k, v in group.items() if k != "lr" and isinstance(v, bool | int | float | str | Tensor | dict)}
 
 
 def _scaled(grads: Theta, factor: Tensor) -> Theta:

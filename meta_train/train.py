@@ -16,7 +16,7 @@ from l2o.types import ConfigurationError
 from meta_train.config.assemble import make_session
 from meta_train.config.compose import config_path, main_guard, open_settings
 from meta_train.loggers import duration
-from meta_train.pictures import LEAST, draw
+from meta_train.pictures import LEAST, PICTURE, draw
 from meta_train.run.folder import Request, RunFolder
 from meta_train.run.processes import Follower, agreed, joined, wait_for_all
 from meta_train.run.session import Session
@@ -75,7 +75,8 @@ def train(request: Request) -> int:
     session = make_session(RunFolder(request))
     if agreed(isinstance(session, Session) and session.finished):
         if isinstance(session, Session):
-            print(_finished(session))
+            drawn = (session.folder.path / PICTURE).exists()  # not, where it was killed between its end and its picture
+            print(_finished(session) + ("" if drawn else _picture(session)))
         return 0
     wait_for_all()  # until then nobody writes, so that all have read the same
     with StopRequest() as stop:

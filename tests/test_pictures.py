@@ -157,6 +157,9 @@ def test_a_run_ends_with_its_picture(here, monkeypatch, capsys):
     assert command("steps=2", "evaluate_every=0", main=train) == 0
     assert "picture: run/training.png" in capsys.readouterr().out
     assert Path("run/training.png").read_bytes().startswith(PNG)
+    Path("run/training.png").unlink()  # as where it is killed before it is drawn
+    assert command("steps=2", "evaluate_every=0", main=train) == 0
+    assert Path("run/training.png").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert command("steps=2", "evaluate_every=0", "run=other", main=train) == 0
     assert "no picture: matplotlib cannot be imported" in capsys.readouterr().out

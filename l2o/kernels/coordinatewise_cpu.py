@@ -154,9 +154,11 @@ def at_hand(tensors: Sequence[Tensor]) -> bool:
 
     Small ones whose derivatives are wanted are not: to compute them again takes longer than to keep autograd's graph.
     """
+    if torch.compiler.is_compiling():  # first: what asks functorch is a break in the graph
+        return False
     # Custom ops have no rules for any transform but `vmap`, and none for forward mode.
     others = any(x.key() != _functorch.TransformType.Vmap for x in _functorch.get_interpreter_stack() or ())
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or others or not ordinary(tensors):
+    if forward_ad._current_level >= 0 or others or not ordinary(tensors):
         return False
     small = max((t.numel() for t in tensors), default=0) <= SMALL
     return not (small and differentiable(tensors)) and available("coordinatewise")

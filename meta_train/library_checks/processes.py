@@ -30,7 +30,7 @@ def in_processes(jobs: Mapping[str, Job], count: int = 2) -> dict[str, str]:
     """What each job's first failure says, by its name; "" where it works in all of ``count`` processes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_work, (count, folder, dict(jobs)), nprocs=count)
-        said = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]
+        said = [json.loads(Path(folder, f"{rank}.json").read_text("utf-8")) for rank in range(count)]
     return {name: next((own[name] for own in said if own[name]), "") for name in jobs}
 
 
@@ -48,7 +48,7 @@ def _work(rank: int, count: int, folder: str, jobs: Mapping[str, Job]) -> None:
             said[name] = ""
         except Exception:
             said[name] = traceback.format_exc()
-    Path(folder, f"{rank}.json").write_text(json.dumps(said))
+    Path(folder, f"{rank}.json").write_text(json.dumps(said), "utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
