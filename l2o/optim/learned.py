@@ -137,7 +137,7 @@ class LearnedOptimizer(RuleState):
         if ranks().size > 1:
             check_flat(members)
         check_params(members)
-        if self.guard and self._watched(members, loss):
+        if self._guards and self._watched(members, loss):
             return
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         rule, inputs = self._inputs(members, loss)
@@ -189,12 +189,7 @@ class LearnedOptimizer(RuleState):
         return True
 
     def _watched(self, members: Sequence[Member], loss: Any) -> bool:
-        """Whether the guard has put good parameters in place: this gradient is of others.
-
-        It watches runs of one process alone: others would see other losses, and go other ways.
-        """
-        if not self._place.alone or ranks().size > 1:
-            return False
+        """Whether the guard has put good parameters in place: this gradient is of others."""
         names = {m.param: tuple(self._layout(m)) for m in self._members()}.__getitem__
         event = guarded.watch_step(self, members, names, loss, self.total_steps)
         if event is None:

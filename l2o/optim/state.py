@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2o.distributed import ranks
 from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import apart
 from l2o.optim.guard import beside, plain
@@ -58,6 +59,11 @@ class RuleState(torch.optim.Optimizer):
         # First, because it is what finds out about the place.
         members = [member for member in self._members() if member.param.grad is not None]
         return self._place.here(members)
+
+    @property
+    def _guards(self) -> bool:
+        """Whether a guard is at work: in one process alone, since others would see other losses, and go other ways."""
+        return self.guard and self._place.alone and ranks().size == 1
 
     def _dtype(self) -> torch.dtype:
         """Of the arithmetic; asked at each step, because modules are also converted after their optimizer was made."""
@@ -130,7 +136,7 @@ class RuleState(torch.optim.Optimizer):
             new = apart(self._opt_state(rule, theta, members, params))
             new = new if rule.rests else beside(new, self._seen(members))
             slots.keep(self, members, self._place.kept(members, new))
-            if self.guard and self._place.alone:
+            if self._guards:
                 guarded.keep_good(self.state, members)
         return True
 
