@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as portable
 
 from l2o.optim import LearnedOptimizer, guarded
-from l2o.rules import SGD, Adam
+from l2o.rules import SGD, Adam, Momentum
 from l2o.types import ResumeError
 
 TOTAL = 200
@@ -221,6 +221,19 @@ def test_what_other_code_keeps_in_the_state_stays_when_the_guard_acts():
     descend(optimizer, range(60), tell=True)
     assert optimizer.report()["stage"] == "adamw"
     assert optimizer.state[params[0]]["note"] == "mine"
+
+
+def test_a_state_that_is_cleared_begins_the_run_anew_whoever_acted():
+    params, rule = bowl(), Momentum(lr=3.0)
+    optimizer = make(params, rule, total_steps=TOTAL, guard=True)
+    descend(optimizer, range(60), tell=True)
+    assert optimizer.report()["stage"] == "adamw"
+    optimizer.state.clear()
+    optimizer.param_groups[0]["lr"] = 1e-3
+    fresh = make(copies(params), rule, total_steps=TOTAL, lr=1e-3, guard=True)
+    for each in (optimizer, fresh):
+        descend(each, range(3), tell=True)
+    assert identical(optimizer.state_dict(), fresh.state_dict())
 
 
 def test_a_rule_that_reads_the_loss_and_shares_slots_is_guarded_too():

@@ -14,13 +14,14 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from l2o.optim import watch
+from l2o.optim import ladder, watch
+from l2o.optim.ladder import Guard
 from l2o.optim.members import Member
 from l2o.optim.slots import counts, record, run_of
 from l2o.rules import Adam
@@ -30,67 +31,17 @@ GOOD = "good"
 """The name of a parameter's copy, beside its slots."""
 _SMALL = 0.1
 """Factor of steps that are backed off."""
-_PROBATION = 0.02
-"""Share of the run for which steps are small,"""
-_LEAST_PROBATION = 2 * watch.EVERY
-"""and at least so many steps."""
-_SOON = 0.1
-"""Share of the run after which an alarm is a new one; until then it is the same trouble once more."""
-_LATE = 0.1
-"""Share of the run after which a rule without trouble until then has proven itself: it gets one more chance,"""
-_AGAIN = 0.1
-"""so much of the run after AdamW took over."""
-_SAME = 0.8
-"""A loss at good parameters that is this share of the one that gave the alarm: not the optimizer was in trouble."""
 _LAST = 0.05
 """Share of the run over which AdamW's rate decays at its end, as the learned rule's steps would have,"""
 _FLOOR = 0.05
 """to this share of it."""
 _MAKE_UP = 1.25
 """AdamW's rate is larger by what was lost of the run, at most by this factor."""
-_KEPT = 100
-"""Events, of which the oldest are forgotten."""
 
 Facts = Mapping[str, Any]
 """Of a run."""
-Guard = dict[str, Any]
-"""stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good, base: the step of the good
-parameters, their norm.    alarm: the loss that gave the last one, -inf for none.    again: the step of AdamW's handing
-over, -1 for never.    losses: since the last look.    skipped: steps until then.    memory: `watch.Memory`.    events:
-dicts of ``step, kind, done``."""
-
-_WARNINGS = {
-    "backed off": "parameters are the last good ones again, steps are a tenth for a while",
-    "fell back": "parameters are the last good ones again, AdamW at 1e-3 goes on",
-    "anew": "parameters are the last good ones again, AdamW begins anew",
-}
-"""What is said of what was done, where parameters were put back. In the report alone: ``returned`` (the rule at its own
-steps), ``handed over`` (AdamW to the rule), ``another problem`` (where the loss is as high at the last good parameters;
-the run goes on) and ``skipped`` (steps whose gradients were not finite, or far above all before)."""
-
-
-class Event(NamedTuple):
-    """step: number of steps before it.    kind: of trouble.    done: what was done about it."""
-
-    step: int
-    kind: str
-    done: str
-
-    @property
-    def restored(self) -> bool:
-        """Whether good parameters were put in place."""
-        return self.done in _WARNINGS
-
-    def __str__(self) -> str:
-        signs = {
-            "leap": "parameters moved by more than half their norm within ten steps",
-            "growth": "parameters have grown a lot and gradients have not fallen",
-            "rise": "the loss has risen",
-            "skips": "half the gradients were not finite, or far above all before",
-        }
-        return (
-            f"step {self.step + 1}: {signs[self.kind]}; {_WARNINGS[self.done]}. optimizer.report() has all such events"
-        )
+Names = Mapping[Tensor, Sequence[str]]
+"""Of slots, by parameter."""
 
 
 @cache
@@ -98,12 +49,6 @@ def _adamw() -> tuple[UpdateRule, Theta]:
     """Decay is the plug-in's, which is AdamW's."""
     rule = Adam(lr=watch.YARDSTICK)
     return rule, rule.init_theta(torch.Generator())
-
-
-def begin() -> Guard:
-    """What is known before the first step."""
-    stage = {"stage": "rule", "since": 0, "good": 0, "base": 0.0, "alarm": -math.inf, "again": -1}
-    return {**stage, "losses": [], "skipped": 0, "memory": {}, "events": []}
 
 
 def acting(run: Facts, rule: UpdateRule, theta: Theta) -> tuple[UpdateRule, Theta]:
@@ -159,34 +104,35 @@ def report(run: Facts) -> dict[str, Any]:
 
 
 def watch_step(
-    optimizer: Optimizer, members: Sequence[Member], names: Callable[[Tensor], Sequence[str]], loss: Any, total: int
-) -> Event | None:
+    optimizer: Optimizer, members: Sequence[Member], names: Callable[[], Names], loss: Any, total: int
+) -> ladder.Event | None:
     """See every few steps, before one is taken, how the run goes, and do what has to be done; gives what was done.
 
-    members: those with gradients, whole.     names: of the acting rule's slots of a parameter.     loss: if known.
+    members: those with gradients, whole.     names: gives those of the acting rule's slots, by parameter.
+    loss: if known.
     total: steps of the run.
     """
-    guard, (step, skipped) = _heard(run_of(optimizer).get("guard") or begin(), loss), counts(optimizer)
+    guard, (step, skipped) = _heard(run_of(optimizer).get("guard") or ladder.begin(), loss), counts(optimizer)
     if step % watch.EVERY:
         record(optimizer, guard=guard)
         return None
     seen = _seen(optimizer, guard, members)
-    guard = _skips(guard, step, int(skipped))
+    guard = ladder.skips(guard, step, int(skipped))
     if not guard["memory"]:
         new = {**guard, "losses": [], "memory": watch.begun(seen)}
         record(optimizer, guard=_keep_good(optimizer, new, members, seen.size))
         return None
     signs = watch.alarms(guard["memory"], seen)
     kind = watch.trouble(signs)
-    event: Event | None
+    event: ladder.Event | None
     if kind is not None:
-        guard, alarm = _alarmed(guard, kind, seen, step, total)
+        guard, alarm = ladder.alarmed(guard, kind, seen, step, total)
         event = alarm
         if alarm.restored:
             _restore(optimizer, names)
             guard.update(memory=watch.back(guard["memory"], seen), good=step)
     else:
-        guard, event = _calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total)
+        guard, event = ladder.calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total)
         if event and event.done == "handed over":
             _drop(optimizer, names)
         # That small steps do no harm does not make parameters good.
@@ -242,7 +188,7 @@ def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member], si
     return {**guard, "good": counts(optimizer)[0], "base": size, "memory": watch.kept(guard["memory"])}
 
 
-def _restore(optimizer: Optimizer, names: Callable[[Tensor], Sequence[str]]) -> None:
+def _restore(optimizer: Optimizer, names: Callable[[], Names]) -> None:
     """Put good parameters in place."""
     for p, kept in optimizer.state.items():
         if isinstance(p, Tensor) and GOOD in kept:
@@ -250,60 +196,13 @@ def _restore(optimizer: Optimizer, names: Callable[[Tensor], Sequence[str]]) -> 
     _drop(optimizer, names)
 
 
-def _drop(optimizer: Optimizer, names: Callable[[Tensor], Sequence[str]]) -> None:
+def _drop(optimizer: Optimizer, names: Callable[[], Names]) -> None:
     """Drop the slots of who acted: who acts next begins with a state of its own."""
+    acting = names()
     for p in [key for key in optimizer.state if isinstance(key, Tensor)]:
-        own = names(p)
+        own = acting[p]
         optimizer.state[p] = {name: kept for name, kept in optimizer.state[p].items() if name not in own}
     record(optimizer, shared={})
-
-
-def _skips(guard: Guard, step: int, skipped: int) -> Guard:
-    """With the number of skipped steps, in the report if there are new ones."""
-    if skipped == guard["skipped"]:
-        return guard
-    return _noted({**guard, "skipped": skipped}, Event(step, "gradient", "skipped"))
-
-
-def _calm(guard: Guard, step: int, total: int) -> tuple[Guard, Event | None]:
-    """After a look that found nothing."""
-    if guard["stage"] == "small" and step - guard["since"] >= max(_PROBATION * total, _LEAST_PROBATION):
-        stage, event = "rule", Event(step, "calm", "returned")
-    elif guard["stage"] == "adamw" and step >= guard["again"] > 0:
-        stage, event = "small", Event(step, "calm", "handed over")
-    else:
-        return guard, None
-    return _noted({**guard, "stage": stage, "since": step, "alarm": -math.inf}, event), event
-
-
-def _alarmed(guard: Guard, kind: str, seen: watch.Seen, step: int, total: int) -> tuple[Guard, Event]:
-    """After one that found trouble."""
-    stage, since = guard["stage"], guard["since"]
-    if kind == "rise" and step - since <= 2 * watch.EVERY and seen.loss >= _SAME * guard["alarm"] > -math.inf:
-        new = {"stage": "rule" if stage == "small" else stage, "memory": watch.rebased(guard["memory"], seen.loss)}
-        event = Event(step, kind, "another problem")
-        return _noted({**guard, **new, "since": step, "alarm": -math.inf}, event), event
-    soon = since > 0 and step - since <= max(_SOON * total, 2 * _LEAST_PROBATION)
-    stage, done = {
-        "rule": ("adamw", "fell back") if soon else ("small", "backed off"),
-        "small": ("adamw", "fell back"),
-        "adamw": ("small", "backed off") if soon else ("adamw", "anew"),
-    }[stage]
-    event = Event(step, kind, done)
-    new = {"stage": stage, "since": step, "alarm": seen.loss if kind == "rise" else -math.inf}
-    new["again"] = _again(guard, step, total) if done == "fell back" else guard["again"]
-    return _noted({**guard, **new}, event), event
-
-
-def _again(guard: Guard, step: int, total: int) -> int:
-    """The step at which AdamW is to hand over."""
-    done = [(event["step"], event["done"]) for event in guard["events"] if event["kind"] != "gradient"]
-    proven = all(at >= _LATE * total and what != "fell back" for at, what in done)
-    return step + math.ceil(_AGAIN * total) if proven else -1
-
-
-def _noted(guard: Guard, event: Event) -> Guard:
-    return {**guard, "events": [*guard["events"], event._asdict()][-_KEPT:]}
 
 
 def _stage(run: Facts) -> str | None:

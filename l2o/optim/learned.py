@@ -112,7 +112,7 @@ class LearnedOptimizer(RuleState):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
-        """Take one step and return the loss, if there is one. Does not wait for the device.
+        """Take one step and return the loss, if there is one. Does not wait for the device, but for a guard's looks.
 
         closure: as in torch, computes loss and gradients anew, or returns a loss that has been computed: what wrappers
             of other libraries pass on. Called with grad mode on.
@@ -132,7 +132,8 @@ class LearnedOptimizer(RuleState):
         return loss
 
     def _step(self, members: Sequence[Member], loss: Any) -> None:
-        slots.renew(self)
+        if slots.renew(self):
+            self._layouts = {}  # the rule acts, whoever did
         self._look()
         if ranks().size > 1:
             check_flat(members)
@@ -190,7 +191,10 @@ class LearnedOptimizer(RuleState):
 
     def _watched(self, members: Sequence[Member], loss: Any) -> bool:
         """Whether the guard has put good parameters in place: this gradient is of others."""
-        names = {m.param: tuple(self._layout(m)) for m in self._members()}.__getitem__
+
+        def names() -> dict[Tensor, tuple[str, ...]]:
+            return {m.param: tuple(self._layout(m)) for m in self._members()}
+
         event = guarded.watch_step(self, members, names, loss, self.total_steps)
         if event is None:
             return False

@@ -34,11 +34,13 @@ def counts(optimizer: torch.optim.Optimizer) -> tuple[int, int | Tensor]:
     return run.get("step", 0), run.get("skipped", 0)
 
 
-def renew(optimizer: torch.optim.Optimizer) -> None:
-    """Start the run anew where somebody cleared the state after a step."""
+def renew(optimizer: torch.optim.Optimizer) -> bool:
+    """Start the run anew where somebody cleared the state after a step, and say so."""
     called, skipped = counts(optimizer)
-    if not optimizer.state and called != skipped:
+    cleared = not optimizer.state and called != skipped
+    if cleared:
         record(optimizer, step=0, skipped=0, shared={}, guard={})
+    return cleared
 
 
 def own(kept: Slots, layout: Mapping[str, Any]) -> Slots:
