@@ -13,7 +13,7 @@ from tables import identical
 from torch import nn
 from torch.distributed.checkpoint import state_dict as portable
 
-from l2o.optim import LearnedOptimizer, guarded
+from l2o.optim import LearnedOptimizer, guarded, watch
 from l2o.rules import SGD, Adam, Momentum
 from l2o.types import ResumeError
 
@@ -212,6 +212,29 @@ def test_a_guarded_run_goes_on_from_a_distributed_checkpoint(flat, tmp_path):
         kept = [dict(sorted(slots.items())) for slots in end["state"].values()]  # in whatever order they are made
         runs.append([kept, end["param_groups"], *copies(optimizer.param_groups[0]["params"])])
     assert identical(*runs)
+
+
+SEEN = watch.Seen((), gradient=1.0, size=10.0, moved=9.0, base=1.0, steps=10, entries=9)
+TOLD = SEEN._replace(losses=(0.9,) * 10)
+
+
+def test_what_is_down_the_slope_or_lowers_the_loss_is_no_trouble():
+    memory = watch.begun(SEEN._replace(size=1.0, moved=0.0)) | {"looks": 5.0}
+    known = watch.begun(TOLD._replace(losses=(1.0,) * 10, size=1.0, moved=0.0)) | {"looks": 5.0}
+    assert watch.trouble(watch.alarms(memory, SEEN)) == "leap"
+    assert watch.trouble(watch.alarms(memory, SEEN._replace(slope=-0.1))) is None
+    assert watch.trouble(watch.alarms(known, TOLD)) is None
+    assert watch.trouble(watch.alarms(known, TOLD._replace(losses=(1.05,) * 10))) == "leap"
+
+
+def test_one_lucky_look_at_noisy_losses_is_not_what_others_are_held_to():
+    memory = watch.begun(TOLD._replace(losses=(2.0,) * 10, size=1.0, moved=0.0))
+    for loss in (2.0, 1.0, 1.0, 0.2):  # the last by chance
+        memory = watch.learned(memory, TOLD._replace(losses=(loss,) * 10))
+    still = TOLD._replace(size=1.0, moved=0.0)
+    assert watch.trouble(watch.alarms(memory, still._replace(losses=(1.0,) * 10))) is None
+    memory = watch.learned(memory, still._replace(losses=(1.0,) * 10))
+    assert watch.trouble(watch.alarms(memory, still._replace(losses=(2.0,) * 10))) == "rise"
 
 
 def test_what_other_code_keeps_in_the_state_stays_when_the_guard_acts():

@@ -154,14 +154,17 @@ def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watc
     """Reads the device, once for all numbers."""
     params = [m.param.detach() for m in members]
     good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(members, params, strict=True)]
-    norms = [_norm([m.param.grad for m in members if m.param.grad is not None]), _norm(params)]
-    dots = torch.stack([_product(p, old) for p, old in zip(params, good, strict=True)]).sum()
+    grads = [m.param.grad for m in members if m.param.grad is not None]
+    slopes = [_product(g, p) - _product(g, old) for g, p, old in zip(grads, params, good, strict=True)]
+    dots = [_product(p, old) for p, old in zip(params, good, strict=True)]
+    sums = [_norm(grads), _norm(params), torch.stack(dots).sum(), torch.stack(slopes).sum()]
     losses = [torch.as_tensor(x, dtype=_DTYPE, device=params[0].device).reshape(()) for x in guard["losses"]]
-    gradient, size, product, *heard = torch.stack([*norms, dots, *losses]).tolist()
+    gradient, size, product, slope, *heard = torch.stack([*sums, *losses]).tolist()
     (step, skipped), base = counts(optimizer), guard["base"] or size
     moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
     entries, skips = sum(p.numel() for p in params), int(skipped) - guard["skipped"]
-    return watch.Seen(tuple(heard), gradient, size, moved, base, step - guard["good"], entries, skips)
+    cosine = slope / max(gradient * moved, 1e-30)
+    return watch.Seen(tuple(heard), gradient, size, moved, base, step - guard["good"], entries, skips, cosine)
 
 
 _DTYPE = torch.float32

@@ -16,13 +16,15 @@ _LOST = 0.25
 _NOISE = 3.0
 """which is so many mean absolute differences of single losses from the median of their look,"""
 _SHARE = 0.1
-"""and so much of the lowest loss. On the problems of the suites `default` and `light` lose a fifth of this or less."""
+"""and so much of the lowest loss."""
 _AT_ONCE = 1.5
 """A loss that is so many times the first one after one look has risen; at first nothing has been gained to lose."""
 _LEAP = 0.5
-"""A leap moves parameters by this share of their norm in the steps of a look. `default` and `light` stay below 0.4."""
+"""A leap moves parameters by this share of their norm in the steps of a look,"""
 _LEAP_STEPS = 5.0
-"""times `YARDSTICK` a step is what a leap is at least, so that tensors that start at zero may begin."""
+"""by so many times `YARDSTICK` a step at least, so that tensors that start at zero may begin,"""
+_DOWN = -0.02
+"""and not down the slope, where the gradient at the end opposes it by this cosine: a larger step would help there."""
 _GROWTH = 12.0
 """times their norm at the start is what parameters may not reach unless gradients have fallen."""
 _SMALL = 0.03
@@ -40,7 +42,7 @@ _PROGRESS = 0.05
 
 Memory = dict[str, float]
 """Numbers by name, which are all that is kept of earlier looks: ``looks``; ``first``, ``best``, ``noise`` of losses
-where there are any, and ``kept``, the best when parameters were last good; norms: ``size`` of parameters and
+where there are any, ``last``, and ``kept``, the best when parameters were last good; norms: ``size`` of parameters and
 ``gradient`` of gradients at the start, ``level`` and ``largest`` of gradients of late and at most."""
 
 
@@ -50,7 +52,7 @@ class Seen(NamedTuple):
     losses: of the steps since the last one, empty where nobody gives them.     gradient, size: norms of all gradients
     and of all parameters.     moved: the norm of what parameters moved by since they were last good.
     base: their norm there.     steps: since then.     entries: of all parameters.     skips: steps that were skipped
-    since the last look.
+    since the last look.     slope: the gradient along that move, as a cosine: below 0, more of it would help.
     """
 
     losses: tuple[float, ...]
@@ -61,6 +63,7 @@ class Seen(NamedTuple):
     steps: int
     entries: int
     skips: int = 0
+    slope: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -78,7 +81,7 @@ def begun(seen: Seen) -> Memory:
 
 def rebased(memory: Mapping[str, float], loss: float) -> Memory:
     """``memory`` of a problem that has become another one, of such a loss."""
-    return {**memory, "first": loss, "best": loss, "kept": loss, "noise": 0.0}
+    return {**memory, "first": loss, "best": loss, "kept": loss, "last": loss, "noise": memory.get("noise", 0.0)}
 
 
 def kept(memory: Mapping[str, float]) -> Memory:
@@ -89,14 +92,19 @@ def kept(memory: Mapping[str, float]) -> Memory:
 def back(memory: Mapping[str, float], seen: Seen) -> Memory:
     """``memory`` at those parameters again; what gradients came to on the way is no spike any more."""
     largest = max(memory["largest"], seen.gradient) if math.isfinite(seen.gradient) else memory["largest"]
-    losses = {"best": memory["kept"]} if "best" in memory else {}
+    losses = {"best": memory["kept"], "last": memory["kept"]} if "best" in memory else {}
     return {**memory, **losses, "largest": largest}
 
 
 def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
     """By kind, how near to an alarm each sign of trouble is: from 1 on it is one."""
     signs = {"leap": _leap(seen), "growth": _growth(memory, seen), "skips": seen.skips / (_SKIPS * EVERY)}
-    return {**signs, "rise": _rise(memory, seen.loss)} if seen.losses and "first" in memory else signs
+    if not (seen.losses and "first" in memory):
+        return signs
+    # Whatever parameters do, a loss that falls is what was asked for.
+    level = _level(memory, seen)
+    falls = {"leap": 0.0, "growth": 0.0} if level <= memory["best"] else {}
+    return {**signs, **falls, "rise": _rise(memory, level)}
 
 
 def trouble(signs: Mapping[str, float]) -> str | None:
@@ -124,13 +132,17 @@ def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
         return rebased(new, seen.loss)
     noise = sum(abs(x - seen.loss) for x in seen.losses) / len(seen.losses)
     new["noise"] = noise if looks == 1 else 0.9 * memory["noise"] + 0.1 * noise
-    new["best"] = min(memory["best"], seen.loss)
-    return new
+    return {**new, "best": min(memory["best"], _level(memory, seen)), "last": seen.loss}
 
 
 def limit(memory: Mapping[str, float]) -> float:
     """The norm from which on a gradient is a spike."""
     return _SPIKE * memory["largest"] if memory["looks"] >= _WARM else math.inf
+
+
+def _level(memory: Mapping[str, float], seen: Seen) -> float:
+    """The loss of this look and the last together: the lowest of many looks is luck where batches are small."""
+    return 0.5 * (memory["last"] + seen.loss) if memory["looks"] else seen.loss
 
 
 def _rise(memory: Mapping[str, float], loss: float) -> float:
@@ -143,7 +155,7 @@ def _rise(memory: Mapping[str, float], loss: float) -> float:
 
 def _leap(seen: Seen) -> float:
     looks, least = max(seen.steps / EVERY, 1.0), _LEAP_STEPS * YARDSTICK * max(seen.steps, 1) * math.sqrt(seen.entries)
-    if seen.size < 1.1 * seen.base:  # towards the origin, or around it
+    if seen.size < 1.1 * seen.base or seen.slope < _DOWN:  # towards the origin, or around it; or still down the slope
         return 0.0
     return seen.moved / max(_LEAP * looks * seen.base, least, 1e-30)
 
