@@ -1,4 +1,4 @@
-"""``l2o COMMAND ...`` and ``python -m l2o COMMAND ...``: every command of ``python -m meta_train`` by its name."""
+"""``l2o COMMAND ...`` and ``python -m l2o COMMAND ...``: those of ``python -m meta_train`` for users."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from meta_train.config.compose import main_guard
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = "docs/results/standard/results.json"
-STEPS = "benchmarks/step.json"
+STEPS, STEPS_OF_OTHERS = "benchmarks/step.json", "benchmarks/step-rules.json"
 _BLOCK = re.compile(r"(<!-- (table of|made:) (\S+) -->\n).*?(<!-- end(?: of table)? -->)", re.S)
 
 _SHELF = """# Pretrained rules
@@ -176,11 +176,13 @@ def _figures(name: str, scores: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _cost(name: str) -> str:
-    """The range over shapes, or the card's."""
+    """The range over shapes on one thread, of the first record that has the rule, or the card's."""
     own = {name, *_others(name)}
-    ratios = [r["ratio_to_fused_adamw"] for r in _json(STEPS) if r["rule"] in own and r["threads"] == 1]
+    both = ([r for r in _json(path) if r["rule"] in own and r["threads"] == 1] for path in (STEPS, STEPS_OF_OTHERS))
+    ratios = [r["ratio_to_fused_adamw"] for r in next(filter(None, both), [])]
     if ratios:
-        return f"{min(ratios):.2g} to {max(ratios):.2g} × fused AdamW"
+        low, high = (f"{x:.2g}" if x < 100 else f"{x:.0f}" for x in (min(ratios), max(ratios)))
+        return f"{low} to {high} × fused AdamW"
     found = read_card(name).get("results", {}).get("costs", {})
     if not found:
         return "not measured"
