@@ -218,13 +218,10 @@ SEEN = watch.Seen((), gradient=1.0, size=10.0, moved=9.0, base=1.0, steps=10, en
 TOLD = SEEN._replace(losses=(0.9,) * 10)
 
 
-def test_what_is_down_the_slope_or_lowers_the_loss_is_no_trouble():
-    memory = watch.begun(SEEN._replace(size=1.0, moved=0.0)) | {"looks": 5.0}
-    known = watch.begun(TOLD._replace(losses=(1.0,) * 10, size=1.0, moved=0.0)) | {"looks": 5.0}
+def test_what_is_down_the_slope_is_no_leap():
+    memory = watch.begun(SEEN._replace(size=1.0, moved=0.0)) | {"looks": 2.0}
     assert watch.trouble(watch.alarms(memory, SEEN)) == "leap"
     assert watch.trouble(watch.alarms(memory, SEEN._replace(slope=-0.1))) is None
-    assert watch.trouble(watch.alarms(known, TOLD)) is None
-    assert watch.trouble(watch.alarms(known, TOLD._replace(losses=(1.05,) * 10))) == "leap"
 
 
 def test_one_lucky_look_at_noisy_losses_is_not_what_others_are_held_to():

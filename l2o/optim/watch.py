@@ -101,10 +101,7 @@ def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
     signs = {"leap": _leap(seen), "growth": _growth(memory, seen), "skips": seen.skips / (_SKIPS * EVERY)}
     if not (seen.losses and "first" in memory):
         return signs
-    # Whatever parameters do, a loss that falls is what was asked for.
-    level = _level(memory, seen)
-    falls = {"leap": 0.0, "growth": 0.0} if level <= memory["best"] else {}
-    return {**signs, **falls, "rise": _rise(memory, level)}
+    return {**signs, "rise": _rise(memory, _level(memory, seen))}
 
 
 def trouble(signs: Mapping[str, float]) -> str | None:
