@@ -20,6 +20,7 @@ from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, re
 from l2o.optim.inputs import evaluated, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
+from l2o.optim.precision import checked_dtype
 from l2o.optim.state import RuleState
 from l2o.types import ConfigurationError, L2OError, Run, Theta, UpdateRule
 
@@ -45,6 +46,8 @@ class LearnedOptimizer(RuleState):
     rules: classes of rules of your own that the checkpoint may name.
     guard: whether a run that goes wrong is helped, by smaller steps, then by AdamW (`l2o.optim.guarded`), where it has
         one process. By default for checkpoints, not for ``(rule, theta)``, whose users want to see what the rule does.
+    state_dtype: ``torch.bfloat16`` to keep slots of their parameter's shape so between steps, rounded at random: half
+        the memory (`l2o.optim.precision`). Other slots, those of no single parameter, and all arithmetic stay.
 
     Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision and
     autocast. All groups go through the rule together; parameters without a gradient stay as they are, and so do entries
@@ -76,8 +79,10 @@ class LearnedOptimizer(RuleState):
         weight_decay: float = 0.0,
         rules: Sequence[type[UpdateRule]] = (),
         guard: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.guard = not isinstance(source, tuple) if guard is None else bool(guard)
+        self.state_dtype = checked_dtype(state_dtype)
         name, self.rule, self.theta = resolved(source, rules)
         self.total_steps = length(total_steps)
         defaults = {"lr": lr, "weight_decay": weight_decay}
@@ -162,7 +167,7 @@ class LearnedOptimizer(RuleState):
             self._skip(culprit(members, grads, updates, loss, limit))
             return
         new = slots.apart(members, inputs.params, grads, new)
-        slots.keep(self, members, self._place.kept(members, new))
+        self._keep(members, new)
         write(members, inputs.params, updates, factors, None if readable(ok.device) else ok)
         self._count(0 if readable(ok.device) else (~ok).long())
 
@@ -184,7 +189,7 @@ class LearnedOptimizer(RuleState):
         new = fused.step(rule, *inputs, {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None
-        slots.keep(self, members, new)
+        self._keep(members, new)
         self._lent = False
         self._count(0)
         return True

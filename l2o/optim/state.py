@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from l2o.distributed import ranks
-from l2o.optim import guarded, resume, slots
+from l2o.optim import guarded, precision, resume, slots
 from l2o.optim.apply import apart
 from l2o.optim.guard import beside, plain
 from l2o.optim.locate import placed
 from l2o.optim.members import Member, checked_gradient, infos, label, settings, unique
 from l2o.optim.place import WHOLE, Others
-from l2o.types import OptState, Params, Slots, Theta, UpdateRule
+from l2o.types import OptState, ParamInfo, Params, Slots, Theta, UpdateRule
 
 
 class RuleState(torch.optim.Optimizer):
@@ -32,6 +32,7 @@ class RuleState(torch.optim.Optimizer):
     theta: Theta
     total_steps: int
     guard: bool
+    state_dtype: torch.dtype | None = None
     _origin: dict[str, str]
     _warned: set[str]
     _others: Others | None = None
@@ -43,6 +44,7 @@ class RuleState(torch.optim.Optimizer):
         self._place = WHOLE
         self._all: list[Member] = []
         self._layouts: dict[str, resume.Layout] = {}
+        self._entrywise: dict[tuple[int, ParamInfo], frozenset[str]] = {}
         self._lent = True  # others may hold the state's tensors, which steps in place would write to
 
     def _members(self) -> list[Member]:
@@ -110,6 +112,20 @@ class RuleState(torch.optim.Optimizer):
         kept = self.state.get(member.param)
         return self._place.local(slots.own(kept, self._layout(member))) if kept else {}
 
+    def _keep(self, members: Sequence[Member], new: OptState) -> None:
+        """Keep the new slots of what is here, in the precision of the state."""
+        if self.state_dtype is not None:
+            known = infos(members)
+            new = precision.stored(new, {key: self._narrow(info) for key, info in known.items()}, slots.counts(self)[0])
+        slots.keep(self, members, self._place.kept(members, new))
+
+    def _narrow(self, info: ParamInfo) -> frozenset[str]:
+        """The slots of such a parameter that are kept in the precision of the state, of who makes the steps."""
+        rule, theta = guarded.acting(slots.run_of(self), self.rule, self.theta)
+        if (id(rule), info) not in self._entrywise:
+            self._entrywise[id(rule), info] = precision.entrywise(rule, theta, info)
+        return self._entrywise[id(rule), info]
+
     def _seen(self, members: Sequence[Member]) -> Slots:
         """Bool ``[*shape]`` by parameter: which entries have had a gradient."""
         seen = {m.key: slots.seen(self.state, m, bool(self._own(m))) for m in members}
@@ -135,7 +151,7 @@ class RuleState(torch.optim.Optimizer):
             rule, theta = self._acting(dtype, device)
             new = apart(self._opt_state(rule, theta, members, params))
             new = new if rule.rests else beside(new, self._seen(members))
-            slots.keep(self, members, self._place.kept(members, new))
+            self._keep(members, new)
             if self._guards:
                 guarded.keep_good(self.state, members)
         return True
@@ -206,8 +222,8 @@ class RuleState(torch.optim.Optimizer):
         self._layouts = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("rule", "theta", "total_steps", "guard", "_origin", "_warned")}
-        return {**super().__getstate__(), **own}
+        names = ("rule", "theta", "total_steps", "guard", "state_dtype", "_origin", "_warned")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict calls this too, with part of the state

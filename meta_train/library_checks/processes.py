@@ -115,12 +115,14 @@ def _save(model: torch.nn.Module, optimizer: Any, folder: str) -> None:
     dcp.save(_state(model, optimizer), checkpoint_id=folder)
 
 
-def _resumed(model: torch.nn.Module, rule: UpdateRule, folder: str, alone: bool = False) -> dict[str, torch.Tensor]:
+def _resumed(
+    model: torch.nn.Module, rule: UpdateRule, folder: str, alone: bool = False, **settings: Any
+) -> dict[str, torch.Tensor]:
     """The parameters after the rest of the run."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    optimizer = make(model.parameters(), rule)
+    optimizer = make(model.parameters(), rule, **settings)
     state = _state(model, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as was asked for
@@ -128,6 +130,19 @@ def _resumed(model: torch.nn.Module, rule: UpdateRule, folder: str, alone: bool 
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     train(model, optimizer, range(2, STEPS))
     return values(model)
+
+
+def narrow_state(rule: UpdateRule) -> None:
+    """Shards of state in bfloat16 go on from `torch.distributed.checkpoint` as if never stopped, to the bit."""
+    model, narrow = sharded_net(), {"state_dtype": torch.bfloat16}
+    optimizer = make(model.parameters(), rule, **narrow)
+    train(model, optimizer, range(2))
+    with _folder() as folder:
+        _save(model, optimizer, folder)
+        again = _resumed(sharded_net(), rule, folder, **narrow)
+    train(model, optimizer, range(2, STEPS))
+    torch.testing.assert_close(again, values(model), rtol=0, atol=0)
+    assert optimizer.state[model.wide.weight]["m"].dtype == torch.bfloat16
 
 
 def hybrid_sharded(rule: UpdateRule) -> None:

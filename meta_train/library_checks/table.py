@@ -99,6 +99,7 @@ CHECKS: Sequence[Check] = [
     Check("torch", "FSDP2 with tensor parallelism: an error", processes.tensor_parallel, none, processes=2),
     Check("torch", "FSDP2, copies of groups of shards (HSDP)", processes.hybrid_sharded, two, processes=4),
     Check("torch", "`torch.distributed.checkpoint`: FSDP2, to one process and back", processes.resharded, processes=2),
+    Check("torch", "the same, sharded state in bfloat16", processes.narrow_state, two, processes=2),
     Check("torch", "`ZeroRedundancyOptimizer`, resumed", processes.zero_redundancy, kinds, processes=2),
     Check("torch", "the same, an error without work", processes.zero_redundancy_without_work, none, processes=2),
     Check("torch", "FSDP1: an error, but with `NO_SHARD`", processes.flat_shards, none, processes=2),

@@ -1,0 +1,85 @@
+"""State in bfloat16 between steps: which slots, and how they are rounded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2o.types import ConfigurationError, OptState, ParamInfo, Slots, Theta, UpdateRule
+
+_BELOW = 0xFFFF
+"""The bits of a float32 that bfloat16 lacks."""
+
+
+def checked_dtype(state_dtype: Any) -> torch.dtype | None:
+    """What state is kept in, None for the dtype of the arithmetic; raises `ConfigurationError`."""
+    if state_dtype in (None, torch.bfloat16):
+        found: torch.dtype | None = state_dtype
+        return found
+    raise ConfigurationError(
+        f"state_dtype={state_dtype!r}: expected torch.bfloat16, or None for the precision of the arithmetic (float16 "
+        "has too small a range for squared gradients)"
+    )
+
+
+def entrywise(rule: UpdateRule, theta: Theta, info: ParamInfo) -> frozenset[str]:
+    """The names of the slots that have numbers for each entry: of the parameter's shape, behind axes of their own.
+
+    Found by asking the rule for the state of two lengths of the longest axis, on no device: a hidden state of 64
+    numbers is none of a bias of 64 entries.
+    """
+    if not info.shape:
+        return frozenset()
+    longest = max(range(len(info.shape)), key=lambda axis: (info.shape[axis], axis))
+    shapes = [(*info.shape[:longest], info.shape[longest] + more, *info.shape[longest + 1 :]) for more in (0, 1)]
+    states = [_blank(rule, theta, dataclasses.replace(info, shape=shape)) for shape in shapes]
+    fitting = [
+        {name for name, t in slots.items() if t.is_floating_point() and t.shape[-len(shape) :] == shape}
+        for slots, shape in zip(states, shapes, strict=True)
+    ]
+    return frozenset(set.intersection(*fitting))
+
+
+def _blank(rule: UpdateRule, theta: Theta, info: ParamInfo) -> Slots:
+    param = torch.empty(info.shape, device="meta")
+    return rule.init({name: t.to("meta") for name, t in theta.items()}, {"p": param}, {"p": info}).per_param["p"]
+
+
+def stored(state: OptState, narrow: Mapping[str, Set[str]], step: int) -> OptState:
+    """``state`` with the slots ``narrow``, names by parameter, in bfloat16.
+
+    Rounded up or down at random, so that the mean is the number itself (stochastic rounding: Gupta et al. 2015, arXiv
+    1502.02551; of bfloat16, Zamirai et al. 2020, arXiv 2010.06192). To the nearest, a moment with decay 0.999, which
+    changes by a thousandth of itself where bfloat16 has steps of 1/128 to 1/256, would never fall again; which slots
+    are such moments only the rule knows, so all are treated alike.
+
+    step: number of steps that were called before this one, which the draw is keyed by: a resumed run draws the same.
+    All tensors share the draw, so that copies of one tensor stay equal in all processes, whatever else these hold.
+    """
+    wide = [state.per_param[key][name] for key, names in narrow.items() for name in names]
+    if not wide:
+        return state
+    noise = _noise(max(t.numel() for t in wide), step, wide[0].device)
+    return state._replace(
+        per_param={
+            key: {name: _rounded(t, noise) if name in narrow[key] else t for name, t in slots.items()}
+            for key, slots in state.per_param.items()
+        }
+    )
+
+
+def _noise(count: int, step: int, device: torch.device) -> Tensor:
+    """int32 ``[count]``, uniform from 0 to 65,535."""
+    generator = torch.Generator(device).manual_seed(step)
+    words = torch.empty(-(-count // 2), dtype=torch.int64, device=device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int32)[:count].bitwise_and_(_BELOW)
+
+
+def _rounded(x: Tensor, noise: Tensor) -> Tensor:
+    """``x`` in bfloat16, what is representable as it is: 0 stays 0, infinities and torch's NaN stay what they are."""
+    bits = x.float().view(torch.int32) + noise[: x.numel()].view(x.shape)
+    return bits.bitwise_and_(~_BELOW).view(torch.float32).to(torch.bfloat16)
