@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine
 from l2o.ops.groups import stack
@@ -37,7 +38,7 @@ def step(
     decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
     momentum = decay(theta["logit_momentum"]) if rule.direction != "adam" else decays[0]
     tensors = [
-        Entries(rule.path(p.shape), as_matrix(p.shape), _like(grads[n], p), p, state.per_param[n], factors[n])
+        Entries(rule.path(p.shape), as_matrix(p.shape), laid_out_as(grads[n], p), p, state.per_param[n], factors[n])
         for n, p in params.items()
     ]
     steps = fused_steps(tensors, [momentum, *decays])
@@ -78,8 +79,3 @@ def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:
     for name, t in tensors.items():
         names[t.shape].append(name)
     return names
-
-
-def _like(grad: Tensor, param: Tensor) -> Tensor:
-    """``grad`` with its entries where ``param`` has them."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

@@ -57,6 +57,11 @@ def dense_lanes(t: Tensor) -> Tensor:
     return t if shared else t.contiguous()
 
 
+def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
+    """``t [*shape]`` with its entries where ``like [*shape]`` has them; itself where they are."""
+    return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
+
+
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[Any]:
     """Of each tensor's first element, of tensors of any shape; the tensors have to outlive them."""
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])

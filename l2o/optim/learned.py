@@ -185,7 +185,11 @@ class LearnedOptimizer(RuleState):
             return None
         if not finite(list(inputs.grads.values()), [], limit):
             return False
-        inputs = inputs._replace(state=apart(inputs.state)) if self._lent else inputs
+        if self._lent:
+            # Once, because kernels need not look for what finite gradients never make.
+            if not finite([], [t for own in inputs.state.per_param.values() for t in own.values()]):
+                return None
+            inputs = inputs._replace(state=apart(inputs.state))
         new = fused.step(rule, *inputs, {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from l2o.ops.groups import SMALL
 from l2o.types import ConfigurationError, OptState, ParamInfo, Slots, Theta, UpdateRule
 
 _BELOW = 0xFFFF
@@ -60,16 +61,29 @@ def stored(state: OptState, narrow: Mapping[str, Set[str]], step: int) -> OptSta
     step: number of steps that were called before this one, which the draw is keyed by: a resumed run draws the same.
     All tensors share the draw, so that copies of one tensor stay equal in all processes, whatever else these hold.
     """
-    wide = [state.per_param[key][name] for key, names in narrow.items() for name in names]
-    if not wide:
+    places = [(key, name) for key, names in narrow.items() for name in names]
+    if not places:
         return state
-    noise = _noise(max(t.numel() for t in wide), step, wide[0].device)
-    return state._replace(
-        per_param={
-            key: {name: _rounded(t, noise) if name in narrow[key] else t for name, t in slots.items()}
-            for key, slots in state.per_param.items()
-        }
-    )
+    rounded = _rounded_all([state.per_param[key][name] for key, name in places], step)
+    per_param = {key: dict(slots) for key, slots in state.per_param.items()}
+    for (key, name), t in zip(places, rounded, strict=True):
+        per_param[key][name] = t
+    return state._replace(per_param=per_param)
+
+
+def _rounded_all(tensors: Sequence[Tensor], step: int) -> list[Tensor]:
+    """Small ones together, where an operation takes longer to begin than to do."""
+    noise = _noise(max(t.numel() for t in tensors), step, tensors[0].device)
+    rounded = {i: _rounded(t, noise[: t.numel()].view(t.shape)) for i, t in enumerate(tensors) if t.numel() > SMALL}
+    small = {i: t for i, t in enumerate(tensors) if i not in rounded}
+    if small:
+        sizes = [t.numel() for t in small.values()]
+        draws = torch.cat([noise[:size] for size in sizes])
+        parts = _rounded(torch.cat([t.reshape(-1) for t in small.values()]), draws).split(sizes)
+        new = {i: torch.empty_like(t, dtype=torch.bfloat16) for i, t in small.items()}
+        torch._foreach_copy_(list(new.values()), [x.view(t.shape) for x, t in zip(parts, new.values(), strict=True)])
+        rounded |= new
+    return [rounded[i] for i in range(len(tensors))]
 
 
 def _noise(count: int, step: int, device: torch.device) -> Tensor:
@@ -81,5 +95,5 @@ def _noise(count: int, step: int, device: torch.device) -> Tensor:
 
 def _rounded(x: Tensor, noise: Tensor) -> Tensor:
     """``x`` in bfloat16, what is representable as it is: 0 stays 0, infinities and torch's NaN stay what they are."""
-    bits = x.float().view(torch.int32) + noise[: x.numel()].view(x.shape)
+    bits = x.float().view(torch.int32) + noise
     return bits.bitwise_and_(~_BELOW).view(torch.float32).to(torch.bfloat16)

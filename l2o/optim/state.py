@@ -115,13 +115,13 @@ class RuleState(torch.optim.Optimizer):
     def _keep(self, members: Sequence[Member], new: OptState) -> None:
         """Keep the new slots of what is here, in the precision of the state."""
         if self.state_dtype is not None:
-            known = infos(members)
-            new = precision.stored(new, {key: self._narrow(info) for key, info in known.items()}, slots.counts(self)[0])
+            who = guarded.acting(slots.run_of(self), self.rule, self.theta)
+            narrow = {key: self._narrow(*who, info) for key, info in infos(members).items()}
+            new = precision.stored(new, narrow, slots.counts(self)[0])
         slots.keep(self, members, self._place.kept(members, new))
 
-    def _narrow(self, info: ParamInfo) -> frozenset[str]:
-        """The slots of such a parameter that are kept in the precision of the state, of who makes the steps."""
-        rule, theta = guarded.acting(slots.run_of(self), self.rule, self.theta)
+    def _narrow(self, rule: UpdateRule, theta: Theta, info: ParamInfo) -> frozenset[str]:
+        """See `precision.entrywise`."""
         if (id(rule), info) not in self._entrywise:
             self._entrywise[id(rule), info] = precision.entrywise(rule, theta, info)
         return self._entrywise[id(rule), info]
