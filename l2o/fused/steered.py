@@ -37,9 +37,10 @@ def step(
         return None
     decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
     momentum = decay(theta["logit_momentum"]) if rule.direction != "adam" else decays[0]
+    groups = _by_shape(params)
+    known = {shape: (rule.path(shape), as_matrix(shape)) for shape in groups}
     tensors = [
-        Entries(rule.path(p.shape), as_matrix(p.shape), laid_out_as(grads[n], p), p, state.per_param[n], factors[n])
-        for n, p in params.items()
+        Entries(*known[p.shape], laid_out_as(grads[n], p), p, state.per_param[n], factors[n]) for n, p in params.items()
     ]
     steps = fused_steps(tensors, [momentum, *decays])
     if steps is None:
@@ -55,9 +56,9 @@ def step(
     scales = rule.scales(theta, rule.size(theta, shared, run), squares, shapes)
     if not (seen.isfinite().all() and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
-    steps.advance((-scales).tolist())
-    for shape, names in _by_shape(params).items():
-        if rule.path(shape) == "orthogonal":
+    steps.advance(-scales)
+    for shape, names in groups.items():
+        if known[shape][0] == "orthogonal":
             _orthogonalise([state.per_param[name]["d"] for name in names], rule.iterations)
     steps.finish()
     slots = [t for name in params for t in state.per_param[name].values()]

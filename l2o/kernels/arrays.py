@@ -23,7 +23,8 @@ def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
     if torch.compiler.is_compiling() or watched:
         return False
     ordinary = (Tensor, torch.nn.Parameter)
-    return all(type(t) in ordinary and t.dtype == torch.float32 and (anywhere or t.is_cpu) for t in tensors)
+    kinds = {(type(t), t.dtype, t.is_cpu) for t in tensors}  # few, of a thousand tensors
+    return all(kind in ordinary and dtype == torch.float32 and (anywhere or cpu) for kind, dtype, cpu in kinds)
 
 
 def derivative_of(

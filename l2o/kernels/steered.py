@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from l2o.kernels.build import available, run
 PATHS = ("adam", "normalized", "orthogonal")
 """In the order of ``Path`` of steered.cpp."""
 _SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, "orthogonal": {"m", "d"}}
+_SECOND = {"adam": "v", "normalized": "m", "orthogonal": "d"}
 _POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
 _SUMS = 4
 
@@ -33,8 +35,11 @@ class _Tensor(ctypes.Structure):
     )
 
 
+_FIELDS = ctypes.sizeof(_Tensor) // 8
+
+
 class _Step(ctypes.Structure):
-    """``Step`` of steered.cpp. Keeps the array of tensors, but not their memory."""
+    """``Step`` of steered.cpp. Keeps neither the array of tensors nor their memory."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tensors", "threads")),
@@ -58,24 +63,23 @@ class Entries(NamedTuple):
     slots: Mapping[str, Tensor]
     factors: tuple[float, float]
 
-    def description(self) -> _Tensor:
-        """For the kernel."""
-        arrays = {"grad": self.grad, "param": self.param, **self.slots}
-        arrays["second"] = arrays.get("d", arrays.get("v", self.slots["m"]))
-        pointers = [arrays[name].data_ptr() if name in arrays else None for name in _POINTERS]
-        return _Tensor(PATHS.index(self.path), *self.shape, *pointers, self.factors[1])
+    def description(self) -> tuple[int, ...]:
+        """The first fields of `_Tensor`, before ``keep``; 0 for arrays that there are none of."""
+        slots = self.slots
+        arrays = [self.grad, self.param, slots["m"], slots.get(_SECOND[self.path]), *map(slots.get, _POINTERS[4:])]
+        return PATHS.index(self.path), *self.shape, *[0 if t is None else t.data_ptr() for t in arrays]
 
     @property
     def fits(self) -> bool:
         """Whether the kernel would stay inside its arrays, and see every entry at one place in all of them."""
-        rows, columns = self.shape
-        sizes = {"row": rows, "col": columns, "count": 1}
+        sizes = {"row": self.shape[0], "col": self.shape[1], "count": 1}
         layout = self.param.shape, self.param.stride()
         if self.slots.keys() != _SLOTS[self.path] or (self.grad.shape, self.grad.stride()) != layout:
             return False
         for name, t in self.slots.items():
-            fits = t.numel() == sizes[name] and t.is_contiguous() if name in sizes else (t.shape, t.stride()) == layout
-            if not fits:
+            if not (
+                t.numel() == sizes[name] and t.is_contiguous() if name in sizes else (t.shape, t.stride()) == layout
+            ):
                 return False
         return _rows_first(self.param)
 
@@ -89,22 +93,29 @@ class FusedSteps:
     """One step of some tensors. The methods are called in their order, and write to the tensors."""
 
     def __init__(self, tensors: Sequence[Entries], decays: Sequence[Tensor]) -> None:
-        self._rates = [t.factors[0] for t in tensors]
-        self._tensors = (_Tensor * len(tensors))(*(t.description() for t in tensors))
-        self._step = _Step(len(tensors), torch.get_num_threads(), *map(float, decays), self._tensors)
+        self._rates = torch.tensor([t.factors[0] for t in tensors], dtype=torch.float64, device="cpu")
+        described = np.array([t.description() for t in tensors], np.int64)
+        # Every field has eight bytes: a column each, written and read for all tensors at once.
+        self._fields = np.zeros((len(tensors), _FIELDS), np.int64)
+        self._fields[:, : described.shape[1]] = described
+        self._numbers = torch.from_numpy(self._fields.view(np.float64)[:, described.shape[1] :])
+        self._numbers[:, 0] = torch.tensor([t.factors[1] for t in tensors], dtype=torch.float64, device="cpu")
+        table = self._fields.ctypes.data_as(ctypes.POINTER(_Tensor))
+        self._step = _Step(len(tensors), torch.get_num_threads(), *map(float, decays), table)
 
     def look(self) -> Tensor:
         """Sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction, parameter."""
         run("steered", "l2o_steered_look", self._step)
-        return torch.tensor([list(t.sums) for t in self._tensors], dtype=torch.float64, device="cpu").T
+        return self._numbers[:, 2:].T.clone()
 
-    def advance(self, scales: Sequence[float]) -> None:
+    def advance(self, scales: Tensor) -> None:
         """Moments, and ``param <- keep param + lr scale direction`` but for orthogonal matrices.
 
         These find Nesterov's momentum in the slot ``d``, where their new direction is to be before `finish`.
+
+        scales: ``[tensors]``.
         """
-        for tensor, lr, scale in zip(self._tensors, self._rates, scales, strict=True):
-            tensor.scale = lr * scale
+        self._numbers[:, 1] = self._rates * scales
         run("steered", "l2o_steered_advance", self._step)
 
     def finish(self) -> None:
@@ -117,7 +128,7 @@ def fused_steps(tensors: Sequence[Entries], decays: Sequence[Tensor]) -> FusedSt
 
     decays: momentum, beta1, beta2; 0-d.
     """
-    ordinary = plain(each for t in tensors for each in (t.grad, t.param, *t.slots.values()))
+    ordinary = plain([each for t in tensors for each in (t.grad, t.param, *t.slots.values())])
     if not (ordinary and all(t.fits for t in tensors) and available("steered")):
         return None
     return FusedSteps(tensors, decays)

@@ -77,9 +77,11 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for k, t in tensors.items()}
 
 
-def on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """``tensors`` on ``device``, to which some tools do not take all that they save."""
-    return dict(tensors) if device.type == "cpu" else {k: t.to(device) for k, t in tensors.items()}
+def at_hand(kept: Slots, like: Tensor) -> Slots:
+    """``kept``, of any shapes, in the dtype of ``like`` and on its device, to which some tools do not take all they
+    save."""
+    found = cast(kept, like.dtype)
+    return found if like.is_cpu else {k: t.to(like.device) for k, t in found.items()}
 
 
 def _apart(slots: Slots, inputs: set[int]) -> Slots:

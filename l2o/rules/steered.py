@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -215,20 +215,20 @@ class Steered(UpdateRule):
         """``[len(shapes)]``, of the steps of tensors."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        fans = constant([math.log(max(as_matrix(shape)[1], 1) / _FAN_IN) for shape in shapes], theta["log_lr"])
+        fans = constant(_each(lambda shape: math.log(max(as_matrix(shape)[1], 1) / _FAN_IN), shapes), theta["log_lr"])
         factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
         return torch.where(self._are_matrices(shapes, theta["log_lr"]), factors, 1.0)
 
     def _are_matrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
         """Bool ``[len(shapes)]``: which do not follow Adam."""
-        return constant([float(self.path(shape) != "adam") for shape in shapes], like) > 0.0
+        return constant(_each(lambda shape: float(self.path(shape) != "adam"), shapes), like) > 0.0
 
     def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
-        entries = constant([float(max(math.prod(shape), 1)) for shape in shapes], squares)
+        entries = constant(_each(lambda shape: float(max(math.prod(shape), 1)), shapes), squares)
         limits = theta["log_relative"].exp() * safe_sqrt(squares / entries) + _LEAST_LIMIT
         limited = scales / (1.0 + (scales / limits).square()).sqrt()
         return torch.where(self._are_matrices(shapes, size), limited, scales)
@@ -248,6 +248,12 @@ def _completed(group: Group, reduce: Reduce, sums: dict[str, Tensor]) -> list[Te
     axes = {"rows": first, "columns": others, "all": first + others}
     (found,) = shard_sums([group], [{name: Sum(x, axes[name]) for name, x in sums.items()}], reduce)
     return list(found.values())
+
+
+def _each(fact: Callable[[tuple[int, ...]], float], shapes: Sequence[tuple[int, ...]]) -> list[float]:
+    """A fact about each of ``shapes``, asked once for those that are the same: networks have few."""
+    known = {shape: fact(shape) for shape in dict.fromkeys(shapes)}
+    return [known[shape] for shape in shapes]
 
 
 def _flat(tensors: Tensor) -> Tensor:
