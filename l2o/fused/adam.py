@@ -32,7 +32,7 @@ def step(
     if not plain(t for n, p in params.items() for t in (p, grads[n], *state.per_param[n].values())):
         return None
     lr, eps = (float(theta[name].exp()) for name in ("log_lr", "log_eps"))
-    betas = [float(decay(theta[name])) for name in ("logit_beta1", "logit_beta2")]
+    betas = [float(decay(theta[name].double())) for name in ("logit_beta1", "logit_beta2")]
     if not all(map(math.isfinite, (lr, eps, *betas))):
         return None  # and `update` shows what is wrong
     groups: dict[tuple[float, float], list[str]] = defaultdict(list)

@@ -29,7 +29,7 @@ def readable(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def finite(grads: list[Tensor], others: list[Tensor], limit: float = math.inf) -> Tensor:
+def finite(grads: list[Tensor], others: list[Tensor], limit: float | Tensor = math.inf) -> Tensor:
     """Bool, 0-d: whether the sum of all squares is finite, and the norm of ``grads`` at most ``limit``.
 
     grads, others: of one device, one gradient at least.
@@ -38,7 +38,7 @@ def finite(grads: list[Tensor], others: list[Tensor], limit: float = math.inf) -
     """
     squares = torch.stack(torch._foreach_norm([*grads, *others])).square()
     ok = squares.sum().isfinite()
-    return ok if limit == math.inf else ok & (squares[: len(grads)].sum() <= limit * limit)
+    return ok if isinstance(limit, float) and limit == math.inf else ok & (squares[: len(grads)].sum() <= limit * limit)
 
 
 def culprit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from l2o import fused
 from l2o.checkpoints import store
 from l2o.distributed import ranks
-from l2o.optim import guarded, resume, slots
+from l2o.optim import compiled, guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import evaluated, length, resolved, scalar
@@ -27,6 +27,18 @@ from l2o.types import ConfigurationError, L2OError, Run, Theta, UpdateRule
 _LOOK = 1000
 """Steps between two looks at the number of skipped ones, on devices that have to be waited for."""
 _COUNTED = "nothing has changed by it. optimizer.skipped_steps counts such steps, of which no more is said"
+
+
+class Ready(NamedTuple):
+    """Who makes a step, and what it gets.
+
+    factors: ``lr, keep`` by the id of the group.    limit: of the norm of all gradients.
+    """
+
+    rule: UpdateRule
+    inputs: Inputs
+    factors: Mapping[int, tuple[float, float]]
+    limit: float
 
 
 class LearnedOptimizer(RuleState):
@@ -125,18 +137,25 @@ class LearnedOptimizer(RuleState):
 
         Raises `GradientError`, `ParameterError` or `ConfigurationError` before a parameter or any state is written.
         """
-        if closure is None and loss is None and self._is_start():
-            return None
-        if self.rule.needs_loss and closure is None and loss is None:
-            raise ConfigurationError(f"{self.rule!r} reads the loss: call step(loss=loss), or step(closure)")
-        loss = evaluated(closure, loss)
-        members = self._here()
+        if torch.compiler.is_compiling():
+            return compiled.step(self, closure, loss)
+        loss, members = self._asked(closure, loss)
         if members:
             with plain(members[0].param.device):
                 self._step(members, loss)
         return loss
 
-    def _step(self, members: Sequence[Member], loss: Any) -> None:
+    def _asked(self, closure: Callable[[], Any] | None, loss: Any) -> tuple[Any, Sequence[Member]]:
+        """The loss, and the parameters to be moved."""
+        if closure is None and loss is None and self._is_start():
+            return None, []
+        if self.rule.needs_loss and closure is None and loss is None:
+            raise ConfigurationError(f"{self.rule!r} reads the loss: call step(loss=loss), or step(closure)")
+        loss = evaluated(closure, loss)
+        return loss, self._here()
+
+    def _ready(self, members: Sequence[Member], loss: Any) -> Ready | None:
+        """What a step needs to know; None where the guard has put good parameters in place instead."""
         if slots.renew(self):
             self._layouts = {}  # the rule acts, whoever did
         self._look()
@@ -144,10 +163,15 @@ class LearnedOptimizer(RuleState):
             check_flat(members)
         check_params(members)
         if self._guards and self._watched(members, loss):
-            return
+            return None
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
-        rule, inputs = self._inputs(members, loss)
-        limit = guarded.limit(slots.run_of(self))
+        return Ready(*self._inputs(members, loss), factors, guarded.limit(slots.run_of(self)))
+
+    def _step(self, members: Sequence[Member], loss: Any) -> None:
+        ready = self._ready(members, loss)
+        if ready is None:
+            return
+        rule, inputs, factors, limit = ready
         in_place = self._stepped_in_place(rule, members, inputs, factors, limit)
         if in_place is False:
             self._skip(culprit(members, inputs.grads, {}, None, limit))
