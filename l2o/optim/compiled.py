@@ -9,7 +9,7 @@ is to be skipped is masked, as on a GPU. No kernel of ours takes part; steps of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from l2o.optim.apply import Inputs, checked
 from l2o.optim.guard import beside, finite, masked, plain, rest
 from l2o.optim.members import Member
 from l2o.types import OptState, Slots, UpdateRule
-
-if TYPE_CHECKING:
-    from l2o.optim.learned import LearnedOptimizer
 
 
 class Task(NamedTuple):
@@ -38,7 +35,7 @@ class Task(NamedTuple):
     seen: Slots | None
 
 
-def step(optimizer: LearnedOptimizer, closure: Callable[[], Any] | None, loss: Any) -> Any:
+def step(optimizer: Any, closure: Callable[[], Any] | None, loss: Any) -> Any:
     """See `LearnedOptimizer.step`."""
     loss, members, task = _begun(optimizer, closure, loss)
     if task is not None:
@@ -47,31 +44,28 @@ def step(optimizer: LearnedOptimizer, closure: Callable[[], Any] | None, loss: A
 
 
 @torch.compiler.disable
-def _begun(
-    optimizer: LearnedOptimizer, closure: Callable[[], Any] | None, loss: Any
-) -> tuple[Any, Sequence[Member], Task | None]:
+def _begun(optimizer: Any, closure: Callable[[], Any] | None, loss: Any) -> tuple[Any, Sequence[Member], Task | None]:
+    """The loss, the parameters to be moved, and what is left to do: nothing, where there are none, a guard has acted,
+    or they are shards."""
     loss, members = optimizer._asked(closure, loss)
     if not members:
         return loss, members, None
-    device = members[0].param.device
-    with plain(device):
-        if not optimizer._place.alone:
-            optimizer._step(members, loss)
-            return loss, members, None
+    with plain(members[0].param.device):
         ready = optimizer._ready(members, loss)
         if ready is None:
             return loss, members, None
-        seen = None if ready.rule.rests else optimizer._seen(members)
-        keys: dict[int, list[str]] = {group: [] for group in ready.factors}
-        for m in members:
-            keys[id(m.group)].append(m.key)
-        dtype = optimizer._dtype()
+        if optimizer._place.alone:
+            return loss, members, _task(members, ready, None if ready.rule.rests else optimizer._seen(members))
+        optimizer._step(members, ready)
+    return loss, members, None
 
-        def number(value: float) -> Tensor:
-            return torch.full((), value, dtype=dtype, device=device)
 
-        rates = [(*map(number, ready.factors[group]), some) for group, some in keys.items()]
-        return loss, members, Task(ready.rule, ready.inputs, rates, number(ready.limit), seen)
+def _task(members: Sequence[Member], ready: Any, seen: Slots | None) -> Task:
+    """See `Task`.  ready: `l2o.optim.learned.Ready`."""
+    like = next(iter(ready.inputs.params.values()))
+    keys = {group: [m.key for m in members if id(m.group) == group] for group in ready.factors}
+    rates = [(*(like.new_full((), x) for x in ready.factors[group]), some) for group, some in keys.items()]
+    return Task(ready.rule, ready.inputs, rates, like.new_full((), ready.limit), seen)
 
 
 def _moved(task: Task) -> tuple[OptState, Tensor]:
@@ -93,7 +87,7 @@ def _moved(task: Task) -> tuple[OptState, Tensor]:
 
 
 @torch.compiler.disable
-def _ended(optimizer: LearnedOptimizer, members: Sequence[Member], task: Task, new: OptState, ok: Tensor) -> None:
+def _ended(optimizer: Any, members: Sequence[Member], task: Task, new: OptState, ok: Tensor) -> None:
     with plain(ok.device):
         new = slots.apart(members, task.inputs.params, task.inputs.grads, new)
         optimizer._keep(members, new)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from l2o import fused
 from l2o.checkpoints import store
 from l2o.distributed import ranks
-from l2o.optim import compiled, guarded, resume, slots
+from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
 from l2o.optim.inputs import evaluated, length, resolved, scalar
@@ -138,11 +138,15 @@ class LearnedOptimizer(RuleState):
         Raises `GradientError`, `ParameterError` or `ConfigurationError` before a parameter or any state is written.
         """
         if torch.compiler.is_compiling():
+            from l2o.optim import compiled  # what it imports takes seconds, and is there by now
+
             return compiled.step(self, closure, loss)
         loss, members = self._asked(closure, loss)
         if members:
             with plain(members[0].param.device):
-                self._step(members, loss)
+                ready = self._ready(members, loss)
+                if ready is not None:
+                    self._step(members, ready)
         return loss
 
     def _asked(self, closure: Callable[[], Any] | None, loss: Any) -> tuple[Any, Sequence[Member]]:
@@ -167,10 +171,7 @@ class LearnedOptimizer(RuleState):
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         return Ready(*self._inputs(members, loss), factors, guarded.limit(slots.run_of(self)))
 
-    def _step(self, members: Sequence[Member], loss: Any) -> None:
-        ready = self._ready(members, loss)
-        if ready is None:
-            return
+    def _step(self, members: Sequence[Member], ready: Ready) -> None:
         rule, inputs, factors, limit = ready
         in_place = self._stepped_in_place(rule, members, inputs, factors, limit)
         if in_place is False:
