@@ -21,6 +21,7 @@ import torch
 
 import l2o.rules
 from l2o.bench.engine import Engine, measure, measure_checkpointing, measure_sharing
+from l2o.bench.share import measure_share
 from l2o.bench.steps import checked_shapes, measure_steps
 from l2o.checkpoints.store import load
 from l2o.checks import check_each, check_float, check_int, lookup
@@ -106,6 +107,18 @@ def _step(config: Mapping[str, Any], device: str) -> Iterator[Record]:
         yield from _alone(_steps, *learned, network, threads, 5 * config["seconds"], device)
 
 
+def _share(config: Mapping[str, Any], device: str) -> Iterator[Record]:
+    tokens = check_int("tokens", config["tokens"])
+    for threads in config["threads"] or [None]:
+        yield _alone(_shares, tokens, threads)
+
+
+def _shares(tokens: int, threads: int | None) -> Record:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return measure_share("default", tokens)
+
+
 _RULES: dict[str, type[UpdateRule]] = {name: getattr(l2o.rules, name) for name in l2o.rules.__all__}
 
 
@@ -131,6 +144,7 @@ SUITES: dict[str, Callable[[Mapping[str, Any], str], Iterator[Record]]] = {
     "checkpointing": _checkpointing,
     "sharing": _sharing,
     "step": _step,
+    "share": _share,
 }
 COLUMNS = {
     "shapes": ("shapes", 11),

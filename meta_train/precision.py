@@ -144,7 +144,7 @@ def _curve_table(of: Mapping[tuple[str, str, str], list[list[float]]]) -> str:
     for (problem, name, state), losses in of.items():
         at = [geometric_mean(own[round(share * _WINDOWS) - 1] for own in losses) for share in POINTS]
         pairs = zip(losses, of[problem, name, "float32"], strict=True)
-        ratios = "" if state == "float32" else ", ".join(f"{own[-1] / wide[-1]:.3g}" for own, wide in pairs)
+        ratios = "" if state == "float32" else ", ".join(f"{own[-1] / wide[-1]:.4g}" for own, wide in pairs)
         lines.append(f"| {problem} | {name} | {state} | {', '.join(f'{x:.3g}' for x in at)} | {ratios} |")
     return "\n".join(lines)
 
