@@ -134,7 +134,8 @@ def _resumed(
 
 def narrow_state(rule: UpdateRule) -> None:
     """Shards of state in bfloat16 go on from `torch.distributed.checkpoint` as if never stopped, to the bit."""
-    model, narrow = sharded_net(), {"state_dtype": torch.bfloat16}
+    narrow: dict[str, Any] = {"state_dtype": torch.bfloat16}
+    model = sharded_net()
     optimizer = make(model.parameters(), rule, **narrow)
     train(model, optimizer, range(2))
     with _folder() as folder:
