@@ -10,7 +10,7 @@ from meta_train import precision
 
 def test_records_page_and_picture(monkeypatch):
     monkeypatch.setattr(precision, "SOURCES", ("light", "Adam"))
-    found = list(precision.curves(steps=50, seeds=1))
+    found = list(precision.curves(steps=150, seeds=1))
     assert len(found) == 2 * 2 * 3
     assert all(len(own) == 50 for record in found for own in record["losses"])
     by_state = {
