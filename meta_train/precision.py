@@ -67,7 +67,7 @@ def curves(steps: int, seeds: int) -> Iterator[Record]:
 
 
 def problems(steps: int) -> dict[str, tuple[Callable[[int], Begun], int]]:
-    """A run of each problem, from its seed, and its steps: of the perceptron a third, after which losses are nearly 0."""
+    """A run of each problem, from its seed, and its steps: the perceptron, whose losses come near 0, has a third."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(config_path(), version_base="1.3"):

@@ -72,7 +72,7 @@ def _moved(task: Task) -> tuple[OptState, Tensor]:
     """The new state, apart from all that is written to; bool, 0-d, whether the step counts. Writes to parameters."""
     rule, inputs, rates, limit, seen = task
     old, params, grads = inputs.state, inputs.params, inputs.grads
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(limit.device.type, enabled=False):
         updates, new = checked(rule, inputs, *rule.update(*inputs))
         if seen is not None:
             updates, now = rest(updates, grads, seen)
