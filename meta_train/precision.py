@@ -45,6 +45,8 @@ POINTS = (0.1, 0.3, 1.0)
 """Shares of a run at which a table has the loss."""
 _WINDOWS = 50
 """Of a curve that is kept: means of losses."""
+_DASHES, _WIDTHS = ("-", "--", ":"), (3.0, 1.8, 1.5)
+"""Of curves that lie upon each other."""
 _FLOOR = 1e-9
 """Of losses, of which float32 has little to say where they are lower."""
 _NETWORK = 4 * [(1120, 1120), (1120,)]
@@ -129,7 +131,8 @@ def page(records: list[Record], command: str) -> str:
         f"`{command}`, {about['date']}, commit {about['commit']}; {about['hardware']}, one thread.",
         f"Training loss at {shares} of the run (means over windows of a {_WINDOWS}th of it, geometric means over "
         f"{seeds} seeds), and the last over that with state in float32, of each seed. Unguarded; everything but the "
-        "state between steps is float32. The plug-in rounds at random; to the nearest is what it does not do.",
+        "state between steps is float32. The plug-in rounds at random. To the nearest is what it does not do, and as good "
+        "here: it is where gradients fall by much that moments of decay 0.999 would not follow.",
         _curve_table(of),
         "![losses](curves.png)",
         "## Memory and time",
@@ -167,15 +170,16 @@ def _cost_table(found: list[Record]) -> str:
 def picture(found: list[Record]) -> bytes:
     """A PNG: a panel for each problem and optimizer, a line for each precision, means over seeds."""
     panels = list(dict.fromkeys((r["problem"], r["optimizer"]) for r in found))
+    at = torch.linspace(1 / _WINDOWS, 1, _WINDOWS)
     figure = new_figure(3.6 * len(SOURCES), 5.6)
     for axes, (problem, name) in zip(
         figure.subplots(len(panels) // len(SOURCES), len(SOURCES)).ravel(), panels, strict=True
     ):
-        for state, colour in zip(STATES, COLOURS, strict=False):
+        for i, state in enumerate(STATES):
             (own,) = [r for r in found if (r["problem"], r["optimizer"], r["state"]) == (problem, name, state)]
             curve = torch.tensor(own["losses"]).log().mean(0).exp()
-            axes.plot(torch.linspace(1 / _WINDOWS, 1, _WINDOWS), curve, color=colour, label=state, linewidth=1.5)
-        axes.set_yscale("log")
+            axes.plot(at, curve, color=COLOURS[i], label=state, linestyle=_DASHES[i], linewidth=_WIDTHS[i])
+        axes.set(yscale="log", xlabel="share of the run", ylabel="training loss")
         axes.set_title(f"{problem}, {name}", fontsize=9)
         frame(axes)
     handles, labels = axes.get_legend_handles_labels()
