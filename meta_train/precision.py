@@ -131,8 +131,8 @@ def page(records: list[Record], command: str) -> str:
         f"`{command}`, {about['date']}, commit {about['commit']}; {about['hardware']}, one thread.",
         f"Training loss at {shares} of the run (means over windows of a {_WINDOWS}th of it, geometric means over "
         f"{seeds} seeds), and the last over that with state in float32, of each seed. Unguarded; everything but the "
-        "state between steps is float32. The plug-in rounds at random. To the nearest is what it does not do, and as good "
-        "here: it is where gradients fall by much that moments of decay 0.999 would not follow.",
+        "state between steps is float32. The plug-in rounds at random. To the nearest is what it does not do, and as "
+        "good here: it is where gradients fall by much that moments of decay 0.999 would not follow.",
         _curve_table(of),
         "![losses](curves.png)",
         "## Memory and time",
