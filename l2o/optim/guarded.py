@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -21,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l2o.optim import ladder, watch
+from l2o.optim.inputs import is_scalar
 from l2o.optim.ladder import Guard
-from l2o.optim.members import Member
+from l2o.optim.members import Member, checked_gradient
 from l2o.optim.slots import counts, record, run_of
 from l2o.rules import Adam
 from l2o.types import ResumeError, Theta, UpdateRule
@@ -144,17 +144,17 @@ def watch_step(
 
 def _heard(guard: Guard, loss: Any) -> Guard:
     """With the loss, if it is one, kept for the next look. Nothing waits for the device."""
-    if not (isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+    if not is_scalar(loss):
         return guard
     kept = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
     return {**guard, "losses": [*guard["losses"], kept]}
 
 
 def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watch.Seen:
-    """Reads the device, once for all numbers."""
+    """Reads the device, once for all numbers; raises `GradientError`."""
     params = [m.param.detach() for m in members]
     good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(members, params, strict=True)]
-    grads = [m.param.grad for m in members if m.param.grad is not None]
+    grads = [checked_gradient(m) for m in members]
     slopes = [_product(g, p) - _product(g, old) for g, p, old in zip(grads, params, good, strict=True)]
     dots = [_product(p, old) for p, old in zip(params, good, strict=True)]
     sums = [_norm(grads), _norm(params), torch.stack(dots).sum(), torch.stack(slopes).sum()]

@@ -17,7 +17,7 @@ from l2o.distributed import ranks
 from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
-from l2o.optim.inputs import evaluated, length, resolved, scalar
+from l2o.optim.inputs import check_scalar, evaluated, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
 from l2o.optim.state import RuleState
@@ -125,6 +125,8 @@ class LearnedOptimizer(RuleState):
         if self.rule.needs_loss and closure is None and loss is None:
             raise ConfigurationError(f"{self.rule!r} reads the loss: call step(loss=loss), or step(closure)")
         loss = evaluated(closure, loss)
+        if self.rule.needs_loss:
+            check_scalar(loss)  # before a guard keeps anything
         members = self._here()
         if members:
             with plain(members[0].param.device):
