@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -231,6 +232,23 @@ def test_one_lucky_look_at_noisy_losses_is_not_what_others_are_held_to():
     still = TOLD._replace(size=1.0, moved=0.0)
     assert watch.trouble(watch.alarms(memory, still._replace(losses=(1.0,) * 10))) is None
     memory = watch.learned(memory, still._replace(losses=(1.0,) * 10))
+    assert watch.trouble(watch.alarms(memory, still._replace(losses=(2.0,) * 10))) == "rise"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("looks", [{0: 1}, {0: 1, 1: 10}, {4: 1}, {4: 4}], ids=["first", "two", "once", "often"])
+def test_losses_and_gradients_that_are_not_finite_do_not_blind_the_guard(looks, poison):
+    """looks: how many losses of which look are not finite, and the gradient there."""
+    still, memory = TOLD._replace(size=1.0, moved=0.0), None
+    for k in range(9):
+        level, bad = 1.0 - 0.05 * k, looks.get(k, 0)
+        losses = [poison] * bad + [level - 0.02, level + 0.02] * 5
+        seen = still._replace(losses=tuple(losses[: 10 if k else 1]), gradient=poison if bad else 1.0)
+        if memory is not None:
+            assert watch.trouble(watch.alarms(memory, seen)) is None
+        memory = watch.begun(seen) if memory is None else watch.learned(memory, seen)
+    assert all(map(math.isfinite, memory.values()))
+    assert 0.01 < memory["noise"] < 0.03
     assert watch.trouble(watch.alarms(memory, still._replace(losses=(2.0,) * 10))) == "rise"
 
 
