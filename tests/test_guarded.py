@@ -151,6 +151,12 @@ def test_one_gradient_that_is_a_thousand_times_larger_is_skipped():
     assert optimizer.skipped_steps == 1
 
 
+def test_gradients_that_begin_late_are_no_spikes():
+    optimizer = slow(bowl(), Adam(), guard=True)
+    descend(optimizer, range(55), tell=False, factor=lambda step: float(step > 45))
+    assert (optimizer.skipped_steps, events(optimizer)) == (0, [])
+
+
 @pytest.mark.parametrize("cut", [5, 20, 33, 90])
 @pytest.mark.parametrize("tell", [True, False])
 def test_a_guarded_run_resumes_to_the_bit_wherever_it_is(cut, tell):

@@ -143,7 +143,8 @@ def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
 
 def limit(memory: Mapping[str, float]) -> float:
     """The norm from which on a gradient is a spike."""
-    return _SPIKE * memory["largest"] if memory["looks"] >= _WARM else math.inf
+    known = memory["looks"] >= _WARM and memory["largest"] > 0.0
+    return _SPIKE * memory["largest"] if known else math.inf
 
 
 def _level(memory: Mapping[str, float], seen: Seen) -> float:
