@@ -151,6 +151,39 @@ def test_one_gradient_that_is_a_thousand_times_larger_is_skipped():
     assert optimizer.skipped_steps == 1
 
 
+@pytest.mark.parametrize("tell", [True, False])
+def test_parameters_that_join_late_are_no_growth_and_their_gradients_no_spike(tell):
+    """As in gradual unfreezing: a small head first, then a body with a hundred times its norm."""
+    head, body = nn.Parameter(torch.ones(4, 3)), nn.Parameter(100.0 * torch.ones(20, 3))
+    optimizer = slow([head, body], Adam(), lr=1.0, guard=True)
+    for step in range(150):
+        optimizer.zero_grad()
+        loss = head.square().sum() + (1000.0 * body.square().sum() if step > 62 else 0.0)
+        loss.backward()
+        quiet(optimizer.step, **({"loss": loss.detach() * (step < 62)} if tell else {}))
+    assert (optimizer.skipped_steps, events(optimizer)) == (0, [])
+
+
+def test_only_parameters_that_are_trained_here_are_put_back():
+    """Not what has been frozen since, nor what another optimizer trains by now."""
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
+    optimizer = slow([{"params": [p]} for p in params], SGD(lr=0.01), lr=1.0, guard=True)
+
+    def train_on(steps, loss):
+        for _ in range(steps):
+            for p in params:
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            quiet(optimizer.step, loss=loss)
+
+    train_on(15, 1.0)
+    params[1].requires_grad_(False).fill_(7.0)
+    params[2].requires_grad_(False).fill_(7.0)
+    del optimizer.param_groups[2]
+    train_on(15, 100.0)
+    assert events(optimizer) == [(20, "rise", "backed off")]
+    assert [p.eq(7.0).all().item() for p in params] == [False, True, True]
+
+
 def test_gradients_that_begin_late_are_no_spikes():
     optimizer = slow(bowl(), Adam(), guard=True)
     descend(optimizer, range(55), tell=False, factor=lambda step: float(step > 45))

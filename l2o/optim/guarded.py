@@ -91,10 +91,10 @@ def _schedule(done: float, began: float) -> float:
     return max(min((1.0 - done) / _LAST, 1.0), _FLOOR) / (1.0 - lost)
 
 
-def limit(run: Facts) -> float:
-    """The norm of all gradients from which on a step is skipped."""
-    memory = (run.get("guard") or {}).get("memory")
-    return watch.limit(memory) if memory else math.inf
+def limit(run: Facts, members: Sequence[Member]) -> float:
+    """The norm of all gradients from which on a step is skipped; infinite where others had gradients before."""
+    guard = run.get("guard") or ladder.begin()
+    return watch.limit(guard["memory"]) if guard["memory"] and guard.get("entries") == _entries(members) else math.inf
 
 
 def report(run: Facts) -> dict[str, Any]:
@@ -119,9 +119,11 @@ def watch_step(
     seen = _seen(optimizer, guard, members)
     guard = ladder.skips(guard, step, int(skipped))
     if not guard["memory"]:
-        new = {**guard, "losses": [], "memory": watch.begun(seen)}
-        record(optimizer, guard=_keep_good(optimizer, new, members, seen.size))
+        new = {**guard, "losses": [], "memory": watch.begun(seen), "entries": seen.entries}
+        record(optimizer, guard=_keep_good(optimizer, new, members))
         return None
+    if seen.entries != guard.get("entries"):  # other parameters have gradients now, with norms of their own
+        guard = {**guard, "memory": watch.begun(seen, guard["memory"]), "entries": seen.entries}
     signs = watch.alarms(guard["memory"], seen)
     kind = watch.trouble(signs)
     event: ladder.Event | None
@@ -129,15 +131,15 @@ def watch_step(
         guard, alarm = ladder.alarmed(guard, kind, seen, step, total)
         event = alarm
         if alarm.restored:
-            _restore(optimizer, names)
+            _restore(optimizer, names())
             guard.update(memory=watch.back(guard["memory"], seen), good=step)
     else:
         guard, event = ladder.calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total)
         if event and event.done == "handed over":
-            _drop(optimizer, names)
+            _drop(optimizer, names())
         # That small steps do no harm does not make parameters good.
         if watch.good(signs, guard["memory"]) and guard["stage"] != "small":
-            guard = _keep_good(optimizer, guard, members, seen.size)
+            guard = _keep_good(optimizer, guard, members)
     record(optimizer, guard={**guard, "losses": []})
     return event
 
@@ -157,14 +159,18 @@ def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watc
     grads = [checked_gradient(m) for m in members]
     slopes = [_product(g, p) - _product(g, old) for g, p, old in zip(grads, params, good, strict=True)]
     dots = [_product(p, old) for p, old in zip(params, good, strict=True)]
-    sums = [_norm(grads), _norm(params), torch.stack(dots).sum(), torch.stack(slopes).sum()]
+    sums = [_norm(grads), _norm(params), _norm(good), torch.stack(dots).sum(), torch.stack(slopes).sum()]
     losses = [torch.as_tensor(x, dtype=_DTYPE, device=params[0].device).reshape(()) for x in guard["losses"]]
-    gradient, size, product, slope, *heard = torch.stack([*sums, *losses]).tolist()
-    (step, skipped), base = counts(optimizer), guard["base"] or size
+    gradient, size, base, product, slope, *heard = torch.stack([*sums, *losses]).tolist()
+    step, skipped = counts(optimizer)
     moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
-    entries, skips = sum(p.numel() for p in params), int(skipped) - guard["skipped"]
-    cosine = slope / max(gradient * moved, 1e-30)
-    return watch.Seen(tuple(heard), gradient, size, moved, base, step - guard["good"], entries, skips, cosine)
+    skips, cosine = int(skipped) - guard["skipped"], slope / max(gradient * moved, 1e-30)
+    steps, entries = step - guard["good"], _entries(members)
+    return watch.Seen(tuple(heard), gradient, size, moved, base, steps, entries, skips, cosine)
+
+
+def _entries(members: Sequence[Member]) -> int:
+    return sum(m.param.numel() for m in members)
 
 
 _DTYPE = torch.float32
@@ -186,25 +192,25 @@ def keep_good(state: dict[Any, Any], members: Sequence[Member]) -> None:
         state[m.param] = {**state.get(m.param, {}), GOOD: m.param.detach().clone()}
 
 
-def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member], size: float) -> Guard:
+def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> Guard:
     keep_good(optimizer.state, members)
-    return {**guard, "good": counts(optimizer)[0], "base": size, "memory": watch.kept(guard["memory"])}
+    return {**guard, "good": counts(optimizer)[0], "memory": watch.kept(guard["memory"])}
 
 
-def _restore(optimizer: Optimizer, names: Callable[[], Names]) -> None:
-    """Put good parameters in place."""
-    for p, kept in optimizer.state.items():
-        if isinstance(p, Tensor) and GOOD in kept:
-            p.copy_(kept[GOOD])
+def _restore(optimizer: Optimizer, names: Names) -> None:
+    """Put good parameters in place, but for frozen ones, which are no longer ours to change."""
+    for p in names:
+        good = optimizer.state.get(p, {}).get(GOOD)
+        if good is not None and p.requires_grad:
+            p.copy_(good)
     _drop(optimizer, names)
 
 
-def _drop(optimizer: Optimizer, names: Callable[[], Names]) -> None:
+def _drop(optimizer: Optimizer, names: Names) -> None:
     """Drop the slots of who acted: who acts next begins with a state of its own."""
-    acting = names()
-    for p in [key for key in optimizer.state if isinstance(key, Tensor)]:
-        own = acting[p]
-        optimizer.state[p] = {name: kept for name, kept in optimizer.state[p].items() if name not in own}
+    for p, own in names.items():
+        if p in optimizer.state:
+            optimizer.state[p] = {name: kept for name, kept in optimizer.state[p].items() if name not in own}
     record(optimizer, shared={})
 
 

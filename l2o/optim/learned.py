@@ -144,7 +144,7 @@ class LearnedOptimizer(RuleState):
             return
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
         rule, inputs = self._inputs(members, loss)
-        limit = guarded.limit(slots.run_of(self))
+        limit = guarded.limit(slots.run_of(self), members)
         in_place = self._stepped_in_place(rule, members, inputs, factors, limit)
         if in_place is False:
             self._skip(culprit(members, inputs.grads, {}, None, limit))

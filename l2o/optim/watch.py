@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 EVERY = 10
@@ -75,12 +76,13 @@ class Seen(NamedTuple):
         return ordered[len(ordered) // 2]
 
 
-def begun(seen: Seen) -> Memory:
-    """What is kept of the first look, which is before the first step."""
+def begun(seen: Seen, memory: Mapping[str, float] = MappingProxyType({})) -> Memory:
+    """What is kept of the first look at parameters; of losses, what ``memory`` of others knows."""
     size = max(seen.size, _SMALL * math.sqrt(seen.entries))
     level = seen.gradient if math.isfinite(seen.gradient) else 0.0
-    memory = {"looks": 0.0, "size": size, "gradient": 0.0, "level": level, "largest": 0.0}
-    return rebased(memory, seen.loss) if seen.losses else memory
+    norms = {"looks": 0.0, "size": size, "gradient": 0.0, "level": level, "largest": 0.0}
+    new = {"heard": 0.0, **memory, **norms}
+    return rebased(new, seen.loss) if seen.losses and "first" not in memory else new
 
 
 def rebased(memory: Mapping[str, float], loss: float) -> Memory:
