@@ -73,6 +73,19 @@ def test_shipped_rules_are_guarded_and_steps_that_need_no_help_are_theirs(name):
     assert plain.report() == {"stage": "unguarded", "skipped_steps": 0, "events": []}
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.float64, torch.bfloat16)])
+def test_parameters_of_any_precision_are_guarded(dtypes):
+    params = [nn.Parameter(p.detach().to(dtype)) for p, dtype in zip(bowl(), dtypes, strict=True)]
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    for _ in range(11):
+        for p in params:
+            p.grad = 2 * p.detach()
+        quiet(optimizer.step)
+    assert events(optimizer) == [(10, "leap", "backed off")]
+    assert identical([p.detach() for p in params], before)
+
+
 def test_pairs_are_unguarded_unless_asked_for():
     assert not make(parameters()).guard
     assert make(parameters(), guard=True).guard

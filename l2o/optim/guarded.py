@@ -177,7 +177,8 @@ _DTYPE = torch.float32
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors, dtype=_DTYPE)).norm()
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else _DTYPE  # torch narrows none
+    return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).norm().to(_DTYPE)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ _KEPT = 100
 
 Guard = dict[str, Any]
 """stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good: that of the good parameters.
-entries: of the parameters that had gradients at the last look.    alarm: the loss that gave the last one, -inf for none.
+entries: of parameters that had gradients at the last look.    alarm: the loss that gave the last one, -inf for none.
 again: the step of AdamW's handing over, -1 for never.    losses: since the last look.    skipped: steps until then.
 memory: `watch.Memory`.    events: dicts of ``step, kind, done``."""
 
