@@ -142,7 +142,7 @@ def _message(error: Exception) -> str | None:
         return None
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     if isinstance(error, HydraException):
         return _composition_message(error)
