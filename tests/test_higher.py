@@ -124,7 +124,7 @@ def test_frozen_and_unused_parameters_stay():
             assert after[name].equal(p) == (name in ("0.bias", "unused")), name
 
 
-@pytest.mark.parametrize("direction", ["orthogonal", "normalized"])
+@pytest.mark.parametrize("direction", ["eigenbasis", "orthogonal", "normalized"])
 def test_rules_whose_tensors_share_state_unroll_too(direction):
     rule = Steered(direction=direction)
     theta = random_theta(rule, noise=0.01)

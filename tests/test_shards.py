@@ -182,7 +182,15 @@ def test_ranks_with_different_tensors_equal_one_with_all(rule: Any) -> None:
 def test_what_needs_whole_tensors_says_so() -> None:
     infos = infos_of(problem(0))
     needs = {name for name, rule in EVERY.items() if any(rule.needs_whole(info) for info in infos.values())}
-    assert needs == {"Steered", "Steered-mlp", "Steered-lstm", "Steered-uncontrolled", "Celo2", "Celo2-options"}
+    assert needs == {
+        "Steered",
+        "Steered-eigenbasis",
+        "Steered-mlp",
+        "Steered-lstm",
+        "Steered-uncontrolled",
+        "Celo2",
+        "Celo2-options",
+    }
     assert not Steered().needs_whole(infos["vector"])
 
 

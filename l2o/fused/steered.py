@@ -36,10 +36,9 @@ def step(
         return None
     decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
     momentum = decay(theta["logit_momentum"]) if rule.direction != "adam" else decays[0]
-    tensors = [
-        Entries(rule.path(p.shape), as_matrix(p.shape), _like(grads[n], p), p, state.per_param[n], factors[n])
-        for n, p in params.items()
-    ]
+    paths = {n: rule.path(p.shape) for n, p in params.items()}
+    grads = {n: _like(grads[n], p) for n, p in params.items()}
+    tensors = [_entries(paths[n], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
     steps = fused_steps(tensors, [momentum, *decays])
     if steps is None:
         return None
@@ -55,13 +54,35 @@ def step(
     if not (seen.isfinite().all() and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
     steps.advance((-scales).tolist())
-    for shape, names in _by_shape(params).items():
-        if rule.path(shape) == "orthogonal":
-            _orthogonalise([state.per_param[name]["d"] for name in names], rule.iterations)
+    for names in _by_shape(params).values():
+        of = [state.per_param[name] for name in names]
+        if paths[names[0]] == "orthogonal":
+            _orthogonalise([own["d"] for own in of], rule.iterations)
+        elif paths[names[0]] == "eigenbasis":
+            for name, own in zip(names, of, strict=True):
+                _whiten(rule, theta, grads[name], own, run)
     steps.finish()
     slots = [t for name in params for t in state.per_param[name].values()]
     torch.autograd.graph.increment_version([*params.values(), *slots])
     return OptState(state.per_param, shared)
+
+
+def _entries(
+    path: str, grad: Tensor, param: Tensor, slots: Mapping[str, Tensor], factors: tuple[float, float]
+) -> Entries:
+    """What the kernel has to do with: of a matrix with a basis, what it does of an orthogonal one."""
+    if path == "eigenbasis":
+        path, slots = "orthogonal", {name: slots[name] for name in ("m", "d")}
+    return Entries(path, as_matrix(param.shape), grad, param, slots, factors)
+
+
+def _whiten(rule: Steered, theta: Theta, grad: Tensor, slots: Mapping[str, Tensor], run: Run) -> None:
+    """In place, the momentum in the slot ``d`` of one tensor, and the slots of its basis."""
+    own = {name: t.unsqueeze(0) for name, t in slots.items()}
+    d, new = rule.whitened(theta, matrices(own["d"]), matrices(grad.unsqueeze(0)), own, run)
+    for name, t in {"d": d, **new}.items():
+        if t is not own[name]:
+            slots[name].copy_(t.view(slots[name].shape))
 
 
 def _orthogonalise(tensors: Sequence[Tensor], iterations: int) -> None:

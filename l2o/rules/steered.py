@@ -14,8 +14,9 @@ from torch import Tensor
 from l2o.checks import check_float, check_int
 from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, steer
+from l2o.ops.eigenbasis import init_basis, is_due, whiten
 from l2o.ops.groups import Group, by_shape, shard_sums, stack, unstacked
-from l2o.ops.moments import bias_correction, ema
+from l2o.ops.moments import bias_correction, decay, ema
 from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
 from l2o.ops.orthogonal import as_matrix, matrices, polar, row_column_scales
 from l2o.ops.schedules import linear_warmup, power_decay
@@ -36,7 +37,7 @@ from l2o.types import (
     Updates,
 )
 
-Direction = Literal["orthogonal", "normalized", "adam"]
+Direction = Literal["eigenbasis", "orthogonal", "normalized", "adam"]
 Controller = Literal["alignment", "mlp", "lstm", "none"]
 Schedule = Literal["decay", "constant"]
 
@@ -54,6 +55,8 @@ class Steered(UpdateRule):
 
     direction: of tensors of two and more axes, as matrices of the first by the others; a row or column alone counts as
         a vector. The root mean square of a matrix' direction is one, over all its rows, also where few have gradients.
+        ``eigenbasis``: Nesterov's momentum, over the root of second moments, in the eigenbasis of the products of
+        gradients (SOAP, Vyas et al. 2024, arXiv 2409.11321); matrices with a side over ``widest`` are orthogonal.
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
@@ -61,15 +64,16 @@ class Steered(UpdateRule):
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
-    iterations: of Newton-Schulz.
+    iterations: of Newton-Schulz.    period: steps from one look at the basis to the next.
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.
+    memory: share of the means of products and second moments of a basis that a step keeps.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
         Sine networks, whose weights are small for what they do, need it; to most others it makes no difference.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
-    log_power`` that the parts need, and those of the controller, ``log_*``; all 0-d.
-    Slots: ``m, d`` (direction) of an orthogonal matrix, ``m, row, col`` (scales) of a normalized one, else
-    ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
+    log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
+    Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` in an eigenbasis, ``m, row, col``
+    (scales) of a normalized one, else ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
     The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
 
@@ -86,6 +90,9 @@ class Steered(UpdateRule):
     relative: float = 0.03
     warmup: float = 0.03
     power: float = 1.0
+    memory: float = 0.95
+    period: int = 10
+    widest: int = 1024
 
     learned_init = False
     rests = True
@@ -95,8 +102,10 @@ class Steered(UpdateRule):
             value, valid = getattr(self, name), get_args(literal)
             if value not in valid:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
-        check_int("iterations", self.iterations)
+        for name in ("iterations", "period", "widest"):
+            check_int(name, getattr(self, name))
         check_float("fan_in", self.fan_in)
+        check_float("memory", self.memory, above=0.0, below=1.0)
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     @property
@@ -106,7 +115,7 @@ class Steered(UpdateRule):
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
-        shares = ("momentum", "beta1", "beta2", "warmup")
+        shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if self.direction == "eigenbasis" else []))
         start |= {f"logit_{name}": logit_of(name, getattr(self, name)) for name in shares} | {"fan_in": self.fan_in}
         unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
@@ -126,6 +135,8 @@ class Steered(UpdateRule):
     def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
         match self.path(info.shape):
+            case "eigenbasis":
+                return {"m": m, "d": torch.zeros_like(m), **init_basis(param, info.shape)}
             case "orthogonal":
                 return {"m": m, "d": torch.zeros_like(m)}
             case "normalized":
@@ -134,11 +145,14 @@ class Steered(UpdateRule):
         return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
 
     def needs_whole(self, info: ParamInfo) -> bool:
-        return self.path(info.shape) == "orthogonal"
+        return self.path(info.shape) in ("eigenbasis", "orthogonal")
 
     def path(self, shape: tuple[int, ...]) -> Direction:
         """The direction of a tensor: a row, a column or nothing at all is no matrix."""
-        return self.direction if min(as_matrix(shape)) > 1 else "adam"
+        if min(as_matrix(shape)) < 2:
+            return "adam"
+        wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
+        return "orthogonal" if wide else self.direction
 
     def update(
         self,
@@ -158,7 +172,7 @@ class Steered(UpdateRule):
         slots: dict[str, Slots] = {}
         updates: Updates = {}
         for group, own, more in zip(groups, sums, decided, strict=True):
-            new = self._advance(theta, group, reduce) | more
+            new = self._advance(theta, group, run, reduce) | more
             d = self._direction(theta, new, group)
             own_size = size * more["factor"].exp() if more else size
             squares = own.get("params", own_size)  # Adam's direction does not read them
@@ -181,15 +195,20 @@ class Steered(UpdateRule):
         axes = tuple(range(len(group.shape)))
         return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
 
-    def _advance(self, theta: Theta, group: Group, reduce: Reduce) -> Slots:
+    def _advance(self, theta: Theta, group: Group, run: Run, reduce: Reduce) -> Slots:
         """New slots, ``[k, ...]``."""
         grad, slots = group.grad, group.slots
         match self.path(group.shape):
-            case "orthogonal":
+            case "eigenbasis" | "orthogonal" as path:
                 m = ema(slots["m"], grad, theta["logit_momentum"])
-                d = polar(matrices(ema(m, grad, theta["logit_momentum"])), self.iterations)
+                d, basis = matrices(ema(m, grad, theta["logit_momentum"])), {}
+                if path == "eigenbasis":
+                    d, basis = self.whitened(theta, d, matrices(grad), slots, run)
+                else:
+                    d = polar(d, self.iterations)
                 d = torch.where(matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
-                return {"m": m, "d": over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)}
+                d = over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)
+                return {"m": m, "d": d, **basis}
             case "normalized":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
                 complete = partial(_completed, group, reduce)
@@ -202,7 +221,7 @@ class Steered(UpdateRule):
     def _direction(self, theta: Theta, slots: Slots, group: Group) -> Tensor:
         """Of slots ``[k, *shape]``; 0 before the first gradient."""
         match self.path(group.shape):
-            case "orthogonal":
+            case "eigenbasis" | "orthogonal":
                 return slots["d"]
             case "normalized":
                 scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
@@ -210,6 +229,10 @@ class Steered(UpdateRule):
         count = slots["count"].view(-1, *[1] * (group.grad.ndim - 1)).clamp(min=1.0)
         m = slots["m"] / bias_correction(theta["logit_beta1"], count)
         return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
+
+    def whitened(self, theta: Theta, momentum: Tensor, grad: Tensor, slots: Slots, run: Run) -> tuple[Tensor, Slots]:
+        """`whiten`, with the slots of tensors ``[k, *shape]`` and the constants of θ."""
+        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), is_due(run.step, self.period))
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the steps of tensors."""

@@ -1,0 +1,76 @@
+"""A direction that a matrix has in the eigenbasis of its gradients: Adam's without momentum, rotated there and back.
+
+SOAP (Vyas et al. 2024, arXiv 2409.11321, Algorithm 3), but for what a factor would change: who uses the direction
+brings it to size, so that second moments need no bias correction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from l2o.ops.numeric import over_root
+from l2o.ops.orthogonal import as_matrix
+from l2o.types import Slots
+
+_STAY = 1e-6
+"""Beside the largest entry of a product: directions in which no gradient lies yet stay, and do not follow rounding."""
+_LEAST = 1e-10
+"""Share of the mean second moment under which one is rounding: that of directions in which no gradient lies yet."""
+
+
+def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
+    """Slots of a matrix: second moments ``v`` in the basis, like ``param``, which may be a part of it; of the whole
+    matrix, of ``shape [rows, ...]``, running means of its gradients' products, ``left [rows, rows]`` and ``right
+    [columns, columns]``, and their eigenvectors, as columns of ``rows`` and ``columns``."""
+    rows, columns = as_matrix(shape)
+    eyes = {
+        name: torch.eye(n, dtype=param.dtype, device=param.device) for name, n in (("rows", rows), ("columns", columns))
+    }
+    products = {"left": param.new_zeros(rows, rows), "right": param.new_zeros(columns, columns)}
+    return {"v": torch.zeros_like(param), **products, **eyes}
+
+
+def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tensor | bool) -> tuple[Tensor, Slots]:
+    """The direction of ``momentum``, of any size, and the new slots of `init_basis`, ``[k, ...]``.
+
+    momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
+    due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
+    """
+    left = torch.lerp(grad @ grad.mT, slots["left"], keep)
+    right = torch.lerp(grad.mT @ grad, slots["right"], keep)
+    rows = _followed(slots["rows"], left, due)
+    columns = _followed(slots["columns"], right, due)
+    turned, seen = (rows.mT @ x @ columns for x in (momentum, grad))
+    v = torch.lerp(seen.square(), slots["v"].reshape(grad.shape), keep)
+    least = _LEAST * v.mean((-2, -1), keepdim=True)
+    direction = rows @ over_root(turned, v + least) @ columns.mT
+    new = {"v": v.view(slots["v"].shape), "left": left, "right": right, "rows": rows, "columns": columns}
+    return direction, new
+
+
+def is_due(step: Tensor, period: int) -> Tensor | bool:
+    """Whether the 0-d ``step`` is a multiple of ``period``: a bool where it is one for all lanes, and is not compiled.
+
+    Waits for the device that ``step`` is on.
+    """
+    due = torch.remainder(step, period) == 0
+    if torch.compiler.is_compiling():
+        return due
+    known = due
+    while _functorch.is_functorch_wrapped_tensor(known):
+        known = _functorch.get_unwrapped(known)
+    some = bool(known.any())
+    return due if some and not known.all() else some
+
+
+def _followed(basis: Tensor, product: Tensor, due: Tensor | bool) -> Tensor:
+    """``basis`` once it has been multiplied by ``product``, whose scale does not matter, and made orthogonal."""
+    if due is False:
+        return basis
+    with torch.no_grad():
+        largest = product.abs().amax((-2, -1), keepdim=True)
+        scaled = product / torch.where(largest > 0, largest, 1.0)
+        new, _ = torch.linalg.qr(scaled @ basis + _STAY * basis)
+        return new if due is True else torch.where(due, new, basis)
