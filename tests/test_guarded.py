@@ -177,6 +177,19 @@ def test_parameters_that_join_late_are_no_growth_and_their_gradients_no_spike(te
     assert (optimizer.skipped_steps, events(optimizer)) == (0, [])
 
 
+def test_parameters_that_are_trained_in_turn_are_all_put_back():
+    """The second has no gradient at any look."""
+    params = bowl()
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    for step in range(11):
+        optimizer.zero_grad()
+        params[step % 2].square().sum().backward()
+        quiet(optimizer.step, loss=sum(p.detach().square().sum() for p in params))
+    assert events(optimizer) == [(10, "rise", "backed off")]
+    assert identical([p.detach() for p in params], before)
+
+
 def test_only_parameters_that_are_trained_here_are_put_back():
     """Not what has been frozen since, nor what another optimizer trains by now."""
     params = [nn.Parameter(torch.ones(4, 3)) for _ in range(3)]

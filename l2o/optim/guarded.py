@@ -94,7 +94,8 @@ def _schedule(done: float, began: float) -> float:
 def limit(run: Facts, members: Sequence[Member]) -> float:
     """The norm of all gradients from which on a step is skipped; infinite where others had gradients before."""
     guard = run.get("guard") or ladder.begin()
-    return watch.limit(guard["memory"]) if guard["memory"] and guard.get("entries") == _entries(members) else math.inf
+    known = guard["memory"] and guard.get("entries", [0])[0] == _entries(members)
+    return watch.limit(guard["memory"]) if known else math.inf
 
 
 def report(run: Facts) -> dict[str, Any]:
@@ -104,26 +105,31 @@ def report(run: Facts) -> dict[str, Any]:
 
 
 def watch_step(
-    optimizer: Optimizer, members: Sequence[Member], names: Callable[[], Names], loss: Any, total: int
+    optimizer: Optimizer,
+    members: Sequence[Member],
+    everyone: Sequence[Member],
+    names: Callable[[], Names],
+    loss: Any,
+    total: int,
 ) -> ladder.Event | None:
     """See every few steps, before one is taken, how the run goes, and do what has to be done; gives what was done.
 
-    members: those with gradients, whole.     names: gives those of the acting rule's slots, by parameter.
-    loss: if known.
-    total: steps of the run.
+    members: those with gradients, whole.     everyone: also those without, which may be trained in turn.
+    names: gives those of the acting rule's slots, by parameter.     loss: if known.     total: steps of the run.
     """
     guard, (step, skipped) = _heard(run_of(optimizer).get("guard") or ladder.begin(), loss), counts(optimizer)
     if step % watch.EVERY:
         record(optimizer, guard=guard)
         return None
-    seen = _seen(optimizer, guard, members)
+    trained = [m for m in everyone if m.param.requires_grad or m.param.grad is not None]
+    seen, entries = _seen(optimizer, guard, trained), [_entries(members), _entries(trained)]
     guard = ladder.skips(guard, step, int(skipped))
     if not guard["memory"]:
-        new = {**guard, "losses": [], "memory": watch.begun(seen), "entries": seen.entries}
-        record(optimizer, guard=_keep_good(optimizer, new, members))
+        new = {**guard, "losses": [], "memory": watch.begun(seen), "entries": entries}
+        record(optimizer, guard=_keep_good(optimizer, new, trained))
         return None
-    if seen.entries != guard.get("entries"):  # other parameters have gradients now, with norms of their own
-        guard = {**guard, "memory": watch.begun(seen, guard["memory"]), "entries": seen.entries}
+    if entries != guard.get("entries"):  # other parameters have gradients now, with norms of their own
+        guard = {**guard, "memory": watch.begun(seen, guard["memory"]), "entries": entries}
     signs = watch.alarms(guard["memory"], seen)
     kind = watch.trouble(signs)
     event: ladder.Event | None
@@ -131,7 +137,7 @@ def watch_step(
         guard, alarm = ladder.alarmed(guard, kind, seen, step, total)
         event = alarm
         if alarm.restored:
-            _restore(optimizer, names())
+            _restore(optimizer, trained, names())
             guard.update(memory=watch.back(guard["memory"], seen), good=step)
     else:
         guard, event = ladder.calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total)
@@ -139,7 +145,7 @@ def watch_step(
             _drop(optimizer, names())
         # That small steps do no harm does not make parameters good.
         if watch.good(signs, guard["memory"]) and guard["stage"] != "small":
-            guard = _keep_good(optimizer, guard, members)
+            guard = _keep_good(optimizer, guard, trained)
     record(optimizer, guard={**guard, "losses": []})
     return event
 
@@ -152,12 +158,13 @@ def _heard(guard: Guard, loss: Any) -> Guard:
     return {**guard, "losses": [*guard["losses"], kept]}
 
 
-def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watch.Seen:
+def _seen(optimizer: Optimizer, guard: Guard, trained: Sequence[Member]) -> watch.Seen:
     """Reads the device, once for all numbers; raises `GradientError`."""
-    params = [m.param.detach() for m in members]
-    good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(members, params, strict=True)]
-    grads = [checked_gradient(m) for m in members]
-    slopes = [_product(g, p) - _product(g, old) for g, p, old in zip(grads, params, good, strict=True)]
+    params = [m.param.detach() for m in trained]
+    good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(trained, params, strict=True)]
+    moves = zip(trained, params, good, strict=True)
+    known = [(checked_gradient(m), p, old) for m, p, old in moves if m.param.grad is not None]
+    grads, slopes = [g for g, _, _ in known], [_product(g, p) - _product(g, old) for g, p, old in known]
     dots = [_product(p, old) for p, old in zip(params, good, strict=True)]
     sums = [_norm(grads), _norm(params), _norm(good), torch.stack(dots).sum(), torch.stack(slopes).sum()]
     losses = [torch.as_tensor(x, dtype=_DTYPE, device=params[0].device).reshape(()) for x in guard["losses"]]
@@ -165,7 +172,7 @@ def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watc
     step, skipped = counts(optimizer)
     moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
     skips, cosine = int(skipped) - guard["skipped"], slope / max(gradient * moved, 1e-30)
-    steps, entries = step - guard["good"], _entries(members)
+    steps, entries = step - guard["good"], _entries(trained)
     return watch.Seen(tuple(heard), gradient, size, moved, base, steps, entries, skips, cosine)
 
 
@@ -198,12 +205,12 @@ def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) ->
     return {**guard, "good": counts(optimizer)[0], "memory": watch.kept(guard["memory"])}
 
 
-def _restore(optimizer: Optimizer, names: Names) -> None:
-    """Put good parameters in place, but for frozen ones, which are no longer ours to change."""
-    for p in names:
-        good = optimizer.state.get(p, {}).get(GOOD)
-        if good is not None and p.requires_grad:
-            p.copy_(good)
+def _restore(optimizer: Optimizer, trained: Sequence[Member], names: Names) -> None:
+    """Put back good parameters, of those that are trained and have had a gradient: others are not ours to change."""
+    for m in trained:
+        kept = optimizer.state.get(m.param, {})
+        if GOOD in kept and set(names[m.param]) <= kept.keys():
+            m.param.copy_(kept[GOOD])
     _drop(optimizer, names)
 
 
