@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2o.checks import lookup
+from l2o.checkpoints.store import load
+from l2o.checks import check_int, lookup
 from l2o.disk import atomic_write
 from l2o.evaluation.hazards import CASES, Begun, Hazard, begin, begin_family, train
 from l2o.extras import require
@@ -124,7 +125,7 @@ def ratio(record: Record, records: list[Record]) -> float:
     """Its loss over AdamW's, geometric means over seeds; 0 where AdamW's is not finite, inf where its own is not."""
     (adamw,) = [r for r in records if r["table"] == "cases" and r["rule"] == ADAMW and r["case"] == record["case"]]
     own, theirs = _mean(record["finals"]), _mean(adamw["finals"])
-    return 0.0 if math.isinf(theirs) and not math.isinf(own) else own / theirs
+    return own if math.isinf(own) else own / theirs
 
 
 def _mean(finals: list[float]) -> float:
@@ -219,7 +220,18 @@ def measure(given: argparse.Namespace) -> Iterator[Record]:
     for suite in given.suites:
         yield from false_alarms(use, suite)
     yield from costs(use, given.width)
-    yield from cases(given.rules, [name for name in given.cases if lookup("case", name, CASES)], given.seeds)
+    yield from cases(given.rules, given.cases, given.seeds)
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raise an `L2OError` for what would be found out after the first half of an hour."""
+    check_int("--seeds", given.seeds)
+    for suite in given.suites:
+        _settings(suite, [])
+    for name in given.cases:
+        lookup("case", name, CASES)
+    for name in given.rules:
+        load(name)
 
 
 @main_guard
@@ -228,6 +240,7 @@ def main() -> None:
     require("sklearn", "hydra")
     torch.set_num_threads(1)
     given = parser().parse_args()
+    check(given)
     about = {"hardware": hardware(torch.device("cpu")), "commit": commit(), "date": datetime.date.today().isoformat()}
     command = " ".join(["python -m meta_train.guard", *sys.argv[1:]])
     records: list[Record] = []

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 import l2o.rules
+from l2o.checks import lookup
 from l2o.disk import atomic_write, user_path
 from l2o.types import UpdateRule
 from meta_train.config.compose import main_guard
@@ -63,6 +64,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """What the command does; its exit status."""
     options = parser().parse_args(arguments)
     out = None if options.out is None else user_path(options.out, "--out")
+    for library in options.only or ():
+        lookup("library", library, {check.library: check for check in CHECKS})
     rows = []
     for check in CHECKS:
         if options.only is None or check.library in options.only:

@@ -83,6 +83,8 @@ def torch_entrant(label: str, said: Mapping[str, Any]) -> TorchEntrant:
     if clip is not None:
         check_float("clip", clip, above=0.0)
     grid = UNTUNED if rates is None else tuple(check_float("rates", rate, above=0.0) for rate in _plain(rates))
+    if not grid:
+        raise ConfigurationError(f"{label}: rates=[]: expected learning rates, or leave rates out for a single run")
     make = partial(torch_optimizer, imported(path), **settings)  # the class, whose source its curves belong to
     return TorchEntrant(label, make, lookup("schedule", str(schedule), SCHEDULES), grid, clip)
 

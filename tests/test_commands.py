@@ -48,6 +48,16 @@ def test_ctrl_c_is_a_line_and_status_130(capsys: pytest.CaptureFixture[str], kep
     assert capsys.readouterr().err == f"\ninterrupted: {said}\n"
 
 
+def test_a_file_that_is_no_yaml_is_a_line_that_names_the_place(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "own" / "task").mkdir(parents=True)
+    (here / "own" / "task" / "mine.yaml").write_text("_target_: [\n", "utf-8")
+    assert command("--config-dir", str(here / "own"), "task=mine", base=[]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: a configuration is no YAML: ")
+    assert "mine.yaml" in err
+    assert err.count("\n") == 1
+
+
 INTERRUPTED = {
     "bench": ("_alone", ["out=made.json"], "nothing was written"),
     "convert": ("convert", ["theta.state", "--to", "new", "--licence", "MIT"], "no checkpoint was written"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import l2o
 from l2o.evaluation.diagnosis import Diagnosis, gravest
@@ -78,6 +79,7 @@ def test_the_gravest_of_several_seeds_is_shown():
         (["a", "b"], None, "losses: expected a row"),
         ([2.0, 1.0], [[1.0]], r"valid has shape \[1, 1\]"),
         (None, None, "losses"),
+        ([torch.ones((), requires_grad=True)] * 3, None, r"losses: expected a row of numbers, as loss\.item"),
     ],
 )
 def test_what_is_no_row_of_numbers_is_refused(losses, valid, says):

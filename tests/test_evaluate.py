@@ -407,6 +407,8 @@ def test_every_experiment_of_training_has_its_evaluation():
         (["optimizers=[torch.optim.Adan]"], ["optimizer 'torch.optim.Adan' cannot be imported"]),
         (["optimizers=[{path:torch.optim.Adam,schedule:cosin}]"], ["unknown schedule 'cosin'", "'cosine'"]),
         (["optimizers=[{path:torch.optim.Adam,momentum:0.9}]"], ["torch.optim.Adam: ", "momentum", "its settings"]),
+        (["optimizers=[{path:torch.optim.Adam,rate:[0.1]}]"], ["unexpected keyword argument 'rate'", "its settings"]),
+        (["optimizers=[{path:torch.optim.Adam,rates:[]}]"], ["torch.optim.Adam: rates=[]", "leave rates out"]),
         (["optimizers=[MyOptimizer]"], ["unknown checkpoint 'MyOptimizer'", "goes by module:Class"]),
         (["optimizers=[torch.optim.LBFGS]"], ["torch.optim.LBFGS: ", "closure"]),
         (["settings.wide.split=larg"], ["unknown split 'larg'", "'larger'"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 
@@ -41,8 +42,30 @@ def test_records_and_page(monkeypatch):
 
 @pytest.mark.parametrize(
     ("own", "adamw", "expected"),
-    [([1.0, 4.0], [1.0, 1.0], 2.0), ([math.nan], [1.0], math.inf), ([1.0], [math.nan], 0.0)],
+    [
+        ([1.0, 4.0], [1.0, 1.0], 2.0),
+        ([math.nan], [1.0], math.inf),
+        ([1.0], [math.nan], 0.0),
+        ([math.inf], [math.nan], math.inf),
+    ],
 )
 def test_a_ratio_is_of_geometric_means_and_knows_what_is_not_finite(own, adamw, expected):
     row = {"table": "cases", "case": "c", "rule": "light", "finals": own}
     assert guard.ratio(row, [row, {**row, "rule": guard.ADAMW, "finals": adamw}]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--cases", "tabel"], "unknown case 'tabel', did you mean 'table'"),
+        (["--rules", "ligth"], "unknown checkpoint 'ligth', did you mean 'light'"),
+        (["--suites", "quick", "quik"], "unknown suite 'quik', did you mean 'quick'"),
+        (["--seeds", "0"], "--seeds=0"),
+    ],
+)
+def test_what_is_wrong_is_said_before_half_an_hour_of_work(given, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["guard", "--out", "made", *given])
+    monkeypatch.setattr(guard, "measure", lambda _: pytest.fail("work was done"))
+    with pytest.raises(SystemExit, match="2"):
+        guard.main()
+    assert message in capsys.readouterr().err

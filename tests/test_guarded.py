@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -70,6 +71,19 @@ def test_shipped_rules_are_guarded_and_steps_that_need_no_help_are_theirs(name):
     assert descend(optimizer, range(40), tell=True) == descend(plain, range(40), tell=True)
     assert (optimizer.report()["stage"], events(optimizer)) == ("rule", [])
     assert plain.report() == {"stage": "unguarded", "skipped_steps": 0, "events": []}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.float64, torch.bfloat16)])
+def test_parameters_of_any_precision_are_guarded(dtypes):
+    params = [nn.Parameter(p.detach().to(dtype)) for p, dtype in zip(bowl(), dtypes, strict=True)]
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    for _ in range(11):
+        for p in params:
+            p.grad = 2 * p.detach()
+        quiet(optimizer.step)
+    assert events(optimizer) == [(10, "leap", "backed off")]
+    assert identical([p.detach() for p in params], before)
 
 
 def test_pairs_are_unguarded_unless_asked_for():
@@ -148,6 +162,58 @@ def test_one_gradient_that_is_a_thousand_times_larger_is_skipped():
     descend(optimizer, range(46, 60), tell=False)
     assert events(optimizer) == [(50, "gradient", "skipped")]
     assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("tell", [True, False])
+def test_parameters_that_join_late_are_no_growth_and_their_gradients_no_spike(tell):
+    """As in gradual unfreezing: a small head first, then a body with a hundred times its norm."""
+    head, body = nn.Parameter(torch.ones(4, 3)), nn.Parameter(100.0 * torch.ones(20, 3))
+    optimizer = slow([head, body], Adam(), lr=1.0, guard=True)
+    for step in range(150):
+        optimizer.zero_grad()
+        loss = head.square().sum() + (1000.0 * body.square().sum() if step > 62 else 0.0)
+        loss.backward()
+        quiet(optimizer.step, **({"loss": loss.detach() * (step < 62)} if tell else {}))
+    assert (optimizer.skipped_steps, events(optimizer)) == (0, [])
+
+
+def test_parameters_that_are_trained_in_turn_are_all_put_back():
+    """The second has no gradient at any look."""
+    params = bowl()
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, SGD(lr=3.0), total_steps=TOTAL, guard=True)
+    for step in range(11):
+        optimizer.zero_grad()
+        params[step % 2].square().sum().backward()
+        quiet(optimizer.step, loss=sum(p.detach().square().sum() for p in params))
+    assert events(optimizer) == [(10, "rise", "backed off")]
+    assert identical([p.detach() for p in params], before)
+
+
+def test_only_parameters_that_are_trained_here_are_put_back():
+    """Not what has been frozen since, nor what another optimizer trains by now."""
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
+    optimizer = slow([{"params": [p]} for p in params], SGD(lr=0.01), lr=1.0, guard=True)
+
+    def train_on(steps, loss):
+        for _ in range(steps):
+            for p in params:
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            quiet(optimizer.step, loss=loss)
+
+    train_on(15, 1.0)
+    params[1].requires_grad_(False).fill_(7.0)
+    params[2].requires_grad_(False).fill_(7.0)
+    del optimizer.param_groups[2]
+    train_on(15, 100.0)
+    assert events(optimizer) == [(20, "rise", "backed off")]
+    assert [p.eq(7.0).all().item() for p in params] == [False, True, True]
+
+
+def test_gradients_that_begin_late_are_no_spikes():
+    optimizer = slow(bowl(), Adam(), guard=True)
+    descend(optimizer, range(55), tell=False, factor=lambda step: float(step > 45))
+    assert (optimizer.skipped_steps, events(optimizer)) == (0, [])
 
 
 @pytest.mark.parametrize("cut", [5, 20, 33, 90])
@@ -231,6 +297,23 @@ def test_one_lucky_look_at_noisy_losses_is_not_what_others_are_held_to():
     still = TOLD._replace(size=1.0, moved=0.0)
     assert watch.trouble(watch.alarms(memory, still._replace(losses=(1.0,) * 10))) is None
     memory = watch.learned(memory, still._replace(losses=(1.0,) * 10))
+    assert watch.trouble(watch.alarms(memory, still._replace(losses=(2.0,) * 10))) == "rise"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("looks", [{0: 1}, {0: 1, 1: 10}, {4: 1}, {4: 4}], ids=["first", "two", "once", "often"])
+def test_losses_and_gradients_that_are_not_finite_do_not_blind_the_guard(looks, poison):
+    """looks: how many losses of which look are not finite, and the gradient there."""
+    still, memory = TOLD._replace(size=1.0, moved=0.0), None
+    for k in range(9):
+        level, bad = 1.0 - 0.05 * k, looks.get(k, 0)
+        losses = [poison] * bad + [level - 0.02, level + 0.02] * 5
+        seen = still._replace(losses=tuple(losses[: 10 if k else 1]), gradient=poison if bad else 1.0)
+        if memory is not None:
+            assert watch.trouble(watch.alarms(memory, seen)) is None
+        memory = watch.begun(seen) if memory is None else watch.learned(memory, seen)
+    assert all(map(math.isfinite, memory.values()))
+    assert 0.01 < memory["noise"] < 0.03
     assert watch.trouble(watch.alarms(memory, still._replace(losses=(2.0,) * 10))) == "rise"
 
 

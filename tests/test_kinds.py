@@ -12,6 +12,7 @@ from torch import nn
 import l2o
 from l2o.estimators import Evolution
 from l2o.estimators.curvature import check_curvature
+from l2o.ops.kinds import kinds_of
 from l2o.rules import LSTM, MLP, SGD, Adam, ByKind, Celo2, Steered
 from l2o.tasks import CharRNN, CharTransformer, GradientNoise, ModuleTask, Repeated, WordMLP
 from l2o.types import TaskFamily
@@ -67,6 +68,15 @@ def test_embeddings_are_routed_in_training(rule: Any, name: str) -> None:
     tables = {name for name, p in state.params.items() if p.ndim == 3 and state.opt.per_param[name].keys() == alone}
     assert tables == embeddings
     assert losses.isfinite().all()
+
+
+def test_to_look_at_a_model_changes_nothing_of_it() -> None:
+    layers = [nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)) for _ in range(2)]
+    model = nn.Sequential(*layers, nn.Linear(3, 2))
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    kinds = kinds_of(model)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert (kinds["0.parametrizations.weight.original"], kinds["2.weight"]) == ("matrix", "output")
 
 
 def test_the_width_of_a_table_is_no_fan_in() -> None:

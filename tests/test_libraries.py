@@ -9,6 +9,7 @@ import torch
 from plugin import Mixing
 from tables import RULES
 
+from l2o.types import UnknownNameError
 from meta_train import libraries
 from meta_train.library_checks import processes
 from meta_train.library_checks.table import CHECKS, Check, markdown, row
@@ -84,6 +85,11 @@ def fails(rule: object) -> None:
 def test_the_table_says_what_works(check: Check, cells: list[str]) -> None:
     line = markdown([row(check, {name: RULES[name] for name in ("SGD", "Adam")})]).splitlines()[-1]
     assert line.startswith(f"| {check.library} | {' | '.join(cells)}")
+
+
+def test_a_library_that_has_no_check_is_named() -> None:
+    with pytest.raises(UnknownNameError, match="unknown library 'lightnin', did you mean 'lightning'"):
+        libraries.run(["--only", "lightnin"])
 
 
 def test_the_command_writes_the_table(tmp_path, capsys) -> None:

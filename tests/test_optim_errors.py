@@ -101,10 +101,11 @@ def resized(p):
     p.data = torch.ones(3)
 
 
+@pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("spoil", [sparse, complex_, resized])
-def test_a_bad_gradient_changes_nothing(spoil):
+def test_a_bad_gradient_changes_nothing(spoil, guard):
     good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))
-    optimizer = make([("first", good), ("second", bad)], Adam())
+    optimizer = make([("first", good), ("second", bad)], Adam(), guard=guard)
     good.grad = torch.ones(2)
     spoil(bad)
     with pytest.raises(GradientError, match=r"gradient of parameter 1 \('second'\)"):
@@ -120,6 +121,7 @@ def test_a_gradient_on_another_device():
         checked_gradient(Member("0", stub, {"params": [stub]}, stub))
 
 
+@pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -131,10 +133,10 @@ def test_a_gradient_on_another_device():
         ({"closure": 1.0}, "got a float as closure"),
     ],
 )
-def test_a_loss_that_is_missing_or_none_changes_nothing(arguments, named):
+def test_a_loss_that_is_missing_or_none_changes_nothing(arguments, named, guard):
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
-    optimizer = make([p], Mixing())
+    optimizer = make([p], Mixing(), guard=guard)
     with pytest.raises(ConfigurationError, match=named):
         optimizer.step(**arguments)
     assert torch.equal(p, torch.ones(2))

@@ -37,7 +37,7 @@ from l2o.evaluation.compare import LEARNED
 from l2o.evaluation.plots import curves_png
 from l2o.evaluation.report import as_markdown, prepare_folder
 from l2o.evaluation.scores import best_trial, bootstrap_interval, diverged, final_losses, smooth
-from l2o.evaluation.verdicts import overall, overall_text, summary_table, table_row, verdict
+from l2o.evaluation.verdicts import misses_first, overall, overall_text, summary_table, table_row, verdict
 from l2o.rules import SGD, Adam
 from l2o.tasks import Quadratic
 from l2o.types import ConfigurationError
@@ -286,6 +286,17 @@ def test_each_learned_optimizer_is_judged_over_all_settings():
 def test_two_lost_runs_are_not_hidden_by_having_no_ratio():
     lost = made("lost", learned=(NAN, NAN), adam=(1.0, 1.0), adamw=(NAN, NAN))
     assert overall([lost])[0].worst == (INF, "lost")
+
+
+def test_where_adam_is_lost_there_is_nothing_to_reach_or_miss():
+    lost = made("lost", learned=(1.0, 1.0), adam=(NAN, NAN), adamw=(NAN, NAN))
+    assert verdict(lost) == "adam has no finite training loss at any rate, so there is nothing to compare with. " + (
+        "No seed diverged."
+    )
+    assert summary_table([lost])[1][:3] == ("lost", "none", "none")
+    assert [c.setting.name for c in misses_first([*SEVERAL, lost])][:2] == ["miss", "lost"]
+    (found,) = overall([lost])
+    assert (found.reached, found.speed_up) == (0, None)
 
 
 def test_a_verdict_names_overfitting_and_the_usual_choice():

@@ -76,6 +76,12 @@ def test_unknown_names(shelf, name, message):
             function(name)
 
 
+def test_the_folder_of_a_run_names_the_checkpoint_in_it(tmp_path):
+    store.save(tmp_path / "run" / "checkpoint", *source(SGD()))
+    with pytest.raises(CheckpointError, match=r"take .*run/checkpoint, which is that of this run"):
+        store.load(tmp_path / "run")
+
+
 @pytest.mark.parametrize("wrong", [None, 3, ("a", "b"), b"default"])
 def test_a_source_is_a_string_or_a_path(wrong):
     with pytest.raises(ConfigurationError, match="source="):

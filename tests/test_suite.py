@@ -292,6 +292,17 @@ def test_names_decide_nothing(change):
     assert key(**change) == key()
 
 
+class Drawn(Quadratic):
+    """A family that draws for all problems at once, as one of a user may."""
+
+    keyed = False
+
+
+def test_problems_that_are_drawn_together_are_known_by_their_number_too():
+    few, many = (dataclasses.replace(TASKS[1], family=Drawn(dim=3), seeds=n) for n in (2, 9))
+    assert key(setting=few) != key(setting=many)
+
+
 OWN = """
 import torch
 

@@ -78,8 +78,10 @@ def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
+        own = path.parent / "checkpoint"
+        way_out = f"; take {own}, which is that of this run" if (own / CARD).exists() else ""
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); a checkpoint is a folder with {THETA} and {CARD}"
+            f"{path}: cannot be read ({error.strerror}); a checkpoint is a folder with {THETA} and {CARD}{way_out}"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from l2o.evaluation.compare import REFERENCE, Comparison
+from l2o.evaluation.compare import Comparison
 from l2o.evaluation.scores import RESAMPLES
 from l2o.evaluation.trials import SPLITS, Array
 from l2o.evaluation.verdicts import overfits, valid_ratio
@@ -55,14 +55,9 @@ class Summary(NamedTuple):
         return f"{sum(value > 0 for value in self.speed_ups.values())} of {self.tasks}"
 
 
-def is_scored(comparison: Comparison) -> bool:
-    """Whether there is a target: the reference was run, and has a finite loss."""
-    return REFERENCE in comparison.scores and bool(np.isfinite(comparison.scores[REFERENCE].mean))
-
-
 def summaries(comparisons: Sequence[Comparison]) -> list[Summary]:
     """Every optimizer over the tasks that have a target, best median first, then best IQM."""
-    scored = [c for c in comparisons if is_scored(c)]
+    scored = [c for c in comparisons if c.has_target]
     names = scored[0].scores if scored else ()
     found = [_summary(scored, name) for name in names]
     return sorted(found, key=lambda s: (-s.median.value, -s.iqm.value, s.label))

@@ -60,7 +60,7 @@ def half_decades(first: float, last: float) -> tuple[float, ...]:
 
 
 def torch_optimizer(
-    cls: Callable[..., torch.optim.Optimizer] | str, params: list[nn.Parameter], rate: float | None, **settings: Any
+    cls: Callable[..., torch.optim.Optimizer] | str, params: list[nn.Parameter], rate: float | None, /, **settings: Any
 ) -> list[torch.optim.Optimizer]:
     """One optimizer of a class, or of its import path, at ``rate``; None for ``settings``' own or the class's default.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -44,12 +45,17 @@ class Comparison(NamedTuple):
         """Wall-clock time of all runs."""
         return sum(trials.seconds for trials in self.trials.values())
 
+    @property
+    def has_target(self) -> bool:
+        """Whether the reference was run, and has a finite final loss."""
+        return REFERENCE in self.scores and math.isfinite(self.scores[REFERENCE].mean)
+
     def speed_up(self, name: str) -> float | None:
-        """Of an optimizer over the reference; None where the reference was not run."""
-        return speed_up(self.scores[name], self.scores[REFERENCE]) if REFERENCE in self.scores else None
+        """Of an optimizer over the reference; None where there is no target."""
+        return speed_up(self.scores[name], self.scores[REFERENCE]) if self.has_target else None
 
     def wall_speed_up(self, name: str) -> float | None:
-        """In time rather than steps, over the reference as torch runs it; None where steps were not timed."""
+        """In time rather than steps, over the reference as torch runs it; None where nobody timed, or had a target."""
         relative = 1.0 if name == REFERENCE else self.trials[name].relative_step
         steps = self.speed_up(name)
         return None if relative is None or steps is None else steps / relative
@@ -65,9 +71,8 @@ class Comparison(NamedTuple):
         return ours / theirs if theirs > 0 else 1.0 if ours <= theirs else float("inf")
 
     def reached(self, name: str) -> bool:
-        """Whether it ends at or under the `target` of the reference; False where that was not run."""
-        ours = self.scores[name].mean
-        return REFERENCE in self.scores and ours < float("inf") and ours <= target(self.scores[REFERENCE])
+        """Whether it ends at or under the `target` of the reference; False where there is none."""
+        return self.has_target and self.scores[name].mean <= target(self.scores[REFERENCE])
 
 
 def is_judged(name: str) -> bool:

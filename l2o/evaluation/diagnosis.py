@@ -98,7 +98,7 @@ def gravest(found: Sequence[Diagnosis]) -> Diagnosis:
 def _row(name: str, values: Any, least: int) -> Array:
     try:
         row = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last from tensors that require a gradient
         raise ConfigurationError(f"{name}: expected a row of numbers, as loss.item() gives them ({error})") from error
     if row.ndim != 1 or len(row) < least:
         raise ConfigurationError(f"{name} has shape {list(row.shape)}: expected a row of at least {least} numbers")

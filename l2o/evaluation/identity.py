@@ -30,7 +30,9 @@ def digest(*parts: Any) -> str:
 
 def curve_key(suite: str, setting: Setting, entrant: Entrant, rate: float | None, seed: int) -> str:
     """The name of one curve.  suite: its name.     seed: which of the setting's problems, from 0."""
-    return digest(suite, fields(setting), setting.smoothing, fields(entrant), rate, seed)
+    # What a family draws that is not keyed depends on how many problems it draws at once.
+    problem = seed if setting.family.keyed else [seed, setting.seeds]
+    return digest(suite, fields(setting), setting.smoothing, fields(entrant), rate, problem)
 
 
 def identity(made: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2o.evaluation.aggregate import Estimate, Summary, by_split, is_scored, summaries
+from l2o.evaluation.aggregate import Estimate, Summary, by_split, summaries
 from l2o.evaluation.compare import REFERENCE, Comparison, is_judged
 from l2o.evaluation.diagnosis import diagnose_score, gravest
 from l2o.evaluation.scores import Kept, diverged, final_losses
@@ -27,7 +27,7 @@ class Table(NamedTuple):
 def optimizers_table(comparisons: Sequence[Comparison]) -> Table:
     """Every optimizer over all tasks, the best first; without rows where there is no reference."""
     table = summaries_table(summaries(comparisons))
-    out = ", ".join(c.setting.name for c in comparisons if not is_scored(c))
+    out = ", ".join(c.setting.name for c in comparisons if not c.has_target)
     return table._replace(note=f"{table.note} Without a finite loss of Adam's, and left out: {out}.") if out else table
 
 

@@ -50,7 +50,7 @@ def overall(comparisons: Sequence[Comparison]) -> list[Overall]:
 
 
 def _overall(comparisons: Sequence[Comparison], name: str) -> Overall:
-    speed_ups = [s for c in comparisons if (s := c.speed_up(name)) is not None and not math.isnan(s)]
+    speed_ups = [s for c in comparisons if (s := c.speed_up(name)) is not None]
     ratios = [(r, c.setting.name) for c in comparisons if (r := c.ratio(name, USUAL)) is not None]
     return Overall(
         name=name,
@@ -109,6 +109,8 @@ def verdict(comparison: Comparison) -> str:
     if REFERENCE not in comparison.scores:
         return f"{REFERENCE} is not among the baselines, so there is nothing to compare with.{failures}"
     adam = comparison.scores[REFERENCE]
+    if not comparison.has_target:
+        return f"{adam.label} has no finite training loss at any rate, so there is nothing to compare with.{failures}"
     ends = f"{ours.label} ends at a training loss of {number(ours.mean)}"
     tuned = f"best-of-grid {adam.label}'s {number(adam.mean)}"
     reached = comparison.reached(name)
@@ -187,7 +189,8 @@ def _final(score: Score) -> str:
 
 def valid_text(score: Score) -> str:
     """Validation loss and, in brackets, accuracy."""
-    right = "" if score.accuracy is None else f" ({100 * float(score.accuracy.mean()):.1f}%)"
+    share = math.nan if score.accuracy is None else float(score.accuracy.mean())
+    right = "" if math.isnan(share) else f" ({100 * share:.1f}%)"
     return f"{number(valid_loss(score))}{right}"
 
 
@@ -207,6 +210,6 @@ def _ratio(x: float | None) -> str:
 
 def speed_text(x: float | None) -> str:
     """A speed-up; 0 is a miss."""
-    if x is None or math.isnan(x):
+    if x is None:
         return "no reference"
     return f"{x:.3g}×" if x > 0 else "0 (miss)"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from l2o.ops.numeric import over_root
-from l2o.ops.orthogonal import as_matrix
+from l2o.ops.orthogonal import as_matrix, product_dtype
 from l2o.types import Slots
 
 _STAY = 1e-6
 """Beside the largest entry of a product: directions in which no gradient lies yet stay, and do not follow rounding."""
-_LEAST = 1e-10
+_LEAST = {torch.bfloat16: 1e-5}
 """Share of the mean second moment under which one is rounding: that of directions in which no gradient lies yet."""
+_LEAST_ELSE = 1e-10
 
 
 def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
@@ -38,14 +38,20 @@ def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tens
     momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
     due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
     """
-    left = torch.lerp(grad @ grad.mT, slots["left"], keep)
-    right = torch.lerp(grad.mT @ grad, slots["right"], keep)
+    dtype = max((product_dtype(x) for x in (grad, grad.mT)), key=lambda dtype: dtype.itemsize)
+    g, m = grad.to(dtype), momentum.to(dtype)
+    left = torch.lerp((g @ g.mT).to(grad.dtype), slots["left"], keep)
+    right = torch.lerp((g.mT @ g).to(grad.dtype), slots["right"], keep)
     rows = _followed(slots["rows"], left, due)
     columns = _followed(slots["columns"], right, due)
-    turned, seen = (rows.mT @ x @ columns for x in (momentum, grad))
+    q, p = rows.to(dtype), columns.to(dtype)
+    turned, seen = ((q.mT @ x @ p).to(grad.dtype) for x in (m, g))
     v = torch.lerp(seen.square(), slots["v"].reshape(grad.shape), keep)
-    least = _LEAST * v.mean((-2, -1), keepdim=True)
-    direction = rows @ over_root(turned, v + least) @ columns.mT
+    least = _LEAST.get(dtype, _LEAST_ELSE) * v.mean((-2, -1), keepdim=True)
+    scaled = (
+        turned * (v + least).clamp(min=torch.finfo(v.dtype).tiny).rsqrt()
+    )  # without gradients yet, 0 times what is finite
+    direction = (q @ scaled.to(dtype) @ p.mT).to(grad.dtype)
     new = {"v": v.view(slots["v"].shape), "left": left, "right": right, "rows": rows, "columns": columns}
     return direction, new
 

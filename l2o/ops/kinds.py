@@ -28,11 +28,12 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
     """What each parameter of ``model`` is for, by name; those that several layers share once, by their first name.
 
     ``embedding``: the tables of `torch.nn.Embedding`, also where an output shares them. ``output``: the weight of the
-    last `torch.nn.Linear` of the model, where it is not the only one. ``vector``: what has fewer than two axes of more
-    than one entry. ``matrix``: all else.
+    last `torch.nn.Linear` of the model, where it is not the only one, and not parametrized. ``vector``: what has fewer
+    than two axes of more than one entry. ``matrix``: all else.
     """
-    tables = {id(part.weight) for part in model.modules() if isinstance(part, _TABLES)}
-    linear = [id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)]
+    # Not by the attribute, which a parametrization computes anew: spectral norms advance, dropout draws.
+    tables = {id(part._parameters.get("weight")) for part in model.modules() if isinstance(part, _TABLES)}
+    linear = [id(part._parameters.get("weight")) for part in model.modules() if isinstance(part, nn.Linear)]
     outputs = set(linear[-1:] if len(linear) > 1 else ())
 
     def kind(p: Tensor) -> Kind:

@@ -51,7 +51,7 @@ def polar(matrices: Tensor, steps: int) -> Tensor:
     if len(matrices) == 1 and matrices.ndim == 3:  # a product of two matrices is faster than a batch of one
         return polar(matrices.squeeze(0), steps).unsqueeze(0)
     x = unit(_wide(matrices), (-2, -1))
-    x = x.to(_product_dtype(x)).contiguous()
+    x = x.to(product_dtype(x)).contiguous()
     rows, columns = x.shape[-2:]
     long = _LONG_BFLOAT16 if x.dtype == torch.bfloat16 else _LONG
     x = newton_schulz_gram(x, steps) if columns > long * rows else newton_schulz(x, steps)
@@ -126,7 +126,9 @@ def _wide(matrices: Tensor) -> Tensor:
     return matrices if _is_wide(matrices) else matrices.mT
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What ``x [..., rows, columns]`` is multiplied as: bfloat16 where it is large, the device has units for it, and
+    nothing is differentiated."""
     large = x.dtype == torch.float32 and x.shape[-2] >= _LARGE
     return torch.bfloat16 if large and not torch.is_grad_enabled() and _has_bfloat16_units(x.device.type) else x.dtype
 

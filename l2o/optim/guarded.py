@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -21,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l2o.optim import ladder, watch
+from l2o.optim.inputs import is_scalar
 from l2o.optim.ladder import Guard
-from l2o.optim.members import Member
+from l2o.optim.members import Member, checked_gradient
 from l2o.optim.slots import counts, record, run_of
 from l2o.rules import Adam
 from l2o.types import ResumeError, Theta, UpdateRule
@@ -91,10 +91,11 @@ def _schedule(done: float, began: float) -> float:
     return max(min((1.0 - done) / _LAST, 1.0), _FLOOR) / (1.0 - lost)
 
 
-def limit(run: Facts) -> float:
-    """The norm of all gradients from which on a step is skipped."""
-    memory = (run.get("guard") or {}).get("memory")
-    return watch.limit(memory) if memory else math.inf
+def limit(run: Facts, members: Sequence[Member]) -> float:
+    """The norm of all gradients from which on a step is skipped; infinite where others had gradients before."""
+    guard = run.get("guard") or ladder.begin()
+    known = guard["memory"] and guard.get("entries", [0])[0] == _entries(members)
+    return watch.limit(guard["memory"]) if known else math.inf
 
 
 def report(run: Facts) -> dict[str, Any]:
@@ -104,24 +105,31 @@ def report(run: Facts) -> dict[str, Any]:
 
 
 def watch_step(
-    optimizer: Optimizer, members: Sequence[Member], names: Callable[[], Names], loss: Any, total: int
+    optimizer: Optimizer,
+    members: Sequence[Member],
+    everyone: Sequence[Member],
+    names: Callable[[], Names],
+    loss: Any,
+    total: int,
 ) -> ladder.Event | None:
     """See every few steps, before one is taken, how the run goes, and do what has to be done; gives what was done.
 
-    members: those with gradients, whole.     names: gives those of the acting rule's slots, by parameter.
-    loss: if known.
-    total: steps of the run.
+    members: those with gradients, whole.     everyone: also those without, which may be trained in turn.
+    names: gives those of the acting rule's slots, by parameter.     loss: if known.     total: steps of the run.
     """
     guard, (step, skipped) = _heard(run_of(optimizer).get("guard") or ladder.begin(), loss), counts(optimizer)
     if step % watch.EVERY:
         record(optimizer, guard=guard)
         return None
-    seen = _seen(optimizer, guard, members)
+    trained = [m for m in everyone if m.param.requires_grad or m.param.grad is not None]
+    seen, entries = _seen(optimizer, guard, trained), [_entries(members), _entries(trained)]
     guard = ladder.skips(guard, step, int(skipped))
     if not guard["memory"]:
-        new = {**guard, "losses": [], "memory": watch.begun(seen)}
-        record(optimizer, guard=_keep_good(optimizer, new, members, seen.size))
+        new = {**guard, "losses": [], "memory": watch.begun(seen), "entries": entries}
+        record(optimizer, guard=_keep_good(optimizer, new, trained))
         return None
+    if entries != guard.get("entries"):  # other parameters have gradients now, with norms of their own
+        guard = {**guard, "memory": watch.begun(seen, guard["memory"]), "entries": entries}
     signs = watch.alarms(guard["memory"], seen)
     kind = watch.trouble(signs)
     event: ladder.Event | None
@@ -129,49 +137,55 @@ def watch_step(
         guard, alarm = ladder.alarmed(guard, kind, seen, step, total)
         event = alarm
         if alarm.restored:
-            _restore(optimizer, names)
+            _restore(optimizer, trained, names())
             guard.update(memory=watch.back(guard["memory"], seen), good=step)
     else:
         guard, event = ladder.calm({**guard, "memory": watch.learned(guard["memory"], seen)}, step, total)
         if event and event.done == "handed over":
-            _drop(optimizer, names)
+            _drop(optimizer, names())
         # That small steps do no harm does not make parameters good.
         if watch.good(signs, guard["memory"]) and guard["stage"] != "small":
-            guard = _keep_good(optimizer, guard, members, seen.size)
+            guard = _keep_good(optimizer, guard, trained)
     record(optimizer, guard={**guard, "losses": []})
     return event
 
 
 def _heard(guard: Guard, loss: Any) -> Guard:
     """With the loss, if it is one, kept for the next look. Nothing waits for the device."""
-    if not (isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+    if not is_scalar(loss):
         return guard
     kept = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
     return {**guard, "losses": [*guard["losses"], kept]}
 
 
-def _seen(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> watch.Seen:
-    """Reads the device, once for all numbers."""
-    params = [m.param.detach() for m in members]
-    good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(members, params, strict=True)]
-    grads = [m.param.grad for m in members if m.param.grad is not None]
-    slopes = [_product(g, p) - _product(g, old) for g, p, old in zip(grads, params, good, strict=True)]
+def _seen(optimizer: Optimizer, guard: Guard, trained: Sequence[Member]) -> watch.Seen:
+    """Reads the device, once for all numbers; raises `GradientError`."""
+    params = [m.param.detach() for m in trained]
+    good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(trained, params, strict=True)]
+    moves = zip(trained, params, good, strict=True)
+    known = [(checked_gradient(m), p, old) for m, p, old in moves if m.param.grad is not None]
+    grads, slopes = [g for g, _, _ in known], [_product(g, p) - _product(g, old) for g, p, old in known]
     dots = [_product(p, old) for p, old in zip(params, good, strict=True)]
-    sums = [_norm(grads), _norm(params), torch.stack(dots).sum(), torch.stack(slopes).sum()]
+    sums = [_norm(grads), _norm(params), _norm(good), torch.stack(dots).sum(), torch.stack(slopes).sum()]
     losses = [torch.as_tensor(x, dtype=_DTYPE, device=params[0].device).reshape(()) for x in guard["losses"]]
-    gradient, size, product, slope, *heard = torch.stack([*sums, *losses]).tolist()
-    (step, skipped), base = counts(optimizer), guard["base"] or size
+    gradient, size, base, product, slope, *heard = torch.stack([*sums, *losses]).tolist()
+    step, skipped = counts(optimizer)
     moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
-    entries, skips = sum(p.numel() for p in params), int(skipped) - guard["skipped"]
-    cosine = slope / max(gradient * moved, 1e-30)
-    return watch.Seen(tuple(heard), gradient, size, moved, base, step - guard["good"], entries, skips, cosine)
+    skips, cosine = int(skipped) - guard["skipped"], slope / max(gradient * moved, 1e-30)
+    steps, entries = step - guard["good"], _entries(trained)
+    return watch.Seen(tuple(heard), gradient, size, moved, base, steps, entries, skips, cosine)
+
+
+def _entries(members: Sequence[Member]) -> int:
+    return sum(m.param.numel() for m in members)
 
 
 _DTYPE = torch.float32
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors, dtype=_DTYPE)).norm()
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else _DTYPE  # torch narrows none
+    return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).norm().to(_DTYPE)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -186,25 +200,25 @@ def keep_good(state: dict[Any, Any], members: Sequence[Member]) -> None:
         state[m.param] = {**state.get(m.param, {}), GOOD: m.param.detach().clone()}
 
 
-def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member], size: float) -> Guard:
+def _keep_good(optimizer: Optimizer, guard: Guard, members: Sequence[Member]) -> Guard:
     keep_good(optimizer.state, members)
-    return {**guard, "good": counts(optimizer)[0], "base": size, "memory": watch.kept(guard["memory"])}
+    return {**guard, "good": counts(optimizer)[0], "memory": watch.kept(guard["memory"])}
 
 
-def _restore(optimizer: Optimizer, names: Callable[[], Names]) -> None:
-    """Put good parameters in place."""
-    for p, kept in optimizer.state.items():
-        if isinstance(p, Tensor) and GOOD in kept:
-            p.copy_(kept[GOOD])
+def _restore(optimizer: Optimizer, trained: Sequence[Member], names: Names) -> None:
+    """Put back good parameters, of those that are trained and have had a gradient: others are not ours to change."""
+    for m in trained:
+        kept = optimizer.state.get(m.param, {})
+        if GOOD in kept and set(names[m.param]) <= kept.keys():
+            m.param.copy_(kept[GOOD])
     _drop(optimizer, names)
 
 
-def _drop(optimizer: Optimizer, names: Callable[[], Names]) -> None:
+def _drop(optimizer: Optimizer, names: Names) -> None:
     """Drop the slots of who acted: who acts next begins with a state of its own."""
-    acting = names()
-    for p in [key for key in optimizer.state if isinstance(key, Tensor)]:
-        own = acting[p]
-        optimizer.state[p] = {name: kept for name, kept in optimizer.state[p].items() if name not in own}
+    for p, own in names.items():
+        if p in optimizer.state:
+            optimizer.state[p] = {name: kept for name, kept in optimizer.state[p].items() if name not in own}
     record(optimizer, shared={})
 
 

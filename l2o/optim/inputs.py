@@ -65,9 +65,19 @@ def evaluated(closure: Callable[[], Any] | None, loss: Any) -> Any:
 
 def scalar(loss: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The loss as a 0-d tensor; raises `ConfigurationError`."""
-    if isinstance(loss, Tensor) and loss.numel() == 1:
+    check_scalar(loss)
+    if isinstance(loss, Tensor):
         return loss.detach().to(device, dtype, copy=True).reshape(())
-    if isinstance(loss, numbers.Real):
-        return torch.full((), float(loss), dtype=dtype, device=device)
-    got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-    raise ConfigurationError(f"loss is {got}: expected a 0-d tensor or a number, also from a closure")
+    return torch.full((), float(loss), dtype=dtype, device=device)
+
+
+def check_scalar(loss: Any) -> None:
+    """Raise `ConfigurationError` unless the loss is one number."""
+    if not is_scalar(loss):
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigurationError(f"loss is {got}: expected a 0-d tensor or a number, also from a closure")
+
+
+def is_scalar(loss: Any) -> bool:
+    """Whether the loss is one number, in a tensor or not."""
+    return isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)

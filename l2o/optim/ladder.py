@@ -23,10 +23,10 @@ _KEPT = 100
 """Events, of which the oldest are forgotten."""
 
 Guard = dict[str, Any]
-"""stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good, base: the step of the good
-parameters, their norm.    alarm: the loss that gave the last one, -inf for none.    again: the step of AdamW's handing
-over, -1 for never.    losses: since the last look.    skipped: steps until then.    memory: `watch.Memory`.    events:
-dicts of ``step, kind, done``."""
+"""stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good: that of the good parameters.
+entries: of parameters with gradients, and of all trained ones, at the last look.    alarm: the loss that gave the last
+one, -inf for none.    again: the step of AdamW's handing over, -1 for never.    losses: since the last look.
+skipped: steps until then.    memory: `watch.Memory`.    events: dicts of ``step, kind, done``."""
 
 _WARNINGS = {
     "backed off": "parameters are the last good ones again, steps are a tenth for a while",
@@ -64,7 +64,7 @@ class Event(NamedTuple):
 
 def begin() -> Guard:
     """What is known before the first step."""
-    stage = {"stage": "rule", "since": 0, "good": 0, "base": 0.0, "alarm": -math.inf, "again": -1}
+    stage = {"stage": "rule", "since": 0, "good": 0, "entries": [0, 0], "alarm": -math.inf, "again": -1}
     return {**stage, "losses": [], "skipped": 0, "memory": {}, "events": []}
 
 

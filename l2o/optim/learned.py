@@ -17,7 +17,7 @@ from l2o.distributed import ranks
 from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
-from l2o.optim.inputs import evaluated, length, resolved, scalar
+from l2o.optim.inputs import check_scalar, evaluated, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
 from l2o.optim.precision import checked_dtype
@@ -156,6 +156,8 @@ class LearnedOptimizer(RuleState):
         if self.rule.needs_loss and closure is None and loss is None:
             raise ConfigurationError(f"{self.rule!r} reads the loss: call step(loss=loss), or step(closure)")
         loss = evaluated(closure, loss)
+        if self.rule.needs_loss:
+            check_scalar(loss)  # before a guard keeps anything
         return loss, self._here()
 
     def _ready(self, members: Sequence[Member], loss: Any) -> Ready | None:
@@ -169,7 +171,8 @@ class LearnedOptimizer(RuleState):
         if self._guards and self._watched(members, loss):
             return None
         factors = {key: self._factors(group) for key, group in {id(m.group): m.group for m in members}.items()}
-        return Ready(*self._inputs(members, loss), factors, guarded.limit(slots.run_of(self)))
+        limit = guarded.limit(slots.run_of(self), members)
+        return Ready(*self._inputs(members, loss), factors, limit)
 
     def _step(self, members: Sequence[Member], ready: Ready) -> None:
         rule, inputs, factors, limit = ready
@@ -229,7 +232,7 @@ class LearnedOptimizer(RuleState):
         def names() -> dict[Tensor, tuple[str, ...]]:
             return {m.param: tuple(self._layout(m)) for m in self._members()}
 
-        event = guarded.watch_step(self, members, names, loss, self.total_steps)
+        event = guarded.watch_step(self, members, self._members(), names, loss, self.total_steps)
         if event is None:
             return False
         self._layouts, self._lent = {}, True

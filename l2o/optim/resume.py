@@ -74,7 +74,10 @@ def checked_run(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> Mappin
     """
     run: Mapping[str, Any] = next((group[RUN] for group in state_dict["param_groups"] if RUN in group), {})
     if not isinstance(run, Mapping) or not _is_count(run.get("step")) or not _is_count(run.get("skipped", 0)):
-        raise ResumeError(f"state_dict has no numbers of steps as {RUN!r} of a group: it is of another optimizer")
+        raise ResumeError(
+            f"state_dict has no numbers of steps as {RUN!r} of a group: expected that of a LearnedOptimizer, not of "
+            "another optimizer; begin without it, or make the optimizer that was saved"
+        )
     check_same(run, own)
     return {**run, "skipped": int(run.get("skipped", 0))}
 

@@ -69,7 +69,9 @@ class Shards(Place):
         places[self.dimension] = Shard(axis)
         shape = torch.Size([*slot.shape[:axis], self._lengths[key], *slot.shape[axis + 1 :]])
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(slot.contiguous(), self.mesh, places, run_check=False, shape=shape, stride=stride)
+        # torch (2.13) cannot deepcopy a DTensor of a view that begins further on, as of several tensors in a stack.
+        own = slot.clone() if slot.storage_offset() else slot.contiguous()
+        return DTensor.from_local(own, self.mesh, places, run_check=False, shape=shape, stride=stride)
 
     def agree(self, ok: Tensor) -> Tensor:
         return agreed(ok, self.group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 EVERY = 10
@@ -40,10 +41,13 @@ _UNSURE = 0.5
 _PROGRESS = 0.05
 """Share of its first value by which a loss has to fall before there are better parameters than those of the start."""
 
+_LOSSES = ("first", "best", "kept", "last")
+
 Memory = dict[str, float]
-"""Numbers by name, which are all that is kept of earlier looks: ``looks``; ``first``, ``best``, ``noise`` of losses
-where there are any, ``last``, and ``kept``, the best when parameters were last good; norms: ``size`` of parameters and
-``gradient`` of gradients at the start, ``level`` and ``largest`` of gradients of late and at most."""
+"""Numbers by name, finite ones, which are all that is kept of earlier looks: ``looks``; ``first``, ``best``, ``noise``
+of losses where there are any, ``last``, ``heard`` (looks that had some since the first), and ``kept``, the best when
+parameters were last good; norms: ``size`` of parameters and ``gradient`` of gradients at the start, ``level`` and
+``largest`` of gradients of late and at most."""
 
 
 class Seen(NamedTuple):
@@ -72,16 +76,20 @@ class Seen(NamedTuple):
         return ordered[len(ordered) // 2]
 
 
-def begun(seen: Seen) -> Memory:
-    """What is kept of the first look, which is before the first step."""
+def begun(seen: Seen, memory: Mapping[str, float] = MappingProxyType({})) -> Memory:
+    """What is kept of the first look at parameters; of losses, what ``memory`` of others knows."""
     size = max(seen.size, _SMALL * math.sqrt(seen.entries))
-    memory = {"looks": 0.0, "size": size, "gradient": 0.0, "level": seen.gradient, "largest": 0.0}
-    return rebased(memory, seen.loss) if seen.losses else memory
+    level = seen.gradient if math.isfinite(seen.gradient) else 0.0
+    norms = {"looks": 0.0, "size": size, "gradient": 0.0, "level": level, "largest": 0.0}
+    new = {"heard": 0.0, **memory, **norms}
+    return rebased(new, seen.loss) if seen.losses and "first" not in memory else new
 
 
 def rebased(memory: Mapping[str, float], loss: float) -> Memory:
-    """``memory`` of a problem that has become another one, of such a loss."""
-    return {**memory, "first": loss, "best": loss, "kept": loss, "last": loss, "noise": memory.get("noise", 0.0)}
+    """``memory`` of a problem that has become another one, of such a loss; of none yet, if that is not finite."""
+    if not math.isfinite(loss):
+        return {name: x for name, x in memory.items() if name not in (*_LOSSES, "noise", "heard")}
+    return {"noise": 0.0, "heard": 0.0, **memory, **dict.fromkeys(_LOSSES, loss)}
 
 
 def kept(memory: Mapping[str, float]) -> Memory:
@@ -119,7 +127,8 @@ def good(signs: Mapping[str, float], memory: Mapping[str, float]) -> bool:
 def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
     """``memory`` after a look without an alarm."""
     looks = memory["looks"] + 1
-    gradient = seen.gradient if seen.gradient <= limit(memory) else memory["level"]
+    usual = math.isfinite(seen.gradient) and seen.gradient <= limit(memory)
+    gradient = seen.gradient if usual else memory["level"]
     early = max(memory["gradient"], gradient) if looks <= _WARM else memory["gradient"]
     norms = {"gradient": early, "level": 0.8 * memory["level"] + 0.2 * gradient}
     new = {**memory, **norms, "looks": looks, "largest": max(memory["largest"], gradient)}
@@ -127,24 +136,27 @@ def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
         return new
     if "first" not in memory:
         return rebased(new, seen.loss)
-    noise = sum(abs(x - seen.loss) for x in seen.losses) / len(seen.losses)
-    new["noise"] = noise if looks == 1 else 0.9 * memory["noise"] + 0.1 * noise
+    apart = [abs(x - seen.loss) for x in seen.losses if math.isfinite(x)]
+    noise = sum(apart) / max(len(apart), 1)
+    new["noise"] = 0.9 * memory["noise"] + 0.1 * noise if memory["heard"] else noise
+    new["heard"] = memory["heard"] + 1
     return {**new, "best": min(memory["best"], _level(memory, seen)), "last": seen.loss}
 
 
 def limit(memory: Mapping[str, float]) -> float:
     """The norm from which on a gradient is a spike."""
-    return _SPIKE * memory["largest"] if memory["looks"] >= _WARM else math.inf
+    known = memory["looks"] >= _WARM and memory["largest"] > 0.0
+    return _SPIKE * memory["largest"] if known else math.inf
 
 
 def _level(memory: Mapping[str, float], seen: Seen) -> float:
     """The loss of this look and the last together: the lowest of many looks is luck where batches are small."""
-    return 0.5 * (memory["last"] + seen.loss) if memory["looks"] else seen.loss
+    return 0.5 * (memory["last"] + seen.loss) if memory["heard"] else seen.loss
 
 
 def _rise(memory: Mapping[str, float], loss: float) -> float:
     first, best = memory["first"], memory["best"]
-    if memory["looks"] == 0:
+    if not memory["heard"]:
         return (loss - first) / ((_AT_ONCE - 1.0) * abs(first)) if first else 0.0
     allowed = max(_LOST * (first - best), _NOISE * memory["noise"], _SHARE * abs(best))
     return (loss - best) / allowed if allowed > 0.0 else 0.0

@@ -201,7 +201,8 @@ class Steered(UpdateRule):
         match self.path(group.shape):
             case "eigenbasis" | "orthogonal" as path:
                 m = ema(slots["m"], grad, theta["logit_momentum"])
-                d, basis = matrices(ema(m, grad, theta["logit_momentum"])), {}
+                d = matrices(ema(m, grad, theta["logit_momentum"]))
+                basis: Slots = {}
                 if path == "eigenbasis":
                     d, basis = self.whitened(theta, d, matrices(grad), slots, run)
                 else:

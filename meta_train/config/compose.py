@@ -142,9 +142,12 @@ def _message(error: Exception) -> str | None:
         return None
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     if isinstance(error, HydraException):
         return _composition_message(error)
+    if isinstance(error, YAMLError):
+        return f"a configuration is no YAML: {one_line(error)}; mend the file there"
     return one_line(error) if isinstance(error, OmegaConfBaseException) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import json
 import tempfile
@@ -65,7 +66,8 @@ def sharded_net() -> Net:
 
 
 def fully_sharded(rule: UpdateRule) -> None:
-    """Training under FSDP2's `fully_shard` is training in one process, and each process keeps a share of the state."""
+    """Training under FSDP2's `fully_shard` is training in one process, and each process keeps a share of the state,
+    which can be copied."""
     model = sharded_net()
     optimizer = make(model.parameters(), rule)
     train(model, optimizer)
@@ -73,6 +75,7 @@ def fully_sharded(rule: UpdateRule) -> None:
     for p in model.parameters():
         momentum = optimizer.state[p].get("m", p)
         assert p.ndim < 2 or momentum.to_local().numel() < momentum.numel(), "each process keeps all of the state"
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def resharded(rule: UpdateRule) -> None:
