@@ -166,10 +166,10 @@ def updates(
         return found
     infos, needs_loss = lane_infos(state.params, kinds), rule.needs_loss
 
-    def update(theta: Theta, g: Grads, opt: OptState, p: Params, run: Run) -> Any:
-        return rule.update(theta, g, opt, p, infos, run if needs_loss else run._replace(loss=None))
+    def update(theta: Theta, g: Grads, opt: OptState, p: Params, step: Tensor, total: Tensor, loss: Tensor) -> Any:
+        return rule.update(theta, g, opt, p, infos, Run(step, total, loss if needs_loss else None))
 
-    return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, run))
+    return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, *run[:3]))
 
 
 def _along(mask: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from l2o.ops.orthogonal import as_matrix, product_dtype
-from l2o.types import Slots
+from l2o.types import Run, Slots
 
 _STAY = 1e-6
 """Beside the largest entry of a product: directions in which no gradient lies yet stay, and do not follow rounding."""
@@ -56,14 +56,16 @@ def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tens
     return direction, new
 
 
-def is_due(step: Tensor, period: int) -> Tensor | bool:
-    """Whether the 0-d ``step`` is a multiple of ``period``: a bool where it is one for all lanes, and is not compiled.
+def is_due(run: Run, period: int) -> Tensor | bool:
+    """Whether a step is one of every ``period``: a bool where it is one for all lanes, and is not compiled.
 
-    Waits for the device that ``step`` is on.
+    Waits for the device in unrolls, but not in the plug-in, which says what the host knows.
     """
-    due = torch.remainder(step, period) == 0
+    due = torch.remainder(run.step, period) == 0
     if torch.compiler.is_compiling():
         return due
+    if run.called is not None:
+        return run.called % period == 0
     known = due
     while _functorch.is_functorch_wrapped_tensor(known):
         known = _functorch.get_unwrapped(known)

@@ -65,7 +65,8 @@ def _task(members: Sequence[Member], ready: Any, seen: Slots | None) -> Task:
     like = next(iter(ready.inputs.params.values()))
     keys = {group: [m.key for m in members if id(m.group) == group] for group in ready.factors}
     rates = [(*(like.new_full((), x) for x in ready.factors[group]), some) for group, some in keys.items()]
-    return Task(ready.rule, ready.inputs, rates, like.new_full((), ready.limit), seen)
+    run = ready.inputs.run._replace(called=None)  # a number of the host would be a constant of the code
+    return Task(ready.rule, ready.inputs._replace(run=run), rates, like.new_full((), ready.limit), seen)
 
 
 def _moved(task: Task) -> tuple[OptState, Tensor]:

@@ -70,6 +70,8 @@ class Steered(UpdateRule):
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
         Sine networks, whose weights are small for what they do, need it; to most others it makes no difference.
+    by_gain: power of the matrix' gain, its root mean square times the root of its fan-in, at most one, that is a factor
+        of ``relative``: what a matrix with inputs of size one puts out. That of sine networks' is a twentieth of others'.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` in an eigenbasis, ``m, row, col``
@@ -93,6 +95,7 @@ class Steered(UpdateRule):
     memory: float = 0.95
     period: int = 10
     widest: int = 1024
+    by_gain: float = 0.0
 
     learned_init = False
     rests = True
@@ -233,7 +236,7 @@ class Steered(UpdateRule):
 
     def whitened(self, theta: Theta, momentum: Tensor, grad: Tensor, slots: Slots, run: Run) -> tuple[Tensor, Slots]:
         """`whiten`, with the slots of tensors ``[k, *shape]`` and the constants of θ."""
-        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), is_due(run.step, self.period))
+        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), is_due(run, self.period))
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the steps of tensors."""
@@ -253,7 +256,9 @@ class Steered(UpdateRule):
         if self.direction == "adam":
             return scales
         entries = constant(_each(lambda shape: float(max(math.prod(shape), 1)), shapes), squares)
-        limits = theta["log_relative"].exp() * safe_sqrt(squares / entries) + _LEAST_LIMIT
+        sizes = safe_sqrt(squares / entries)
+        gains = sizes * constant([float(max(as_matrix(shape)[1], 1)) ** 0.5 for shape in shapes], squares)
+        limits = theta["log_relative"].exp() * sizes * gains.clamp(max=1.0) ** self.by_gain + _LEAST_LIMIT
         limited = scales / (1.0 + (scales / limits).square()).sqrt()
         return torch.where(self._are_matrices(shapes, size), limited, scales)
 
