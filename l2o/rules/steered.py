@@ -71,7 +71,7 @@ class Steered(UpdateRule):
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
         Sine networks, whose weights are small for what they do, need it; to most others it makes no difference.
     by_gain: power of the matrix' gain, its root mean square times the root of its fan-in, at most one, that is a factor
-        of ``relative``: what a matrix with inputs of size one puts out. That of sine networks' is a twentieth of others'.
+        of ``relative``: what a matrix with inputs of size one puts out. A sine network's is a twentieth of others'.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` in an eigenbasis, ``m, row, col``
