@@ -87,7 +87,10 @@ class Plan:
 
 
 def feature_sums(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor] | None:
-    """None where the kernel does not fit, or cannot be had."""
+    """Return the sums of each tensor, as `l2o.kernels.coordinatewise_blocks` does, ``[lanes, channels, ...]``.
+
+    None where the kernel does not fit, or cannot be had.
+    """
     if not ordinary(sources):
         return None
     plan = _plan(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), None)
@@ -103,7 +106,10 @@ def feature_sums(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Seque
 def coordinatewise(
     recipe: Recipe, lanes: int, axes: Sequence[int], counts: Sequence[int], inputs: Inputs
 ) -> list[Tensor] | None:
-    """Updates, then sums of outputs; None where the kernel does not fit, or cannot be had."""
+    """Return updates like the gradients, then sums of outputs, ``[lanes, tensors, outputs]``.
+
+    None where the kernel does not fit, or cannot be had.
+    """
     weights, gains, means, sums, sources = inputs
     if not ordinary([*weights, gains, *sums, *sources, *(() if means is None else (means,))]):
         return None
@@ -150,7 +156,7 @@ def threads_for(elements: int) -> int:
 
 
 def at_hand(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are tensors for kernels, which can be had; seen from within `torch.func.vmap` too.
+    """Say whether these, of any shape, are for kernels, which can be had; seen from within `torch.func.vmap` too.
 
     Small ones whose derivatives are wanted are not: to compute them again takes longer than to keep autograd's graph.
     """
@@ -165,7 +171,7 @@ def at_hand(tensors: Sequence[Tensor]) -> bool:
 
 
 def ordinary(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are float32 tensors of the CPU that have memory."""
+    """Say whether all, of any shape, are float32 tensors of the CPU that have memory."""
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in tensors)
 
 

@@ -105,7 +105,7 @@ def _moments(
 def in_torch(
     clip: float, lanes: int, axes: Sequence[int], decays: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> list[Tensor]:
-    """``_moments`` in torch's operations."""
+    """Do what ``_moments`` does, tensors ``[lanes, ...]``, in torch's operations."""
     found, rest = [], list(sources)
     for second, largest in zip(axes[::2], axes[1::2], strict=True):
         grad, *old = (rest.pop(0) for _ in range(4 if second == -1 else 3))
