@@ -25,9 +25,9 @@ def of_tensors(module: ModuleType) -> Iterator[tuple[str, str]]:
     for owner in [module, *(x for x in vars(module).values() if inspect.isclass(x) and x.__name__[0] != "_")]:
         for name, x in vars(owner).items():
             f = inspect.unwrap(getattr(x, "fget", getattr(x, "__func__", x)))
-            if name[0] != "_" and inspect.isfunction(f) and f.__module__ == module.__name__:
-                if any("Tensor" in re.findall(r"\w+", str(kind)) for kind in f.__annotations__.values()):
-                    yield f"{owner.__name__}.{name}", inspect.getdoc(getattr(owner, name)) or ""
+            own = name[0] != "_" and inspect.isfunction(f) and f.__module__ == module.__name__
+            if own and any("Tensor" in re.findall(r"\w+", str(kind)) for kind in f.__annotations__.values()):
+                yield f"{owner.__name__}.{name}", inspect.getdoc(getattr(owner, name)) or ""
 
 
 @pytest.mark.parametrize("module", MODULES)
