@@ -18,7 +18,8 @@ from torch.func import vmap
 
 from l2o.kernels.arrays import Pointers, derivative_of
 from l2o.kernels.build import available, run
-from l2o.kernels.coordinatewise_cpu import Field, at_hand, geometry, ordinary, threads_for
+from l2o.kernels.coordinatewise_cpu import at_hand, ordinary, threads_for
+from l2o.kernels.coordinatewise_plan import Field, geometry
 from l2o.kernels.lanes import lowered
 from l2o.ops.factored import averaged, factored_axes
 from l2o.ops.statistics import Decays, advanced
