@@ -36,7 +36,7 @@ def ranks() -> Ranks:
 
 
 def all_sum(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor summed over all processes, in one message; they are alike but for their values everywhere.
+    """Sum each tensor over all processes, in one message. They have the same names, shapes and dtypes everywhere.
 
     Integers go as floating-point numbers and come back as integers: counts stay exact below 2^24.
     """

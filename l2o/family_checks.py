@@ -64,7 +64,7 @@ def checked_batch(family: TaskFamily, data: TaskData, split: Split, generator: t
 
 
 def check_trainable(what: str, params: Iterable[Tensor]) -> None:
-    """Raises `ConfigurationError` unless there are ``params``, all float32 or all float64."""
+    """Raise `ConfigurationError` unless there are ``params``, of any shape, all float32 or all float64."""
     dtypes = {p.dtype for p in params}
     if not dtypes:
         raise ConfigurationError(f"{what} has no parameters to train, expected at least one tensor")

@@ -116,7 +116,7 @@ def hashed_normal(key: Tensor, *shape: int) -> Tensor:
 
 
 def mix(z: Tensor) -> Tensor:
-    """The output function of splitmix64, int64 to int64."""
+    """Return the output function of splitmix64, int64 to int64, in any shape."""
     z = (z ^ shift(z, 30)) * signed(_MIX1)
     z = (z ^ shift(z, 27)) * signed(_MIX2)
     return z ^ shift(z, 31)

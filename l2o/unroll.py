@@ -222,7 +222,7 @@ def detach(tree: Any) -> Any:
 
 
 def reset(state: InnerState, lanes: Tensor, fresh: Callable[[Tensor], InnerState]) -> InnerState:
-    """Replace the lanes set in the bool mask ``lanes`` by ``fresh(their indices)``; waits for the device once."""
+    """Replace the lanes in the mask ``lanes``, bool ``[lanes]``, by ``fresh(indices)``; waits for the device once."""
     index = lanes.nonzero().squeeze(1)
     if len(index) == 0:
         return state

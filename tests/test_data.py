@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
+import random
 import struct
 import sys
 from pathlib import Path
@@ -75,6 +77,17 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"pip install 'l2o\[train\]"):
         data.IMAGE_SETS["digits"].load()
+
+
+def test_the_import_of_scikit_learn_leaves_the_global_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawing(name: str) -> object:
+        random.random()  # as its first import does
+        return imported(name)
+
+    imported, before = importlib.import_module, random.getstate()
+    monkeypatch.setattr(importlib, "import_module", drawing)
+    assert len(data.from_scikit_learn("digits").data)
+    assert random.getstate() == before
 
 
 def test_mnist_files_become_tensors(folder: Path) -> None:

@@ -96,7 +96,7 @@ def test_bad_settings_are_refused(settings, error, names):
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"pip install l2o\[train\]"):
+    with pytest.raises(DataError, match=r"pip install 'l2o\[train\]'"):
         diabetes_split.__wrapped__("meta_train", "train")
-    with pytest.raises(DataError, match=r"pip install l2o\[train\]"):
+    with pytest.raises(DataError, match=r"pip install 'l2o\[train\]'"):
         classified_split.__wrapped__("wine", "meta_train", "train")

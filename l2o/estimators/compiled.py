@@ -62,7 +62,7 @@ class CompiledRule(Wrapped):
     def unroll_lanes(
         self, theta: Theta, state: InnerState, batches: Batches, steps: int, generator: torch.Generator
     ) -> tuple[InnerState, Tensor] | None:
-        """See `l2o.fused.unroll`; by the kernel of the rule, if any."""
+        """Take ``steps`` steps by the kernel of the rule, if any: losses ``[steps, lanes]``, see `l2o.fused.unroll`."""
         return fused.unroll_on(batches, self.rule, theta, state, steps, generator)
 
     def _all(self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:

@@ -127,7 +127,8 @@ class Episodes(MetaGradient):
         return ranks().share(self.lanes // self.copies, "lanes" if self.copies == 1 else "lanes / 2") * self.copies
 
     def ids(self, index: Tensor) -> Tensor:
-        """Numbers of problems in the whole run, int64, from the indices of this process' lanes, all copies of each."""
+        """Number the problems in the whole run, int64 ``[problems]``, from the indices ``[lanes]`` of this process'
+        lanes, all copies of each."""
         return (index[:: self.copies] + ranks().rank * self.own_lanes) // self.copies
 
     def streams(self, generator: torch.Generator) -> Streams:

@@ -109,7 +109,7 @@ def unroll(
 def unroll_on(
     found: Any, rule: UpdateRule, theta: Theta, state: InnerState, steps: int, generator: torch.Generator
 ) -> tuple[InnerState, Tensor] | None:
-    """`unroll` on the batches that `batches` has ``found``."""
+    """Do what `unroll` does on the batches that `batches` has ``found``: losses ``[steps, lanes]``."""
     of_kind = {cls: kernel for (cls, kind), kernel in UNROLLS.items() if kind is type(found)}
     kernel = _entry(of_kind, rule, "update")
     result: tuple[InnerState, Tensor] | None = kernel and kernel(rule, theta, state, found, steps, generator)

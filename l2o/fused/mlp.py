@@ -35,7 +35,7 @@ def update(
 def unroll(
     rule: MLP, theta: Theta, state: InnerState, batches: Batches, steps: int, generator: torch.Generator
 ) -> tuple[InnerState, Tensor] | None:
-    """See `l2o.fused.unroll`."""
+    """Take ``steps`` inner steps of all lanes: losses ``[steps, lanes]``, see `l2o.fused.unroll`."""
     if rule.mup or not plain(theta.values()):
         return None
     ahead = torch.arange(steps, device=state.step.device).view(-1, 1, 1)

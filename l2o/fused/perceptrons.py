@@ -14,7 +14,7 @@ from l2o.types import Batch, Buffers, Grads, Params, TaskData
 def gradient(
     family: ImageMLP, params: Params, buffers: Buffers, data: TaskData, batch: Batch
 ) -> tuple[Tensor, Buffers, Grads] | None:
-    """See `l2o.fused.gradient`; by the kernel where it fits, else in torch's operations."""
+    """Return losses ``[lanes]``, buffers, gradients, by the kernel where it fits, else in torch's operations."""
     if family.norm != "none" or family.criterion != "cross_entropy" or "share" in batch:
         return None
     layers = [(params[weight], params[bias]) for weight, bias in _layers(family)]

@@ -153,7 +153,7 @@ def _at(run: Run, fraction: Tensor | float, back: int) -> Run:
 
 
 def clock_response(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> tuple[Tensor, float]:
-    """``schedule`` and ``clock_change`` of `Inspection`."""
+    """Return ``schedule``, ``[len(FRACTIONS)]``, and ``clock_change`` of `Inspection`."""
 
     def update(fraction: Tensor) -> Updates:
         return rerun(rule, theta, window, lambda m, back: m._replace(run=_at(m.run, fraction, back)))
@@ -165,7 +165,7 @@ def clock_response(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs])
 
 
 def spike_response(rule: UpdateRule, theta: Theta, moment: StepInputs) -> Tensor:
-    """``spikes`` of `Inspection`."""
+    """Return ``spikes``, ``[len(SPIKES)]``, of `Inspection`."""
 
     def update(factor: Tensor) -> Updates:
         def change(m: StepInputs, back: int) -> StepInputs:
@@ -179,7 +179,8 @@ def spike_response(rule: UpdateRule, theta: Theta, moment: StepInputs) -> Tensor
 
 
 def at_rest(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> Tensor:
-    """``rest`` of `Inspection`: with no gradient to follow, what is left of the update that depends on the parameters.
+    """Return ``rest``, ``[2, entries]``, of `Inspection`: with no gradient to follow, what is left of the update that
+    depends on the parameters.
 
     A rule that looks at sizes of parameters only, or not at all, has 0 here.
     """

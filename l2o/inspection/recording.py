@@ -94,7 +94,7 @@ def _moment(state: InnerState, grads: Grads, loss: Tensor, infos: Infos) -> Step
 
 
 def double(x: Tensor) -> Tensor:
-    """float64, unless it counts something."""
+    """Return ``x``, of any shape, in float64, unless it counts something."""
     return x.double() if x.is_floating_point() else x
 
 
@@ -114,7 +114,8 @@ Change = Callable[[StepInputs, int], StepInputs]
 
 
 def rerun(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs], change: Change) -> dict[str, Tensor]:
-    """The last update of consecutive moments with ``change`` made to what the rule is shown; parameters as recorded.
+    """Return the last update of consecutive moments with ``change`` made to what the rule is shown; parameters, and the
+    shapes of updates, are as recorded.
 
     Only the first moment's ``state`` counts; from there on the rule's own is carried along.
     theta: float64.     Pure, so that it may be vectorised over what ``change`` does.

@@ -41,7 +41,8 @@ keeps in its code, not in the files of the network."""
 
 
 def original_names(tensors: Mapping[str, Tensor]) -> Theta:
-    """The tensors of state dicts, their networks under the original's paths; what belongs to none stays as it is.
+    """Return the tensors of state dicts, their networks under the original's paths; the rest, and shapes but for
+    transposed layers, stay as they are.
 
     Known are ``MetaMLP`` (small_fc, µLO, ELO), ``VeLORNN`` and ``VeLOMLP``, ``CELO2MLP``, and ``Celo2MLP`` before it.
     Raises `CheckpointError`, naming the tensor, where one of these networks is not whole.
@@ -58,7 +59,8 @@ def original_names(tensors: Mapping[str, Tensor]) -> Theta:
 
 
 def assumed(tensors: Mapping[str, Tensor]) -> dict[str, float | tuple[float, ...]]:
-    """Meta-parameters and hyperparameters, by name, that PyLO has for a network of these tensors beside its file."""
+    """Return meta-parameters and hyperparameters, by name, that PyLO has for a network of these tensors beside its
+    file. Only names count, not shapes."""
     return {**DECAYS, "step_mult": STEP_MULT} if _NETWORKS["MetaMLP"][0] in tensors else {}
 
 

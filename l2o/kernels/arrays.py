@@ -15,7 +15,8 @@ Int64s, Floats, Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c
 
 
 def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
-    """Whether all are float32 tensors that have memory, and no transform of torch is watching, forward mode included.
+    """Say whether all, of any shape, are float32 tensors that have memory, and no transform of torch is watching,
+    forward mode included.
 
     anywhere: on any device, not on the CPU alone.
     """
@@ -30,10 +31,11 @@ def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
 def derivative_of(
     reference: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """For ``backward`` of a kernel's function; with a graph where grad mode is on, to be differentiated again.
+    """Differentiate for ``backward`` of a kernel's function; with a graph where grad mode is on.
 
     reference: what the kernel computes, in torch's operations: the outputs that ``cotangents`` belong to, from
         ``inputs``, those of the function as it was given them.     cotangents: None for 0.
+    Returns a gradient like each input, None for 0.
     """
     graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -51,7 +51,7 @@ class Tensors(NamedTuple):
         return self._replace(grads={name: self.grads[name] for name in names})
 
     def sources(self, recipe: Recipe) -> list[Tensor]:
-        """Of one tensor after the other, in the order of gradients."""
+        """Return those of one tensor after the other, in the order of gradients; shapes as of the reference's slots."""
         flat: list[Tensor] = []
         for name, grad in self.grads.items():
             own: Any = {"row_mean": self.row_means.get(name), **self.slots[name], "grad": grad}
@@ -80,7 +80,7 @@ def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
 
 
 def completed_sums(recipe: Recipe, tensors: Tensors, reduce: Reduce) -> dict[str, Tensor]:
-    """`feature_sums` over whole tensors."""
+    """Return `feature_sums` over whole tensors, ``[channels, *recipe.sums_shape(shape)]``, by name."""
     sums = reduce.shards({name: {"squares": own} for name, own in feature_sums(recipe, tensors).items()})
     return {name: own["squares"] for name, own in sums.items()}
 

@@ -24,7 +24,7 @@ Block = Callable[[Slots, Any, dict[str, Tensor]], tuple[Tensor, ...]]
 
 
 def by_tensor(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[tuple[Axes, Slots]]:
-    """Axes and sources of each tensor, which `Tensors` put one after the other."""
+    """Return axes and sources of each tensor, which `Tensors` put one after the other: ``[lanes, ...]`` with lanes."""
     found: list[tuple[Axes, Slots]] = []
     at = 0
     for second, largest in zip(axes[::2], axes[1::2], strict=True):
@@ -36,7 +36,10 @@ def by_tensor(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence
 
 
 def feature_sums(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor]:
-    """Of each tensor.  lanes: 0 where tensors have no axis of lanes.     axes, sources: see `by_tensor`."""
+    """Return the sums of each tensor, ``[lanes, channels, *recipe.sums_shape(shape)]``.
+
+    lanes: 0 where tensors have no axis of lanes.     axes, sources: see `by_tensor`.
+    """
     return [
         _over_lanes(functools.partial(reference.feature_sums, recipe, own_axes), lanes)(own)
         for own_axes, own in by_tensor(recipe, lanes, axes, sources)
@@ -46,7 +49,7 @@ def feature_sums(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Seque
 def d_feature_sums(
     recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of ``sources``."""
+    """Return the gradients of ``sources``, like these.  cotangents: of what `feature_sums` returns."""
     one = _over_lanes(functools.partial(reference.block_sums, recipe), lanes)
     found: list[Tensor | None] = []
     for (own_axes, own), d in zip(by_tensor(recipe, lanes, axes, sources), cotangents, strict=True):
@@ -66,7 +69,10 @@ class Call(NamedTuple):
     def network(
         self, weights: Sequence[Tensor], gains: Sequence[Tensor], sums: Sequence[Tensor], sources: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Updates of each tensor, then sums of outputs.  gains: and means, if there are any."""
+        """Return updates like each tensor, then sums of outputs, ``[lanes, tensors, outputs]``.
+
+        weights: ``[lanes, 1 or tensors, ...]``.     gains: ``[lanes, tensors]``, and means, if there are any.
+        """
         results = []
         for i, (axes, own) in enumerate(by_tensor(self.recipe, self.lanes, self.axes, sources)):
 
@@ -91,7 +97,7 @@ class Call(NamedTuple):
         sources: Sequence[Tensor],
         cotangents: Sequence[Tensor | None],
     ) -> tuple[list[Tensor | None], ...]:
-        """The gradients of what `network` takes.  cotangents: of what it returns."""
+        """Return the gradients of what `network` takes, like these.  cotangents: of what it returns."""
         axis = 1 if self.lanes else 0
         *d_updates, d_totals = cotangents
         shared = _named(weights) | dict(zip(_GAINS, gains, strict=False))

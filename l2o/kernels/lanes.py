@@ -15,7 +15,7 @@ Nest = list[Any]
 
 
 def lowered(call: Callable[[int, Nest], list[Tensor]], tensors: Nest) -> list[Tensor]:
-    """``call(lanes, tensors)`` with tensors as they are below each `vmap` that is at work, lanes first.
+    """Return ``call(lanes, tensors)`` with tensors as they are below each `vmap` that is at work, ``[lanes, ...]``.
 
     torch would ask the rule that an op has for `vmap`, to the same end, but takes a millisecond for forty tensors.
     """
@@ -33,7 +33,8 @@ def lowered(call: Callable[[int, Nest], list[Tensor]], tensors: Nest) -> list[Te
 
 
 def differentiable(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd has to know of what is computed from ``tensors``, also those of lanes, which do not say so."""
+    """Say whether autograd has to know of what is computed from ``tensors``, of any shape, also those of lanes, which
+    do not say so themselves."""
     return torch.is_grad_enabled() and any(_innermost(t).requires_grad for t in tensors)
 
 
@@ -51,7 +52,7 @@ def _below(t: Tensor | None, level: int, size: int) -> Tensor | None:
 
 
 def leading(t: Tensor, axis: int | None, size: int) -> Tensor:
-    """``t`` with the axis that is mapped over first; of ``size``, where it has none."""
+    """Return ``t`` with the axis that is mapped over first, ``[size, ...]``; expanded, where it has none."""
     if axis is None:
         return t.expand(size, *t.shape)
     return t if axis == 0 else t.movedim(axis, 0)

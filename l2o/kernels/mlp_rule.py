@@ -85,13 +85,13 @@ def update(
 
 
 def named(params: Params, results: Sequence[Tensor]) -> tuple[Updates, OptState]:
-    """What a rule returns.  results: updates, then momenta, in the order of ``params``."""
+    """Return what a rule does.  results: updates, then momenta ``[..., decays, *shape]``, in the params' order."""
     slots = {name: {"m": m} for name, m in zip(params, results[len(params) :], strict=True)}
     return dict(zip(params, results, strict=False)), OptState(slots, {})
 
 
 def ordered(theta: Theta) -> list[Tensor]:
-    """``w0, b0, w1, ...``"""
+    """Return ``w0, b0, w1, ...``, ``[..., in, out]`` and ``[..., out]``."""
     return [t for i in range(len(theta) // 2) for t in (theta[f"w{i}"], theta[f"b{i}"])]
 
 
@@ -121,7 +121,7 @@ class Tensors(NamedTuple):
 
     @property
     def all(self) -> list[Tensor]:
-        """One after the other."""
+        """One after the other, ``[lanes, ...]``."""
         return [t for group in self for t in group]
 
     @property
@@ -131,6 +131,7 @@ class Tensors(NamedTuple):
 
     @classmethod
     def split(cls, tensors: Sequence[Tensor], count: int) -> Tensors:
+        """Name what `all` put in a row, ``[lanes, ...]``, of ``count`` parameters."""
         return cls(tensors[: -3 * count], *(tensors[len(tensors) - i * count :][:count] for i in (3, 2, 1)))
 
 
@@ -164,7 +165,7 @@ class Results(NamedTuple):
 
 
 def describe(constants: Constants, inputs: Tensors, time: Tensor, results: Results) -> _Step:
-    """One step for the kernel.  inputs, time and results contiguous, see `dense`."""
+    """Describe one step for the kernel.  inputs, time ``[lanes, times]`` and results contiguous, see `dense`."""
     own = 2 + len(constants.decays)
     return _Step(
         lanes=len(time),

@@ -128,7 +128,7 @@ def fits(tensors: "Tensors") -> bool:
 
 
 def forward(constants: "Constants", tensors: "Tensors", time: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Updates and momenta of all lanes, one for each parameter; see `l2o.kernels.mlp_gpu.update`."""
+    """Return updates and momenta of all lanes, ``[lanes, ...]``, one a parameter; see `l2o.kernels.mlp_gpu`."""
     own = 2 + len(constants.decays)
     channels = _padded(own)
     network = _network(tensors.theta, own, channels, time)

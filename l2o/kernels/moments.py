@@ -18,7 +18,8 @@ from torch.func import vmap
 
 from l2o.kernels.arrays import Pointers, derivative_of
 from l2o.kernels.build import available, run
-from l2o.kernels.coordinatewise_cpu import Field, at_hand, geometry, ordinary, threads_for
+from l2o.kernels.coordinatewise_cpu import at_hand, ordinary, threads_for
+from l2o.kernels.coordinatewise_plan import Field, geometry
 from l2o.kernels.lanes import lowered
 from l2o.ops.factored import averaged, factored_axes
 from l2o.ops.statistics import Decays, advanced
@@ -105,7 +106,7 @@ def _moments(
 def in_torch(
     clip: float, lanes: int, axes: Sequence[int], decays: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> list[Tensor]:
-    """``_moments`` in torch's operations."""
+    """Do what ``_moments`` does, tensors ``[lanes, ...]``, in torch's operations."""
     found, rest = [], list(sources)
     for second, largest in zip(axes[::2], axes[1::2], strict=True):
         grad, *old = (rest.pop(0) for _ in range(4 if second == -1 else 3))

@@ -92,7 +92,9 @@ class _Arrays(NamedTuple):
 
 
 def fits(constants: mlp_rule.Constants, theta: Theta, state: InnerState, batches: Batches, time: Tensor) -> bool:
-    """Whether `unroll` takes these, and its kernel can be had; the rows of ``batches`` need not be drawn yet.
+    """Say whether `unroll` takes these, and its kernel can be had; the rows of ``batches`` need not be drawn yet.
+
+    time: ``[steps, lanes, times]``.
 
     A thread takes whole lanes, so there have to be as many.
     """

@@ -165,7 +165,7 @@ def feature_sums(recipe: Recipe, axes: Axes, sources: Slots) -> Tensor:
 
 
 def block_sums(recipe: Recipe, x: Slots) -> Tensor:
-    """`feature_sums` for one block; ``x`` as `broadcast` and `cut` have it."""
+    """Return `feature_sums` of one block, ``[channels, ...]``; ``x`` as `broadcast` and `cut` have it."""
     squares = channels(_statistics(recipe, x), recipe.groups).square()
     axes = recipe.scaled_axes(squares.ndim - 1)
     return squares.sum(axes, keepdim=True) if axes else squares
@@ -199,7 +199,8 @@ def network(
 def block(
     recipe: Recipe, weights: Theta, x: Slots, sums: Tensor, count: int, gain: Tensor, means: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`network` for one block; ``x`` and ``sums`` as `broadcast` and `cut` have them."""
+    """Return `network` of one block, updates ``[...]`` and sums ``[outputs]``; ``x`` and ``sums`` as `broadcast` and
+    `cut` have them."""
     seen = _statistics(recipe, x)
     features = channels(seen, recipe.groups) * second_moment_scale(sums, count, recipe.scale_eps)
     shape = features.shape[1:]
@@ -221,7 +222,8 @@ def broadcast(axes: Axes, sources: Slots) -> Slots:
 
 
 def raw_factors(slots: Slots, row_mean: Tensor | None) -> Slots:
-    """The sources that `Recipe.raw` needs besides, of the slots of `l2o.ops.factored` and their `row_means`."""
+    """Return the sources that `Recipe.raw` needs besides, of the slots of `l2o.ops.factored` and their `row_means`, in
+    their shapes."""
     every = {**slots, "row_mean": row_mean}
     names = ("diag",) if row_mean is None else ("row", "col", "row_mean")
     return {f"raw_{name}": t for name in names if (t := every[name]) is not None}

@@ -33,7 +33,7 @@ class Group(NamedTuple):
     slots: Slots
 
     def each(self, step: Step) -> Iterator[tuple[str, Tensor, Slots]]:
-        """What ``step`` makes of each tensor, by name."""
+        """Give what ``step`` makes of each tensor, by name: updates and slots, in ``step``'s shapes."""
         if len(self.names) == 1:
             update, slots = step(self.grad[0], {slot: t[0] for slot, t in self.slots.items()})
             yield self.names[0], update, slots

@@ -47,7 +47,7 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
 
 
 def infos_of(params: Mapping[str, Tensor], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:
-    """`param_infos` of whole tensors without lanes."""
+    """Return `param_infos` of whole tensors without lanes, for their shapes."""
     return param_infos({name: p.shape for name, p in params.items()}, kinds)
 
 

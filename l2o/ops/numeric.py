@@ -64,7 +64,7 @@ def unit(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def safe_rsqrt(x: Tensor) -> Tensor:
-    """``1 / sqrt(x)``, ``x > 0``, whose derivative is 0 where the true one would overflow float32.
+    """Return ``1 / sqrt(x)``, like ``x > 0``, whose derivative is 0 where the true one would overflow float32.
 
     The second moment of a gradient that is exactly 0 is 1e-33 or so where the reference adds its epsilon to the square
     only; that of the root is then infinite, and times the momentum's 0 it would be NaN.

@@ -68,7 +68,7 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz_gram(x: Tensor, steps: int) -> Tensor:
-    """`newton_schulz` with one product of all columns in and one out, every three steps.
+    """Return `newton_schulz` of ``[..., rows, columns]`` with two products of all columns every three steps.
 
     x: as there. Each step multiplies from the left by a polynomial ``q`` of ``g = x xᵀ``; all of these commute, so that
     ``x <- q x`` is ``g <- q q g``. But for a fresh ``g``, what rounding put below 0 would grow by ``a²`` a step.

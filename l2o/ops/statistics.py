@@ -88,14 +88,15 @@ class Decays(NamedTuple):
 
     @classmethod
     def fixed(cls, momentum: Sequence[float], rms: float, factored: Sequence[float], like: Tensor) -> Decays:
-        """Decays that are not learned."""
+        """Return decays that are not learned, ``[decays]``, in dtype and device of ``like``."""
         return cls(constant(momentum, like), constant([rms], like), constant(factored, like))
 
 
 def advanced(slots: Slots, grad: Tensor, decays: Decays, axes: tuple[int, int] | None, clip: float) -> Slots:
-    """``m``, ``v`` with ``grad``, clipped to ± ``clip``, averaged in, and ``diag`` or the sums for ``row`` and ``col``.
+    """Average ``grad``, clipped to ± ``clip``, into ``m``, ``v``, and into ``diag`` or the sums for ``row``, ``col``.
 
-    slots: ``diag`` is there or not.     axes: of rows and columns (`l2o.ops.factored.factored_axes`), None without.
+    slots: ``[decays, *shape]``; ``diag`` is there or not.
+    axes: of rows and columns (`l2o.ops.factored.factored_axes`), None without.
     """
     grad = grad.clamp(-clip, clip) if clip < math.inf else grad
     new = {
@@ -111,5 +112,5 @@ CLIP = 1000.0
 
 
 def clip_gradient(grad: Tensor) -> Tensor:
-    """To ± `CLIP`."""
+    """Clip to ± `CLIP`, in any shape."""
     return grad.clamp(-CLIP, CLIP)

@@ -74,7 +74,7 @@ class Together(Summed):
         return super().largest(values)
 
     def finish(self, like: Tensor) -> None:
-        """Say that there are no more sums."""
+        """Say that there are no more sums.  like: any tensor, for dtype and device."""
         self._say("", like)
 
     def _say(self, what: str, like: Tensor) -> None:
@@ -97,7 +97,7 @@ def agreed(ok: Tensor, group: Group) -> Tensor:
 
 
 def averaged(loss: Tensor, groups: Sequence[Group]) -> Tensor:
-    """The mean over the processes of each of the groups."""
+    """Return the mean, 0-d, over the processes of each of the groups."""
     mean = loss.clone()
     for group in groups:
         dist.all_reduce(mean, group=group)

@@ -51,7 +51,7 @@ class Place:
         return ok
 
     def mean(self, loss: Tensor) -> Tensor:
-        """The loss of all processes' data, of which each has as much."""
+        """Return the loss, 0-d, of all processes' data, of which each has as much."""
         return loss
 
 

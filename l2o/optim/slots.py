@@ -49,7 +49,7 @@ def own(kept: Slots, layout: Mapping[str, Any]) -> Slots:
 
 
 def seen(state: Mapping[Any, Any], member: Member, started: bool) -> Tensor:
-    """Bool: which entries of a parameter have had a gradient; all, where an older l2o has ``started`` it."""
+    """Return a mask like the parameter: which entries had a gradient; all, where an older l2o has ``started`` it."""
     kept = state.get(member.param) or {}
     mask: Tensor | None = kept.get(HAD_GRADIENT)
     return torch.full_like(member.here, started, dtype=torch.bool) if mask is None else mask
@@ -78,7 +78,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def at_hand(kept: Slots, like: Tensor) -> Slots:
-    """``kept``, of any shapes, in the dtype of ``like`` and on its device, to which some tools do not take all they
+    """Return ``kept``, of any shapes, in the dtype of ``like`` and on its device, to which some tools do not take all they
     save."""
     found = cast(kept, like.dtype)
     return found if like.is_cpu else {k: t.to(like.device) for k, t in found.items()}

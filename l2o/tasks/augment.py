@@ -92,7 +92,8 @@ class Augmented(TaskFamily):
     def gradient_through(
         self, gradient: Gradient, params: Params, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Tensor, Buffers, Grads] | None:
-        """Losses, new buffers and gradients of all lanes, by a function that gives those of the family, or None."""
+        """Return losses ``[lanes]``, new buffers and gradients of all lanes, by a function that gives those of the
+        family, or None."""
         result = gradient(params, _inner(buffers), _inner(data), _inner(batch))
         return result and (result[0], _beside(_own(buffers), result[1]), result[2])
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import random
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +35,22 @@ class ImageSet(NamedTuple):
     classes: int
 
 
-def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def from_scikit_learn(name: str, **settings: bool) -> Any:
+    """What ``sklearn.datasets.load_<name>`` returns. Raises `DataError` where scikit-learn is missing.
+
+    Its import draws from Python's generator, which a run takes for draws of its task: the state is put back.
+    """
+    before = random.getstate()
     try:
-        from sklearn.datasets import load_digits
+        return getattr(importlib.import_module("sklearn.datasets"), f"load_{name}")(**settings)
     except ImportError as error:
-        raise DataError("dataset='digits' comes with scikit-learn: pip install 'l2o[train]'") from error
-    digits = load_digits()
+        raise DataError(f"{name} comes with scikit-learn: pip install 'l2o[train]'") from error
+    finally:
+        random.setstate(before)
+
+
+def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    digits = from_scikit_learn("digits")
     return digits.data.astype(np.uint8), digits.target.astype(np.uint8)
 
 

@@ -90,7 +90,7 @@ class Stateless(TorchFunctionMode):
         return result if out is None else out.copy_(result)
 
     def keep(self, shape: tuple[int, ...], p: float) -> Tensor:
-        """The mask of the next call, see `keep_mask`."""
+        """Return the mask of the next call, of this shape, see `keep_mask`."""
         if self.key is None:
             raise ConfigurationError(
                 f"dropout(p={p}) is on in evaluation; call F.dropout with training=self.training, or use nn.Dropout"

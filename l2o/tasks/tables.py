@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, cached_property
@@ -14,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2o.checks import check_int, lookup
-from l2o.tasks.data import HALVES, split_indices
+from l2o.tasks.data import HALVES, from_scikit_learn, split_indices
 from l2o.tasks.layers import CRITERIA
 from l2o.tasks.module import ModuleTask
-from l2o.types import Batch, Buffers, DataError, Params, Split, TaskData, TaskFamily
+from l2o.types import Batch, Buffers, Params, Split, TaskData, TaskFamily
 
 CLASSIFIED = {"breast_cancer": 2, "wine": 3}
 """Tables with classes, and how many there are."""
@@ -154,11 +153,7 @@ def classified_split(dataset: str, half: str, split: str) -> tuple[Tensor, Tenso
 
 def _load(dataset: str, **settings: bool) -> tuple[Tensor, Tensor]:
     """Columns ``[n, columns]`` and targets ``[n]`` of a whole table."""
-    try:
-        datasets = importlib.import_module("sklearn.datasets")
-    except ImportError as error:
-        raise DataError("tables come with scikit-learn: pip install l2o[train]") from error
-    columns, target = getattr(datasets, f"load_{dataset}")(return_X_y=True, **settings)
+    columns, target = from_scikit_learn(dataset, return_X_y=True, **settings)
     return torch.from_numpy(columns), torch.from_numpy(target)
 
 
