@@ -78,8 +78,8 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def at_hand(kept: Slots, like: Tensor) -> Slots:
-    """Return ``kept``, of any shapes, in the dtype of ``like`` and on its device, to which some tools do not take all they
-    save."""
+    """Return ``kept``, of any shapes, in the dtype of ``like`` and on its device, to which some tools do not take all
+    that they save."""
     found = cast(kept, like.dtype)
     return found if like.is_cpu else {k: t.to(like.device) for k, t in found.items()}
 
