@@ -6,6 +6,8 @@ brings it to size, so that second moments need no bias correction.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -15,25 +17,22 @@ from l2o.types import Run, Slots
 
 _STAY = 1e-6
 """Beside the largest entry of a product: directions in which no gradient lies yet stay, and do not follow rounding."""
-_LEAST = {torch.bfloat16: 1e-5}
+_LEAST, _LEAST_BFLOAT16 = 1e-10, 1e-5
 """Share of the mean second moment under which one is rounding: that of directions in which no gradient lies yet."""
-_LEAST_ELSE = 1e-10
 
 
 def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
-    """Slots of a matrix: second moments ``v`` in the basis, like ``param``, which may be a part of it; of the whole
+    """Return the slots of a matrix: second moments ``v`` in the basis, like ``param``, which may be a part of it; of the whole
     matrix, of ``shape [rows, ...]``, running means of its gradients' products, ``left [rows, rows]`` and ``right
     [columns, columns]``, and their eigenvectors, as columns of ``rows`` and ``columns``."""
     rows, columns = as_matrix(shape)
-    eyes = {
-        name: torch.eye(n, dtype=param.dtype, device=param.device) for name, n in (("rows", rows), ("columns", columns))
-    }
+    eye = partial(torch.eye, dtype=param.dtype, device=param.device)
     products = {"left": param.new_zeros(rows, rows), "right": param.new_zeros(columns, columns)}
-    return {"v": torch.zeros_like(param), **products, **eyes}
+    return {"v": torch.zeros_like(param), **products, "rows": eye(rows), "columns": eye(columns)}
 
 
 def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tensor | bool) -> tuple[Tensor, Slots]:
-    """The direction of ``momentum``, of any size, and the new slots of `init_basis`, ``[k, ...]``.
+    """Return the direction of ``momentum``, of any size, and the new slots of `init_basis`, ``[k, ...]``.
 
     momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
     due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
@@ -47,10 +46,9 @@ def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tens
     q, p = rows.to(dtype), columns.to(dtype)
     turned, seen = ((q.mT @ x @ p).to(grad.dtype) for x in (m, g))
     v = torch.lerp(seen.square(), slots["v"].reshape(grad.shape), keep)
-    least = _LEAST.get(dtype, _LEAST_ELSE) * v.mean((-2, -1), keepdim=True)
-    scaled = (
-        turned * (v + least).clamp(min=torch.finfo(v.dtype).tiny).rsqrt()
-    )  # without gradients yet, 0 times what is finite
+    share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
+    squares = v + share * v.mean((-2, -1), keepdim=True)
+    scaled = turned * squares.clamp(min=torch.finfo(v.dtype).tiny).rsqrt()  # before any gradient: 0 times a number
     direction = (q @ scaled.to(dtype) @ p.mT).to(grad.dtype)
     new = {"v": v.view(slots["v"].shape), "left": left, "right": right, "rows": rows, "columns": columns}
     return direction, new
