@@ -22,9 +22,12 @@ _LEAST, _LEAST_BFLOAT16 = 1e-10, 1e-5
 
 
 def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
-    """Return the slots of a matrix: second moments ``v`` in the basis, like ``param``, which may be a part of it; of the whole
-    matrix, of ``shape [rows, ...]``, running means of its gradients' products, ``left [rows, rows]`` and ``right
-    [columns, columns]``, and their eigenvectors, as columns of ``rows`` and ``columns``."""
+    """Return the slots of a matrix of ``shape [rows, ...]``, of which ``param`` is the whole or a part.
+
+    Second moments in the basis, ``v``, are like ``param``. Of the whole matrix are the running means of its gradients'
+    products, ``left [rows, rows]`` and ``right [columns, columns]``, and their eigenvectors, the columns of ``rows``
+    and ``columns``.
+    """
     rows, columns = as_matrix(shape)
     eye = partial(torch.eye, dtype=param.dtype, device=param.device)
     products = {"left": param.new_zeros(rows, rows), "right": param.new_zeros(columns, columns)}
