@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from l2o.bench.share import Decoder, Language, measure_share, orthogonal_flops
+from l2o.bench.share import Decoder, Language, measure_share, product_flops
 from l2o.rules import Steered
 
 M = 64
@@ -22,7 +24,14 @@ SMALL = Decoder(vocabulary=50, context=16, width=16, blocks=1, heads=2, sample=8
 
 @pytest.mark.parametrize(("shapes", "dtype", "expected"), COUNTS.values(), ids=COUNTS)
 def test_operations_are_those_of_the_products(shapes, dtype, expected):
-    assert orthogonal_flops(Steered(iterations=3), shapes, dtype) == expected
+    assert product_flops(Steered(iterations=3), shapes, dtype) == expected
+
+
+def test_in_an_eigenbasis_there_are_two_products_of_gradients_and_six_to_turn_them():
+    rule = Steered(direction="eigenbasis", widest=M)
+    tall = 3 * (2 * M * M * 2 * M) + 3 * (2 * M * 2 * M * 2 * M) + 2 * M * M * 2 * M + 2 * M * 2 * M * 2 * M
+    assert product_flops(rule, [(M, M), (M,)], torch.float32) == 8 * 2 * M**3
+    assert product_flops(dataclasses.replace(rule, widest=2 * M), [(2 * M, M)], torch.float32) == tall
 
 
 def test_a_token_is_predicted_from_those_before_it():

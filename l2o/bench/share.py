@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2o.bench.cost import YARDSTICK, step_cost
+from l2o.ops.eigenbasis import init_basis, whiten
 from l2o.ops.orthogonal import matrices, polar
 from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
@@ -63,16 +64,20 @@ class Language(nn.Module):
         return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def orthogonal_flops(rule: Steered, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Operations of the products by which a step of ``rule`` orthogonalises tensors of these shapes.
+def product_flops(rule: Steered, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Operations of the products by which a step of ``rule`` finds the directions of tensors of these shapes.
 
-    dtype: of the products, on which their form depends.
+    dtype: of the products, on which their form depends. Decompositions, once in ``rule.period`` steps, do not count.
     """
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         for shape in shapes:
+            x = matrices(torch.empty(1, *shape, dtype=dtype, device="meta"))
             if rule.path(shape) == "orthogonal":
-                polar(matrices(torch.empty(1, *shape, dtype=dtype, device="meta")), rule.iterations)
+                polar(x, rule.iterations)
+            elif rule.path(shape) == "eigenbasis":
+                basis = {name: t.unsqueeze(0) for name, t in init_basis(x[0], x.shape[1:]).items()}
+                whiten(x, x, basis, torch.tensor(rule.memory, dtype=dtype), due=False)
     return int(counter.get_total_flops())
 
 
@@ -91,7 +96,7 @@ def measure_share(source: str, tokens: int, sizes: Decoder = Decoder()) -> dict[
     costs = step_cost(makers | {YARDSTICK: lambda params: torch.optim.AdamW(params, fused=True)}, model, rounds=3)
     steps = {name: cost.cpu_seconds or cost.seconds for name, cost in costs.items()}
     rule: Any = LearnedOptimizer(model.parameters(), source, total_steps=1).rule
-    flops = {str(t)[6:]: orthogonal_flops(rule, shapes, t) for t in (torch.bfloat16, torch.float32)}
+    flops = {str(t)[6:]: product_flops(rule, shapes, t) for t in (torch.bfloat16, torch.float32)}
     training = _PER_PARAMETER * entries * tokens
     about = {"rule": source, "parameters": entries, "tokens": tokens, "threads": torch.get_num_threads()}
     return {
