@@ -61,8 +61,7 @@ def step(
         if paths[shape] == "orthogonal":
             _orthogonalise([own["d"] for own in of], rule.iterations)
         elif paths[shape] == "eigenbasis":
-            for name, own in zip(names, of, strict=True):
-                _whiten(rule, theta, grads[name], own, run)
+            _whiten(rule, theta, [grads[name] for name in names], of, run)
     steps.finish()
     slots = [t for name in params for t in state.per_param[name].values()]
     torch.autograd.graph.increment_version([*params.values(), *slots])
@@ -78,13 +77,20 @@ def _entries(
     return Entries(path, as_matrix(param.shape), grad, param, slots, factors)
 
 
-def _whiten(rule: Steered, theta: Theta, grad: Tensor, slots: Mapping[str, Tensor], run: Run) -> None:
-    """In place, the momentum in the slot ``d`` of one tensor, and the slots of its basis."""
-    own = {name: t.unsqueeze(0) for name, t in slots.items()}
-    d, new = rule.whitened(theta, matrices(own["d"]), matrices(grad.unsqueeze(0)), own, run)
-    for name, t in {"d": d, **new}.items():
-        if t is not own[name]:
-            slots[name].copy_(t.view(slots[name].shape))
+def _whiten(
+    rule: Steered, theta: Theta, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]], run: Run
+) -> None:
+    """In place, the momentum in the slot ``d`` of tensors of one shape, and the slots of their bases; as below."""
+    together = 1 if min(as_matrix(grads[0].shape)) >= _LARGE else len(grads)
+    for first in range(0, len(grads), together):
+        some = slots[first : first + together]
+        own = {name: stack([each[name] for each in some]) for name in some[0] if name != "m"}
+        g = matrices(stack(grads[first : first + together]))
+        d, new = rule.whitened(theta, matrices(own["d"]), g, own, run)
+        for name, t in {"d": d, **new}.items():
+            if t is not own[name]:
+                to = [each[name] for each in some]
+                torch._foreach_copy_(to, list(t.reshape(-1, *to[0].shape).unbind()))
 
 
 def _orthogonalise(tensors: Sequence[Tensor], iterations: int) -> None:
