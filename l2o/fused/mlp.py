@@ -23,7 +23,7 @@ def update(
     """See `l2o.fused.update`."""
     if rule.mup or not plain(theta.values(), anywhere=True):
         return None
-    time = rule.time_embedding(Run(*(t.unsqueeze(-1) for t in run[:2])), theta["b0"])
+    time = rule.time_embedding(Run(run.step.unsqueeze(-1), run.total_steps.unsqueeze(-1)), theta["b0"])
     kernel = mlp_gpu if theta["b0"].is_cuda else mlp_rule
 
     def again(theta: Theta, grads: Grads, state: OptState, params: Params) -> tuple[Updates, OptState]:

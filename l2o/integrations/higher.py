@@ -61,7 +61,8 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         fresh = self._rule.init(theta, new, infos)
         state = OptState({**self._opt.per_param, **fresh.per_param}, self._opt.shared or fresh.shared)
         device = next((p.device for p in params.values()), None)
-        run = Run(*(torch.full((), n, device=device) for n in (self._steps, self._total_steps)))
+        step, total = (torch.full((), n, device=device) for n in (self._steps, self._total_steps))
+        run = Run(step, total, called=self._steps)
         updates, self._opt = self._rule.update(theta, grads, state, params, infos, run)
         if not self._rule.rests:
             seen = {key: self._seen.get(key, torch.zeros_like(g, dtype=torch.bool)) for key, g in grads.items()}

@@ -1,0 +1,116 @@
+"""The direction in an eigenbasis: what it comes to, what it keeps, and when the basis follows."""
+
+import pytest
+import torch
+from tables import generator
+from torch.func import vmap
+
+from l2o.ops.eigenbasis import init_basis, is_due, whiten
+from l2o.ops.kinds import infos_of
+from l2o.rules import Steered
+from l2o.types import Run
+
+KEEP = torch.tensor(0.9, dtype=torch.float64)
+
+
+def whitened(grads, due=True):
+    """The last direction, and the slots; gradients ``[rows, columns]`` are their own momentum."""
+    slots = {name: t.unsqueeze(0) for name, t in init_basis(grads[0], grads[0].shape).items()}
+    for g in grads:
+        direction, slots = whiten(g.unsqueeze(0), g.unsqueeze(0), slots, KEEP, due)
+    return direction[0], {name: t[0] for name, t in slots.items()}
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4)])
+def test_of_one_gradient_again_and_again_it_is_the_polar_factor(shape):
+    """The basis becomes that of the singular vectors, in which the gradient is diagonal: all values become one."""
+    g = torch.randn(shape, generator=generator(), dtype=torch.float64)
+    direction, _ = whitened([g] * 300)
+    left, _, right = torch.linalg.svd(g, full_matrices=False)
+    torch.testing.assert_close(direction, left @ right, rtol=0.0, atol=2e-3)
+
+
+def test_bases_stay_orthogonal_and_moments_are_those_in_the_basis():
+    grads = [torch.randn(4, 6, generator=generator(i), dtype=torch.float64) for i in range(20)]
+    _, slots = whitened(grads)
+    for side in ("rows", "columns"):
+        torch.testing.assert_close(slots[side].mT @ slots[side], torch.eye(len(slots[side]), dtype=torch.float64))
+    mean = sum(0.9 ** (19 - i) * 0.1 * g @ g.mT for i, g in enumerate(grads))
+    torch.testing.assert_close(slots["left"], mean)
+
+
+def test_directions_without_a_gradient_are_not_made_as_long_as_those_with_one():
+    """A gradient of rank one, in float32: its rounding is not to be whitened to size one."""
+    row, column = (torch.randn(n, generator=generator(n)) for n in (40, 30))
+    direction, _ = whitened([torch.outer(row, column)] * 50)
+    values = torch.linalg.svdvals(direction)
+    assert values[1] < 0.4 * values[0]
+    assert values[2:].max() < 0.3 * values[0]
+
+
+def test_no_gradient_no_direction():
+    direction, slots = whitened([torch.zeros(3, 4)])
+    assert not direction.any()
+    assert all(t.isfinite().all() for t in slots.values())
+
+
+def test_a_basis_that_is_not_due_stays():
+    g = torch.randn(3, 4, generator=generator())
+    _, slots = whitened([g] * 3, due=False)
+    assert torch.equal(slots["rows"], torch.eye(3))
+    _, follows = whitened([g] * 3, due=torch.tensor(True))
+    _, always = whitened([g] * 3)
+    torch.testing.assert_close(follows, always)
+
+
+def test_due_is_what_the_host_knows_or_what_all_lanes_say():
+    total = torch.tensor(50)
+    assert [is_due(Run(torch.tensor(i), total), 5) for i in (0, 4, 10)] == [True, False, True]
+    assert is_due(Run(torch.tensor(3), total, called=5), 5) is True
+    said = []
+
+    def lane(step):
+        said.append(is_due(Run(step, total), 5))
+        return step + torch.as_tensor(said[-1]).long()
+
+    vmap(lane)(torch.tensor([5, 10]))
+    vmap(lane)(torch.tensor([1, 2]))
+    assert vmap(lane)(torch.tensor([5, 6])).tolist() == [6, 6]
+    assert said[0] is True
+    assert said[1] is False
+    assert isinstance(said[2], torch.Tensor)
+
+
+def test_lanes_at_different_steps_follow_each_at_its_own():
+    rule = Steered(direction="eigenbasis", period=3)
+    theta = rule.init_theta(generator())
+    params = {"w": torch.randn(4, 5, generator=generator())}
+    infos, state = infos_of(params), rule.init(theta, params, infos_of(params))
+    grads = {"w": torch.randn(4, 5, generator=generator(1))}
+
+    def rows(step):
+        return rule.update(theta, grads, state, params, infos, Run(step, torch.tensor(9)))[1].per_param["w"]["rows"]
+
+    steps = torch.tensor([3, 4])
+    torch.testing.assert_close(vmap(rows)(steps), torch.stack([rows(step) for step in steps]))
+
+
+def test_wide_matrices_are_orthogonalised():
+    rule = Steered(direction="eigenbasis", widest=8)
+    assert [rule.path(shape) for shape in ((8, 8), (8, 9), (9, 2), (1, 8), (8,))] == [
+        "eigenbasis",
+        "orthogonal",
+        "orthogonal",
+        "adam",
+        "adam",
+    ]
+
+
+@pytest.mark.parametrize(("power", "factor"), [(0.0, 1.0), (1.0, 0.1), (2.0, 0.01)])
+def test_the_limit_of_a_step_falls_with_the_gain_of_its_matrix(power, factor):
+    """A matrix of root mean square 0.05 and four inputs has a gain of 0.1; large ones have no more than one."""
+    rule = Steered(by_gain=power, relative=1e-3)
+    theta = rule.init_theta(generator())
+    small, large = (rule.scales(theta, torch.tensor(1e9), torch.tensor([40 * x**2]), [(10, 4)]) for x in (0.05, 5.0))
+    torch.testing.assert_close(small.item(), 1e-3 * 0.05 * factor + 3e-4, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(large.item(), 1e-3 * 5.0 + 3e-4, rtol=1e-4, atol=0.0)
