@@ -188,8 +188,8 @@ def _plain_unroll(rule: UpdateRule, theta: Theta, module: nn.Module, generator: 
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
             loss = cross_entropy(functional_call(module, params, (batch["x"][0],)), batch["y"][0])
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=differentiable)
-        now, total = (torch.full((), n, device=generator.device) for n in (step, HORIZON))
-        run = Run(now, total)
+        now, length = (torch.full((), n, device=generator.device) for n in (step, HORIZON))
+        run = Run(now, length)
         moves, state = rule.update(theta, dict(zip(params, grads, strict=True)), state, params, infos, run)
         params = {k: p + moves[k] for k, p in params.items()}
         total = total + (loss if differentiable else loss.detach())
