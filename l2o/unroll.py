@@ -169,9 +169,8 @@ def updates(
     def update(theta: Theta, g: Grads, opt: OptState, p: Params, step: Tensor, total: Tensor, loss: Tensor) -> Any:
         return rule.update(theta, g, opt, p, infos, Run(step, total, loss if needs_loss else None))
 
-    return cast(
-        "tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, run.step, run.total_steps, loss)
-    )
+    moves = vmap(update)(theta, grads, state.opt, state.params, run.step, run.total_steps, loss)
+    return cast("tuple[Updates, OptState]", moves)
 
 
 def _along(mask: Tensor, like: Tensor) -> Tensor:
