@@ -173,6 +173,10 @@ class UpdateRule(abc.ABC):
         """Whether ``update`` takes such a tensor as a whole only (Newton-Schulz, say), not in shards."""
         return False
 
+    def exact_slots(self, info: ParamInfo) -> frozenset[str]:
+        """Slots of such a tensor that keep the precision of the arithmetic where state is kept in bfloat16."""
+        return frozenset()
+
     @abc.abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Random meta-parameters, float32, on the generator's device."""

@@ -13,7 +13,7 @@ import l2o
 from l2o.optim import LearnedOptimizer, apply
 from l2o.optim.precision import stored
 from l2o.rules import SGD, Adam, Steered
-from l2o.types import ConfigurationError, OptState
+from l2o.types import ConfigurationError, OptState, ParamInfo
 
 BF16 = torch.bfloat16
 OF_TENSORS = {"h", "c", "from_mlp"}
@@ -31,8 +31,9 @@ def test_slots_of_the_parameters_shape_are_bfloat16_and_all_others_stay(rule):
     optimizer = make(params, rule, state_dtype=BF16)
     train(optimizer, range(2))
     for p in params:
+        exact = rule.exact_slots(ParamInfo(tuple(p.shape), "matrix")) | {"had_gradient"}
         for name, slot in optimizer.state[p].items():
-            if name != "had_gradient":
+            if name not in exact:
                 own = p.ndim > 0 and slot.shape[-p.ndim :] == p.shape and name not in OF_TENSORS
                 assert slot.dtype == (BF16 if own else torch.float32), name
     assert all(t.dtype == torch.float32 for t in optimizer.param_groups[0]["run"].get("shared", {}).values())
@@ -64,11 +65,9 @@ def test_steps_are_those_of_float32_but_for_the_rounding(rule):
     train(optimizer, range(1))
     same = not any(slot.dtype == BF16 for slots in optimizer.state.values() for slot in slots.values())
     assert identical(*ends) == (same or rule == Mixing())  # which does not read its slot
-    # Directions of a basis in which hardly a gradient lies amplify what is rounded off of the others.
-    share = 0.5 if getattr(rule, "direction", "") == "eigenbasis" else 0.1
     for start, wide, rounded in zip(parameters(), *ends, strict=True):
         moved = (wide - start.detach()).abs().amax() if wide.numel() else 0.0
-        torch.testing.assert_close(rounded, wide, rtol=0.0, atol=share * float(moved) + 1e-7)
+        torch.testing.assert_close(rounded, wide, rtol=0.0, atol=0.1 * float(moved) + 1e-7)
 
 
 def test_state_may_change_its_precision_in_mid_run():
@@ -150,6 +149,6 @@ def test_the_kernel_steps_in_place_on_it(source, monkeypatch):
         monkeypatch.setattr(apply, "WORTH_A_KERNEL", worth)
         optimizer = LearnedOptimizer(parameters(), (rule, theta), total_steps=TOTAL, state_dtype=BF16)
         ends.append(train(optimizer, range(2)))
-        assert optimizer.state[optimizer.param_groups[0]["params"][2]]["m"].dtype == BF16
+        assert BF16 in {t.dtype for t in optimizer.state[optimizer.param_groups[0]["params"][2]].values()}
     for kernel, torchs in zip(*ends, strict=True):
         torch.testing.assert_close(kernel, torchs, rtol=1e-2, atol=1e-4)

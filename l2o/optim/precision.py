@@ -28,7 +28,8 @@ def checked_dtype(state_dtype: Any) -> torch.dtype | None:
 
 
 def entrywise(rule: UpdateRule, theta: Theta, info: ParamInfo) -> frozenset[str]:
-    """The names of the slots that have numbers for each entry: of the parameter's shape, behind axes of their own.
+    """The names of the slots that have numbers for each entry, but for those that the rule needs exact: of the
+    parameter's shape, behind axes of their own.
 
     Found by asking the rule for the state of two lengths of the longest axis, on no device: a hidden state of 64
     numbers is none of a bias of 64 entries.
@@ -42,7 +43,7 @@ def entrywise(rule: UpdateRule, theta: Theta, info: ParamInfo) -> frozenset[str]
         {name for name, t in slots.items() if t.is_floating_point() and t.shape[-len(shape) :] == shape}
         for slots, shape in zip(states, shapes, strict=True)
     ]
-    return frozenset(set.intersection(*fitting))
+    return frozenset(set.intersection(*fitting)) - rule.exact_slots(info)
 
 
 def _blank(rule: UpdateRule, theta: Theta, info: ParamInfo) -> Slots:

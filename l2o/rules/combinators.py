@@ -49,6 +49,9 @@ class Wrapped(UpdateRule):
     def needs_whole(self, info: ParamInfo) -> bool:
         return self.rule.needs_whole(info)
 
+    def exact_slots(self, info: ParamInfo) -> frozenset[str]:
+        return self.rule.exact_slots(info)
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         return self.rule.init_theta(generator)
 
@@ -133,6 +136,9 @@ class ByKind(UpdateRule):
 
     def needs_whole(self, info: ParamInfo) -> bool:
         return self._parts[self._part(info)].needs_whole(info)
+
+    def exact_slots(self, info: ParamInfo) -> frozenset[str]:
+        return self._parts[self._part(info)].exact_slots(info)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         thetas = {part: rule.init_theta(generator) for part, rule in self._parts.items()}

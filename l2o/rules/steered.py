@@ -150,6 +150,10 @@ class Steered(UpdateRule):
     def needs_whole(self, info: ParamInfo) -> bool:
         return self.path(info.shape) in ("eigenbasis", "orthogonal")
 
+    def exact_slots(self, info: ParamInfo) -> frozenset[str]:
+        # Where hardly a gradient lies second moments are small, and would make rounded momentum as long as any.
+        return frozenset({"m"} if self.path(info.shape) == "eigenbasis" else ())
+
     def path(self, shape: tuple[int, ...]) -> Direction:
         """The direction of a tensor: a row, a column or nothing at all is no matrix."""
         if min(as_matrix(shape)) < 2:
