@@ -5,7 +5,7 @@ Nothing here waits for the device inside an unroll: no value is read on the host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -166,11 +166,11 @@ def updates(
         return found
     infos, needs_loss = lane_infos(state.params, kinds), rule.needs_loss
 
-    def update(theta: Theta, g: Grads, opt: OptState, p: Params, step: Tensor, total: Tensor, loss: Tensor) -> Any:
+    def update(theta: Theta, g: Grads, opt: OptState, p: Params, now: Sequence[Any]) -> Any:
+        step, total, loss = now
         return rule.update(theta, g, opt, p, infos, Run(step, total, loss if needs_loss else None))
 
-    moves = vmap(update)(theta, grads, state.opt, state.params, run.step, run.total_steps, loss)
-    return cast("tuple[Updates, OptState]", moves)
+    return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, run[:3]))
 
 
 def _along(mask: Tensor, like: Tensor) -> Tensor:

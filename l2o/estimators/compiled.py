@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -68,11 +68,12 @@ class CompiledRule(Wrapped):
     def _all(self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
         infos, needs_loss = lane_infos(params, self.kinds), self.needs_loss
 
-        def one(theta: Theta, grads: Grads, state: OptState, params: Params, run: Run) -> Any:
-            return self.rule.update(theta, grads, state, params, infos, run if needs_loss else run._replace(loss=None))
+        def one(theta: Theta, grads: Grads, state: OptState, params: Params, now: Sequence[Any]) -> Any:
+            step, total, loss = now
+            return self.rule.update(theta, grads, state, params, infos, Run(step, total, loss if needs_loss else None))
 
         # Contiguous, as at the start of a run: with other strides all would be compiled again.
-        return tree_map(lambda t: t.contiguous(), vmap(one)(theta, grads, state, params, run))
+        return tree_map(lambda t: t.contiguous(), vmap(one)(theta, grads, state, params, run[:3]))
 
 
 class CompiledFamily(TaskFamily):
