@@ -169,6 +169,11 @@ class UpdateRule(abc.ABC):
         to it (padding, pruned weights)."""
         return False
 
+    @property
+    def stride(self) -> float:
+        """The root mean square of a usual step, in the unit of parameters; 1e-3, that of Adam at its usual rate."""
+        return 1e-3
+
     def needs_whole(self, info: ParamInfo) -> bool:
         """Whether ``update`` takes such a tensor as a whole only (Newton-Schulz, say), not in shards."""
         return False

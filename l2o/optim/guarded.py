@@ -173,7 +173,7 @@ def _seen(optimizer: Optimizer, guard: Guard, trained: Sequence[Member]) -> watc
     moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
     skips, cosine = int(skipped) - guard["skipped"], slope / max(gradient * moved, 1e-30)
     steps, entries = step - guard["good"], _entries(trained)
-    return watch.Seen(tuple(heard), gradient, size, moved, base, steps, entries, skips, cosine)
+    return watch.Seen(tuple(heard), gradient, size, moved, base, steps, entries, skips, cosine, optimizer.rule.stride)
 
 
 def _entries(members: Sequence[Member]) -> int:

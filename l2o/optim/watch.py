@@ -10,7 +10,7 @@ from typing import NamedTuple
 EVERY = 10
 """Steps between two looks, at which the host waits for the device."""
 YARDSTICK = 1e-3
-"""The largest root mean square of a step of Adam at its usual rate: what is small beside it is no leap."""
+"""The largest root mean square of a step of Adam at its usual rate."""
 
 _LOST = 0.25
 """A loss has risen that has lost so much of what had been gained, more than the noise of batches,"""
@@ -23,7 +23,7 @@ _AT_ONCE = 1.5
 _LEAP = 0.5
 """A leap moves parameters by this share of their norm in the steps of a look,"""
 _LEAP_STEPS = 5.0
-"""by so many times `YARDSTICK` a step at least, so that tensors that start at zero may begin,"""
+"""by so many usual steps of the rule a step at least, so that tensors that start at zero may begin,"""
 _DOWN = -0.02
 """and not down the slope, where the gradient at the end opposes it by this cosine: a larger step would help there."""
 _GROWTH = 12.0
@@ -57,6 +57,7 @@ class Seen(NamedTuple):
     and of all parameters.     moved: the norm of what parameters moved by since they were last good.
     base: their norm there.     steps: since then.     entries: of all parameters.     skips: steps that were skipped
     since the last look.     slope: the gradient along that move, as a cosine: below 0, more of it would help.
+    stride: of the rule, the root mean square of its usual step.
     """
 
     losses: tuple[float, ...]
@@ -68,6 +69,7 @@ class Seen(NamedTuple):
     entries: int
     skips: int = 0
     slope: float = 0.0
+    stride: float = YARDSTICK
 
     @property
     def loss(self) -> float:
@@ -163,7 +165,8 @@ def _rise(memory: Mapping[str, float], loss: float) -> float:
 
 
 def _leap(seen: Seen) -> float:
-    looks, least = max(seen.steps / EVERY, 1.0), _LEAP_STEPS * YARDSTICK * max(seen.steps, 1) * math.sqrt(seen.entries)
+    looks, steps = max(seen.steps / EVERY, 1.0), max(seen.steps, 1)
+    least = _LEAP_STEPS * max(seen.stride, YARDSTICK) * steps * math.sqrt(seen.entries)
     if seen.size < 1.1 * seen.base or seen.slope < _DOWN:  # towards the origin, or around it; or still down the slope
         return 0.0
     return seen.moved / max(_LEAP * looks * seen.base, least, 1e-30)

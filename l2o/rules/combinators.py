@@ -46,6 +46,10 @@ class Wrapped(UpdateRule):
     def rests(self) -> bool:
         return self.rule.rests
 
+    @property
+    def stride(self) -> float:
+        return self.rule.stride
+
     def needs_whole(self, info: ParamInfo) -> bool:
         return self.rule.needs_whole(info)
 
@@ -133,6 +137,10 @@ class ByKind(UpdateRule):
     @property
     def rests(self) -> bool:
         return all(rule.rests for rule in self._parts.values())
+
+    @property
+    def stride(self) -> float:
+        return max(rule.stride for rule in self._parts.values())
 
     def needs_whole(self, info: ParamInfo) -> bool:
         return self._parts[self._part(info)].needs_whole(info)

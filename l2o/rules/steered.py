@@ -116,6 +116,10 @@ class Steered(UpdateRule):
         """Whether a network has a part in the controller."""
         return self.controller in ("mlp", "lstm")
 
+    @property
+    def stride(self) -> float:
+        return self.lr
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
         shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if self.direction == "eigenbasis" else []))
