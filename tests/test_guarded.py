@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as portable
 
 from l2o.optim import LearnedOptimizer, guarded, watch
-from l2o.rules import SGD, Adam, Momentum
+from l2o.rules import SGD, Adam, ByKind, Momentum, Scheduled, Steered
 from l2o.types import ResumeError
 
 TOTAL = 200
@@ -282,6 +282,13 @@ def test_a_guarded_run_goes_on_from_a_distributed_checkpoint(flat, tmp_path):
 
 SEEN = watch.Seen((), gradient=1.0, size=10.0, moved=9.0, base=1.0, steps=10, entries=9)
 TOLD = SEEN._replace(losses=(0.9,) * 10)
+
+
+def test_a_leap_is_one_beside_the_usual_step_of_the_rule():
+    memory = watch.begun(SEEN)
+    near = [watch.alarms(memory, SEEN._replace(stride=stride))["leap"] for stride in (1e-9, 1e-3, 1.0)]
+    assert near[0] == near[1] >= 1.0 > near[2]
+    assert ByKind({"vector": Adam()}, Scheduled(Steered(lr=0.02))).stride == 0.02
 
 
 def test_what_is_down_the_slope_is_no_leap():

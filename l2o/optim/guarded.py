@@ -111,18 +111,20 @@ def watch_step(
     names: Callable[[], Names],
     loss: Any,
     total: int,
+    stride: float,
 ) -> ladder.Event | None:
     """See every few steps, before one is taken, how the run goes, and do what has to be done; gives what was done.
 
     members: those with gradients, whole.     everyone: also those without, which may be trained in turn.
     names: gives those of the acting rule's slots, by parameter.     loss: if known.     total: steps of the run.
+    stride: of the rule.
     """
     guard, (step, skipped) = _heard(run_of(optimizer).get("guard") or ladder.begin(), loss), counts(optimizer)
     if step % watch.EVERY:
         record(optimizer, guard=guard)
         return None
     trained = [m for m in everyone if m.param.requires_grad or m.param.grad is not None]
-    seen, entries = _seen(optimizer, guard, trained), [_entries(members), _entries(trained)]
+    seen, entries = _seen(optimizer, guard, trained, stride), [_entries(members), _entries(trained)]
     guard = ladder.skips(guard, step, int(skipped))
     if not guard["memory"]:
         new = {**guard, "losses": [], "memory": watch.begun(seen), "entries": entries}
@@ -158,7 +160,7 @@ def _heard(guard: Guard, loss: Any) -> Guard:
     return {**guard, "losses": [*guard["losses"], kept]}
 
 
-def _seen(optimizer: Optimizer, guard: Guard, trained: Sequence[Member]) -> watch.Seen:
+def _seen(optimizer: Optimizer, guard: Guard, trained: Sequence[Member], stride: float) -> watch.Seen:
     """Reads the device, once for all numbers; raises `GradientError`."""
     params = [m.param.detach() for m in trained]
     good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(trained, params, strict=True)]
@@ -173,7 +175,7 @@ def _seen(optimizer: Optimizer, guard: Guard, trained: Sequence[Member]) -> watc
     moved = math.sqrt(max(size * size + base * base - 2.0 * product, 0.0))  # without a difference, which takes memory
     skips, cosine = int(skipped) - guard["skipped"], slope / max(gradient * moved, 1e-30)
     steps, entries = step - guard["good"], _entries(trained)
-    return watch.Seen(tuple(heard), gradient, size, moved, base, steps, entries, skips, cosine, optimizer.rule.stride)
+    return watch.Seen(tuple(heard), gradient, size, moved, base, steps, entries, skips, cosine, stride)
 
 
 def _entries(members: Sequence[Member]) -> int:

@@ -232,7 +232,7 @@ class LearnedOptimizer(RuleState):
         def names() -> dict[Tensor, tuple[str, ...]]:
             return {m.param: tuple(self._layout(m)) for m in self._members()}
 
-        event = guarded.watch_step(self, members, self._members(), names, loss, self.total_steps)
+        event = guarded.watch_step(self, members, self._members(), names, loss, self.total_steps, self.rule.stride)
         if event is None:
             return False
         self._layouts, self._lent = {}, True
