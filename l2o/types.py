@@ -69,7 +69,7 @@ class Run(NamedTuple):
     step: int64, 0-d: number of updates already applied (the first update sees 0).
     total_steps: int64, 0-d: the length of the run that the rule was told.
     loss: 0-d, at the parameters before the update; None where the rule does not ask for it (``needs_loss``).
-    called: calls of the plug-in before this one, skipped ones too, which the host knows without waiting for a device.
+    called: what the host knows of ``step`` without waiting for a device: skipped steps may be in it.
     """
 
     step: Tensor

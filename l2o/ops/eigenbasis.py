@@ -40,7 +40,8 @@ def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tens
     momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
     due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
     """
-    dtype = max((product_dtype(x) for x in (grad, grad.mT)), key=lambda dtype: dtype.itemsize)
+    narrow = product_dtype(grad)
+    dtype = narrow if product_dtype(grad.mT) == narrow else grad.dtype
     g, m = grad.to(dtype), momentum.to(dtype)
     left = torch.lerp((g @ g.mT).to(grad.dtype), slots["left"], keep)
     right = torch.lerp((g.mT @ g).to(grad.dtype), slots["right"], keep)
@@ -70,8 +71,8 @@ def is_due(run: Run, period: int) -> Tensor | bool:
     known = due
     while _functorch.is_functorch_wrapped_tensor(known):
         known = _functorch.get_unwrapped(known)
-    some = bool(known.any())
-    return due if some and not known.all() else some
+    lanes = int(known.sum())
+    return due if 0 < lanes < known.numel() else lanes > 0
 
 
 def _followed(basis: Tensor, product: Tensor, due: Tensor | bool) -> Tensor:
@@ -82,4 +83,4 @@ def _followed(basis: Tensor, product: Tensor, due: Tensor | bool) -> Tensor:
         largest = product.abs().amax((-2, -1), keepdim=True)
         scaled = product / torch.where(largest > 0, largest, 1.0)
         new, _ = torch.linalg.qr(scaled @ basis + _STAY * basis)
-        return new if due is True else torch.where(due, new, basis)
+        return new.contiguous() if due is True else torch.where(due, new, basis).contiguous()

@@ -261,7 +261,7 @@ class LearnedOptimizer(RuleState):
         called, skipped = slots.counts(self)
         # Fills, not copies of host tensors: the host would wait for those.
         step, total = (torch.full((), n, dtype=torch.int64, device=device) for n in (called, self.total_steps))
-        return Run(step - skipped, total, loss, called)
+        return Run(step - skipped, total, loss, called - skipped if isinstance(skipped, int) else called)
 
     def _skip(self, reason: str) -> None:
         self._count(1)

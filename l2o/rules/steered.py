@@ -72,6 +72,7 @@ class Steered(UpdateRule):
         Sine networks, whose weights are small for what they do, need it; to most others it makes no difference.
     by_gain: power of the matrix' gain, its root mean square times the root of its fan-in, at most one, that is a factor
         of ``relative``: what a matrix with inputs of size one puts out. A sine network's is a twentieth of others'.
+        Unless it is 0, the 3e-4 are times ``(64 / fan-in) ** 0.5``, too, for adapters of low rank that start at zero.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` in an eigenbasis, ``m, row, col``
@@ -107,7 +108,8 @@ class Steered(UpdateRule):
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
         for name in ("iterations", "period", "widest"):
             check_int(name, getattr(self, name))
-        check_float("fan_in", self.fan_in)
+        for name in ("fan_in", "by_gain"):
+            check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
         self.init_theta(torch.Generator())  # the transforms know what they take
 
@@ -179,11 +181,11 @@ class Steered(UpdateRule):
         sums = shard_sums(groups, [self._sums(theta, group, params) for group in groups], reduce)
         factors = [self.factors(theta, [group.shape]) for group in groups]
         shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
-        size = self.size(theta, shared, run)
+        size, due = self.size(theta, shared, run), self.is_due(run)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
         for group, own, more in zip(groups, sums, decided, strict=True):
-            new = self._advance(theta, group, run, reduce) | more
+            new = self._advance(theta, group, due, reduce) | more
             d = self._direction(theta, new, group)
             own_size = size * more["factor"].exp() if more else size
             squares = own.get("params", own_size)  # Adam's direction does not read them
@@ -206,7 +208,7 @@ class Steered(UpdateRule):
         axes = tuple(range(len(group.shape)))
         return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
 
-    def _advance(self, theta: Theta, group: Group, run: Run, reduce: Reduce) -> Slots:
+    def _advance(self, theta: Theta, group: Group, due: Tensor | bool, reduce: Reduce) -> Slots:
         """New slots, ``[k, ...]``."""
         grad, slots = group.grad, group.slots
         match self.path(group.shape):
@@ -215,7 +217,7 @@ class Steered(UpdateRule):
                 d = matrices(ema(m, grad, theta["logit_momentum"]))
                 basis: Slots = {}
                 if path == "eigenbasis":
-                    d, basis = self.whitened(theta, d, matrices(grad), slots, run)
+                    d, basis = self.whitened(theta, d, matrices(grad), slots, due)
                 else:
                     d = polar(d, self.iterations)
                 d = torch.where(matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
@@ -242,9 +244,15 @@ class Steered(UpdateRule):
         m = slots["m"] / bias_correction(theta["logit_beta1"], count)
         return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
 
-    def whitened(self, theta: Theta, momentum: Tensor, grad: Tensor, slots: Slots, run: Run) -> tuple[Tensor, Slots]:
+    def is_due(self, run: Run) -> Tensor | bool:
+        """Whether bases follow in this step; 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
+        return self.direction == "eigenbasis" and is_due(run, self.period)
+
+    def whitened(
+        self, theta: Theta, momentum: Tensor, grad: Tensor, slots: Slots, due: Tensor | bool
+    ) -> tuple[Tensor, Slots]:
         """`whiten`, with the slots of tensors ``[k, *shape]`` and the constants of θ."""
-        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), is_due(run, self.period))
+        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), due)
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the steps of tensors."""
@@ -265,8 +273,9 @@ class Steered(UpdateRule):
             return scales
         entries = constant(_each(lambda shape: float(max(math.prod(shape), 1)), shapes), squares)
         sizes = safe_sqrt(squares / entries)
-        gains = sizes * constant([float(max(as_matrix(shape)[1], 1)) ** 0.5 for shape in shapes], squares)
-        limits = theta["log_relative"].exp() * sizes * gains.clamp(max=1.0) ** self.by_gain + _LEAST_LIMIT
+        roots = constant([float(max(as_matrix(shape)[1], 1)) ** 0.5 for shape in shapes], squares)
+        share = theta["log_relative"].exp() * (sizes * roots).clamp(max=1.0) ** self.by_gain
+        limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if self.by_gain else 1.0)
         limited = scales / (1.0 + (scales / limits).square()).sqrt()
         return torch.where(self._are_matrices(shapes, size), limited, scales)
 
