@@ -31,7 +31,7 @@ def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
     rows, columns = as_matrix(shape)
     eye = partial(torch.eye, dtype=param.dtype, device=param.device)
     products = {"left": param.new_zeros(rows, rows), "right": param.new_zeros(columns, columns)}
-    return {"v": torch.zeros_like(param), **products, "rows": eye(rows), "columns": eye(columns)}
+    return {"v": param.new_zeros(param.shape), **products, "rows": eye(rows), "columns": eye(columns)}
 
 
 def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tensor | bool) -> tuple[Tensor, Slots]:
