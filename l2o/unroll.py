@@ -1,6 +1,7 @@
 """Inner training: one step, an unroll of many, and the resets between unrolls; vectorised over lanes.
 
-Nothing here waits for the device inside an unroll: no value is read on the host.
+Nothing here waits for the device inside an unroll: no value is read on the host but by rules that keep a
+basis, once a step.
 """
 
 from __future__ import annotations

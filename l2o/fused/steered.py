@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -81,26 +81,30 @@ def _entries(
 def _whiten(
     rule: Steered, theta: Theta, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]], due: Tensor | bool
 ) -> None:
-    """In place, the momentum in the slot ``d`` of tensors of one shape, and the slots of their bases; as below."""
-    together = 1 if min(as_matrix(grads[0].shape)) >= _LARGE else len(grads)
-    for first in range(0, len(grads), together):
-        some = slots[first : first + together]
+    """In place, the momentum in the slot ``d`` of tensors of one shape, and the slots of their bases."""
+    for part in _parts(grads):
+        some = slots[part]
         own = {name: stack([each[name] for each in some]) for name in some[0] if name != "m"}
-        g = matrices(stack(grads[first : first + together]))
-        d, new = rule.whitened(theta, matrices(own["d"]), g, own, due)
+        d, new = rule.whitened(theta, matrices(own["d"]), matrices(stack(grads[part])), own, due)
         for name, t in {"d": d, **new}.items():
             if t is not own[name]:
-                to = [each[name] for each in some]
-                torch._foreach_copy_(to, list(t.reshape(-1, *to[0].shape).unbind()))
+                _copy(t, [each[name] for each in some])
 
 
 def _orthogonalise(tensors: Sequence[Tensor], iterations: int) -> None:
-    """In place, tensors of one shape: small ones in one batched product, large ones one by one."""
+    """In place, tensors of one shape."""
+    for part in _parts(tensors):
+        _copy(polar(matrices(stack(tensors[part])), iterations), tensors[part])
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Which of the tensors, of one shape, to multiply together: small ones in one batched product, large ones apart."""
     together = 1 if min(as_matrix(tensors[0].shape)) >= _LARGE else len(tensors)
-    for first in range(0, len(tensors), together):
-        some = list(tensors[first : first + together])
-        d = polar(matrices(stack(some)), iterations)
-        torch._foreach_copy_(some, list(d.reshape(-1, *some[0].shape).unbind()))
+    return (slice(first, first + together) for first in range(0, len(tensors), together))
+
+
+def _copy(stacked: Tensor, to: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(to), list(stacked.reshape(-1, *to[0].shape).unbind()))
 
 
 def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:

@@ -63,12 +63,11 @@ def is_due(run: Run, period: int) -> Tensor | bool:
 
     Waits for the device in unrolls, but not in the plug-in, which says what the host knows.
     """
-    due = torch.remainder(run.step, period) == 0
-    if torch.compiler.is_compiling():
-        return due
     if run.called is not None:
         return run.called % period == 0
-    known = due
+    known = due = torch.remainder(run.step, period) == 0
+    if torch.compiler.is_compiling():
+        return due
     while _functorch.is_functorch_wrapped_tensor(known):
         known = _functorch.get_unwrapped(known)
     lanes = int(known.sum())

@@ -91,3 +91,11 @@ def tensor_sum(groups: Sequence[Group], values: Sequence[Tensor], reduce: Reduce
         return torch.cat(list(values)).sum(0)
     pairs = zip(groups, values, strict=True)
     return reduce.tensors({name: x[i] for group, x in pairs for i, name in enumerate(group.names)})
+
+
+def matrix_sums(group: Group, reduce: Reduce, sums: dict[str, Tensor]) -> list[Tensor]:
+    """Complete the sums ``[k, ...]`` over rows, columns or all entries of matrices."""
+    first, others = (0,), tuple(range(1, len(group.shape)))
+    axes = {"rows": first, "columns": others, "all": first + others}
+    (found,) = shard_sums([group], [{name: Sum(x, axes[name]) for name, x in sums.items()}], reduce)
+    return list(found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ def constant(values: Sequence[float], like: Tensor) -> Tensor:
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor born in inference mode could never be used in a differentiated unroll
         return torch.tensor(values, dtype=dtype, device=device)
+
+
+def of_shapes(fact: Callable[[tuple[int, ...]], float], shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    """A fact about each of ``shapes``, ``[len(shapes)]``, as `constant`; asked once for equal ones, as most are."""
+    known = {shape: fact(shape) for shape in dict.fromkeys(shapes)}
+    return constant([known[shape] for shape in shapes], like)
 
 
 def scalar_like(value: float, generator: torch.Generator) -> Tensor:

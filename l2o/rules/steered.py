@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -15,9 +15,9 @@ from l2o.checks import check_float, check_int
 from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, steer
 from l2o.ops.eigenbasis import init_basis, is_due, whiten
-from l2o.ops.groups import Group, by_shape, shard_sums, stack, unstacked
+from l2o.ops.groups import Group, by_shape, matrix_sums, shard_sums, stack, unstacked
 from l2o.ops.moments import bias_correction, decay, ema
-from l2o.ops.numeric import constant, log_of, logit_of, over_root, safe_sqrt, scalar_like
+from l2o.ops.numeric import log_of, logit_of, of_shapes, over_root, safe_sqrt, scalar_like
 from l2o.ops.orthogonal import as_matrix, matrices, polar, row_column_scales
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import (
@@ -225,7 +225,7 @@ class Steered(UpdateRule):
                 return {"m": m, "d": d, **basis}
             case "normalized":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
-                complete = partial(_completed, group, reduce)
+                complete = partial(matrix_sums, group, reduce)
                 row, col = row_column_scales(matrices(m), as_matrix(group.shape), complete)
                 return {"m": m, "row": row, "col": col}
         m = ema(slots["m"], grad, theta["logit_beta1"])
@@ -258,22 +258,22 @@ class Steered(UpdateRule):
         """``[len(shapes)]``, of the steps of tensors."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        fans = constant(_each(lambda shape: math.log(max(as_matrix(shape)[1], 1) / _FAN_IN), shapes), theta["log_lr"])
+        fans = of_shapes(lambda shape: math.log(_fan_in(shape) / _FAN_IN), shapes, theta["log_lr"])
         factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
         return torch.where(self._are_matrices(shapes, theta["log_lr"]), factors, 1.0)
 
     def _are_matrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
         """Bool ``[len(shapes)]``: which do not follow Adam."""
-        return constant(_each(lambda shape: float(self.path(shape) != "adam"), shapes), like) > 0.0
+        return of_shapes(lambda shape: float(self.path(shape) != "adam"), shapes, like) > 0.0
 
     def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
-        entries = constant(_each(lambda shape: float(max(math.prod(shape), 1)), shapes), squares)
+        entries = of_shapes(lambda shape: float(max(math.prod(shape), 1)), shapes, squares)
         sizes = safe_sqrt(squares / entries)
-        roots = constant([float(max(as_matrix(shape)[1], 1)) ** 0.5 for shape in shapes], squares)
+        roots = of_shapes(lambda shape: _fan_in(shape) ** 0.5, shapes, squares)
         share = theta["log_relative"].exp() * (sizes * roots).clamp(max=1.0) ** self.by_gain
         limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if self.by_gain else 1.0)
         limited = scales / (1.0 + (scales / limits).square()).sqrt()
@@ -288,18 +288,8 @@ class Steered(UpdateRule):
         return schedule * (theta["log_lr"] + shared.get("log_step", 0.0)).exp()
 
 
-def _completed(group: Group, reduce: Reduce, sums: dict[str, Tensor]) -> list[Tensor]:
-    """Sums ``[k, ...]`` over rows, columns or all entries of matrices."""
-    first, others = (0,), tuple(range(1, len(group.shape)))
-    axes = {"rows": first, "columns": others, "all": first + others}
-    (found,) = shard_sums([group], [{name: Sum(x, axes[name]) for name, x in sums.items()}], reduce)
-    return list(found.values())
-
-
-def _each(fact: Callable[[tuple[int, ...]], float], shapes: Sequence[tuple[int, ...]]) -> list[float]:
-    """A fact about each of ``shapes``, asked once for those that are the same: networks have few."""
-    known = {shape: fact(shape) for shape in dict.fromkeys(shapes)}
-    return [known[shape] for shape in shapes]
+def _fan_in(shape: tuple[int, ...]) -> int:
+    return max(as_matrix(shape)[1], 1)
 
 
 def _flat(tensors: Tensor) -> Tensor:
