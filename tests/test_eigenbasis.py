@@ -67,6 +67,7 @@ def test_due_is_what_the_host_knows_or_what_all_lanes_say():
     total = torch.tensor(50)
     assert [is_due(Run(torch.tensor(i), total), 5) for i in (0, 4, 10)] == [True, False, True]
     assert is_due(Run(torch.tensor(3), total, called=5), 5) is True
+    assert is_due(Run(torch.tensor(5), total, called=6), 5) is False
     said = []
 
     def lane(step):
