@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2o.fused import adam, mlp, perceptrons, steered
+from l2o.fused import adam, coordinatewise, mlp, perceptrons, steered
 from l2o.kernels.perceptron_unroll import Batches as Batches
-from l2o.rules import MLP, Adam, Steered
+from l2o.rules import MLP, STAR, AdafacMLP, Adam, Celo, Celo2, Steered, VeLO
 from l2o.tasks.augment import Augmented, Reparametrized
 from l2o.tasks.image import ImageMLP
 from l2o.tasks.repeated import Repeated
@@ -46,6 +46,7 @@ Table = dict[type, Callable[..., Any]]
 
 UPDATES: Table = {MLP: mlp.update}
 STEPS: Table = {Adam: adam.step, Steered: steered.step}
+STEPS |= dict.fromkeys((AdafacMLP, STAR, Celo, Celo2, VeLO), coordinatewise.step)
 GRADIENTS: Table = {ImageMLP: perceptrons.gradient}
 BATCHES: Table = {ImageMLP: perceptrons.batches}
 """What a family's training batches are to unrolls that know their kind."""
@@ -74,7 +75,8 @@ def step(
 ) -> OptState | None:
     """``p <- keep p + lr update`` in place, also of the slots, without lanes; the new state.
 
-    factors: ``lr, keep`` by parameter. None also where the kernel finds numbers that are not finite.
+    factors: ``lr, keep`` by parameter.     state: with `HAD_GRADIENT` among the slots where the rule does not rest.
+    None also where the kernel finds numbers that are not finite.
     """
     kernel = _entry(STEPS, rule, "update")
     found: OptState | None = kernel and kernel(rule, theta, grads, state, params, infos, run, factors)

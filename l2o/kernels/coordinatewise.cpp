@@ -6,86 +6,13 @@
 //
 // Work is cut into pieces of one tensor of one lane, the same whatever the number of threads, and sums over pieces are
 // taken in their order: results do not depend on threads.
+#include "heads.h"
 #include "moments.h"
+#include "pieces.h"
 
 #include <new>
 
-#include <omp.h>
-
 namespace {
-
-// Elements of one tensor: several whole groups of those that share scales, or a part of one.
-struct Piece {
-    int64_t tensor, begin, end, first_group, groups, slot;  // slot: of the piece's first group among those of a lane
-};
-
-struct Plan {
-    std::vector<Piece> pieces;
-    int64_t slots = 0;
-
-    explicit Plan(const Call& w) {
-        for (int64_t t = 0; t < w.tensors; t++) {
-            const Tensor& f = w.all[t];
-            const int64_t inner = std::max<int64_t>(f.inner, 1);
-            const int64_t together = std::max<int64_t>(PIECE / inner, 1), stretch = together * inner;
-            for (int64_t start = 0; start < f.entries; start += stretch) {
-                const int64_t stop = std::min(start + stretch, f.entries), groups = (stop - start) / inner;
-                for (int64_t begin = start; begin < stop; begin += PIECE) {
-                    pieces.push_back({t, begin, std::min(begin + PIECE, stop), start / inner, groups, slots});
-                    slots += groups;
-                }
-            }
-        }
-    }
-    int64_t count() const { return pieces.size(); }
-};
-
-// first(lane, i, work) for i < firsts, then middle(lane, i, work) for i < middles, then last(lane) of each lane. A thread
-// takes whole lanes, which need no waiting for each other, unless there are too few to share them out evenly.
-template <class First, class Middle, class Last>
-void phases(const Call& w, int64_t firsts, int64_t middles, First first, Middle middle, Last last) {
-    std::vector<Scratch> scratch;
-    for (int64_t i = 0; i < w.threads; i++) scratch.emplace_back(w);
-    const bool whole_lanes = w.lanes % w.threads == 0 || w.lanes >= 4 * w.threads;
-#pragma omp parallel num_threads(w.threads)
-    {
-        Scratch& work = scratch[omp_get_thread_num()];
-        if (whole_lanes) {
-#pragma omp for schedule(dynamic)
-            for (int64_t lane = 0; lane < w.lanes; lane++) {
-                for (int64_t i = 0; i < firsts; i++) first(lane, i);
-                for (int64_t i = 0; i < middles; i++) middle(lane, i, work);
-                last(lane);
-            }
-        } else {
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < w.lanes * firsts; i++) first(i / firsts, i % firsts);
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < w.lanes * middles; i++) middle(i / middles, i % middles, work);
-#pragma omp for
-            for (int64_t lane = 0; lane < w.lanes; lane++) last(lane);
-        }
-    }
-}
-
-// The tables of all tensors of all lanes.
-struct AllTables {
-    std::vector<int64_t> offsets{0};
-    std::unique_ptr<float[]> memory;
-    const Call& w;
-
-    AllTables(const Call& w, bool wanted) : w(w) {
-        for (int64_t t = 0; t < w.tensors; t++)
-            offsets.push_back(offsets.back() + (wanted ? Tables::size(w, w.all[t], w.layers) : 0));
-        memory.reset(new float[w.lanes * offsets.back()]);
-    }
-    Tables of(int64_t lane, int64_t t) const {
-        return {w, w.all[t], lane, memory.get() + lane * offsets.back() + offsets[t]};
-    }
-    void make(int64_t lane, int64_t t) const {
-        if (offsets[t] < offsets[t + 1]) of(lane, t).make(w, w.all[t], lane);
-    }
-};
 
 // f(begin, n) over the blocks of a piece.
 template <class F> void blocks(const Piece& piece, F f) {
@@ -249,48 +176,6 @@ void network(const Call& w, const Block& block, int64_t tensor, int64_t channels
         for (int64_t o = 0; hidden && !relu && o < w.widths[l + 1]; o++)
             for (float *x = work.h[l + 1] + o * STRIDE, *end = x + padded(block.n); x < end; x += WIDTH)
                 store(x, tanh(load<vec>(x)));
-    }
-}
-
-// `Product`: gain * o0 * exp(exp_mult * o1), left in o0's place.
-void product(const Call& w, float gain, int64_t n, float* outputs) {
-    for (int64_t e = 0; e < n; e += WIDTH)
-        store(outputs + e, load<vec>(outputs + e) * exp(load<vec>(outputs + STRIDE + e) * w.constants[0]) * gain);
-}
-
-// `Nominal` of coordinatewise.py, in the order of its fields.
-struct NominalConstants {
-    float direction, step_mult, exp_mult, lr, decay, lr_exp_mult, decay_exp_mult, sets_lr, sets_decay, mean_magnitude,
-        mean_lr, mean_decay, normalise;
-};
-
-// The direction without a network, and what the learned term is multiplied with where `normalise`.
-void direction(const Block& block, const Scratch& work, int64_t kind, float* to) {
-    const int64_t last = block.w.m_decays - 1, first = kind == 2 || kind == 4 ? 0 : last;
-    const float* rms = work.inv_rms;
-    std::fill_n(to, block.n, 0.0f);
-    for (int64_t d = first; d <= last; d++) {
-        const float *x = kind == 0 ? work.grad : block.m(d), share = 1.0f / float(last - first + 1);
-        if (kind >= 3) each(block.n, [=](int64_t i) { to[i] += x[i] * rms[i] * share; });
-        else each(block.n, [=](int64_t i) { to[i] += x[i] * share; });
-    }
-}
-
-void nominal(const Block& block, const float* means, float gain, Scratch& work, float* outputs) {
-    const NominalConstants& k = *reinterpret_cast<const NominalConstants*>(block.w.constants);
-    float *to = work.spare, *p = work.grad;
-    direction(block, work, int64_t(k.direction), to);
-    std::copy_n(block.f.param + block.lane * block.f.entries + block.begin, block.n, p);
-    const auto pick = [&](int64_t o, bool set, bool mean, float unset, int64_t e) {
-        return !set ? vec{} + unset : mean ? vec{} + means[o] : load<vec>(outputs + o * STRIDE + e);
-    };
-    for (int64_t e = 0; e < block.n; e += WIDTH) {
-        const vec s = pick(1, true, k.mean_magnitude, 0, e), n = pick(2, k.sets_lr, k.mean_lr, 1, e);
-        const vec r = pick(3, k.sets_decay, k.mean_decay, 0, e);
-        vec learned = load<vec>(outputs + e) * exp(s * k.exp_mult) * k.step_mult;
-        if (k.normalise) learned *= load<vec>(work.inv_rms + e);
-        const vec step = learned + exp(n * k.lr_exp_mult) * k.lr * load<vec>(to + e);
-        store(outputs + e, gain * step - exp(r * k.decay_exp_mult) * k.decay * load<vec>(p + e));
     }
 }
 

@@ -44,13 +44,15 @@ struct Work {
     const float* gains;           // [lanes, tensors]
     const float* means;           // [lanes, tensors, outputs], or null
     float* output_sums;           // [lanes, tensors, outputs], or null
+    const float* decays;          // of moments that each gradient is still to be averaged into, of one lane, or null:
+                                  // [m_decays + v_decays + factors]
     float rms_eps, diag_eps, scale_eps, clip;
 };
 void l2o_layout_Work(int64_t* out) {
     layout(out, &Work::lanes, &Work::tensors, &Work::groups, &Work::m_decays, &Work::v_decays, &Work::factors,
            &Work::layers, &Work::activation, &Work::head, &Work::threads, &Work::codes, &Work::widths,
            &Work::lane_strides, &Work::net_strides, &Work::fields, &Work::constants, &Work::addresses, &Work::weights,
-           &Work::gains, &Work::means, &Work::output_sums, &Work::rms_eps, &Work::diag_eps, &Work::scale_eps,
+           &Work::gains, &Work::means, &Work::output_sums, &Work::decays, &Work::rms_eps, &Work::diag_eps, &Work::scale_eps,
            &Work::clip);
 }
 }
@@ -75,12 +77,20 @@ constexpr int64_t BLOCK = 24 * WIDTH;     // elements whose activations are in t
 constexpr int64_t STRIDE = BLOCK + WIDTH;    // from channel to channel: an odd number of cache lines, to use all of the cache
 constexpr int64_t PIECE = 16 * BLOCK;  // elements that one thread works on at once
 constexpr float EPS = 1e-9f, ROOT_EPS = 1e-8f;
+constexpr float LEAST_SQUARE = 1e-30f;  // added to squares that are factored
 
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 
 template <class F> inline void each(int64_t n, F f) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) f(i);
+}
+
+// As torch.lerp has it.
+inline void average(const float* old, const float* x, float d, int64_t n, float* to) {
+    const float rest = 1.0f - d;
+    if (d < 0.5f) each(n, [=](int64_t i) { to[i] = x[i] + d * (old[i] - x[i]); });
+    else each(n, [=](int64_t i) { to[i] = old[i] - rest * (old[i] - x[i]); });
 }
 
 // Elements [begin, begin + count) that lie side by side in a block: either one row's, or along both.
@@ -165,155 +175,4 @@ struct Tables {
     }
 };
 
-// What a thread works in: a block's activations by layer, [width, STRIDE], and what several channels are made of.
-struct Scratch {
-    std::unique_ptr<float[]> memory;
-    std::vector<float*> h;
-    std::vector<Run> runs;  // of a block
-    float *grad, *spare, *inv_rms, *factor, *m_factor;  // [STRIDE] twice, [v_decays, STRIDE], [factors, STRIDE] twice
-
-    explicit Scratch(const Call& w) {
-        int64_t rows = 2 + w.v_decays + 2 * w.factors;
-        for (int64_t l = 0; l <= w.layers; l++) rows += w.widths[l];
-        memory.reset(new float[rows * STRIDE]());
-        float* next = memory.get();
-        const auto take = [&](int64_t count) { return std::exchange(next, next + count * STRIDE); };
-        for (int64_t l = 0; l <= w.layers; l++) h.push_back(take(w.widths[l]));
-        grad = take(1), spare = take(1), inv_rms = take(w.v_decays), factor = take(w.factors), m_factor = take(w.factors);
-    }
-};
-
-// One block of elements of one tensor in one lane.
-struct Block {
-    const Call& w;
-    const Tensor& f;
-    const Tables& tables;
-    int64_t lane, begin, n;
-
-    const float* row(const float* source, int64_t decays, int64_t d) const {
-        return source + (lane * decays + d) * f.entries + begin;
-    }
-    const float* m(int64_t d) const { return row(f.m, w.m_decays, d); }
-    const float* v(int64_t d) const { return row(f.v, w.v_decays, d); }
-    const float* diag(int64_t d) const { return row(f.row, w.factors, d); }
-
-    // to[i] = g(value of the left table, of the right)
-    template <class G> void spread(const Scratch& work, const float* left, const float* right, float* to, G g) const {
-        for (const Run& run : work.runs) {
-            const float *l = left + run.left, *r = right + run.right;
-            float* out = to + run.begin;
-            if (f.axes[4] > 1) {
-                each(run.count, [=](int64_t i) { out[i] = g(l[i], r[i]); });
-            } else {
-                const float still = *l;
-                each(run.count, [=](int64_t i) { out[i] = g(still, r[i]); });
-            }
-        }
-    }
-
-    // What several channels share.
-    void prepare(bool seconds, bool factors, Scratch& work) const {
-        const float *g = f.grad + lane * f.entries + begin, clip = w.clip, eps = w.rms_eps, diag_eps = w.diag_eps;
-        float* grad = work.grad;
-        each(n, [=](int64_t i) { grad[i] = std::min(std::max(g[i], -clip), clip); });
-        if (f.factored) find_runs(f, begin, n, work.runs);
-        for (int64_t d = 0; seconds && d < w.v_decays; d++) {
-            const float* x = v(d);
-            float* to = work.inv_rms + d * STRIDE;
-            each(n, [=](int64_t i) { to[i] = inverse_root(x[i] + eps); });
-        }
-        for (int64_t d = 0; factors && d < w.factors; d++) {
-            float *to = work.factor + d * STRIDE, *to_m = work.m_factor + d * STRIDE;
-            if (f.factored) {
-                spread(work, tables.left_factor + d * lefts(f), tables.right_factor + d * rights(f), to,
-                       [](float l, float r) { return l * r; });
-            } else {
-                const float* x = diag(d);
-                each(n, [=](int64_t i) {
-                    to[i] = inverse_root(std::max(x[i] + EPS, EPS)), to_m[i] = inverse_root(x[i] + diag_eps);
-                });
-            }
-        }
-    }
-
-    // One channel of a group, the d-th, times its scale.
-    void channel(int64_t group, int64_t d, float s, const Scratch& work, float* to) const {
-        const float *g = work.grad, *p = f.param + lane * f.entries + begin;
-        const float* rms = work.inv_rms + (w.v_decays == 1 ? 0 : d) * STRIDE;
-        const float *factor = work.factor + d * STRIDE, *own = f.factored ? factor : work.m_factor + d * STRIDE;
-        const float* x = group == M || group == M_OVER_RMS || group == FACTORED_M ? m(d) : group == V ? v(d) : nullptr;
-        const auto write = [&](auto value) { each(n, [=](int64_t i) { to[i] = value(i) * s; }); };
-        switch (group) {
-            case GRAD: return write([=](int64_t i) { return g[i]; });
-            case CLIPPED_GRAD: return write([=](int64_t i) { return std::min(std::max(g[i], -0.1f), 0.1f); });
-            case PARAM: return write([=](int64_t i) { return p[i]; });
-            case M:
-            case V: return write([=](int64_t i) { return x[i]; });
-            case M_OVER_RMS: return write([=](int64_t i) { return x[i] * rms[i]; });
-            case INV_RMS: return write([=](int64_t i) { return rms[i]; });
-            case FACTORED_GRAD: return write([=](int64_t i) { return g[i] * factor[i]; });
-            case GRAD_OVER_RMS: return write([=](int64_t i) { return g[i] * rms[i]; });
-            case FACTORED_M: return write([=](int64_t i) { return x[i] * own[i]; });
-            case LOG_PARAM:
-                each(n, [=](int64_t i) { to[i] = std::abs(p[i]) + ROOT_EPS; });
-                for (int64_t i = 0; i < n; i += WIDTH) store(to + i, log(load<vec>(to + i)) * s);
-                return;
-            default: table_channel(group, d, s, work, to);
-        }
-    }
-
-    void table_channel(int64_t group, int64_t d, float s, const Scratch& work, float* to) const {
-        const bool root = group == INV_ROOT_ROW || group == INV_ROOT_COL;
-        if (!f.factored) {
-            const float* x = diag(d);
-            if (root) return each(n, [=](int64_t i) { to[i] = inverse_root(x[i] + ROOT_EPS) * s; });
-            return each(n, [=](int64_t i) { to[i] = x[i] * s; });
-        }
-        const auto [x, is_left] = tables.table(f, group, d);
-        if (is_left) return spread(work, x, tables.right, to, [=](float l, float) { return l * s; });
-        spread(work, tables.left, x, to, [=](float, float r) { return r * s; });
-    }
-};
-
-bool is_table(int64_t group) { return group >= ROW && group <= INV_ROOT_COL; }
-
-// Whether a channel is not computed for each element, but once for those of its table.
-bool by_table(const Tensor& f, int64_t group) { return is_table(group) && f.factored && f.inner == f.entries; }
-
-int64_t channels(const Call& w, int64_t group) {
-    switch (group) {
-        case M:
-        case M_OVER_RMS:
-        case FACTORED_M: return w.m_decays;
-        case V:
-        case INV_RMS:
-        case GRAD_OVER_RMS: return w.v_decays;
-        case FACTORED_GRAD: return w.factors;
-        default: return is_table(group) ? w.factors : 1;
-    }
-}
-
-// f(group, d, c) over all channels.
-template <class F> void every_channel(const Call& w, F f) {
-    int64_t c = 0;
-    for (int64_t k = 0; k < w.groups; k++)
-        for (int64_t d = 0; d < channels(w, w.codes[k]); d++) f(w.codes[k], d, c++);
-}
-
-// What the channels need to be prepared: inverse roots of second moments, factors of gradients.
-struct Needs {
-    bool seconds = false, factors = false, tables = false, tables_seen = false;
-
-    explicit Needs(const Call& w) {
-        seconds = w.v_decays && w.head == 2;
-        for (int64_t k = 0; k < w.groups; k++) {
-            const int64_t group = w.codes[k];
-            seconds |= group == M_OVER_RMS || group == INV_RMS || group == GRAD_OVER_RMS;
-            factors |= group == FACTORED_GRAD || group == FACTORED_M;
-            tables_seen |= is_table(group);
-        }
-        tables = factors || tables_seen;
-    }
-    bool starts(const Tensor& f) const { return tables_seen && by_table(f, ROW); }
-};
 }  // namespace

@@ -18,6 +18,7 @@ from torch import Tensor
 from l2o.kernels import coordinatewise_blocks as blocks
 from l2o.kernels import coordinatewise_cpu as cpu
 from l2o.kernels.arrays import derivative_of
+from l2o.kernels.deferred import current, required
 from l2o.kernels.lanes import lowered
 from l2o.ops.coordinatewise import Recipe
 from l2o.ops.factored import factored_axes
@@ -70,7 +71,9 @@ def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
     if not tensors.grads:
         return {}
     own_axes, sources = tensors.axes, tensors.sources(recipe)
-    if cpu.at_hand(sources) and not recipe.raw:
+    if (waiting := current()) is not None:
+        found = required(cpu.feature_sums(recipe, 0, own_axes, sources, waiting.joined(recipe)))
+    elif cpu.at_hand(sources) and not recipe.raw:
         known = _named(recipe)
         found = lowered(lambda lanes, own: _feature_sums(known, lanes, own_axes, *own), [sources])
     else:
@@ -107,7 +110,10 @@ def network(
     own_gains = [gains] if means is None else [gains, means]
     inputs: list[Any] = [layers, own_gains, [sums[name] for name in names], tensors.sources(recipe)]
     axes = tensors.axes
-    if cpu.at_hand([gains, *layers, *inputs[-1]]) and not recipe.raw:
+    if (waiting := current()) is not None:
+        own = cpu.Inputs(layers, gains, means, *inputs[2:])
+        *updates, totals = required(cpu.coordinatewise(recipe, 0, axes, counts, own, waiting.joined(recipe)))
+    elif cpu.at_hand([gains, *layers, *inputs[-1]]) and not recipe.raw:
         known = _named(recipe)
         *updates, totals = lowered(lambda lanes, own: _coordinatewise(known, lanes, axes, counts, *own), inputs)
     else:

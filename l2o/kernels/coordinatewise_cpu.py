@@ -33,35 +33,45 @@ class Inputs(NamedTuple):
     sources: Sequence[Tensor]
 
 
-def feature_sums(recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor]) -> list[Tensor] | None:
+def feature_sums(
+    recipe: Recipe, lanes: int, axes: Sequence[int], sources: Sequence[Tensor], decays: Tensor | None = None
+) -> list[Tensor] | None:
     """Return the sums of each tensor, as `l2o.kernels.coordinatewise_blocks` does, ``[lanes, channels, ...]``.
 
+    decays: of moments that wait (`l2o.kernels.deferred`), without lanes.
     None where the kernel does not fit, or cannot be had.
     """
     if not ordinary(sources):
         return None
     plan = plan_of(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), None)
-    if plan is None or not available("coordinatewise"):
+    if plan is None or not (_decays_fit(plan, lanes, decays) and available("coordinatewise")):
         return None
     sources = [t.contiguous() for t in sources]
     sums = [sources[0].new_zeros(shape) for shape in plan.sums]
     work, _kept = _filled(plan, sources, sums, [])
+    work.decays = None if decays is None else decays.data_ptr()
     run("coordinatewise", "l2o_feature_sums", work)
     return sums
 
 
 def coordinatewise(
-    recipe: Recipe, lanes: int, axes: Sequence[int], counts: Sequence[int], inputs: Inputs
+    recipe: Recipe,
+    lanes: int,
+    axes: Sequence[int],
+    counts: Sequence[int],
+    inputs: Inputs,
+    decays: Tensor | None = None,
 ) -> list[Tensor] | None:
     """Return updates like the gradients, then sums of outputs, ``[lanes, tensors, outputs]``.
 
+    decays: see `feature_sums`.
     None where the kernel does not fit, or cannot be had.
     """
     weights, gains, means, sums, sources = inputs
     if not ordinary([*weights, gains, *sums, *sources, *(() if means is None else (means,))]):
         return None
     plan = plan_of(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), tuple(counts))
-    if plan is None or not (_network_fits(recipe, lanes, plan, inputs) and available("coordinatewise")):
+    if plan is None or not (_fits(recipe, lanes, plan, inputs, decays) and available("coordinatewise")):
         return None
     sources, sums = [t.contiguous() for t in sources], [t.contiguous() for t in sums]
     weights = [dense_lanes(t) if lanes else t.contiguous() for t in weights]
@@ -76,6 +86,7 @@ def coordinatewise(
     work.net_strides = whole_numbers([t.stride(axis) if t.shape[axis] > 1 else 0 for t in weights])
     work.weights, work.gains, work.output_sums = pointers(weights), gains.data_ptr(), totals.data_ptr()
     work.means = None if means is None else means.data_ptr()
+    work.decays = None if decays is None else decays.data_ptr()
     run("coordinatewise", "l2o_coordinatewise", work)
     return [*updates, totals]
 
@@ -122,13 +133,20 @@ def ordinary(tensors: Iterable[Tensor]) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in tensors)
 
 
-def _network_fits(recipe: Recipe, lanes: int, plan: Plan, inputs: Inputs) -> bool:
+def _decays_fit(plan: Plan, lanes: int, decays: Tensor | None) -> bool:
+    work = plan.work
+    expected = work.m_decays + work.v_decays + work.factors
+    return decays is None or (lanes == 0 and ordinary([decays]) and decays.shape == (expected,))
+
+
+def _fits(recipe: Recipe, lanes: int, plan: Plan, inputs: Inputs, decays: Tensor | None) -> bool:
     tensors, first = len(plan.first), (lanes,) if lanes else ()
     axis, head = len(first), recipe.head
     widths = [plan.sums[0][axis], *(b.shape[-1] for b in inputs.weights[1::2])]
     layers = [shape for pair in pairwise(widths) for shape in (pair, pair[1:])]
     return (
-        tuple(t.shape for t in inputs.sums) == plan.sums
+        _decays_fit(plan, lanes, decays)
+        and tuple(t.shape for t in inputs.sums) == plan.sums
         and all(t.shape[axis] in (1, tensors) for t in inputs.weights)
         and [t.shape for t in inputs.weights]
         == [(*first, t.shape[axis], *shape) for t, shape in zip(inputs.weights, layers, strict=True)]

@@ -45,7 +45,7 @@ class Work(ctypes.Structure):
         ("fields", ctypes.POINTER(Field)),
         ("constants", Floats),
         *((name, Pointers) for name in ("addresses", "weights")),
-        *((name, ctypes.c_void_p) for name in ("gains", "means", "output_sums")),
+        *((name, ctypes.c_void_p) for name in ("gains", "means", "output_sums", "decays")),
         *((name, ctypes.c_float) for name in ("rms_eps", "diag_eps", "scale_eps", "clip")),
     )
 

@@ -12,6 +12,9 @@ struct MomentAddresses {
     const float *grad, *m, *v, *diag;
     float *m_new, *v_new, *diag_new;
     float *row, *col;  // [lanes, ...]: sums of squares over the axis that rows and columns lack
+    const float* update;  // and the parameter that it is for, where `steps` are
+    float* param;
+    bool* had_gradient;  // of entries that rest until they have had one, or null
 };
 
 struct Moments {
@@ -19,17 +22,18 @@ struct Moments {
     const Field* fields;                // [tensors]
     const float* decays;                // [lanes, m_decays + v_decays + factors]
     const MomentAddresses* addresses;  // [tensors]
+    const float* steps;                 // [tensors, 2]: lr and keep of param <- keep param + lr update, or null
     float clip;
 };
 void l2o_layout_Moments(int64_t* out) {
     layout(out, &Moments::lanes, &Moments::tensors, &Moments::m_decays, &Moments::v_decays, &Moments::factors,
-           &Moments::threads, &Moments::fields, &Moments::decays, &Moments::addresses, &Moments::clip);
+           &Moments::threads, &Moments::fields, &Moments::decays, &Moments::addresses, &Moments::steps,
+           &Moments::clip);
 }
 }
 
 namespace {
 
-constexpr float LEAST_SQUARE = 1e-30f;  // added to squares that are factored
 constexpr int64_t MOST_CHUNKS = 16;
 
 // Elements of one tensor that a thread sees one after the other; sums over a chunk are kept apart.
@@ -56,13 +60,6 @@ struct Chunks {
     int64_t count() const { return all.size(); }
 };
 
-// As torch.lerp has it.
-inline void average(const float* old, const float* x, float d, int64_t n, float* to) {
-    const float rest = 1.0f - d;
-    if (d < 0.5f) each(n, [=](int64_t i) { to[i] = x[i] + d * (old[i] - x[i]); });
-    else each(n, [=](int64_t i) { to[i] = old[i] - rest * (old[i] - x[i]); });
-}
-
 // Adds the squares of a block to the sums of its rows and columns.
 inline void add_squares(const Field& f, const std::vector<Run>& runs, const float* squares, float* left, float* right) {
     for (const Run& run : runs) {
@@ -80,6 +77,19 @@ inline void add_squares(const Field& f, const std::vector<Run>& runs, const floa
     }
 }
 
+// param <- keep param + lr update, of the elements [begin, begin + n) of the only lane.
+inline void take_step(const MomentAddresses& a, float lr, float keep, int64_t begin, int64_t n) {
+    const float *u = a.update + begin, *g = a.grad + begin;
+    float* p = a.param + begin;
+    if (!a.had_gradient) return each(n, [=](int64_t i) { p[i] = keep * p[i] + lr * u[i]; });
+    bool* had = a.had_gradient + begin;
+    each(n, [=](int64_t i) {
+        const bool moves = had[i] | (g[i] != 0.0f);
+        had[i] = moves;
+        p[i] = keep * p[i] + (moves ? lr * u[i] : 0.0f);
+    });
+}
+
 void advance(const Moments& w, int64_t lane, const Chunk& chunk, float* sums) {
     const Field& f = w.fields[chunk.tensor];
     const MomentAddresses& a = w.addresses[chunk.tensor];
@@ -95,12 +105,14 @@ void advance(const Moments& w, int64_t lane, const Chunk& chunk, float* sums) {
         });
         const float* d = w.decays + lane * (w.m_decays + w.v_decays + w.factors);
         const auto averages = [&](int64_t count, const float* old, const float* x, float* to) {
-            for (int64_t k = 0, at = lane * count * f.entries + begin; k < count; k++, at += f.entries)
-                average(old + at, x, *d++, n, to + at);
+            const float* own = std::exchange(d, d + count);
+            for (int64_t k = 0, at = lane * count * f.entries + begin; old && k < count; k++, at += f.entries)
+                average(old + at, x, own[k], n, to + at);
         };
         averages(w.m_decays, a.m, grad, a.m_new);
         averages(w.v_decays, a.v, square, a.v_new);
-        if (a.diag) averages(w.factors, a.diag, factored, a.diag_new);
+        averages(w.factors, a.diag, factored, a.diag_new);
+        if (w.steps) take_step(a, w.steps[2 * chunk.tensor], w.steps[2 * chunk.tensor + 1], begin, n);
         if (!f.factored) continue;
         find_runs(f, begin, n, runs);
         add_squares(f, runs, factored, sums, sums + lefts(f));

@@ -16,16 +16,21 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from l2o.kernels.arrays import Pointers, derivative_of
+from l2o.kernels.arrays import Floats, Pointers, derivative_of, floats
 from l2o.kernels.build import available, run
 from l2o.kernels.coordinatewise_cpu import at_hand, ordinary, threads_for
 from l2o.kernels.coordinatewise_plan import Field, geometry
+from l2o.kernels.deferred import current
 from l2o.kernels.lanes import lowered
 from l2o.ops.factored import averaged, factored_axes
 from l2o.ops.statistics import Decays, advanced
-from l2o.types import Grads, Infos, Reduce, Slots
+from l2o.types import Grads, Infos, Params, Reduce, Slots, Updates
 
-_ADDRESSES = ("grad", "m", "v", "diag", "m_new", "v_new", "diag_new", "row", "col")
+_ADDRESSES = ("grad", "m", "v", "diag", "m_new", "v_new", "diag_new", "row", "col", "update", "param", "had_gradient")
+MOMENTS = ("m", "v", "diag")
+"""Slots with a number for each entry and decay."""
+HAD_GRADIENT = "had_gradient"
+"""The slot of a mask, bool ``[*shape]``, of a rule that does not rest: entries without move by no update."""
 _NO_FACTORS = -2
 """In place of an axis, of tensors that have neither rows and columns nor ``diag``."""
 
@@ -38,6 +43,7 @@ class _Moments(ctypes.Structure):
         ("fields", ctypes.POINTER(Field)),
         ("decays", ctypes.c_void_p),
         ("addresses", Pointers),
+        ("steps", Floats),
         ("clip", ctypes.c_float),
     )
 
@@ -48,15 +54,59 @@ def advance_statistics(
     """The slots of `l2o.ops.statistics.init_statistics` of each tensor with its gradient averaged in.
 
     decays: those of factored moments are brought into 0 to 1.     clip: gradients are clipped to ± this.
+    Within `l2o.kernels.deferred`, only rows and columns are new.
     """
     decays = decays._replace(factored=decays.factored.clamp(0.0, 1.0))
     axes = [axis for name in grads for axis in factored_axes(infos[name].shape) or (-1, -1)]
-    new = _advance(slots, grads, decays, axes, clip)
+    if (waiting := current()) is None:
+        new = _advance(slots, grads, decays, axes, clip)
+    else:
+        waiting.decays, waiting.clip = decays, clip
+        new = _summed(slots, grads, decays, axes, clip)
     sums: dict[str, Slots] = {
         name: {slot: x for slot, x in own.items() if slot in ("row", "col")} for name, own in new.items()
     }
     factors = averaged(slots, sums, infos, decays.factored, reduce)
     return {name: own | factors[name] for name, own in new.items()}  # in place of the sums
+
+
+def _summed(slots: Mapping[str, Slots], grads: Grads, decays: Decays, axes: list[int], clip: float) -> dict[str, Slots]:
+    """See `_advance`; moments as they were, that is, sums with the averages of no decays."""
+    moments = {name: {slot: own[slot] for slot in MOMENTS if slot in own} for name, own in slots.items()}
+    none = {name: {slot: t[:0] for slot, t in own.items()} for name, own in moments.items()}
+    new = _advance(none, grads, Decays(*(d[:0] for d in decays)), axes, clip)
+    return {name: new[name] | moments[name] for name in grads}
+
+
+def write(
+    slots: Mapping[str, Slots],
+    grads: Grads,
+    decays: Decays,
+    clip: float,
+    params: Params,
+    updates: Updates,
+    factors: Mapping[str, tuple[float, float]],
+) -> None:
+    """Average gradients into `MOMENTS`, note in `HAD_GRADIENT` which are not 0, and move parameters where one never
+    was: each where there is such a slot, in place, in one pass.
+
+    factors: ``lr, keep`` of ``p <- keep p + lr update``.     updates: finite.
+    All tensors but masks float32 of the CPU, slots and parameters contiguous; the kernel is `available`.
+    """
+    kept, rows = [], []
+    for name in factors:
+        own, read = slots[name], {"grad": grads[name].contiguous(), "update": updates[name].contiguous()}
+        kept.append(read)  # as long as the kernel runs
+        written = {slot: own[slot] for slot in MOMENTS if slot in own}
+        every = {**read, **written, **{f"{slot}_new": t for slot, t in written.items()}, "param": params[name]}
+        every |= {HAD_GRADIENT: own[HAD_GRADIENT]} if HAD_GRADIENT in own else {}
+        rows += [every[key].data_ptr() if key in every else None for key in _ADDRESSES]
+    joined = torch.cat(list(decays))
+    work = _Moments(1, len(factors), *map(len, decays), threads_for(sum(grads[name].numel() for name in factors)))
+    work.fields = (Field * len(factors))(*(Field(entries=params[name].numel()) for name in factors))
+    work.decays, work.clip, work.addresses = joined.data_ptr(), clip, (ctypes.c_void_p * len(rows))(*rows)
+    work.steps = floats([x for pair in factors.values() for x in pair])
+    run("coordinatewise", "l2o_moments", work)
 
 
 def advance_moments(slots: Mapping[str, Slots], grads: Grads, decays: Decays) -> dict[str, Slots]:

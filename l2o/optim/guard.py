@@ -9,11 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from l2o.kernels.moments import HAD_GRADIENT as HAD_GRADIENT
 from l2o.optim.members import Member, label
 from l2o.types import Grads, OptState, Slots, Updates
-
-HAD_GRADIENT = "had_gradient"
-"""Beside the slots of a rule that does not rest by itself: bool ``[*shape]``, entries that have had a gradient."""
 
 
 @contextmanager

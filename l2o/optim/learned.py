@@ -213,12 +213,13 @@ class LearnedOptimizer(RuleState):
             return None
         if not finite(list(inputs.grads.values()), [], limit):
             return False
+        state = inputs.state if rule.rests else beside(inputs.state, self._seen(members))
         if self._lent:
             # Once, because kernels need not look for what finite gradients never make.
             if not finite([], [t for own in inputs.state.per_param.values() for t in own.values()]):
                 return None
-            inputs = inputs._replace(state=apart(inputs.state))
-        new = fused.step(rule, *inputs, {m.key: factors[id(m.group)] for m in members})
+            state = apart(state)
+        new = fused.step(rule, *inputs._replace(state=state), {m.key: factors[id(m.group)] for m in members})
         if new is None:
             return None
         self._keep(members, new)
