@@ -17,8 +17,9 @@ struct Scratch {
         const int64_t averages = w.decays ? w.m_decays + w.v_decays + w.factors : 0;
         int64_t rows = 2 + w.v_decays + 2 * w.factors + averages;
         for (int64_t l = 0; l <= w.layers; l++) rows += w.widths[l];
-        memory.reset(new float[rows * STRIDE]());
+        memory.reset(new float[rows * STRIDE + 16]());
         float* next = memory.get();
+        while (reinterpret_cast<uintptr_t>(next) % 64) next++;  // vectors across cache lines take twice as long
         const auto take = [&](int64_t count) { return std::exchange(next, next + count * STRIDE); };
         for (int64_t l = 0; l <= w.layers; l++) h.push_back(take(w.widths[l]));
         grad = take(1), spare = take(1), inv_rms = take(w.v_decays), factor = take(w.factors), m_factor = take(w.factors);
@@ -75,12 +76,25 @@ struct Block {
         }
     }
 
+    bool in_one_row(const Scratch& work) const { return work.runs.size() == 1 && f.axes[4] == 1; }
+
+    // Asks for the next block, while this one is worked on.
+    void fetch_next() const {
+        const auto ask = [&](const float* x) {
+            for (int64_t i = n; i < std::min(2 * n, f.entries - begin); i += 64 / sizeof(float)) __builtin_prefetch(x + i);
+        };
+        ask(row(f.grad, 1, 0)), ask(row(f.param, 1, 0));
+        for (int64_t d = 0; d < w.m_decays; d++) ask(row(f.m, w.m_decays, d));
+        for (int64_t d = 0; d < w.v_decays; d++) ask(row(f.v, w.v_decays, d));
+    }
+
     // What several channels share.
     void prepare(bool seconds, bool factors, Scratch& work) const {
         const float *g = f.grad + lane * f.entries + begin, clip = w.clip, eps = w.rms_eps, diag_eps = w.diag_eps;
         float* grad = work.grad;
         each(n, [=](int64_t i) { grad[i] = std::min(std::max(g[i], -clip), clip); });
         if (w.decays) average_in(work);
+        fetch_next();
         if (f.factored) find_runs(f, begin, n, work.runs);
         for (int64_t d = 0; seconds && d < w.v_decays; d++) {
             const float* x = v(work, d);
@@ -101,32 +115,36 @@ struct Block {
         }
     }
 
-    // One channel of a group, the d-th, times its scale.
-    void channel(int64_t group, int64_t d, float s, const Scratch& work, float* to) const {
+    // use(f), f(i) the i-th element of the d-th channel of a group; false where it is not a simple function of i.
+    template <class Use> bool as_function(int64_t group, int64_t d, const Scratch& work, Use use) const {
         const float *g = work.grad, *p = f.param + lane * f.entries + begin;
         const float* rms = work.inv_rms + (w.v_decays == 1 ? 0 : d) * STRIDE;
         const float *factor = work.factor + d * STRIDE, *own = f.factored ? factor : work.m_factor + d * STRIDE;
-        const float* x = group == M || group == M_OVER_RMS || group == FACTORED_M ? m(work, d)
-                       : group == V                                                  ? v(work, d)
-                                                                                     : nullptr;
-        const auto write = [&](auto value) { each(n, [=](int64_t i) { to[i] = value(i) * s; }); };
+        const bool momentum = group == M || group == M_OVER_RMS || group == FACTORED_M;
+        const float* x = momentum ? m(work, d) : group == V ? v(work, d) : nullptr;
         switch (group) {
-            case GRAD: return write([=](int64_t i) { return g[i]; });
-            case CLIPPED_GRAD: return write([=](int64_t i) { return std::min(std::max(g[i], -0.1f), 0.1f); });
-            case PARAM: return write([=](int64_t i) { return p[i]; });
+            case GRAD: use([=](int64_t i) { return g[i]; }); return true;
+            case CLIPPED_GRAD: use([=](int64_t i) { return std::min(std::max(g[i], -0.1f), 0.1f); }); return true;
+            case PARAM: use([=](int64_t i) { return p[i]; }); return true;
             case M:
-            case V: return write([=](int64_t i) { return x[i]; });
-            case M_OVER_RMS: return write([=](int64_t i) { return x[i] * rms[i]; });
-            case INV_RMS: return write([=](int64_t i) { return rms[i]; });
-            case FACTORED_GRAD: return write([=](int64_t i) { return g[i] * factor[i]; });
-            case GRAD_OVER_RMS: return write([=](int64_t i) { return g[i] * rms[i]; });
-            case FACTORED_M: return write([=](int64_t i) { return x[i] * own[i]; });
-            case LOG_PARAM:
-                each(n, [=](int64_t i) { to[i] = std::abs(p[i]) + ROOT_EPS; });
-                for (int64_t i = 0; i < n; i += WIDTH) store(to + i, log(load<vec>(to + i)) * s);
-                return;
-            default: table_channel(group, d, s, work, to);
+            case V: use([=](int64_t i) { return x[i]; }); return true;
+            case M_OVER_RMS: use([=](int64_t i) { return x[i] * rms[i]; }); return true;
+            case INV_RMS: use([=](int64_t i) { return rms[i]; }); return true;
+            case FACTORED_GRAD: use([=](int64_t i) { return g[i] * factor[i]; }); return true;
+            case GRAD_OVER_RMS: use([=](int64_t i) { return g[i] * rms[i]; }); return true;
+            case FACTORED_M: use([=](int64_t i) { return x[i] * own[i]; }); return true;
+            default: return false;
         }
+    }
+
+    // One channel of a group, the d-th, times its scale.
+    void channel(int64_t group, int64_t d, float s, const Scratch& work, float* to) const {
+        const auto write = [&](auto value) { each(n, [=](int64_t i) { to[i] = value(i) * s; }); };
+        if (as_function(group, d, work, write)) return;
+        if (group != LOG_PARAM) return table_channel(group, d, s, work, to);
+        const float* p = f.param + lane * f.entries + begin;
+        each(n, [=](int64_t i) { to[i] = std::abs(p[i]) + ROOT_EPS; });
+        for (int64_t i = 0; i < n; i += WIDTH) store(to + i, log(load<vec>(to + i)) * s);
     }
 
     void table_channel(int64_t group, int64_t d, float s, const Scratch& work, float* to) const {

@@ -14,31 +14,17 @@
 
 namespace {
 
-// f(begin, n) over the blocks of a piece.
-template <class F> void blocks(const Piece& piece, F f) {
-    for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) f(begin, std::min(BLOCK, piece.end - begin));
-}
+constexpr int STRIP = 3;  // vectors of elements that go through all layers together
 
-// f(group, from, count) over the groups that share scales in a block: from is counted from the beginning of the block.
-template <class F> void groups(const Tensor& f, int64_t begin, int64_t n, F visit) {
-    for (int64_t e = begin; e < begin + n;) {
-        const int64_t group = e / f.inner, stop = std::min((group + 1) * f.inner, begin + n);
-        visit(group, e - begin, stop - e);
-        e = stop;
-    }
+template <class F> float square_sum(int64_t n, F x) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) total += x(i) * x(i);
+    return total;
 }
 
 float square_sum(const float* x, int64_t n) {
-    vec total[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH)
-        for (int k = 0; k < 2; k++) {
-            const vec y = load<vec>(x + i + k * WIDTH);
-            total[k] += y * y;
-        }
-    float rest = 0;
-    for (; i < n; i++) rest += x[i] * x[i];
-    return sum(total[0] + total[1]) + rest;
+    return square_sum(n, [=](int64_t i) { return x[i]; });
 }
 
 float table_sum(const Tensor& f, const Tables& tables, int64_t group, int64_t d) {
@@ -51,11 +37,14 @@ float table_sum(const Tensor& f, const Tables& tables, int64_t group, int64_t d)
 
 // First pass over a piece.  sums: [groups, channels], zeros at first.
 void look(const Call& w, const Needs& needs, const Piece& piece, const Block& all, Scratch& work, float* sums) {
-    blocks(piece, [&](int64_t begin, int64_t n) {
+    blocks(all.f, piece, [&](int64_t begin, int64_t n) {
         const Block block{w, all.f, all.tables, all.lane, begin, n};
         block.prepare(needs.seconds, needs.factors, work);
         every_channel(w, [&](int64_t group, int64_t d, int64_t c) {
             if (by_table(all.f, group)) return;
+            float* sum = &sums[c];
+            const auto add = [&](auto value) { *sum += square_sum(n, value); };
+            if (piece.groups == 1 && block.as_function(group, d, work, add)) return;
             block.channel(group, d, 1.0f, work, work.h[0]);
             groups(all.f, begin, n, [&](int64_t at, int64_t from, int64_t count) {
                 sums[(at - piece.first_group) * w.widths[0] + c] += square_sum(work.h[0] + from, count);
@@ -135,7 +124,7 @@ void make_starts(const Call& w, const Tables& tables, int64_t lane, int64_t tens
 }
 
 // The channels of a block, each over its root mean square, and how many they are; without those that `make_starts` has,
-// whose part of the first layer is left in work.h[1].
+// whose part of the first layer is left in work.h[1] where a block has several rows.
 int64_t features(const Call& w, const Needs& needs, const Block& block, Scratch& work) {
     const Tensor& f = block.f;
     const int64_t count = f.entries / f.inner;
@@ -152,31 +141,58 @@ int64_t features(const Call& w, const Needs& needs, const Block& block, Scratch&
             });
         to += STRIDE;
     });
-    for (int64_t o = 0; needs.starts(f) && o < w.widths[1]; o++)
+    for (int64_t o = 0; needs.starts(f) && !block.in_one_row(work) && o < w.widths[1]; o++)
         block.spread(work, block.tables.left_start + o * lefts(f), block.tables.right_start + o * rights(f),
                      work.h[1] + o * STRIDE, [](float l, float r) { return l + r; });
     return (to - work.h[0]) / STRIDE;
 }
 
-// The layers, from the `channels` in work.h[0] on.
-void network(const Call& w, const Block& block, int64_t tensor, int64_t channels, bool starts, Scratch& work) {
+constexpr float NOTHING = 0;
+
+// What the first layer begins with: left[o * left_step] + right[o * right_step + e].
+struct Start {
+    const float *left, *right;
+    int64_t left_step, right_step;
+
+    Start(const Block& block, const Scratch& work) : left(&NOTHING), right(work.h[1]), left_step(0), right_step(STRIDE) {
+        if (!block.in_one_row(work)) return;
+        left = block.tables.left_start + work.runs[0].left, right = block.tables.right_start + work.runs[0].right;
+        left_step = lefts(block.f), right_step = rights(block.f);
+    }
+
+    template <class V> V of(V, int64_t o, int64_t e) const { return load<V>(right + o * right_step + e) + left[o * left_step]; }
+};
+
+// The layers, from the `channels` in work.h[0] on, for `n` elements from `at` on: so few that all their activations stay
+// in the nearest cache.
+void layers(const Call& w, const Block& block, int64_t tensor, int64_t channels, bool starts, int64_t at, int64_t n,
+            Scratch& work) {
     const bool relu = w.activation == 0;
     for (int64_t l = 0; l < w.layers; l++) {
-        const float *bias = weight(w, block.lane, tensor, 2 * l + 1), *start = starts && l == 0 ? work.h[1] : nullptr;
-        const float* weights = start ? block.tables.weights : weight(w, block.lane, tensor, 2 * l);
+        const bool first = starts && l == 0;
+        const Start start(block, work);
+        const float* bias = weight(w, block.lane, tensor, 2 * l + 1);
+        const float* weights = first ? block.tables.weights : weight(w, block.lane, tensor, 2 * l);
         const bool hidden = l + 1 < w.layers;
         const float floor = relu && hidden ? 0.0f : -std::numeric_limits<float>::infinity();
-        multiply<8, 3>(
-            w.widths[l + 1], padded(block.n), l ? w.widths[l] : channels, weights, 1, w.widths[l + 1], work.h[l], STRIDE,
-            work.h[l + 1], STRIDE,
-            [=](auto zero, int64_t o, int64_t e) {
-                return start ? load<decltype(zero)>(start + o * STRIDE + e) : zero + bias[o];
-            },
-            [=](auto y, int64_t, int64_t) { return y < floor ? decltype(y){} + floor : y; });
+        const auto multiplied = [&](auto begin) {
+            multiply<8, STRIP>(
+                w.widths[l + 1], n, l ? w.widths[l] : channels, weights, 1, w.widths[l + 1], work.h[l] + at, STRIDE,
+                work.h[l + 1] + at, STRIDE, begin,
+                [=](auto y, int64_t, int64_t) { return y < floor ? decltype(y){} + floor : y; });
+        };
+        if (first) multiplied([=](auto zero, int64_t o, int64_t e) { return start.of(zero, o, at + e); });
+        else multiplied([=](auto zero, int64_t o, int64_t) { return zero + bias[o]; });
         for (int64_t o = 0; hidden && !relu && o < w.widths[l + 1]; o++)
-            for (float *x = work.h[l + 1] + o * STRIDE, *end = x + padded(block.n); x < end; x += WIDTH)
+            for (float *x = work.h[l + 1] + o * STRIDE + at, *end = x + n; x < end; x += WIDTH)
                 store(x, tanh(load<vec>(x)));
     }
+}
+
+void network(const Call& w, const Block& block, int64_t tensor, int64_t channels, bool starts, Scratch& work) {
+    const int64_t n = padded(block.n), strip = STRIP * WIDTH;
+    for (int64_t at = 0; at < n; at += strip)
+        layers(w, block, tensor, channels, starts, at, std::min(strip, n - at), work);
 }
 
 float plain_sum(const float* x, int64_t n) {
@@ -192,7 +208,7 @@ float plain_sum(const float* x, int64_t n) {
 void apply(const Call& w, const Needs& needs, const Piece& piece, const Block& all, Scratch& work, float* sums) {
     const int64_t at = all.lane * w.tensors + piece.tensor, outputs = w.widths[w.layers];
     const float* means = w.means ? w.means + at * outputs : nullptr;
-    blocks(piece, [&](int64_t begin, int64_t n) {
+    blocks(all.f, piece, [&](int64_t begin, int64_t n) {
         const Block block{w, all.f, all.tables, all.lane, begin, n};
         const int64_t channels = features(w, needs, block, work);
         network(w, block, piece.tensor, channels, needs.starts(all.f), work);

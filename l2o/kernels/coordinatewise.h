@@ -126,7 +126,7 @@ struct Tables {
     static int64_t size(const Call& w, const Tensor& f, bool starts) {
         if (!f.factored) return 0;
         const int64_t values = 2 * w.factors + (starts ? w.widths[1] : 0);
-        return values * (lefts(f) + rights(f)) + (starts ? w.widths[0] * w.widths[1] : 0);
+        return values * (lefts(f) + rights(f)) + (starts ? w.widths[0] * w.widths[1] + WIDTH : 0);
     }
 
     Tables(const Call& w, const Tensor& f, int64_t lane, float* memory) {

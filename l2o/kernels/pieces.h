@@ -80,4 +80,28 @@ struct AllTables {
     }
 };
 
+// How many elements the block has that begins there: if rows are long, none of another row.
+int64_t block_size(const Field& f, int64_t begin, int64_t end) {
+    const int64_t row = f.factored && f.axes[4] == 1 ? f.axes[3] : 0;
+    if (2 * row < BLOCK) return std::min(BLOCK, end - begin);
+    const int64_t parts = (row + BLOCK - 1) / BLOCK, part = padded((row + parts - 1) / parts);
+    return std::min({part, row - begin % row, end - begin});
+}
+
+// f(begin, n) over the blocks of a piece.
+template <class F> void blocks(const Field& field, const Piece& piece, F f) {
+    for (int64_t begin = piece.begin, n; begin < piece.end; begin += n) {
+        n = block_size(field, begin, piece.end);
+        f(begin, n);
+    }
+}
+
+// f(group, from, count) over the groups that share scales in a block: from is counted from the beginning of the block.
+template <class F> void groups(const Tensor& f, int64_t begin, int64_t n, F visit) {
+    for (int64_t e = begin; e < begin + n;) {
+        const int64_t group = e / f.inner, stop = std::min((group + 1) * f.inner, begin + n);
+        visit(group, e - begin, stop - e);
+        e = stop;
+    }
+}
 }  // namespace
