@@ -111,7 +111,7 @@ def test_what_it_does_not_fit_is_left_to_update(rule, change, damage, environmen
 
 @every_rule
 def test_the_plug_in_takes_it(rule, monkeypatch):
-    """A run is the same without it, and without any kernel; what a snapshot holds stays."""
+    """A run is the same without it, and without any kernel; what a snapshot holds stays, and moments where they are."""
     monkeypatch.setattr(apply, "WORTH_A_KERNEL", 0)
     found = {}
     for name, change in TAKEN.items():
@@ -122,7 +122,11 @@ def test_the_plug_in_takes_it(rule, monkeypatch):
             train(optimizer, range(2))
             saved = optimizer.state_dict()
             kept = tree_map(torch.clone, tree_leaves(saved["state"]))
-            found[name] = train(optimizer, range(2, 4))
+            found[name] = train(optimizer, range(2, 3))
             assert identical(tree_leaves(saved["state"]), kept)
+            old = [own["m"].data_ptr() for own in optimizer.state.values() if "m" in own and own["m"].numel()]
+            found[name] = train(optimizer, range(3, 4))
+            new = [own["m"].data_ptr() for own in optimizer.state.values() if "m" in own and own["m"].numel()]
+            assert (old == new) is (name == "in place")
     for name in ("update", "torch"):
         torch.testing.assert_close(found["in place"], found[name], rtol=1e-4, atol=1e-5)
