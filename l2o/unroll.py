@@ -45,7 +45,7 @@ from l2o.types import (
 
 
 def expand_theta(theta: Theta, lanes: int) -> Theta:
-    """One copy of θ a lane, ``[lanes, ...]``: fresh leaves, so that each lane gets a meta-gradient of its own."""
+    """Make one copy of θ a lane, ``[lanes, ...]``: fresh leaves, so that each lane gets a meta-gradient of its own."""
     return {name: t.detach().expand(lanes, *t.shape).clone() for name, t in theta.items()}
 
 
@@ -65,7 +65,7 @@ def sample_runs(
 
 
 def init_state(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState) -> InnerState:
-    """Lanes at step 0 get the optimizer state that ``theta`` (``[lanes, ...]``) begins with, as a function of it."""
+    """Return lanes at step 0, their optimizer state a function of ``theta`` (``[lanes, ...]``)."""
     if not rule.learned_init:
         return state
     at_start = state.step == 0
@@ -84,7 +84,7 @@ def _init(rule: UpdateRule, theta: Theta, family: TaskFamily, params: Params) ->
 
 
 def in_dtype_of(params: Params, theta: Theta) -> Theta:
-    """θ as rules expect it, in the dtype of ``params``; derivatives pass, and come back in θ's own."""
+    """Return θ as rules expect it, in the dtype of ``params``; derivatives pass, and come back in θ's own."""
     dtype = next(iter(params.values())).dtype
     return {name: t.to(dtype) for name, t in theta.items()}
 
@@ -92,7 +92,7 @@ def in_dtype_of(params: Params, theta: Theta) -> Theta:
 def inner_step(
     rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, batch: Batch, second_order: bool = True
 ) -> tuple[InnerState, Tensor]:
-    """One inner training step of every lane: the new state, and the losses ``[lanes]`` before the update.
+    """Take one inner training step of every lane: the new state, and the losses ``[lanes]`` before the update.
 
     Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
     A lane at its horizon stands still.
@@ -109,7 +109,8 @@ def inner_step(
 def gradients(
     family: TaskFamily, state: InnerState, batch: Batch, second_order: bool = True
 ) -> tuple[Tensor, Buffers, Grads, Params]:
-    """Of all lanes: loss ``[lanes]``, new buffers, gradients, and the parameters as the leaves that these belong to."""
+    """Return, of all lanes: loss ``[lanes]``, new buffers, gradients, and the parameters as the leaves that these
+    belong to."""
     differentiable = torch.is_grad_enabled()
     closed = fused.gradient(family, state.params, state.buffers, state.data, batch)
     if closed is not None:
@@ -140,7 +141,7 @@ def gradients(
 def lane_losses(
     family: TaskFamily, params: Params, buffers: Buffers, data: TaskData, batch: Batch
 ) -> tuple[Tensor, Buffers]:
-    """Losses ``[lanes]``, in the dtype of ``params``, and new buffers.
+    """Return losses ``[lanes]``, in the dtype of ``params``, and new buffers.
 
     Raises `ConfigurationError` for a loss that `TaskFamily` does not allow, such as one that writes to its inputs.
     """
@@ -157,7 +158,7 @@ def lane_losses(
 def updates(
     rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor, kinds: Mapping[str, Kind]
 ) -> tuple[Updates, OptState]:
-    """Of all lanes, ``[lanes, ...]``: by the rule's kernel where it has one, else by its ``update``.
+    """Return those of all lanes, ``[lanes, ...]``: by the rule's kernel where it has one, else by its ``update``.
 
     loss: ``[lanes]``.    kinds: those of the family.
     """
@@ -189,7 +190,7 @@ def unroll(
     second_order: bool = True,
     valid_weight: float = 0.0,
 ) -> tuple[InnerState, Tensor]:
-    """``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``.
+    """Take ``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``.
 
     valid_weight: of the loss on a fresh validation batch in each step's loss, beside the training loss.
     """
@@ -213,13 +214,14 @@ def _validation_loss(family: TaskFamily, state: InnerState, generator: torch.Gen
 
 
 def running(state: InnerState, steps: int) -> Tensor:
-    """Bool ``[steps, lanes]``: which of the next ``steps`` steps of each lane lie before its horizon."""
+    """Return a bool ``[steps, lanes]``: which of the next ``steps`` steps of each lane lie before its horizon."""
     ahead = torch.arange(steps, device=state.step.device).unsqueeze(1)
     return state.step + ahead < state.total_steps
 
 
 def detach(tree: Any) -> Any:
-    """The same nested structure, cut from the graph and contiguous, so that a saved copy is the same bit for bit."""
+    """Return the same nested structure, cut from the graph and contiguous, so that a saved copy is the same bit for
+    bit."""
     return tree_map(lambda x: x.detach().contiguous(), tree)
 
 

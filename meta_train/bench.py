@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     import hydra
 
     sys.argv[1:] = open_settings(sys.argv[1:], ["engines"])

@@ -28,7 +28,7 @@ OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", r"evaluation
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     sys.argv[1:] = open_settings(sys.argv[1:], OPEN)
     composed: list[tuple[DictConfig, Any]] = []
 
@@ -54,7 +54,7 @@ def run_job(config: DictConfig, context: Any) -> None:
 
 
 def read_request(config: DictConfig, context: Any) -> Request:
-    """What Hydra composed, and which of it the command line said.  context: Hydra's own configuration."""
+    """Return what Hydra composed, and which of it the command line said.  context: Hydra's own configuration."""
     overrides = list(context.overrides.task)
     explicit = tuple(override.key_or_group for override in OverridesParser.create().parse_overrides(overrides))
     choices = {group: name for group, name in context.runtime.choices.items() if "/" not in group}

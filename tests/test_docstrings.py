@@ -39,4 +39,4 @@ def test_public_functions_of_tensors_state_shapes(module: str) -> None:
 def test_the_search_finds_functions_methods_properties_and_what_they_inherit() -> None:
     found = dict(of_tensors(importlib.import_module("l2o.kernels.mlp_rule")))
     assert {"l2o.kernels.mlp_rule.update", "Tensors.split", "Tensors.all"} <= found.keys()
-    assert dict(of_tensors(importlib.import_module("l2o.rules.adam")))["Adam.step"].startswith("The update")
+    assert dict(of_tensors(importlib.import_module("l2o.rules.adam")))["Adam.step"].startswith("Return the update")

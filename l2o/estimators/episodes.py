@@ -132,7 +132,7 @@ class Episodes(MetaGradient):
         return (index[:: self.copies] + ranks().rank * self.own_lanes) // self.copies
 
     def streams(self, generator: torch.Generator) -> Streams:
-        """Advances ``generator`` by as much in every process; waits for the device once."""
+        """Advance ``generator`` by as much in every process; waits for the device once."""
         device = generator.device
         batches, fresh, noise = random.draw_seeds(generator, 3).tolist()
         ids = self.ids(torch.arange(self.own_lanes, device=device))
@@ -143,7 +143,7 @@ class Episodes(MetaGradient):
         return LaneGenerator(device, seed if self.family.keyed else (seed + ranks().rank) % 2**63, ids)
 
     def begin(self, theta: Theta, generator: torch.Generator) -> InnerState:
-        """All lanes at the start of a run, their ages to be spread."""
+        """Return all lanes at the start of a run, their ages to be spread."""
         seed = self.streams(generator).fresh
         index = torch.arange(self.own_lanes, device=generator.device)
         state = self.fresh(theta, index, seed, torch.zeros((), device=generator.device))
@@ -155,7 +155,7 @@ class Episodes(MetaGradient):
         return state._replace(total_steps=state.total_steps - phase // self.truncation * self.truncation)
 
     def fresh(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
-        """New runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
+        """Return new runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
         generator = self._stream(index.device, seed, self.ids(index))
         if self.truncation is None:  # one length, the same in every process, of an id that no lane has
             one = LaneGenerator(index.device, seed, torch.full((1,), -1, device=index.device))
@@ -179,7 +179,8 @@ class Episodes(MetaGradient):
         return (math.log(low) + uniform * (top - math.log(low))).exp().long().clamp(low, high)
 
     def objective(self, losses: Tensor, before: InnerState, first_loss: Tensor) -> Tensor:
-        """What the steps from ``before`` on count, ``[lanes]``.  losses: ``[steps, lanes]``.  first_loss: ``[lanes]``.
+        """Return what the steps from ``before`` on count, ``[lanes]``.  losses: ``[steps, lanes]``.  first_loss:
+        ``[lanes]``.
 
         The sum over a run's truncations, divided by their number, is the meta-loss of the run.
         """
@@ -203,11 +204,12 @@ class Episodes(MetaGradient):
         return torch.where(number <= total, 2.0 * number / (total + 1) if self.window == "linear" else 1.0, 0.0)
 
     def exploded(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        """Bool ``[steps, lanes]``: losses that are not finite, or above the `limit`."""
+        """Return a bool ``[steps, lanes]``: losses that are not finite, or above the `limit`."""
         return ~(losses.isfinite() & (losses <= self.limit(losses, first_loss)))
 
     def limit(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        """``explosion`` times the size of the first loss, or of the lowest below zero where that is more, ``[lanes]``.
+        """Return ``explosion`` times the size of the first loss, or of the lowest below zero where that is more,
+        ``[lanes]``.
 
         A run that passes zero may have begun next to it by chance. All copies of a problem have one limit.
         """
@@ -217,7 +219,7 @@ class Episodes(MetaGradient):
 
 
 def last_steps(steps: int) -> int:
-    """How many steps make up the end of a run."""
+    """Return how many steps make up the end of a run."""
     return min(max(5, steps // 20), steps)
 
 
@@ -230,20 +232,22 @@ def _ends(losses: Tensor, floor: Tensor) -> Tensor:
 
 
 def scale(first_loss: Tensor) -> Tensor:
-    """What the losses of a run are measured by, ``[lanes]``: the size of its first, 1 where that is `NOTHING`."""
+    """Return what the losses of a run are measured by, ``[lanes]``: the size of its first, 1 where that is
+    `NOTHING`."""
     size = first_loss.abs()
     return torch.where(size < NOTHING, 1.0, size)
 
 
 def signed_log(losses: Tensor, floor: Tensor) -> Tensor:
-    """``log(losses + floor)``, of any shape, mirrored below zero: the slope is ``1 / (abs(loss) + floor)``."""
+    """Return ``log(losses + floor)``, of any shape, mirrored below zero: the slope is ``1 / (abs(loss) + floor)``."""
     below = losses < 0
     size = (torch.where(below, -losses, losses) + floor).log()
     return torch.where(below, 2.0 * floor.log() - size, size)
 
 
 def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[Theta, dict[str, Tensor]]:
-    """Means of ``rows [n, ...]`` over the set entries of ``mask [n]``, 0 if none is, and sums, over all processes."""
+    """Return means of ``rows [n, ...]`` over the set entries of ``mask [n]``, 0 if none is, and sums, over all
+    processes."""
     own = {f"rows/{name}": along(mask, values, 0.0).sum(0) for name, values in rows.items()}
     total = all_sum({**own, "rows": mask.sum(), **sums})
     count = total["rows"].clamp(min=1)
@@ -251,7 +255,7 @@ def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[The
 
 
 def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: Tensor) -> dict[str, Tensor]:
-    """Sums over lanes, 0-d, behind the metrics that every estimator has, see `lane_metrics`."""
+    """Return sums over lanes, 0-d, behind the metrics that every estimator has, see `lane_metrics`."""
     counted = running(before, len(losses))
     lane_losses = torch.where(counted, losses, 0.0).sum(0) / counted.sum(0).clamp(min=1)
     return {
@@ -264,14 +268,14 @@ def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: T
 
 
 def lane_metrics(sums: dict[str, Tensor]) -> Metrics:
-    """0-d: the mean loss of healthy lanes (NaN where there are none), how many are not or had no finite loss to begin
-    with, and inner steps taken."""
+    """Return, each 0-d: the mean loss of healthy lanes (NaN where there are none), how many are not or had no finite
+    loss to begin with, and inner steps taken."""
     metrics = {name: value for name, value in sums.items() if name != "healthy"}
     return {**metrics, "meta_loss": sums["meta_loss"] / sums["healthy"]}
 
 
 def along(mask: Tensor, values: Tensor, other: float) -> Tensor:
-    """``values [n, ...]`` where ``mask [n]`` is set, else ``other``.
+    """Return ``values [n, ...]`` where ``mask [n]`` is set, else ``other``.
 
     `torch.where` and not a product: a masked NaN must not come back as ``NaN * 0``.
     """

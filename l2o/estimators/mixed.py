@@ -48,7 +48,7 @@ class Mixed(MetaGradient):
 
     @classmethod
     def over(cls, mixture: Mixture, make: Callable[[TaskFamily], MetaGradient], **settings: Any) -> Mixed:
-        """One estimator, which ``make`` makes, for each family of a mixture."""
+        """Return one estimator, which ``make`` makes, for each family of a mixture."""
         return cls({name: make(family) for name, family in mixture.families.items()}, mixture.weights, **settings)
 
     def __post_init__(self) -> None:

@@ -75,7 +75,7 @@ def diagnose(losses: Sequence[float] | Array, valid: Sequence[float] | Array | N
 
 
 def diagnose_score(score: Score) -> list[Diagnosis]:
-    """Each seed of a stored run."""
+    """Diagnose each seed of a stored run."""
     steps, valid_steps = np.array(score.steps), np.array(score.valid_steps)
     rows = zip(score.curve.T, score.peak.T, score.valid_curve.T, strict=True)
     runs = [_Run(steps, train, peak, valid_steps, valid) for train, peak, valid in rows]
@@ -90,7 +90,7 @@ def _late(run: _Run) -> Diagnosis:
 
 
 def gravest(found: Sequence[Diagnosis]) -> Diagnosis:
-    """Of several seeds, the one to look at: time-outs first, then diverged, unstable, overfitting, stalled."""
+    """Return, of several seeds, the one to look at: time-outs first, then diverged, unstable, overfitting, stalled."""
     order = ("timed out", "diverged", "unstable", "overfitting", "stalled", "descending")
     return min(found, key=lambda d: (order.index(d.state), d.step or 0))
 

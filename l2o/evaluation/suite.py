@@ -71,7 +71,7 @@ class Done(NamedTuple):
 
 
 def missing(suite: Suite, entrants: Mapping[str, Entrant], store: Store) -> list[Job]:
-    """What has to be run before the suite can be scored, by task; nothing that is stored is run again."""
+    """Return what has to be run before the suite can be scored, by task; nothing that is stored is run again."""
     jobs = []
     for setting in suite.tasks:
         for entrant in entrants.values():
@@ -176,7 +176,7 @@ def _check_portable(jobs: list[Job]) -> None:
 
 
 def comparisons(suite: Suite, entrants: Mapping[str, Entrant], store: Store) -> list[Comparison]:
-    """Each task of the suite for which everything is stored, with scores; pure, runs nothing.
+    """Return each task of the suite for which everything is stored, with scores; pure, runs nothing.
 
     Raises `ConfigurationError` where stored curves are of another problem than their task is now.
     """

@@ -198,7 +198,7 @@ def at_rest(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> Ten
 
 
 def sensitivity(rule: UpdateRule, theta: Theta, moment: StepInputs, generator: torch.Generator) -> dict[str, float]:
-    """``sensitivity`` of `Inspection` at one moment: central differences along each of `directions`.
+    """Measure ``sensitivity`` of `Inspection` at one moment: central differences along each of `directions`.
 
     Inputs are the gradient, the parameter, the loss where the rule needs it, the clock, and the slots of the state
     before the update; of a slot with a few channels, each of them. State of the past is thus apart from the present.
@@ -217,7 +217,8 @@ def sensitivity(rule: UpdateRule, theta: Theta, moment: StepInputs, generator: t
 
 
 def directions(rule: UpdateRule, moment: StepInputs, generator: torch.Generator) -> Iterator[tuple[str, StepInputs]]:
-    """Each input by name, and what a relative change of it adds: its entries with random signs, and 0 elsewhere."""
+    """Return each input by name, and what a relative change of it adds: its entries with random signs, and 0
+    elsewhere."""
     none: StepInputs = tree_map_only(Tensor, torch.zeros_like, moment)
     signed: StepInputs = tree_map_only(Tensor, lambda x: _signed(x, generator), moment)
     yield "gradient", none._replace(grads=signed.grads)
@@ -237,7 +238,8 @@ def directions(rule: UpdateRule, moment: StepInputs, generator: torch.Generator)
 
 
 def channel_counts(state: OptState, params: Params) -> dict[str, int]:
-    """Slots with a few channels along a first axis that parameters lack, and how many: the same in every tensor."""
+    """Return slots with a few channels along a first axis that parameters lack, and how many: the same in every
+    tensor."""
     lengths: dict[str, set[int]] = {}
     lacking = set()
     for name, slots in state.per_param.items():

@@ -99,12 +99,13 @@ def double(x: Tensor) -> Tensor:
 
 
 def dot(a: dict[str, Tensor], b: dict[str, Tensor], batch_axes: int = 0) -> Tensor:
-    """Inner product over all entries of all tensors, ``[*shape[:batch_axes]]``, the shape of their first axes."""
+    """Return the inner product over all entries of all tensors, ``[*shape[:batch_axes]]``, the shape of their first
+    axes."""
     return torch.stack([entries(a[name] * b[name], batch_axes).sum(-1) for name in a]).sum(0)
 
 
 def entries(x: Tensor, batch_axes: int = 0) -> Tensor:
-    """``[*shape[:batch_axes], entries]``, also of what has no further axes, or no entries."""
+    """Return ``[*shape[:batch_axes], entries]``, also of what has no further axes, or no entries."""
     shape = x.shape
     return x.reshape(*shape[:batch_axes], math.prod(shape[batch_axes:]))
 

@@ -18,7 +18,7 @@ from l2o.types import Slots, Theta
 
 
 def init_coordinatewise_lstm(generator: torch.Generator, fan_in: int, hidden: Sequence[int]) -> Theta:
-    """Cells of ``hidden`` units that read ``fan_in`` features, and a readout of one number."""
+    """Return cells of ``hidden`` units that read ``fan_in`` features, and a readout of one number."""
     theta: Theta = {}
     for i, (inputs, units) in enumerate(pairwise((fan_in, *hidden))):
         theta[f"w{i}"], theta[f"b{i}"] = init_linear(generator, inputs + units, 4 * units)
@@ -27,7 +27,7 @@ def init_coordinatewise_lstm(generator: torch.Generator, fan_in: int, hidden: Se
 
 
 def coordinatewise_slots(param: Tensor, hidden: Sequence[int]) -> Slots:
-    """Zero states for every entry of ``param``: ``h0, c0, ...``, ``[units, *param.shape]``."""
+    """Return zero states for every entry of ``param``: ``h0, c0, ...``, ``[units, *param.shape]``."""
     return {
         f"{slot}{i}": torch.zeros_like(param).expand(units, *param.shape).clone()
         for i, units in enumerate(hidden)
@@ -41,7 +41,7 @@ def coordinatewise_lstm(
     state: Mapping[str, Slots],
     encode: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[str, Slots]:
-    """One step: the new ``h0, c0, ...`` of each tensor.
+    """Take one step: the new ``h0, c0, ...`` of each tensor.
 
     features: by tensor, ``[fan_in, *shape]``; ``encode``, columns to columns, comes between them and the first cell.
     """
@@ -64,7 +64,7 @@ def coordinatewise_lstm(
 
 
 def readout(theta: Theta, state: Mapping[str, Slots], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The last cell's output as one number an entry, by tensor, in the tensor's shape."""
+    """Return the last cell's output as one number an entry, by tensor, in the tensor's shape."""
 
     def network(h: Tensor) -> tuple[Tensor]:
         return (linear(h, theta["w_out"], theta["b_out"]),)

@@ -127,7 +127,7 @@ class Spread(Place):
 
 
 def slot_axes(rule: UpdateRule, theta: Theta, info: ParamInfo, axis: int) -> dict[str, int | None]:
-    """The axis of each slot that is as long as ``axis`` of what is here of a parameter; None where none is.
+    """Return the axis of each slot that is as long as ``axis`` of what is here of a parameter; None where none is.
 
     Found by asking the rule for the state of shards of two lengths.  theta: on no device.
     """

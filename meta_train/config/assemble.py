@@ -72,7 +72,7 @@ def _make_estimator(node: dict[str, Any], rule: UpdateRule, problems: TaskFamily
 
 
 def families(problems: TaskFamily | Mixture) -> dict[str, TaskFamily]:
-    """Those of a mixture by name; a family alone is called ``held out``."""
+    """Return those of a mixture by name; a family alone is called ``held out``."""
     return dict(problems.families) if isinstance(problems, Mixture) else {"held out": problems}
 
 

@@ -21,7 +21,7 @@ PATIENCE = datetime.timedelta(hours=1)
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that ``torchrun`` started; alone where there are none."""
+    """Return this process among those that ``torchrun`` started; alone where there are none."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks()
         return
@@ -51,7 +51,7 @@ def wait_for_all() -> None:
 
 
 def agreed(number: int) -> int:
-    """The largest of the numbers that the processes give, the same in all of them."""
+    """Return the largest of the numbers that the processes give, the same in all of them."""
     if ranks().size == 1:
         return number
     largest = torch.tensor(number)
@@ -71,10 +71,10 @@ class Follower:
         return self.training.step
 
     def begin(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def outer_step(self) -> None:
-        """One outer step."""
+        """Take one outer step."""
         self.training.outer_step()
 
     def save(self) -> None:
@@ -82,10 +82,10 @@ class Follower:
         self.training.state_dict()
 
     def evaluate(self) -> None:
-        """Nothing: rank 0 does, and whatever the next step sends waits for it."""
+        """Do nothing: rank 0 does, and whatever the next step sends waits for it."""
 
     def save_checkpoint(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""

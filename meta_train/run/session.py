@@ -95,7 +95,7 @@ class Session:
         self._since = time.monotonic()
 
     def outer_step(self) -> None:
-        """One outer step. Its metrics stay on the device until there are ``log_every`` of them."""
+        """Take one outer step. Its metrics stay on the device until there are ``log_every`` of them."""
         self._pending.append(self.training.outer_step())
         if self.step % self.config["log_every"] == 0:
             self.flush()
