@@ -59,7 +59,7 @@ def sample_runs(
     """
     data = checked_sample(family, generator, len(horizon))
     params, buffers = checked_init(family, data, generator)
-    opt = _init(rule, theta, family, params)
+    opt = _init_opt(rule, theta, family, params)
     first_loss = torch.full(horizon.shape, torch.nan, dtype=next(iter(params.values())).dtype, device=horizon.device)
     return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
 
@@ -69,12 +69,12 @@ def init_state(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerS
     if not rule.learned_init:
         return state
     at_start = state.step == 0
-    fresh = _init(rule, theta, family, state.params)
+    fresh = _init_opt(rule, theta, family, state.params)
     opt = tree_map(lambda new, old: torch.where(_along(at_start, new), new, old), fresh, state.opt)
     return state._replace(opt=opt)
 
 
-def _init(rule: UpdateRule, theta: Theta, family: TaskFamily, params: Params) -> OptState:
+def _init_opt(rule: UpdateRule, theta: Theta, family: TaskFamily, params: Params) -> OptState:
     infos = lane_infos(params, family.kinds)
 
     def init_one(theta: Theta, params: Params) -> Any:
@@ -95,7 +95,7 @@ def inner_step(
     """Take one inner training step of every lane: the new state, and the losses ``[lanes]`` before the update.
 
     Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
-    A lane at its horizon stands still.
+    A lane at its horizon is frozen.
     """
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
     grads, buffers = checked_gradients(family, grads, buffers, state.data, batch)
@@ -225,9 +225,9 @@ def detach(tree: Any) -> Any:
     return tree_map(lambda x: x.detach().contiguous(), tree)
 
 
-def reset(state: InnerState, lanes: Tensor, fresh: Callable[[Tensor], InnerState]) -> InnerState:
-    """Replace the lanes in the mask ``lanes``, bool ``[lanes]``, by ``fresh(indices)``; waits for the device once."""
+def reset(state: InnerState, lanes: Tensor, new_runs: Callable[[Tensor], InnerState]) -> InnerState:
+    """Replace the lanes in the mask ``lanes``, bool ``[lanes]``, by ``new_runs(index)``; waits for the device once."""
     index = lanes.nonzero().squeeze(1)
     if len(index) == 0:
         return state
-    return cast(InnerState, tree_map(lambda old, new: old.index_copy(0, index, new), state, fresh(index)))
+    return cast(InnerState, tree_map(lambda old, new: old.index_copy(0, index, new), state, new_runs(index)))

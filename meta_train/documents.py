@@ -70,7 +70,7 @@ def model_cards() -> dict[Path, str]:
     }
 
 
-def shelf() -> str:
+def pretrained_readme() -> str:
     """Return the text of ``pretrained/README.md``."""
     cards = {name: read_card(name) for name in _names()}
     notes = [f"- `{name}`: {note}" for name, card in cards.items() for note in card.get("notes", ())]
@@ -145,7 +145,7 @@ def documents() -> dict[Path, str]:
     """Return every document that this command writes, as it has to be."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     made = {path: filled(path.read_text("utf-8")) for path in pages}
-    return {**model_cards(), ROOT / "pretrained" / "README.md": shelf(), **made}
+    return {**model_cards(), ROOT / "pretrained" / "README.md": pretrained_readme(), **made}
 
 
 def _json(name: str) -> Any:

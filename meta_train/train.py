@@ -18,7 +18,7 @@ from meta_train.config.compose import config_path, main_guard, open_settings
 from meta_train.loggers import duration
 from meta_train.pictures import LEAST, PICTURE, draw
 from meta_train.run.folder import Request, RunFolder
-from meta_train.run.processes import Follower, agreed, joined, wait_for_all
+from meta_train.run.processes import Worker, agreed, joined, wait_for_all
 from meta_train.run.session import Session
 from meta_train.run.signals import StopRequest
 
@@ -92,7 +92,7 @@ def train(request: Request) -> int:
     return 128 + stopped if stopped else 0
 
 
-def _loop(session: Session | Follower, stop: StopRequest) -> int:
+def _loop(session: Session | Worker, stop: StopRequest) -> int:
     """Outer steps until all are done; or until a signal to stop, whose number it returns."""
     config, stopped = session.config, agreed(stop.number)
     while session.step < config["steps"] and not stopped:
@@ -106,7 +106,7 @@ def _loop(session: Session | Follower, stop: StopRequest) -> int:
     return stopped
 
 
-def _finish(session: Session | Follower) -> None:
+def _finish(session: Session | Worker) -> None:
     if session.config["evaluate_every"]:
         session.evaluate()
     else:

@@ -27,11 +27,11 @@ NOTHING = 1e-6
 class Streams(NamedTuple):
     """The random numbers of one truncation, apart from one another: what one of them gives shifts none of the others.
 
-    batches: of the unroll, by family.     fresh: seed of the runs that begin after it.     noise: of perturbations.
+    batches: of the unroll, by family.     resets: seed of the runs that begin after it.     noise: of perturbations.
     """
 
     batches: LaneGenerator
-    fresh: int
+    resets: int
     noise: LaneGenerator
 
 
@@ -60,7 +60,7 @@ class Episodes(MetaGradient):
     explosion: a lane whose loss passes this multiple of its first, or is not finite, is counted and reset; see `limit`.
 
     A step's loss is the one before its update, so that the last update of a run is credited to nobody. A run that ends
-    within a truncation stands still for the rest of it, which counts nothing; every step of a run counts the same
+    within a truncation is frozen for the rest of it, which counts nothing; every step of a run counts the same
     however truncations cut it.
     """
 
@@ -77,8 +77,8 @@ class Episodes(MetaGradient):
     log_floor: float = 1e-2
     explosion: float = 1e3
 
-    copies = 1
-    """Adjacent lanes that share their problem."""
+    per_task = 1
+    """Adjacent lanes that share their problem: two, an antithetic pair, where θ is perturbed."""
     shortest = 1
     """Fewest steps of a truncation."""
     judges_whole_runs = False
@@ -124,44 +124,46 @@ class Episodes(MetaGradient):
     @property
     def own_lanes(self) -> int:
         """Lanes of this process."""
-        return ranks().share(self.lanes // self.copies, "lanes" if self.copies == 1 else "lanes / 2") * self.copies
+        return (
+            ranks().share(self.lanes // self.per_task, "lanes" if self.per_task == 1 else "lanes / 2") * self.per_task
+        )
 
     def ids(self, index: Tensor) -> Tensor:
         """Number the problems in the whole run, int64 ``[problems]``, from the indices ``[lanes]`` of this process'
-        lanes, all copies of each."""
-        return (index[:: self.copies] + ranks().rank * self.own_lanes) // self.copies
+        lanes, of which adjacent ones share a problem."""
+        return (index[:: self.per_task] + ranks().rank * self.own_lanes) // self.per_task
 
     def streams(self, generator: torch.Generator) -> Streams:
         """Advance ``generator`` by as much in every process; waits for the device once."""
         device = generator.device
-        batches, fresh, noise = random.draw_seeds(generator, 3).tolist()
+        batches, resets, noise = random.draw_seeds(generator, 3).tolist()
         ids = self.ids(torch.arange(self.own_lanes, device=device))
-        return Streams(self._stream(device, batches, ids), fresh, LaneGenerator(device, noise, ids))
+        return Streams(self._stream(device, batches, ids), resets, LaneGenerator(device, noise, ids))
 
     def _stream(self, device: torch.device, seed: int, ids: Tensor) -> LaneGenerator:
         # A family that is not keyed would draw the same in every process.
         return LaneGenerator(device, seed if self.family.keyed else (seed + ranks().rank) % 2**63, ids)
 
-    def begin(self, theta: Theta, generator: torch.Generator) -> InnerState:
+    def reset_all(self, theta: Theta, generator: torch.Generator) -> InnerState:
         """Return all lanes at the start of a run, their ages to be spread."""
-        seed = self.streams(generator).fresh
+        seed = self.streams(generator).resets
         index = torch.arange(self.own_lanes, device=generator.device)
-        state = self.fresh(theta, index, seed, torch.zeros((), device=generator.device))
+        state = self.new_runs(theta, index, seed, torch.zeros((), device=generator.device))
         if not self.stagger or self.truncation is None:
             return state
         # First runs are cut short to different lengths; from their ends on, whole runs are at different ages.
-        ids = self.ids(index).repeat_interleave(self.copies)
-        phase = ids * state.total_steps // (self.lanes // self.copies)
+        ids = self.ids(index).repeat_interleave(self.per_task)
+        phase = ids * state.total_steps // (self.lanes // self.per_task)
         return state._replace(total_steps=state.total_steps - phase // self.truncation * self.truncation)
 
-    def fresh(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
+    def new_runs(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
         """Return new runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
         generator = self._stream(index.device, seed, self.ids(index))
         if self.truncation is None:  # one length, the same in every process, of an id that no lane has
             one = LaneGenerator(index.device, seed, torch.full((1,), -1, device=index.device))
             horizon = self._draw_horizon(one, 1, count).repeat(len(index))
         else:
-            horizon = self._draw_horizon(generator, len(index) // self.copies, count).repeat_interleave(self.copies)
+            horizon = self._draw_horizon(generator, len(index) // self.per_task, count).repeat_interleave(self.per_task)
         return sample_runs(self.rule, expand_theta(theta, len(index)), self.problems, horizon, generator)
 
     @property
@@ -211,10 +213,10 @@ class Episodes(MetaGradient):
         """Return ``explosion`` times the size of the first loss, or of the lowest below zero where that is more,
         ``[lanes]``.
 
-        A run that passes zero may have begun next to it by chance. All copies of a problem have one limit.
+        A run that passes zero may have begun next to it by chance. All lanes of a problem have one limit.
         """
         depth = torch.where(losses.isfinite(), -losses, 0.0).amax(0)
-        depth = depth.view(-1, self.copies).amax(1).repeat_interleave(self.copies)
+        depth = depth.view(-1, self.per_task).amax(1).repeat_interleave(self.per_task)
         return self.explosion * torch.maximum(scale(first_loss), depth)
 
 

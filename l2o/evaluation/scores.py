@@ -54,12 +54,12 @@ def kept_steps(length: int) -> list[int]:
     return sorted({1} | even | early)
 
 
-def condense(trials: Trials, window: int) -> Kept:
-    """Return what is kept of ``trials``.  window: steps that a training loss is the mean of."""
+def condense(trials: Trials, smoothing: int) -> Kept:
+    """Return what is kept of ``trials``.  smoothing: steps that a training loss is the mean of."""
     steps = kept_steps(len(trials.train))
     raw = np.where(np.isfinite(trials.train), trials.train, np.inf)
     peak = np.maximum.reduceat(raw, [0, *steps[:-1]], axis=0)
-    train = smooth(trials.train, window, steps)
+    train = smooth(trials.train, smoothing, steps)
     timed_out = np.full(trials.train.shape[1:], True) if trials.timed_out else None
     rest = (trials.valid, trials.valid_steps, trials.seconds, None, trials.accuracy, timed_out)
     return Kept(trials.label, trials.rates, steps, train, peak, *rest)
@@ -104,9 +104,9 @@ class Score:
         return float(self.final.mean())
 
 
-def score(trials: Trials, window: int) -> Score:
-    """Return the best trial of an optimizer.  window: steps that a training loss is the mean of."""
-    return score_kept(condense(trials, window))
+def score(trials: Trials, smoothing: int) -> Score:
+    """Return the best trial of an optimizer.  smoothing: steps that a training loss is the mean of."""
+    return score_kept(condense(trials, smoothing))
 
 
 def score_kept(kept: Kept) -> Score:
@@ -135,14 +135,13 @@ def score_kept(kept: Kept) -> Score:
     )
 
 
-def smooth(losses: Array, window: int, steps: Sequence[int]) -> Array:
-    """Return the mean over the last ``window`` steps, along the first axis, at ``steps``; over those there are at the
-    beginning.
+def smooth(losses: Array, smoothing: int, steps: Sequence[int]) -> Array:
+    """Return means over the last ``smoothing`` steps, on the first axis, at ``steps``; at first, over those there are.
 
     steps: counted from 1, so that 3 is the mean of what ends with the third.
     """
     with np.errstate(invalid="ignore", over="ignore"):  # a diverged run stays what it is: inf or NaN
-        return np.stack([losses[max(0, t - window) : t].mean(0) for t in steps])
+        return np.stack([losses[max(0, t - smoothing) : t].mean(0) for t in steps])
 
 
 def final_losses(kept: Kept) -> Array:

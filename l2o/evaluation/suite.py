@@ -111,14 +111,14 @@ def _in_processes(
     """What each has done is looked at now and then; whatever ends this, Ctrl-C among it, ends them."""
     _check_portable(jobs)
     context: Any = multiprocessing.get_context("spawn")
-    counter, told = context.Value("q", 0), 0
+    counter, reported = context.Value("q", 0), 0
     with context.Pool(processes, _begin, (counter, store.folder, str(device))) as pool:
         results = pool.imap_unordered(_work, jobs)
         for _ in jobs:
             while (done := _next(results)) is None:
                 now = counter.value
-                advance(now - told)
-                told = now
+                advance(now - reported)
+                reported = now
             store.refresh()
             yield done
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l2o.ops.features import columns
-from l2o.ops.networks import init_linear, linear, lstm_cell, over_entries
+from l2o.ops.networks import apply_coordinatewise, init_linear, linear, lstm_cell
 from l2o.types import Slots, Theta
 
 
@@ -56,7 +56,7 @@ def coordinatewise_lstm(
 
     slots = [f"{slot}{i}" for i in range(_depth(theta)) for slot in "hc"]
     inputs = {name: (columns(x), *(columns(state[name][slot]) for slot in slots)) for name, x in features.items()}
-    new = over_entries(cells, inputs)
+    new = apply_coordinatewise(cells, inputs)
     return {
         name: {slot: h.reshape(h.shape[0], *x.shape[1:]) for slot, h in zip(slots, new[name], strict=True)}
         for name, x in features.items()
@@ -70,7 +70,7 @@ def readout(theta: Theta, state: Mapping[str, Slots], shapes: Mapping[str, torch
         return (linear(h, theta["w_out"], theta["b_out"]),)
 
     last = f"h{_depth(theta) - 1}"
-    outputs = over_entries(network, {name: (columns(state[name][last]),) for name in shapes})
+    outputs = apply_coordinatewise(network, {name: (columns(state[name][last]),) for name in shapes})
     return {name: outputs[name][0].reshape(shape) for name, shape in shapes.items()}
 
 

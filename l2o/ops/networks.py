@@ -71,7 +71,7 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> 
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def over_entries(
+def apply_coordinatewise(
     network: Callable[..., tuple[Tensor, ...]], inputs: Mapping[str, tuple[Tensor, ...]]
 ) -> dict[str, tuple[Tensor, ...]]:
     """Apply ``network``, columns ``[*, n]`` to columns, to the entries of several tensors.

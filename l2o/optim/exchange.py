@@ -21,11 +21,11 @@ Group = Any
 class Summed(Reduce):
     """Sums over the processes of ``group``: an all-reduce for each call, none where nothing of it is elsewhere.
 
-    axes: along which each sharded tensor is cut.    told: tensors that count here, of those that others hold too.
+    axes: along which each sharded tensor is cut.    counted: tensors that count here, of those that others hold too.
     """
 
-    def __init__(self, group: Group, axes: Mapping[str, int], told: Iterable[str]) -> None:
-        self.group, self.axes, self.told = group, axes, frozenset(told)
+    def __init__(self, group: Group, axes: Mapping[str, int], counted: Iterable[str]) -> None:
+        self.group, self.axes, self.counted = group, axes, frozenset(counted)
 
     def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
         found = {name: {key: each.value for key, each in own.items()} for name, own in sums.items()}
@@ -40,8 +40,8 @@ class Summed(Reduce):
         return found
 
     def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
-        told = [value for name, value in values.items() if name in self.told]
-        total = torch.stack(told).sum(0) if told else torch.zeros_like(next(iter(values.values())))
+        counted = [value for name, value in values.items() if name in self.counted]
+        total = torch.stack(counted).sum(0) if counted else torch.zeros_like(next(iter(values.values())))
         dist.all_reduce(total, group=self.group)
         return total
 
@@ -61,7 +61,7 @@ class Together(Summed):
     name = "rule"
 
     def part(self, name: str) -> Together:
-        part = Together(self.group, self.axes, self.told)
+        part = Together(self.group, self.axes, self.counted)
         part.name = f"{self.name}.{name}"
         return part
 

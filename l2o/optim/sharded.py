@@ -85,8 +85,8 @@ class Shards(Place):
         ranks = holders(whole, others, inputs.infos, self.size)
         exchange = Exchange(self.group, inputs, ranks, self.axes, self.slot_axes)
         given = exchange.gathered() if whole else inputs
-        told = [key for key in given.params if ranks.get(key, [0])[0] == self.rank]
-        reduce = Summed(self.group, {key: axis for key, axis in self.axes.items() if key not in ranks}, told)
+        counted = [key for key in given.params if ranks.get(key, [0])[0] == self.rank]
+        reduce = Summed(self.group, {key: axis for key, axis in self.axes.items() if key not in ranks}, counted)
         new = checked(rule, given, *rule.update(*given, reduce))
         return exchange.returned(*new) if whole else new
 

@@ -18,14 +18,14 @@ from meta_train.config.build import make, partial, probe, refused, source_digest
 from meta_train.config.compose import resolve_device
 from meta_train.run.folder import RunFolder
 from meta_train.run.held_out import HeldOut
-from meta_train.run.processes import Follower
+from meta_train.run.processes import Worker
 from meta_train.run.session import Session, restore
 
 LEAST = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "evaluate_every": 0, "seed": 0}
 """The smallest value of each whole number."""
 
 
-def make_session(folder: RunFolder) -> Session | Follower:
+def make_session(folder: RunFolder) -> Session | Worker:
     """Build all that the configuration names, and put it where the folder's state left off.
 
     Of several processes rank 0 has the session.
@@ -55,7 +55,7 @@ def make_session(folder: RunFolder) -> Session | Follower:
     if folder.state is not None:
         restore(training, folder.state, config["seed"], folder.path)
     if ranks().rank:
-        return Follower(training, config)
+        return Worker(training, config)
     loggers = [make(node, f"logger.{name}", object) for name, node in (config["logger"] or {}).items()]
     return Session(folder, training, held_out, loggers)
 

@@ -59,7 +59,7 @@ def agreed(number: int) -> int:
     return int(largest)
 
 
-class Follower:
+class Worker:
     """What a process other than rank 0 does in a run: its share of the lanes, and nothing on disk."""
 
     def __init__(self, training: MetaTraining, config: dict[str, Any]) -> None:
