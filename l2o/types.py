@@ -2,7 +2,7 @@
 
 Data flows one way: task sample -> unroll -> meta-gradient -> outer step -> checkpoint -> plug-in.
 
-Four conventions hold everywhere.
+Five conventions hold everywhere.
 
 * **One container.** Parameters, gradients, updates and meta-parameters θ are flat dicts of named tensors,
   which is what ``torch.func.functional_call``, ``torch.func.vmap`` and safetensors take.
@@ -10,6 +10,7 @@ Four conventions hold everywhere.
   included: one copy a lane, so that a diverged lane cannot poison the gradient of the others). Rules and losses
   are written for a single lane; the engine vectorises them. The plug-in has no lane axis.
 * **One sign.** ``new = params + updates``. Nobody subtracts.
+* **One dtype.** Where a docstring names no other, a tensor has the dtype of the parameters it belongs to, and no unit.
 * **The generator is the device.** Whatever draws random numbers takes a ``torch.Generator``, never the global one, and
   makes its tensors on ``generator.device``.
 """
@@ -165,8 +166,7 @@ class UpdateRule(abc.ABC):
 
     @property
     def rests(self) -> bool:
-        """Whether the update of an entry whose gradients were all 0 is 0; where not, the plug-in keeps a mask and sees
-        to it (padding, pruned weights)."""
+        """Whether an entry whose gradients were all 0 stays (padding, pruned weights); else the plug-in sees to it."""
         return False
 
     @property

@@ -94,12 +94,12 @@ def train(request: Request) -> int:
 
 def _loop(session: Session | Worker, stop: StopRequest) -> int:
     """Outer steps until all are done; or until a signal to stop, whose number it returns."""
-    config, stopped = session.config, agreed(stop.number)
-    while session.step < config["steps"] and not stopped:
-        if config["evaluate_every"] and session.step and session.step % config["evaluate_every"] == 0:
+    plan, stopped = session.plan, agreed(stop.number)
+    while session.step < plan.steps and not stopped:
+        if plan.evaluate_every and session.step and session.step % plan.evaluate_every == 0:
             session.evaluate()
         session.outer_step()
-        if session.step % config["checkpoint_every"] == 0 and session.step < config["steps"]:
+        if session.step % plan.checkpoint_every == 0 and session.step < plan.steps:
             session.save()
         stopped = agreed(stop.number)
     session.save()
@@ -107,14 +107,14 @@ def _loop(session: Session | Worker, stop: StopRequest) -> int:
 
 
 def _finish(session: Session | Worker) -> None:
-    if session.config["evaluate_every"]:
+    if session.plan.evaluate_every:
         session.evaluate()
     else:
         session.save_checkpoint()
 
 
 def _finished(session: Session) -> str:
-    steps = session.config["steps"]
+    steps = session.plan.steps
     return (
         f"run={session.folder.path} is finished, all {session.step} outer steps, and nothing was trained\n"
         f"checkpoint: {session.checkpoint}\n"
@@ -150,7 +150,7 @@ def _picture(session: Session) -> str:
 
 
 def _best(session: Session) -> str:
-    if not session.config["evaluate_every"]:
+    if not session.plan.evaluate_every:
         return ""
     best = session.best
     if not best.kept:

@@ -7,13 +7,13 @@ import datetime
 import importlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from l2o.distributed import Ranks, ranks
 from l2o.meta import MetaTraining
+from meta_train.run.plan import Plan
 
 PATIENCE = datetime.timedelta(hours=1)
 """The others wait for so long while rank 0 evaluates and writes."""
@@ -62,8 +62,8 @@ def agreed(number: int) -> int:
 class Worker:
     """What a process other than rank 0 does in a run: its share of the lanes, and nothing on disk."""
 
-    def __init__(self, training: MetaTraining, config: dict[str, Any]) -> None:
-        self.training, self.config = training, config
+    def __init__(self, training: MetaTraining, plan: Plan) -> None:
+        self.training, self.plan = training, plan
 
     @property
     def step(self) -> int:
