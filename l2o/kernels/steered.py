@@ -16,10 +16,10 @@ from torch import Tensor
 from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
 
-PATHS = ("adam", "normalized", "orthogonal")
-"""In the order of ``Path`` of steered.cpp."""
-_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, "orthogonal": {"m", "d"}}
-_SECOND = {"adam": "v", "normalized": "m", "orthogonal": "d"}
+PATHS = ("adam", "normalized", "orthogonal", "sized")
+"""In the order of ``Path`` of steered.cpp; ``sized`` is as ``orthogonal``, but for the size of the direction."""
+_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, **{path: {"m", "d"} for path in PATHS[2:]}}
+_SECOND = {"adam": "v", "normalized": "m", "orthogonal": "d", "sized": "d"}
 _POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
 _SUMS = 4
 
@@ -120,7 +120,7 @@ class FusedSteps:
         run("steered", "l2o_steered_advance", self._step)
 
     def finish(self) -> None:
-        """Bring the directions of orthogonal matrices to size, and moves their parameters."""
+        """Bring the directions of orthogonal matrices to size, and move their parameters, and ``sized`` ones."""
         run("steered", "l2o_steered_finish", self._step)
 
 

@@ -30,6 +30,11 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether `as_matrix` gives more than a row, a column or nothing at all."""
+    return min(as_matrix(shape)) > 1
+
+
 def matrices(tensors: Tensor) -> Tensor:
     """Reshape ``[k, *shape] -> [k, rows, columns]``."""
     return tensors.reshape(len(tensors), *as_matrix(tensors.shape[1:]))
