@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 from l2o.types import ConfigurationError, UnknownNameError
@@ -75,3 +75,9 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
     if name in table:
         return table[name]
     raise UnknownNameError(unknown(kind, name, table))
+
+
+def listed(names: Mapping[str, object], base: type, apart: Sequence[type] = ()) -> list[str]:
+    """Return the names of a module's subclasses of ``base`` but those set ``apart``; acronyms first, then by letter."""
+    classes = {name: x for name, x in names.items() if isinstance(x, type) and issubclass(x, base)}
+    return sorted((name for name, x in classes.items() if x not in (base, *apart)), key=lambda n: (not n.isupper(), n))

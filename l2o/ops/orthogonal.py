@@ -31,7 +31,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
-    """Whether `as_matrix` gives more than a row, a column or nothing at all."""
+    """Say whether `as_matrix` gives more than a row, a column or nothing at all."""
     return min(as_matrix(shape)) > 1
 
 
