@@ -54,7 +54,7 @@ def all_sum(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def all_rows(own: Tensor) -> Tensor:
-    """Gather ``[rows, ...]`` of every process, as many in each, one after the other by rank."""
+    """Gather ``own [rows, ...]`` of every process, as many in each, one after the other by rank."""
     if ranks().size == 1:
         return own
     parts = [torch.empty_like(own) for _ in range(ranks().size)]

@@ -120,14 +120,14 @@ def hashed_normal(key: Tensor, *shape: int) -> Tensor:
 
 
 def mix(z: Tensor) -> Tensor:
-    """Return the output function of splitmix64, int64 to int64, in any shape."""
+    """Return the output function of splitmix64 of ``z``, int64 to int64, in any shape."""
     z = (z ^ shift(z, 30)) * signed(_MIX1)
     z = (z ^ shift(z, 27)) * signed(_MIX2)
     return z ^ shift(z, 31)
 
 
 def shift(z: Tensor, bits: int) -> Tensor:
-    """Return the logical shift to the right of int64 numbers, of any shape: torch's own copies the sign."""
+    """Return the logical shift to the right of ``z``, int64 of any shape: torch's own copies the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

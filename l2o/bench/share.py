@@ -56,7 +56,7 @@ class Language(nn.Module):
         self.blocks = nn.TransformerEncoder(layer, sizes.blocks, nn.LayerNorm(width), enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the mean loss, 0-d, of each token after those before it, int64 ``[batch, length]``."""
+        """Return the mean loss, 0-d, of each of ``tokens``, int64 ``[batch, length]``, after the first."""
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
         x = self.tokens(tokens) + self.places(torch.arange(length, device=tokens.device))

@@ -129,7 +129,7 @@ class Episodes(MetaGradient):
         )
 
     def ids(self, index: Tensor) -> Tensor:
-        """Number the problems in the whole run, int64 ``[problems]``, from the indices ``[lanes]`` of this process'
+        """Number the problems in the whole run, int64 ``[problems]``, from ``index [lanes]`` of this process'
         lanes, of which adjacent ones share a problem."""
         return (index[:: self.per_task] + ranks().rank * self.own_lanes) // self.per_task
 
@@ -206,11 +206,11 @@ class Episodes(MetaGradient):
         return torch.where(number <= total, 2.0 * number / (total + 1) if self.window == "linear" else 1.0, 0.0)
 
     def exploded(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        """Return a bool ``[steps, lanes]``: losses that are not finite, or above the `limit`."""
+        """Return a bool ``[steps, lanes]``: losses not finite, or above the `limit` by ``first_loss [lanes]``."""
         return ~(losses.isfinite() & (losses <= self.limit(losses, first_loss)))
 
     def limit(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        """Return ``explosion`` times the size of the first loss, or of the lowest below zero where that is more,
+        """Return ``explosion`` times the size of ``first_loss``, or of the lowest below zero where that is more,
         ``[lanes]``.
 
         A run that passes zero may have begun next to it by chance. All lanes of a problem have one limit.
@@ -234,7 +234,7 @@ def _ends(losses: Tensor, floor: Tensor) -> Tensor:
 
 
 def scale(first_loss: Tensor) -> Tensor:
-    """Return what the losses of a run are measured by, ``[lanes]``: the size of its first, 1 where that is
+    """Return what the losses of a run are measured by, ``[lanes]``: the size of ``first_loss``, 1 where that is
     `NOTHING`."""
     size = first_loss.abs()
     return torch.where(size < NOTHING, 1.0, size)
@@ -257,7 +257,10 @@ def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[The
 
 
 def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: Tensor) -> dict[str, Tensor]:
-    """Return sums over lanes, 0-d, behind the metrics that every estimator has, see `lane_metrics`."""
+    """Return sums over lanes, 0-d, behind the metrics that every estimator has, see `lane_metrics`.
+
+    losses: ``[steps, lanes]``, from ``before`` on.     healthy: bool ``[lanes]``.     first_loss: ``[lanes]``.
+    """
     counted = running(before, len(losses))
     lane_losses = torch.where(counted, losses, 0.0).sum(0) / counted.sum(0).clamp(min=1)
     return {

@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[n, 10]``."""
+        """Return logits ``[n, 10]`` of ``images [n, 64]``."""
         patches = images.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
         logits: Tensor = self.head(self.block(self.embed(patches) + self.place).mean(1))
         return logits
@@ -67,7 +67,7 @@ class Recurrent(nn.Module):
         self.gru, self.head = nn.GRU(8, 32, batch_first=True), nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[n, 10]``."""
+        """Return logits ``[n, 10]`` of ``images [n, 64]``."""
         logits: Tensor = self.head(self.gru(images.view(-1, 8, 8))[0][:, -1])
         return logits
 

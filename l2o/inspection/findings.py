@@ -70,7 +70,7 @@ def _schedule(inspection: Inspection) -> Finding:
 
 
 def tenths(rates: Tensor) -> tuple[float, float]:
-    """Return medians over the first and the last tenth of a run, of ``[steps]``."""
+    """Return medians over the first and the last tenth of a run, of ``rates [steps]``."""
     tenth = max(len(rates) // 10, 1)
     return float(rates[:tenth].median()), float(rates[-tenth:].median())
 

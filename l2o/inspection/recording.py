@@ -105,7 +105,7 @@ def dot(a: dict[str, Tensor], b: dict[str, Tensor], batch_axes: int = 0) -> Tens
 
 
 def entries(x: Tensor, batch_axes: int = 0) -> Tensor:
-    """Return ``[*shape[:batch_axes], entries]``, also of what has no further axes, or no entries."""
+    """Reshape ``x`` to ``[*shape[:batch_axes], entries]``, also what has no further axes, or no entries."""
     shape = x.shape
     return x.reshape(*shape[:batch_axes], math.prod(shape[batch_axes:]))
 

@@ -55,7 +55,7 @@ def derivative_of(
 
 
 def dense_lanes(t: Tensor) -> Tensor:
-    """Return ``[lanes, *shape]``, each lane contiguous; lanes may share memory, as those of `Tensor.expand` do."""
+    """Return ``t [lanes, *shape]``, each lane contiguous; lanes may share memory, as those of `Tensor.expand` do."""
     shared = t.stride(0) == 0 and t[0].is_contiguous()
     return t if shared else t.contiguous()
 

@@ -136,7 +136,7 @@ class Tensors(NamedTuple):
 
 
 def fits(constants: Constants, tensors: Tensors, time: Tensor, anywhere: bool = False) -> bool:
-    """Say whether dtypes, devices and all shapes are such that the kernel stays inside its arrays.
+    """Say whether dtypes, devices and shapes, of ``time`` too, are such that the kernel stays inside its arrays.
 
     anywhere: on any one device, not on the CPU alone.
     """

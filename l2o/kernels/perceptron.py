@@ -100,8 +100,8 @@ def _reference(activation: str, x: Tensor, y: Tensor, *params: Tensor) -> list[T
 def closed_form(
     activation: str, layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """Return losses ``[lanes]`` and gradients as `gradient`, in torch's operations over all lanes at once: on any
-    device, differentiable any number of times.
+    """Return losses ``[lanes]`` and gradients as `gradient`, of ``x [lanes, batch, in]`` and labels ``y``, in
+    torch's operations over all lanes at once: on any device, differentiable any number of times.
 
     Far fewer of them than ``vmap`` and autograd take, above all where they are recorded for a second derivative.
     """

@@ -34,8 +34,8 @@ def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
-    """Return zeros: ``row [decays, *shape]`` without the largest axis and ``col`` without the second largest, or
-    ``diag``."""
+    """Return zeros for ``param``: ``row [decays, *shape]`` without the largest axis and ``col`` without the second
+    largest, or ``diag``."""
 
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros_like(like).expand(decays, *like.shape).clone()
@@ -48,7 +48,7 @@ def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
 
 
 def diagonal(previous: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
-    """Return ``diag [decays, *shape]`` of a tensor that is not factored with its gradient ``[*shape]`` averaged in."""
+    """Return ``previous``, ``[decays, *shape]``, of a tensor without factors, with ``grad [*shape]`` averaged in."""
     return momenta(previous, grad.square() + _EPS_SQUARE, decays)
 
 

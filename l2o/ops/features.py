@@ -108,5 +108,5 @@ def spreads(
 
 
 def columns(x: Tensor) -> Tensor:
-    """Reshape ``[channels, *shape] -> [channels, entries]``, scalars and empty tensors included."""
+    """Reshape ``x [channels, *shape] -> [channels, entries]``, scalars and empty tensors included."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))

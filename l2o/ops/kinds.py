@@ -63,8 +63,8 @@ def size(info: ParamInfo) -> int:
 
 
 def width_multiplier(param: Tensor, info: ParamInfo) -> Tensor:
-    """Return ``1 / fan_in`` of a hidden matrix, 1 of all else, 0-d: the factor on a step under which widths train
-    alike.
+    """Return ``1 / fan_in`` of a ``param`` that is a hidden matrix, else 1, 0-d: the factor on a step under which
+    widths train alike.
 
     Maximal update parametrisation of learned optimizers (µLO, arXiv 2406.00153, section 4): hidden matrices 1 / fan_in,
     input, output and bias tensors 1. Of ``[out, in, ...]``, as `torch.nn` has it, fan_in is all but the first axis. The

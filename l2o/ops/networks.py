@@ -33,7 +33,7 @@ def init_mlp(generator: torch.Generator, sizes: Sequence[int]) -> Theta:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Map ``[in, n] -> [out, n]``."""
+    """Map ``x [in, n] -> [out, n]`` by ``weight [in, out]`` and ``bias [out]``."""
     return torch.addmm(bias.unsqueeze(-1), weight.T, x)
 
 

@@ -36,12 +36,12 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 
 
 def matrices(tensors: Tensor) -> Tensor:
-    """Reshape ``[k, *shape] -> [k, rows, columns]``."""
+    """Reshape ``tensors [k, *shape] -> [k, rows, columns]``."""
     return tensors.reshape(len(tensors), *as_matrix(tensors.shape[1:]))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-8) -> Tensor:
-    """Return ``[..., rows, columns]`` with the singular values of each matrix brought near one; a zero matrix stays
+    """Return ``matrices [..., rows, columns]`` with their singular values brought near one; a zero matrix stays
     zero."""
     x = _wide(matrices)
     x = newton_schulz(x / (safe_sqrt(x.square().sum((-2, -1), keepdim=True)) + eps), steps)

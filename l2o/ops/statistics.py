@@ -74,7 +74,7 @@ def channels(x: Statistics, groups: Sequence[str]) -> Tensor:
 
 
 def init_statistics(param: Tensor, info: ParamInfo, decays: int) -> Slots:
-    """Return zeros: ``m [decays, *shape]``, ``v [1, *shape]``, and the slots of `l2o.ops.factored`."""
+    """Return zeros for ``param``: ``m [decays, *shape]``, ``v [1, *shape]``, and the slots of `l2o.ops.factored`."""
     factors = init_factored(param, info, decays)
     return {"m": init_momenta(param, decays), "v": init_momenta(param, 1), **factors}
 
@@ -112,5 +112,5 @@ CLIP = 1000.0
 
 
 def clip_gradient(grad: Tensor) -> Tensor:
-    """Clip to ± `CLIP`, in any shape."""
+    """Clip ``grad`` to ± `CLIP`, in any shape."""
     return grad.clamp(-CLIP, CLIP)

@@ -97,7 +97,7 @@ def agreed(ok: Tensor, group: Group) -> Tensor:
 
 
 def averaged(loss: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Return the mean, 0-d, over the processes of each of the groups."""
+    """Return the mean of ``loss``, 0-d, over the processes of each of the groups."""
     mean = loss.clone()
     for group in groups:
         dist.all_reduce(mean, group=group)

@@ -57,7 +57,7 @@ def check_params(members: Sequence[Member]) -> None:
 
 
 def check_shape(name: str, param: Tensor) -> None:
-    """Raise `ParameterError` where a parameter, called ``name`` there, has no shape yet, as in a lazy module."""
+    """Raise `ParameterError` where ``param``, called ``name`` there, has no shape yet, as in a lazy module."""
     if is_lazy(param):
         raise ParameterError(f"{name} has no shape yet: run its lazy module once, then make the optimizer")
 

@@ -33,7 +33,7 @@ class ElementwiseRule(UpdateRule):
 
     @abc.abstractmethod
     def step(self, theta: Theta, grad: Tensor, slots: Slots) -> Tensor:
-        """Return the update ``[*shape]`` of one tensor, given its advanced state."""
+        """Return the update of one tensor, given its ``grad [*shape]`` and its advanced state."""
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         return OptState({name: self.slots(p) for name, p in params.items()}, {})

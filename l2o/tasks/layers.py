@@ -49,7 +49,7 @@ def init_linear(name: str, generator: torch.Generator, lanes: int, *shape: int) 
 
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
-    """Map ``[..., in]`` to ``[..., out]`` by the weight and bias of that name."""
+    """Map ``x [..., in]`` to ``[..., out]`` by the weight and bias of that name."""
     return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
 
 
@@ -115,8 +115,8 @@ RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {
 
 
 def mean_loss(criterion: Callable[..., Tensor], output: Tensor, target: Tensor, share: Tensor | None) -> Tensor:
-    """Return the loss (0-d) of a batch, averaged over its examples or, where it is given, weighted by ``share
-    [batch]``."""
+    """Return the loss (0-d) of ``output`` and ``target``, both ``[batch, ...]``, averaged over examples or, where it is
+    given, weighted by ``share [batch]``."""
     if share is None:
         return criterion(output, target)
     each = criterion(output, target, reduction="none")
