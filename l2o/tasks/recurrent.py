@@ -58,7 +58,7 @@ def run_cell(
 ) -> Tensor | State:
     """Take one step with the signature of ``torch.lstm_cell`` and the like.
 
-    input: ``[batch, features]``.     w_ih, w_hh: ``[gates, features]``, ``[gates, hidden]``.     b_ih, b_hh: ``[gates]``.
+    input: ``[batch, features]``.     w_ih, w_hh: ``[gates, ...]``.     b_ih, b_hh: ``[gates]``.
     """
     state = hx if isinstance(hx, tuple) else (hx,)
     after = cell(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
