@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from l2o.fused import adam, coordinatewise, mlp, perceptrons, steered
+from l2o.kernels.moments import HAD_GRADIENT as HAD_GRADIENT
 from l2o.kernels.perceptron_unroll import Batches as Batches
 from l2o.rules import MLP, STAR, AdafacMLP, Adam, Celo, Celo2, Steered, VeLO
 from l2o.tasks.augment import Augmented, Reparametrized

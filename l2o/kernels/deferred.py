@@ -35,7 +35,7 @@ class Deferred:
     clip: float = math.inf
 
     def joined(self, recipe: Recipe) -> Tensor:
-        """The decays one after the other, as ops take them; raises `NoKernelError` where ``recipe`` clips otherwise."""
+        """Join the decays as ops take them, ``[all]``; raises `NoKernelError` where ``recipe`` clips otherwise."""
         if self.decays is None or self.clip != (math.inf if recipe.clip is None else recipe.clip):
             raise NoKernelError
         return torch.cat(list(self.decays))
@@ -57,7 +57,7 @@ def deferred() -> Iterator[Deferred]:
 
 
 def required(found: Found | None) -> Found:
-    """What a kernel gave; raises `NoKernelError` where it gave nothing."""
+    """Return what a kernel gave; raises `NoKernelError` where it gave nothing."""
     if found is None:
         raise NoKernelError
     return found

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from l2o.kernels.moments import HAD_GRADIENT as HAD_GRADIENT
+from l2o.fused import HAD_GRADIENT as HAD_GRADIENT
 from l2o.optim.members import Member, label
 from l2o.types import Grads, OptState, Slots, Updates
 
