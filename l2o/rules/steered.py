@@ -207,8 +207,7 @@ class Steered(UpdateRule):
             seen["params"] = _flat(stack([params[name] for name in group.names])).square()
         if self.decides:
             seen["momenta"] = _flat(group.slots["m"]).square()
-        axes = tuple(range(len(group.shape)))
-        return {name: Sum(x.sum(1), axes) for name, x in seen.items()}
+        return {name: Sum(x.sum(1), tuple(range(len(group.shape)))) for name, x in seen.items()}
 
     def _advance(self, theta: Theta, group: Group, due: Tensor | bool, reduce: Reduce) -> Slots:
         """New slots, ``[k, ...]``."""
@@ -216,7 +215,8 @@ class Steered(UpdateRule):
         match self.path(group.shape):
             case "eigenbasis" | "orthogonal" as path:
                 m = ema(slots["m"], grad, theta["logit_momentum"])
-                d, basis = matrices(ema(m, grad, theta["logit_momentum"])), Slots()
+                d = matrices(ema(m, grad, theta["logit_momentum"]))
+                basis: Slots = {}  # calling Slots would break a compiled step
                 if path == "eigenbasis":
                     d, basis = self.whitened(theta, d, matrices(grad), slots, due)
                 else:
