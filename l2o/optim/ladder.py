@@ -25,7 +25,8 @@ _KEPT = 100
 Guard = dict[str, Any]
 """stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good: that of the good parameters.
 entries: of parameters with gradients, and of all trained ones, at the last look.    alarm: the loss that gave the last
-one, -inf for none.    again: the step of AdamW's handing over, -1 for never.    losses: since the last look.
+one, -inf for none.    again: the step of AdamW's handing over, -1 for never.    foreign: only where AdamW acts from
+the start, which never hands over.    losses: since the last look.
 skipped: steps until then.    memory: `watch.Memory`.    events: dicts of ``step, kind, done``."""
 
 _WARNINGS = {
@@ -35,7 +36,7 @@ _WARNINGS = {
 }
 """What is said of what was done, where parameters were put back. In the report alone: ``returned`` (the rule at its own
 steps), ``handed over`` (AdamW to the rule), ``another problem`` (where the loss is as high at the last good parameters;
-the run goes on) and ``skipped`` (steps whose gradients were not finite, or far above all before)."""
+the run goes on), ``AdamW`` (acts from the start) and ``skipped`` (steps whose gradients were not finite, or far above all before)."""
 
 
 class Event(NamedTuple):
@@ -68,6 +69,11 @@ def begin() -> Guard:
     return {**stage, "losses": [], "skipped": 0, "memory": {}, "events": []}
 
 
+def foreign() -> Guard:
+    """What is known before the first step of a rule that is not for such parameters: AdamW acts."""
+    return _noted({**begin(), "stage": "adamw", "foreign": True}, Event(0, "kind", "AdamW"))
+
+
 def skips(guard: Guard, step: int, skipped: int) -> Guard:
     """With the number of skipped steps, in the report if there are new ones."""
     if skipped == guard["skipped"]:
@@ -97,7 +103,7 @@ def alarmed(guard: Guard, kind: str, seen: watch.Seen, step: int, total: int) ->
     stage, done = {
         "rule": ("adamw", "fell back") if soon else ("small", "backed off"),
         "small": ("adamw", "fell back"),
-        "adamw": ("small", "backed off") if soon else ("adamw", "anew"),
+        "adamw": ("small", "backed off") if soon and "foreign" not in guard else ("adamw", "anew"),
     }[stage]
     event = Event(step, kind, done)
     new = {"stage": stage, "since": step, "alarm": seen.loss if kind == "rise" else -math.inf}

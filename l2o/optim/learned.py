@@ -17,7 +17,7 @@ from l2o.distributed import ranks
 from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
 from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
-from l2o.optim.inputs import check_scalar, evaluated, length, resolved, scalar
+from l2o.optim.inputs import check_scalar, evaluated, known_kinds, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
 from l2o.optim.precision import checked_dtype
@@ -58,6 +58,7 @@ class LearnedOptimizer(RuleState):
     rules: classes of rules of your own that the checkpoint may name.
     guard: whether a run that goes wrong is helped, by smaller steps, then by AdamW (`l2o.optim.guarded`), where it has
         one process. By default for checkpoints, not for ``(rule, theta)``, whose users want to see what the rule does.
+        AdamW acts from the start where the checkpoint's card says that its rule has met no such ``kinds``.
     state_dtype: ``torch.bfloat16`` to keep slots of their parameter's shape so between steps, rounded at random: half
         the memory (`l2o.optim.precision`). Other slots, those of no single parameter, and all arithmetic stay.
 
@@ -96,6 +97,7 @@ class LearnedOptimizer(RuleState):
         self.guard = not isinstance(source, tuple) if guard is None else bool(guard)
         self.state_dtype = checked_dtype(state_dtype)
         name, self.rule, self.theta = resolved(source, rules)
+        self._kinds = known_kinds(source) if self.guard else None
         self.total_steps = length(total_steps)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         settings(defaults)
@@ -151,6 +153,10 @@ class LearnedOptimizer(RuleState):
 
     def _asked(self, closure: Callable[[], Any] | None, loss: Any) -> tuple[Any, Sequence[Member]]:
         """The loss, and the parameters to be moved."""
+        if self._guards:
+            said = guarded.begin(self, self._members(), self._kinds)
+            if said:
+                self._warn("kinds", said)
         if closure is None and loss is None and self._is_start():
             return None, []
         if self.rule.needs_loss and closure is None and loss is None:

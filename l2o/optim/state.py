@@ -35,6 +35,7 @@ class RuleState(torch.optim.Optimizer):
     state_dtype: torch.dtype | None = None
     _origin: dict[str, str]
     _warned: set[str]
+    _kinds: guarded.Kinds | None = None
     _others: Others | None = None
 
     def _forget(self) -> None:
@@ -222,7 +223,7 @@ class RuleState(torch.optim.Optimizer):
         self._layouts = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "theta", "total_steps", "guard", "state_dtype", "_origin", "_warned")
+        names = ("rule", "theta", "total_steps", "guard", "state_dtype", "_origin", "_warned", "_kinds")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
