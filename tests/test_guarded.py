@@ -91,9 +91,8 @@ def test_a_rule_that_has_met_no_matrices_leaves_them_to_adamw_from_the_start():
     optimizer = LearnedOptimizer(params, "lstm-quadratics", total_steps=1000, lr=1.0)
     rate = 1e-3 / (1.0 - 0.025)  # the last twentieth, over which it decays, is made up for
     torch_optimizer = torch.optim.AdamW(others, lr=rate, weight_decay=0.0)
+    sum(p.square().sum() for p in params).backward()
     with pytest.warns(UserWarning, match="kind vector alone.* matrix, vector.*guard=False"):
-        optimizer.zero_grad()
-        sum(p.square().sum() for p in params).backward()
         optimizer.step()
     descend(optimizer, range(1, 30), tell=True)
     descend(torch_optimizer, range(30), tell=False)

@@ -58,7 +58,7 @@ def run(rule, factors, in_place, steps=6):
         for step in range(steps):
             args = (theta, gradients(step), state, params, infos_of(params), Run(torch.tensor(step), torch.tensor(20)))
             if in_place:
-                state = l2o.fused.step(rule, *args, dict.fromkeys(params, factors))
+                state = l2o.fused.step(rule, *args[:4], args[5], dict.fromkeys(params, factors))
                 assert state is not None
             else:
                 updates, state = rule.update(*args)
@@ -121,7 +121,7 @@ def test_weights_whose_channels_are_last_and_expanded_gradients_take_the_kernel(
             grads = {"conv": torch.randn(8, 6, 3, 3, generator=g), "bias": torch.tensor(0.3).expand(5)}
             run = Run(torch.tensor(step), torch.tensor(20))
             with torch.no_grad():
-                state = l2o.fused.step(rule, theta, grads, state, params, infos, run, factors)
+                state = l2o.fused.step(rule, theta, grads, state, params, run, factors)
             assert state is not None
         ends.append({name: p.contiguous() for name, p in params.items()})
     torch.testing.assert_close(*ends, rtol=1e-4, atol=AMPLIFIED.get(rule.direction, 1e-6))
@@ -137,9 +137,7 @@ def test_a_step_in_place_shows_in_the_version_of_tensors():
         theta = rule.init_theta(generator())
         state = rule.init(theta, params, infos_of(params))
         run = Run(torch.tensor(0), torch.tensor(20))
-        assert l2o.fused.step(
-            rule, theta, {"weight": torch.ones(4, 4)}, state, params, infos_of(params), run, {"weight": (1.0, 1.0)}
-        )
+        assert l2o.fused.step(rule, theta, {"weight": torch.ones(4, 4)}, state, params, run, {"weight": (1.0, 1.0)})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -157,7 +155,7 @@ def test_what_the_kernel_cannot_take_is_left_to_torch_with_nothing_written(chang
     infos, factors = infos_of(params), dict.fromkeys(params, (1.0, 1.0))
     state, before = rule.init(theta, params, infos), {k: p.clone() for k, p in params.items()}
     run = Run(torch.tensor(0), torch.tensor(20))
-    assert l2o.fused.step(rule, theta, grads, state, params, infos, run, factors) is None
+    assert l2o.fused.step(rule, theta, grads, state, params, run, factors) is None
     assert identical(params, before)
 
 

@@ -12,6 +12,7 @@ alone. Each is differentiable where grad mode is on, but for steps in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import getattr_static
@@ -30,7 +31,6 @@ from l2o.types import (
     Batch,
     Buffers,
     Grads,
-    Infos,
     InnerState,
     OptState,
     Params,
@@ -68,16 +68,17 @@ def step(
     grads: Grads,
     state: OptState,
     params: Params,
-    infos: Infos,
     run: Run,
     factors: Mapping[str, tuple[float, float]],
+    limit: float = math.inf,
 ) -> OptState | None:
     """``p <- keep p + lr update`` in place, also of the slots, without lanes; the new state.
 
-    factors: ``lr, keep`` by parameter. None also where the kernel finds numbers that are not finite.
+    factors: ``lr, keep`` by parameter. None also where the kernel finds numbers that are not finite, or a norm of all
+    gradients above ``limit``.
     """
     kernel = _entry(STEPS, rule, "update")
-    found: OptState | None = kernel and kernel(rule, theta, grads, state, params, infos, run, factors)
+    found: OptState | None = kernel and kernel(rule, theta, grads, state, params, run, factors, limit)
     return found
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from l2o.kernels.arrays import laid_out_as, plain
 from l2o.kernels.build import setting
 from l2o.ops.moments import decay
+from l2o.ops.numeric import finite
 from l2o.rules import Adam
-from l2o.types import Grads, Infos, OptState, Params, Run, Theta
+from l2o.types import Grads, OptState, Params, Run, Theta
 
 
 def step(
@@ -22,14 +23,16 @@ def step(
     grads: Grads,
     state: OptState,
     params: Params,
-    infos: Infos,
     run: Run,
     factors: Mapping[str, tuple[float, float]],
+    limit: float = math.inf,
 ) -> OptState | None:
     """See `l2o.fused.step`."""
     if rule.eps_root or setting() == "0" or not all(_fits(p, state.per_param[n]) for n, p in params.items()):
         return None
     if not plain(t for n, p in params.items() for t in (p, grads[n], *state.per_param[n].values())):
+        return None
+    if not finite(list(grads.values()), [], limit):
         return None
     lr, eps = (float(theta[name].exp()) for name in ("log_lr", "log_eps"))
     betas = [float(decay(theta[name].double())) for name in ("logit_beta1", "logit_beta2")]

@@ -36,7 +36,8 @@ _WARNINGS = {
 }
 """What is said of what was done, where parameters were put back. In the report alone: ``returned`` (the rule at its own
 steps), ``handed over`` (AdamW to the rule), ``another problem`` (where the loss is as high at the last good parameters;
-the run goes on), ``AdamW`` (acts from the start) and ``skipped`` (steps whose gradients were not finite, or far above all before)."""
+the run goes on), ``AdamW`` (acts from the start) and ``skipped`` (steps whose gradients were not finite, or
+far above all before)."""
 
 
 class Event(NamedTuple):

@@ -14,9 +14,10 @@ from torch.optim.optimizer import ParamsT
 from l2o import fused
 from l2o.checkpoints import store
 from l2o.distributed import ranks
+from l2o.ops.numeric import finite
 from l2o.optim import guarded, resume, slots
 from l2o.optim.apply import Inputs, apart, in_place, write
-from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
+from l2o.optim.guard import beside, culprit, masked, plain, readable, rest
 from l2o.optim.inputs import check_scalar, evaluated, known_kinds, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
@@ -182,10 +183,7 @@ class LearnedOptimizer(RuleState):
 
     def _step(self, members: Sequence[Member], ready: Ready) -> None:
         rule, inputs, factors, limit = ready
-        in_place = self._stepped_in_place(rule, members, inputs, factors, limit)
-        if in_place is False:
-            self._skip(culprit(members, inputs.grads, {}, None, limit))
-        if in_place is not None:
+        if self._stepped_in_place(rule, members, inputs, factors, limit):
             return
         grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
         updates, new = self._place.update(rule, inputs, self.total_steps)
@@ -212,21 +210,21 @@ class LearnedOptimizer(RuleState):
         inputs: Inputs,
         factors: Mapping[int, tuple[float, float]],
         limit: float,
-    ) -> bool | None:
-        """Take the step by the rule's kernel: False where a gradient is not finite, None where there is no kernel."""
+    ) -> bool:
+        """Take the step by the rule's kernel, if there is one for it."""
         here = self._place.alone and readable(members[0].param.device)
         if not (here and in_place(rule, inputs, members, self.total_steps)):
-            return None
-        if not finite(list(inputs.grads.values()), [], limit):
             return False
         if self._lent:
             # Once, because kernels need not look for what finite gradients never make.
             if not finite([], [t for own in inputs.state.per_param.values() for t in own.values()]):
-                return None
+                return False
             inputs = inputs._replace(state=apart(inputs.state))
-        new = fused.step(rule, *inputs, {m.key: factors[id(m.group)] for m in members})
+        theta, grads, state, params, _, run = inputs
+        own = {m.key: factors[id(m.group)] for m in members}
+        new = fused.step(rule, theta, grads, state, params, run, own, limit)
         if new is None:
-            return None
+            return False
         self._keep(members, new)
         self._lent = False
         self._count(0)
