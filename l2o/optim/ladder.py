@@ -17,6 +17,8 @@ _LATE = 0.1
 """Share of the run after which a rule without trouble until then has proven itself: it gets one more chance,"""
 _AGAIN = 0.1
 """so much of the run after AdamW took over."""
+_AT_ONCE = 2 * watch.EVERY
+"""Steps within which a leap or a rise says that the rule is not for the problem: AdamW need not wait for a second."""
 _SAME = 0.8
 """A loss at good parameters that is this share of the one that gave the alarm: not the optimizer was in trouble."""
 _KEPT = 100
@@ -100,9 +102,10 @@ def alarmed(guard: Guard, kind: str, seen: watch.Seen, step: int, total: int) ->
         new = {"stage": "rule" if stage == "small" else stage, "memory": watch.rebased(guard["memory"], seen.loss)}
         event = Event(step, kind, "another problem")
         return _noted({**guard, **new, "since": step, "alarm": -math.inf}, event), event
+    unfit = step <= _AT_ONCE and kind in ("leap", "rise")
     soon = since > 0 and step - since <= max(_SOON * total, 2 * _LEAST_PROBATION)
     stage, done = {
-        "rule": ("adamw", "fell back") if soon else ("small", "backed off"),
+        "rule": ("adamw", "fell back") if soon or unfit else ("small", "backed off"),
         "small": ("adamw", "fell back"),
         "adamw": ("small", "backed off") if soon and "foreign" not in guard else ("adamw", "anew"),
     }[stage]
