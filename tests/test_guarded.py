@@ -82,7 +82,7 @@ def test_parameters_of_any_precision_are_guarded(dtypes):
         for p in params:
             p.grad = 2 * p.detach()
         quiet(optimizer.step)
-    assert events(optimizer) == [(10, "leap", "backed off")]
+    assert events(optimizer) == [(10, "leap", "fell back")]
     assert identical([p.detach() for p in params], before)
 
 
@@ -120,10 +120,10 @@ def test_steps_far_too_large_end_in_adamw_from_the_parameters_of_the_start(tell)
         optimizer.step(**({"loss": loss} if tell else {}))
     assert [each.filename for each in caught] == [__file__]
     assert identical([p.detach() for p in params], before)
-    assert optimizer.report()["stage"] == "small"
+    assert optimizer.report()["stage"] == "adamw"
     descend(optimizer, range(11, 120), tell)
     assert optimizer.report()["stage"] == "adamw"
-    assert [done for _, _, done in events(optimizer)][-1] == "fell back"
+    assert [done for _, _, done in events(optimizer)] == ["fell back"]  # at once: so early it is no bad luck
     assert optimizer.state[params[0]].keys() == {"good", "m", "v", "count"}
 
 
@@ -202,7 +202,7 @@ def test_parameters_that_are_trained_in_turn_are_all_put_back():
         optimizer.zero_grad()
         params[step % 2].square().sum().backward()
         quiet(optimizer.step, loss=sum(p.detach().square().sum() for p in params))
-    assert events(optimizer) == [(10, "rise", "backed off")]
+    assert events(optimizer) == [(10, "rise", "fell back")]
     assert identical([p.detach() for p in params], before)
 
 
@@ -222,7 +222,7 @@ def test_only_parameters_that_are_trained_here_are_put_back():
     params[2].requires_grad_(False).fill_(7.0)
     del optimizer.param_groups[2]
     train_on(15, 100.0)
-    assert events(optimizer) == [(20, "rise", "backed off")]
+    assert events(optimizer) == [(20, "rise", "fell back")]
     assert [p.eq(7.0).all().item() for p in params] == [False, True, True]
 
 

@@ -111,7 +111,7 @@ def alarmed(guard: Guard, kind: str, seen: watch.Seen, step: int, total: int) ->
     }[stage]
     event = Event(step, kind, done)
     new = {"stage": stage, "since": step, "alarm": seen.loss if kind == "rise" else -math.inf}
-    new["again"] = _again(guard, step, total) if done == "fell back" else guard["again"]
+    new["again"] = guard["again"] if done != "fell back" else -1 if unfit else _again(guard, step, total)
     return _noted({**guard, **new}, event), event
 
 
