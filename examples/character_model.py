@@ -31,7 +31,7 @@ class CharacterModel(nn.Module):
 
 
 def cross_entropy(model, starts):
-    """The mean over sequences that begin at `starts [batch]`, in nats a character."""
+    """Return the mean over sequences that begin at `starts [batch]`, in nats a character."""
     sequences = torch.stack([codes[i : i + LENGTH + 1] for i in starts.tolist()])
     logits = model(sequences[:, :-1])
     return nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())

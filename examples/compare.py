@@ -46,7 +46,7 @@ def train(
 
 
 def settings(description: str | None, steps: int) -> argparse.Namespace:
-    """``--steps`` and ``--seed`` of the command line."""
+    """Read ``--steps`` and ``--seed`` from the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)

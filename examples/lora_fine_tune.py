@@ -21,7 +21,7 @@ def loss_of(model, images, rows):
 
 
 def pretrained():
-    """A perceptron trained on upright digits, by AdamW for 300 steps."""
+    """Return a perceptron trained on upright digits, by AdamW for 300 steps."""
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):

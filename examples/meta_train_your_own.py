@@ -21,7 +21,7 @@ valid_x, valid_y = image_split("digits", "meta_test", "valid", "cpu")
 
 
 def meta_train(horizon, seed):
-    """The rule and its θ, from nothing: 8 problems at once, runs of `horizon` steps, truncated backpropagation."""
+    """Meta-train a rule from nothing: 8 problems at once, runs of `horizon` steps, truncated backpropagation."""
     generator = torch.Generator().manual_seed(seed)
     rule = MLP(hidden=(16, 16))
     family = ImageMLP(dataset="digits", width=32)
@@ -36,7 +36,7 @@ def meta_train(horizon, seed):
 
 
 def run(make, steps):
-    """A perceptron of other initial weights on images that meta-training never saw."""
+    """Train a perceptron of other initial weights on images that meta-training never saw."""
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
     def training_loss():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 from l2o.types import ConfigurationError, UnknownNameError
 
 
 def check_int(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int, if it is a whole number of at least ``least``; raises `ConfigurationError`."""
+    """Return ``value`` as an int, if it is a whole number of at least ``least``; raises `ConfigurationError`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
         raise ConfigurationError(
             f"{name}={value!r} ({type(value).__name__}): expected a whole number of at least {least}"
@@ -21,7 +21,8 @@ def check_int(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_seed(name: str, value: Any) -> int:
-    """``value`` as an int, if it is one of 0 to 2^63 - 1; torch takes a bit more, to which outer steps are added."""
+    """Return ``value`` as an int, if it is one of 0 to 2^63 - 1; torch takes a bit more, to which outer steps are
+    added."""
     if check_int(name, value, 0) >= 2**63:
         raise ConfigurationError(f"{name}={value}: expected a seed of at most 63 bits, {2**63 - 1}")
     return int(value)
@@ -30,7 +31,8 @@ def check_seed(name: str, value: Any) -> int:
 def check_float(
     name: str, value: Any, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> float:
-    """``value`` as a float, if it is finite, at least ``least``, over ``above`` and under ``below``; else an error."""
+    """Return ``value`` as a float, if it is finite, at least ``least``, over ``above`` and under ``below``; else an
+    error."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not (least <= value and above < value < below):
         bounds = (("of at least", least), ("over", above), ("under", below))
@@ -40,7 +42,7 @@ def check_float(
 
 
 def check_each(name: str, values: Any, check: Callable[[str, Any], Any]) -> None:
-    """``check`` every number of a tuple or list; raises `ConfigurationError`, also for what is neither."""
+    """Return ``check`` every number of a tuple or list; raises `ConfigurationError`, also for what is neither."""
     if not isinstance(values, tuple | list):
         raise ConfigurationError(
             f"{name}={values!r} ({type(values).__name__}): expected a tuple or list, as in {name}=[{values}]"
@@ -62,14 +64,20 @@ T = TypeVar("T")
 
 
 def unknown(kind: str, name: str, valid: Collection[str]) -> str:
-    """The message for a name that does not exist: the nearest ones and all valid ones."""
+    """Return the message for a name that does not exist: the nearest ones and all valid ones."""
     near = difflib.get_close_matches(str(name), list(valid))
     hint = f", did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"unknown {kind} {name!r}{hint}; valid: {', '.join(sorted(valid)) or 'none'}"
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """``table[name]``; where there is none, `UnknownNameError` with the nearest names and all valid ones."""
+    """Return ``table[name]``; where there is none, `UnknownNameError` with the nearest names and all valid ones."""
     if name in table:
         return table[name]
     raise UnknownNameError(unknown(kind, name, table))
+
+
+def listed(names: Mapping[str, object], base: type, apart: Sequence[type] = ()) -> list[str]:
+    """Return the names of a module's subclasses of ``base`` but those set ``apart``; acronyms first, then by letter."""
+    classes = {name: x for name, x in names.items() if isinstance(x, type) and issubclass(x, base)}
+    return sorted((name for name, x in classes.items() if x not in (base, *apart)), key=lambda n: (not n.isupper(), n))

@@ -31,7 +31,7 @@ _WAY_OUT = "continue from an undamaged copy, or start anew"
 
 
 def user_path(path: str | os.PathLike[str], name: str = "") -> Path:
-    """What a path that a user has typed means, ``~`` and ``~user`` written out; all of them come through here.
+    """Return what a path that a user has typed means, ``~`` and ``~user`` written out; all of them come through here.
 
     name: of the setting, for messages.
     Raises `ConfigurationError` for what can be no path: ``~`` of nobody, a name that is too long, a zero byte.
@@ -54,7 +54,8 @@ def user_path(path: str | os.PathLike[str], name: str = "") -> Path:
 
 
 def cache_folder() -> Path:
-    """Where downloads and kernels are kept: ``$L2O_CACHE_DIR``, else ``l2o`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return where downloads and kernels are kept: ``$L2O_CACHE_DIR``, else ``l2o`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``."""
     own, base = os.environ.get("L2O_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     try:
         return user_path(own) if own else user_path(base or "~/.cache") / "l2o"
@@ -71,7 +72,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def atomic_writes(files: Mapping[Path, bytes]) -> None:
-    """`atomic_write` of several files, in order; where the disk does not take them all, none of them is replaced."""
+    """Write several files as `atomic_write` does, in order; where the disk does not take them all, none of them is
+    replaced."""
     temporaries: list[Path] = []
     try:
         for path, data in files.items():
@@ -114,7 +116,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """One process, and one thread, at a time in here; the others wait. It ends with the process, however that ends.
+    """Let one process, and one thread, in at a time; the others wait. It ends with the process, however that ends.
 
     A file system without locks has none: what is written there has to bear two writers.
     """
@@ -162,13 +164,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file; tensors of any shape may be views, share storage, or need gradients."""
+    """Return the bytes of a safetensors file; tensors of any shape may be views, share storage, or need gradients."""
     # safetensors refuses storage that is shared or not contiguous, so everything is copied.
     own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     return safetensors.torch.save(own, None if metadata is None else dict(metadata))
@@ -190,7 +192,8 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Any = None) -> 
 
 
 def load_tree(path: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """``(tree, metadata)`` as `save_tree` was given them, bit for bit; the tensors are the caller's own, on the CPU.
+    """Return ``(tree, metadata)`` as `save_tree` was given them, bit for bit; the tensors are the caller's own, on the
+    CPU.
 
     Raises `ResumeError` where the file is missing, damaged, of another program or of another version of the format.
     """
@@ -257,7 +260,8 @@ def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def resource(package: Path, name: str) -> Path:
-    """The folder ``name`` that travels with a package, such as ``resource(Path(l2o.__file__).parent, "pretrained")``.
+    """Return the folder ``name`` that travels with a package, such as ``resource(Path(l2o.__file__).parent,
+    "pretrained")``.
 
     package: the package's folder. A wheel holds the data folder inside it, a checkout beside it.
     Raises `L2OError` where it is in neither place.

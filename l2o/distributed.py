@@ -22,14 +22,15 @@ class Ranks(NamedTuple):
     size: int = 1
 
     def share(self, count: int, what: str) -> int:
-        """How many of ``count`` things each process has; `ConfigurationError` unless they can be shared evenly."""
+        """Return how many of ``count`` things each process has; `ConfigurationError` unless they can be shared
+        evenly."""
         if count % self.size:
             raise ConfigurationError(f"{what}={count}: expected a multiple of {self.size}, the number of processes")
         return count // self.size
 
 
 def ranks() -> Ranks:
-    """Of torch's default process group."""
+    """Return those of torch's default process group."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()
@@ -53,7 +54,7 @@ def all_sum(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def all_rows(own: Tensor) -> Tensor:
-    """``[rows, ...]`` of every process, as many in each, one after the other by rank."""
+    """Gather ``own [rows, ...]`` of every process, as many in each, one after the other by rank."""
     if ranks().size == 1:
         return own
     parts = [torch.empty_like(own) for _ in range(ranks().size)]
@@ -62,11 +63,12 @@ def all_rows(own: Tensor) -> Tensor:
 
 
 def gather(tree: Any) -> Any:
-    """A nested structure of lanes as one process would have it: 0-d tensors as they are, of the others all rows."""
+    """Return a nested structure of lanes as one process would have it: 0-d tensors as they are, of the others all
+    rows."""
     return tree_map(lambda t: all_rows(t) if t.ndim else t, tree)
 
 
 def local_part(tree: Any) -> Any:
-    """The part of a whole structure (see `gather`) that is ours."""
+    """Return the part of a whole structure (see `gather`) that is ours."""
     rank, size = ranks()
     return tree_map(lambda t: t.tensor_split(size)[rank].clone() if t.ndim and size > 1 else t, tree)

@@ -1,4 +1,7 @@
-"""Downloads into a cache: checked before they are kept, resumed where they broke off, made once."""
+"""Downloads into a cache: checked before they are kept, resumed where they broke off, made once.
+
+`torch.hub.download_url_to_file` limits no size, resumes nothing and follows redirects to anywhere, hence our own.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _OF_VMAP = ("vmap", "functorch", "data pointer")
 
 
 def name_of(family: TaskFamily) -> str:
-    """The class that a user wrote: what repeats or augments a family is passed through to it."""
+    """Return the class that a user wrote: what repeats or augments a family is passed through to it."""
     while isinstance(inner := getattr(family, "family", None), TaskFamily):
         family = inner
     return type(family).__name__
@@ -38,7 +38,8 @@ def check_lanes(what: str, tensors: Any, lanes: int) -> None:
 
 
 def checked_sample(family: TaskFamily, generator: torch.Generator, lanes: int) -> TaskData:
-    """What ``family.sample`` draws; raises `ConfigurationError` unless it is at least one tensor ``[lanes, ...]``."""
+    """Return what ``family.sample`` draws; raises `ConfigurationError` unless it is at least one tensor ``[lanes,
+    ...]``."""
     what, data = f"{name_of(family)}.sample", family.sample(generator, lanes)
     check_lanes(what, data, lanes)
     if not data:
@@ -47,7 +48,8 @@ def checked_sample(family: TaskFamily, generator: torch.Generator, lanes: int) -
 
 
 def checked_init(family: TaskFamily, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
-    """What ``family.init`` makes; raises `ConfigurationError` unless it is parameters and buffers ``[lanes, ...]``."""
+    """Return what ``family.init`` makes; raises `ConfigurationError` unless it is parameters and buffers ``[lanes,
+    ...]``."""
     what, lanes = f"{name_of(family)}.init", len(next(iter(data.values())))
     params, buffers = _pair(what, family.init(data, generator), "(params, buffers)")
     check_lanes(what, params, lanes)
@@ -57,7 +59,7 @@ def checked_init(family: TaskFamily, data: TaskData, generator: torch.Generator)
 
 
 def checked_batch(family: TaskFamily, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-    """What ``family.batch`` draws; raises `ConfigurationError` unless it is tensors ``[lanes, ...]``."""
+    """Return what ``family.batch`` draws; raises `ConfigurationError` unless it is tensors ``[lanes, ...]``."""
     batch = family.batch(data, split, generator)
     check_lanes(f"{name_of(family)}.batch", batch, len(next(iter(data.values()))))
     return batch
@@ -85,7 +87,8 @@ def check_scalar(what: str, loss: Any) -> None:
 
 
 def checked_gradients(family: TaskFamily, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch) -> Any:
-    """``family.transform_gradients``; raises `ConfigurationError` unless names and shapes stay as they are."""
+    """Return what ``family.transform_gradients`` does; raises `ConfigurationError` unless names and shapes stay as they
+    are."""
     what = f"{name_of(family)}.transform_gradients"
     made, after = _pair(what, family.transform_gradients(grads, buffers, data, batch), "(grads, buffers)")
     _check_like(what, made, grads)
@@ -96,7 +99,7 @@ def checked_gradients(family: TaskFamily, grads: Grads, buffers: Buffers, data: 
 def checked_loss(
     family: TaskFamily, params: Params, buffers: Buffers, data: TaskData, batch: Batch
 ) -> tuple[Tensor, Buffers]:
-    """``family.loss`` of one lane: the loss in the dtype of the parameters, buffers in their own.
+    """Return ``family.loss`` of one lane: the loss in the dtype of the parameters, buffers in their own.
 
     Raises `ConfigurationError` where it returns something else than a 0-d loss and the buffers.
     """

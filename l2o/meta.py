@@ -21,12 +21,13 @@ Schedule = Callable[[int], float]
 
 
 def constant_schedule(step: int) -> float:
-    """The outer learning rate as it stands."""
+    """Return the outer learning rate as it stands."""
     return 1.0
 
 
 def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """`l2o.ops.schedules.warmup_cosine` of one outer step. Raises ConfigurationError unless ``0 <= warmup < total``."""
+    """Return `l2o.ops.schedules.warmup_cosine` of one outer step. Raises ConfigurationError unless ``0 <= warmup <
+    total``."""
     check_int("warmup", warmup, least=0)
     check_int("total", total, least=warmup + 1)
     check_float("floor", floor, least=0.0)
@@ -35,14 +36,15 @@ def warmup_cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) ->
 
 
 def warmup_linear(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """Linear from 0 over ``warmup`` steps, then linear down to ``floor`` at ``total``; errors as `warmup_cosine`."""
+    """Rise linearly from 0 over ``warmup`` steps, then linear down to ``floor`` at ``total``; errors as
+    `warmup_cosine`."""
     done, warm = _progress(step, total, warmup)
     check_float("floor", floor, least=0.0)
     return warm * (1.0 - (1.0 - floor) * done)
 
 
 def warmup_exponential(step: int, total: int, warmup: int = 0, floor: float = 1e-2) -> float:
-    """Linear from 0 over ``warmup`` steps, then the same ratio each step, down to ``floor > 0`` at ``total``."""
+    """Rise linearly from 0 over ``warmup`` steps, then the same ratio each step, down to ``floor > 0`` at ``total``."""
     done, warm = _progress(step, total, warmup)
     check_float("floor", floor, above=0.0)
     return warm * floor**done
@@ -153,7 +155,7 @@ class MetaTraining:
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of all that the next outer steps depend on: nested dicts and lists of tensors and scalars.
+        """Return a snapshot of all that the next outer steps depend on: nested dicts and lists of tensors and scalars.
 
         Processes that share the run must all call it; each gets the whole, from which any number of them may go on.
         """

@@ -42,7 +42,8 @@ class LaneGenerator(torch.Generator):
 
 
 def global_states() -> tuple[Any, ...]:
-    """What changes when the global generators of torch (of the CPU), NumPy or Python are drawn from; to be compared."""
+    """Return what changes when the global generators of torch (of the CPU), NumPy or Python are drawn from; to be
+    compared."""
     of_numpy = np.random.get_state()  # noqa: NPY002
     return (
         random.getstate(),
@@ -52,17 +53,17 @@ def global_states() -> tuple[Any, ...]:
 
 
 def draw_seeds(generator: torch.Generator, count: int) -> Tensor:
-    """int64 ``[count]`` on the generator's device, none of them negative; the same whichever lanes are drawn."""
+    """Draw int64 ``[count]`` on the generator's device, none of them negative; the same whichever lanes are drawn."""
     return torch.randint(_SALTS, (count,), generator=generator, device=generator.device)
 
 
 def keys(generator: torch.Generator, lanes: int) -> Tensor:
-    """One number for each lane, int64 ``[lanes]``, from which more may be hashed (`stream`)."""
+    """Draw one number for each lane, int64 ``[lanes]``, from which more may be hashed (`stream`)."""
     return several_keys(generator, lanes, 1)[0]
 
 
 def several_keys(generator: torch.Generator, lanes: int, calls: int) -> Tensor:
-    """What ``calls`` calls of `keys` draw, int64 ``[calls, lanes]``; on the CPU the very same numbers."""
+    """Draw what ``calls`` calls of `keys` draw, int64 ``[calls, lanes]``; on the CPU the very same numbers."""
     ids = getattr(generator, "ids", None)
     if ids is None:
         ids = torch.arange(lanes, device=generator.device)
@@ -70,45 +71,48 @@ def several_keys(generator: torch.Generator, lanes: int, calls: int) -> Tensor:
 
 
 def stream(key: Tensor, call: int) -> Tensor:
-    """A new key from ``key`` (int64, any shape) for each ``call``, a whole number from 0."""
+    """Return a new key from ``key`` (int64, any shape) for each ``call``, a whole number from 0."""
     return mix(key + signed((call + 1) * _GAMMA))
 
 
 def hashes(key: Tensor, *shape: int) -> Tensor:
-    """int64 ``[*key.shape, *shape]``: numbers of all 64 bits, hashed from each key and a counter."""
+    """Draw int64 ``[*key.shape, *shape]``: numbers of all 64 bits, hashed from each key and a counter."""
     counter = torch.arange(math.prod(shape), device=key.device).reshape(shape) * signed(_GAMMA)
     return mix(key.reshape((*key.shape, *[1] * len(shape))) + counter)
 
 
 def integers(generator: torch.Generator, high: Tensor | int, lanes: int, *shape: int) -> Tensor:
-    """int64 ``[lanes, *shape]``, each from 0 to ``high - 1``.  high: at most 2^31; ``[lanes]`` where lanes differ."""
+    """Draw int64 ``[lanes, *shape]``, each from 0 to ``high - 1``.  high: at most 2^31; ``[lanes]`` where lanes
+    differ."""
     high = high.reshape(-1, *[1] * len(shape)) if isinstance(high, Tensor) else high
     return hashed_integers(keys(generator, lanes), high, *shape)
 
 
 def hashed_integers(key: Tensor, high: Tensor | int, *shape: int) -> Tensor:
-    """int64 ``[*key.shape, *shape]``, each from 0 to ``high - 1``, hashed from each key; ``high`` broadcasts."""
+    """Draw int64 ``[*key.shape, *shape]``, each from 0 to ``high - 1``, hashed from each key; ``high`` broadcasts."""
     return shift(shift(hashes(key, *shape), 33) * high, 31)  # 31 bits, scaled to the range
 
 
 def uniform(generator: torch.Generator, lanes: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """float32 ``[lanes, *shape]``, uniform in [low, high), but that rounding may reach ``high`` where it is not 1."""
+    """Draw float32 ``[lanes, *shape]``, uniform in [low, high), but that rounding may reach ``high`` where it is not
+    1."""
     return shift(hashes(keys(generator, lanes), *shape), 64 - _FINE).float() * ((high - low) * 2.0**-_FINE) + low
 
 
 def log_uniform(generator: torch.Generator, lanes: int, *shape: int, low: float, high: float) -> Tensor:
-    """float32 ``[lanes, *shape]``, positive; the logarithm is uniform from that of ``low`` to that of ``high``."""
+    """Draw float32 ``[lanes, *shape]``, positive; the logarithm is uniform from that of ``low`` to that of ``high``."""
     drawn = uniform(generator, lanes, *shape, low=math.log(low), high=math.log(high)).exp()
     return drawn.clamp(low, high)  # which rounding may leave
 
 
 def normal(generator: torch.Generator, lanes: int, *shape: int) -> Tensor:
-    """float32 ``[lanes, *shape]``, N(0, 1)."""
+    """Draw float32 ``[lanes, *shape]``, N(0, 1)."""
     return hashed_normal(keys(generator, lanes), *shape)
 
 
 def hashed_normal(key: Tensor, *shape: int) -> Tensor:
-    """float32 ``[*key.shape, *shape]``, N(0, 1), hashed from each key, by the transform of Box and Muller (1958)."""
+    """Draw float32 ``[*key.shape, *shape]``, N(0, 1), hashed from each key, by the transform of Box and Muller
+    (1958)."""
     bits = hashes(key, *shape)
     # 32 bits for the radius, never 0, and 24 for the angle.
     radius = (shift(bits, 32).double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0)).sqrt_().float()
@@ -116,17 +120,17 @@ def hashed_normal(key: Tensor, *shape: int) -> Tensor:
 
 
 def mix(z: Tensor) -> Tensor:
-    """Return the output function of splitmix64, int64 to int64, in any shape."""
+    """Return the output function of splitmix64 of ``z``, int64 to int64, in any shape."""
     z = (z ^ shift(z, 30)) * signed(_MIX1)
     z = (z ^ shift(z, 27)) * signed(_MIX2)
     return z ^ shift(z, 31)
 
 
 def shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of int64 numbers, of any shape: torch's own copies the sign."""
+    """Return the logical shift to the right of ``z``, int64 of any shape: torch's own copies the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def signed(constant: int) -> int:
-    """The int64 of the same bits as a uint64, whose overflow wraps."""
+    """Return the int64 of the same bits as a uint64, whose overflow wraps."""
     return (constant + 2**63) % 2**64 - 2**63

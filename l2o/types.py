@@ -2,7 +2,7 @@
 
 Data flows one way: task sample -> unroll -> meta-gradient -> outer step -> checkpoint -> plug-in.
 
-Four conventions hold everywhere.
+Five conventions hold everywhere.
 
 * **One container.** Parameters, gradients, updates and meta-parameters θ are flat dicts of named tensors,
   which is what ``torch.func.functional_call``, ``torch.func.vmap`` and safetensors take.
@@ -10,6 +10,7 @@ Four conventions hold everywhere.
   included: one copy a lane, so that a diverged lane cannot poison the gradient of the others). Rules and losses
   are written for a single lane; the engine vectorises them. The plug-in has no lane axis.
 * **One sign.** ``new = params + updates``. Nobody subtracts.
+* **One dtype.** Where a docstring names no other, a tensor has the dtype of the parameters it belongs to, and no unit.
 * **The generator is the device.** Whatever draws random numbers takes a ``torch.Generator``, never the global one, and
   makes its tensors on ``generator.device``.
 """
@@ -107,22 +108,22 @@ class Reduce:
     """
 
     def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
-        """The sums over whole tensors, by parameter and name, on every process that holds a part of the tensor.
+        """Return the sums over whole tensors, by parameter and name, on every process that holds a part of the tensor.
 
         Entries along axes that were not summed over stay with the process that holds them.
         """
         return {name: {key: each.value for key, each in own.items()} for name, own in sums.items()}
 
     def part(self, name: str) -> Reduce:
-        """For a rule that is a part of another: its sums are over the tensors of that part alone."""
+        """Return that for a rule that is a part of another: its sums are over the tensors of that part alone."""
         return self
 
     def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The sum over all tensors of the run of what is known of each as a whole, ``[...]`` by parameter."""
+        """Return the sum over all tensors of the run of what is known of each as a whole, ``[...]`` by parameter."""
         return torch.stack(list(values.values())).sum(0)
 
     def largest(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The largest over all tensors of the run, entry by entry, of ``[...]`` by parameter."""
+        """Return the largest over all tensors of the run, entry by entry, of ``[...]`` by parameter."""
         return torch.stack(list(values.values())).amax(0)
 
 
@@ -165,8 +166,7 @@ class UpdateRule(abc.ABC):
 
     @property
     def rests(self) -> bool:
-        """Whether the update of an entry whose gradients were all 0 is 0; where not, the plug-in keeps a mask and sees
-        to it (padding, pruned weights)."""
+        """Whether an entry whose gradients were all 0 stays (padding, pruned weights); else the plug-in sees to it."""
         return False
 
     @property
@@ -175,20 +175,20 @@ class UpdateRule(abc.ABC):
         return 1e-3
 
     def needs_whole(self, info: ParamInfo) -> bool:
-        """Whether ``update`` takes such a tensor as a whole only (Newton-Schulz, say), not in shards."""
+        """Say whether ``update`` takes such a tensor as a whole only (Newton-Schulz, say), not in shards."""
         return False
 
     def exact_slots(self, info: ParamInfo) -> frozenset[str]:
-        """Slots of such a tensor that keep the precision of the arithmetic where state is kept in bfloat16."""
+        """Return slots of such a tensor that keep the precision of the arithmetic where state is kept in bfloat16."""
         return frozenset()
 
     @abc.abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
-        """Random meta-parameters, float32, on the generator's device."""
+        """Draw random meta-parameters, float32, on the generator's device."""
 
     @abc.abstractmethod
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
-        """The state before the first update of ``params``. Slots have the dtype of their parameter."""
+        """Return the state before the first update of ``params``. Slots have the dtype of their parameter."""
 
     @abc.abstractmethod
     def update(
@@ -201,7 +201,7 @@ class UpdateRule(abc.ABC):
         run: Run,
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
-        """One update, and the new state: what meta-training differentiates and all else must equal.
+        """Return one update, and the new state: what meta-training differentiates and all else must equal.
 
         theta: meta-parameters.                       grads, params: same names and shapes.
         state: from ``init`` or the last ``update``.   infos: of ``params``.
@@ -232,20 +232,22 @@ class TaskFamily(abc.ABC):
 
     @abc.abstractmethod
     def init(self, data: TaskData, generator: torch.Generator) -> tuple[Params, Buffers]:
-        """Initial parameters and buffers of every lane, ``[lanes, ...]``."""
+        """Draw initial parameters and buffers of every lane, ``[lanes, ...]``."""
 
     @abc.abstractmethod
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        """One mini-batch for every lane, ``[lanes, ...]``; whatever randomness the loss needs is in it, as tensors."""
+        """Draw one mini-batch for every lane, ``[lanes, ...]``; whatever randomness the loss needs is in it, as
+        tensors."""
 
     @abc.abstractmethod
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:
-        """The loss (0-d) of **one lane** and its new buffers; pure, no random numbers, no writes to its inputs."""
+        """Return the loss (0-d) of **one lane** and its new buffers; pure, no random numbers, no writes to its
+        inputs."""
 
     def transform_gradients(
         self, grads: Grads, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Grads, Buffers]:
-        """What the optimizer sees of the gradients, and new buffers; all lanes at once, ``[lanes, ...]``.
+        """Return what the optimizer sees of the gradients, and new buffers; all lanes at once, ``[lanes, ...]``.
 
         Pure, and differentiable where grad mode is on. Losses and their derivatives with respect to θ stay honest,
         which they would not if noise, say, were put into the gradient of ``loss`` itself.
@@ -286,13 +288,13 @@ class MetaGradient(abc.ABC):
 
     @abc.abstractmethod
     def init(self, theta: Theta, generator: torch.Generator) -> Any:
-        """Fresh inner problems: the estimator's state, a nested structure (tuples, dicts) of tensors.
+        """Draw fresh inner problems: the estimator's state, a nested structure (tuples, dicts) of tensors.
 
         Where processes share a run, 0-d tensors are the same in all of them; the others have this process' rows.
         """
 
     @abc.abstractmethod
     def estimate(self, theta: Theta, state: Any, generator: torch.Generator) -> tuple[Theta, Any, Metrics]:
-        """One truncation: the gradient of the meta-loss by the names of θ, the next state, and as metrics at least
-        ``meta_loss``, ``lanes_masked``, ``lanes_broken`` (no finite loss at step 0) and ``inner_steps``; gradient and
-        metrics are those of all processes together."""
+        """Return, of one truncation, the gradient of the meta-loss by the names of θ, the next state, and as metrics at
+        least ``meta_loss``, ``lanes_masked``, ``lanes_broken`` (no finite loss at step 0) and ``inner_steps``; gradient
+        and metrics are those of all processes together."""

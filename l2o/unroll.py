@@ -45,7 +45,7 @@ from l2o.types import (
 
 
 def expand_theta(theta: Theta, lanes: int) -> Theta:
-    """One copy of θ a lane, ``[lanes, ...]``: fresh leaves, so that each lane gets a meta-gradient of its own."""
+    """Make one copy of θ a lane, ``[lanes, ...]``: fresh leaves, so that each lane gets a meta-gradient of its own."""
     return {name: t.detach().expand(lanes, *t.shape).clone() for name, t in theta.items()}
 
 
@@ -59,22 +59,22 @@ def sample_runs(
     """
     data = checked_sample(family, generator, len(horizon))
     params, buffers = checked_init(family, data, generator)
-    opt = _init(rule, theta, family, params)
+    opt = _init_opt(rule, theta, family, params)
     first_loss = torch.full(horizon.shape, torch.nan, dtype=next(iter(params.values())).dtype, device=horizon.device)
     return InnerState(data, params, buffers, opt, torch.zeros_like(horizon), horizon, first_loss)
 
 
 def init_state(rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState) -> InnerState:
-    """Lanes at step 0 get the optimizer state that ``theta`` (``[lanes, ...]``) begins with, as a function of it."""
+    """Return lanes at step 0, their optimizer state a function of ``theta`` (``[lanes, ...]``)."""
     if not rule.learned_init:
         return state
     at_start = state.step == 0
-    fresh = _init(rule, theta, family, state.params)
+    fresh = _init_opt(rule, theta, family, state.params)
     opt = tree_map(lambda new, old: torch.where(_along(at_start, new), new, old), fresh, state.opt)
     return state._replace(opt=opt)
 
 
-def _init(rule: UpdateRule, theta: Theta, family: TaskFamily, params: Params) -> OptState:
+def _init_opt(rule: UpdateRule, theta: Theta, family: TaskFamily, params: Params) -> OptState:
     infos = lane_infos(params, family.kinds)
 
     def init_one(theta: Theta, params: Params) -> Any:
@@ -84,7 +84,7 @@ def _init(rule: UpdateRule, theta: Theta, family: TaskFamily, params: Params) ->
 
 
 def in_dtype_of(params: Params, theta: Theta) -> Theta:
-    """θ as rules expect it, in the dtype of ``params``; derivatives pass, and come back in θ's own."""
+    """Return θ as rules expect it, in the dtype of ``params``; derivatives pass, and come back in θ's own."""
     dtype = next(iter(params.values())).dtype
     return {name: t.to(dtype) for name, t in theta.items()}
 
@@ -92,10 +92,10 @@ def in_dtype_of(params: Params, theta: Theta) -> Theta:
 def inner_step(
     rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, batch: Batch, second_order: bool = True
 ) -> tuple[InnerState, Tensor]:
-    """One inner training step of every lane: the new state, and the losses ``[lanes]`` before the update.
+    """Take one inner training step of every lane: the new state, and the losses ``[lanes]`` before the update.
 
     Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
-    A lane at its horizon stands still.
+    A lane at its horizon is frozen.
     """
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
     grads, buffers = checked_gradients(family, grads, buffers, state.data, batch)
@@ -109,7 +109,8 @@ def inner_step(
 def gradients(
     family: TaskFamily, state: InnerState, batch: Batch, second_order: bool = True
 ) -> tuple[Tensor, Buffers, Grads, Params]:
-    """Of all lanes: loss ``[lanes]``, new buffers, gradients, and the parameters as the leaves that these belong to."""
+    """Return, of all lanes: loss ``[lanes]``, new buffers, gradients, and the parameters as the leaves that these
+    belong to."""
     differentiable = torch.is_grad_enabled()
     closed = fused.gradient(family, state.params, state.buffers, state.data, batch)
     if closed is not None:
@@ -140,7 +141,7 @@ def gradients(
 def lane_losses(
     family: TaskFamily, params: Params, buffers: Buffers, data: TaskData, batch: Batch
 ) -> tuple[Tensor, Buffers]:
-    """Losses ``[lanes]``, in the dtype of ``params``, and new buffers.
+    """Return losses ``[lanes]``, in the dtype of ``params``, and new buffers.
 
     Raises `ConfigurationError` for a loss that `TaskFamily` does not allow, such as one that writes to its inputs.
     """
@@ -157,7 +158,7 @@ def lane_losses(
 def updates(
     rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor, kinds: Mapping[str, Kind]
 ) -> tuple[Updates, OptState]:
-    """Of all lanes, ``[lanes, ...]``: by the rule's kernel where it has one, else by its ``update``.
+    """Return those of all lanes, ``[lanes, ...]``: by the rule's kernel where it has one, else by its ``update``.
 
     loss: ``[lanes]``.    kinds: those of the family.
     """
@@ -189,7 +190,7 @@ def unroll(
     second_order: bool = True,
     valid_weight: float = 0.0,
 ) -> tuple[InnerState, Tensor]:
-    """``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``.
+    """Take ``steps`` inner steps of every lane on fresh training batches: the new state and losses ``[steps, lanes]``.
 
     valid_weight: of the loss on a fresh validation batch in each step's loss, beside the training loss.
     """
@@ -213,19 +214,20 @@ def _validation_loss(family: TaskFamily, state: InnerState, generator: torch.Gen
 
 
 def running(state: InnerState, steps: int) -> Tensor:
-    """Bool ``[steps, lanes]``: which of the next ``steps`` steps of each lane lie before its horizon."""
+    """Return a bool ``[steps, lanes]``: which of the next ``steps`` steps of each lane lie before its horizon."""
     ahead = torch.arange(steps, device=state.step.device).unsqueeze(1)
     return state.step + ahead < state.total_steps
 
 
 def detach(tree: Any) -> Any:
-    """The same nested structure, cut from the graph and contiguous, so that a saved copy is the same bit for bit."""
+    """Return the same nested structure, cut from the graph and contiguous, so that a saved copy is the same bit for
+    bit."""
     return tree_map(lambda x: x.detach().contiguous(), tree)
 
 
-def reset(state: InnerState, lanes: Tensor, fresh: Callable[[Tensor], InnerState]) -> InnerState:
-    """Replace the lanes in the mask ``lanes``, bool ``[lanes]``, by ``fresh(indices)``; waits for the device once."""
+def reset(state: InnerState, lanes: Tensor, new_runs: Callable[[Tensor], InnerState]) -> InnerState:
+    """Replace the lanes in the mask ``lanes``, bool ``[lanes]``, by ``new_runs(index)``; waits for the device once."""
     index = lanes.nonzero().squeeze(1)
     if len(index) == 0:
         return state
-    return cast(InnerState, tree_map(lambda old, new: old.index_copy(0, index, new), state, fresh(index)))
+    return cast(InnerState, tree_map(lambda old, new: old.index_copy(0, index, new), state, new_runs(index)))

@@ -9,7 +9,7 @@ from types import FrameType
 
 
 def stop_early(number: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does while torch is being imported; later `main_guard` says what is kept."""
+    """Do what Ctrl-C does while torch is being imported; later `main_guard` says what is kept."""
     print("\ninterrupted before anything was begun", file=sys.stderr, flush=True)
     os._exit(128 + number)
 

@@ -19,15 +19,14 @@ from typing import Any, TypeVar
 
 import torch
 
-import l2o.rules
 from l2o.bench.engine import Engine, measure, measure_checkpointing, measure_sharing
 from l2o.bench.share import measure_share
 from l2o.bench.steps import checked_shapes, measure_steps
-from l2o.checkpoints.store import load
+from l2o.checkpoints.store import known_rules, load
 from l2o.checks import check_each, check_float, check_int, lookup
 from l2o.disk import atomic_write, user_path
 from l2o.distributed import ranks
-from l2o.types import ConfigurationError, UpdateRule
+from l2o.types import ConfigurationError
 from meta_train.config.build import refused
 from meta_train.config.compose import config_path, if_interrupted, main_guard, open_settings, resolve_device, wrapped
 from meta_train.run.card import commit, hardware
@@ -39,7 +38,7 @@ T = TypeVar("T")
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     import hydra
 
     sys.argv[1:] = open_settings(sys.argv[1:], ["engines"])
@@ -100,7 +99,7 @@ def _sharing(config: Mapping[str, Any], device: str) -> Iterator[Record]:
 def _step(config: Mapping[str, Any], device: str) -> Iterator[Record]:
     check_each("threads", config["threads"], check_int)
     check_each("sources", config["sources"], lambda _, source: load(str(source)))
-    check_each("rules", config["rules"], lambda at, name: lookup(at, name, _RULES))
+    check_each("rules", config["rules"], lambda at, name: lookup(at, name, known_rules()))
     check_each("shapes", config["shapes"], checked_shapes)
     for network, threads in itertools.product(config["shapes"], config["threads"] or [None]):
         learned = config["sources"], config["rules"]
@@ -119,9 +118,6 @@ def _shares(tokens: int, threads: int | None) -> Record:
     return measure_share("default", tokens)
 
 
-_RULES: dict[str, type[UpdateRule]] = {name: getattr(l2o.rules, name) for name in l2o.rules.__all__}
-
-
 def _steps(
     sources: list[Any], rules: list[str], network: Any, threads: int | None, seconds: float, device: str
 ) -> list[Record]:
@@ -133,7 +129,7 @@ def _steps(
         torch.set_num_threads(threads)
     about = {"hardware": hardware(torch.device(device)), "load": _load()}
     learned = {source: load(source) for source in map(str, sources)}
-    fresh = {name: _RULES[name]() for name in rules}
+    fresh = {name: known_rules()[name]() for name in rules}
     learned |= {name: (rule, rule.init_theta(torch.Generator().manual_seed(0))) for name, rule in fresh.items()}
     found = measure_steps(learned, network, seconds, device)
     return [{**record, **about} for record in found]

@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
         print(_usage())

@@ -15,7 +15,7 @@ from meta_train.config.compose import if_interrupted, main_guard, wrapped, writi
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(
         prog="python -m meta_train.convert",
         description="Turn the meta-parameters of a learned optimizer that other code has written into a checkpoint: a "
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``, the value as in JSON (also True and False) or else a text; raises `ConfigurationError`."""
+    """Return ``NAME=VALUE``, the value as in JSON (also True and False) or else a text; raises `ConfigurationError`."""
     name, mark, value = text.partition("=")
     if not name or not mark:
         raise ConfigurationError(f"--set {text}: expected NAME=VALUE")
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run()
 
 

@@ -63,15 +63,15 @@ of their grid. The commands are on the cards.
 
 
 def model_cards() -> dict[Path, str]:
-    """The text of each model card by its path."""
+    """Return the text of each model card by its path."""
     return {
         ROOT / "pretrained" / name / "README.md": model_card(name, read_card(name), _others(name))
         for name in list_pretrained()
     }
 
 
-def shelf() -> str:
-    """The text of ``pretrained/README.md``."""
+def pretrained_readme() -> str:
+    """Return the text of ``pretrained/README.md``."""
     cards = {name: read_card(name) for name in _names()}
     notes = [f"- `{name}`: {note}" for name, card in cards.items() for note in card.get("notes", ())]
     return _SHELF.format(
@@ -80,21 +80,21 @@ def shelf() -> str:
 
 
 def which() -> str:
-    """A row for each shipped rule: what it is for."""
+    """Return a row for each shipped rule: what it is for."""
     cards = {name: read_card(name) for name in _names()}
     rows = [(_shown(name), card.get("for", "–"), card.get("not_for", "–")) for name, card in cards.items()]
     return table(("name", "take it for", "do not take it for"), rows)
 
 
 def figures() -> str:
-    """A row for each shipped rule: what it reaches, and what a step costs."""
+    """Return a row for each shipped rule: what it reaches, and what a step costs."""
     scores = {found["label"]: found for found in _json(SUITE)["optimizers"]}
     columns = ("name", "targets reached", "speed-up", "validation / Adam's", "diverged runs", "a step costs")
     return table(columns, [(_shown(name), *_figures(name, scores), _cost(name)) for name in _names()])
 
 
 def words() -> str:
-    """What each shipped rule with an alias misses and overfits on, one by one."""
+    """Return what each shipped rule with an alias misses and overfits on, one by one."""
     scores = {found["label"]: found for found in _json(SUITE)["optimizers"]}
     lines = []
     for name in aliases():
@@ -105,7 +105,7 @@ def words() -> str:
 
 
 def costs() -> str:
-    """Times of a step over fused AdamW's, by shapes, one thread."""
+    """Return times of a step over fused AdamW's, by shapes, one thread."""
     records = [r for r in _json(STEPS) if r["threads"] == 1]
     rules, shapes = (list(dict.fromkeys(r[key] for r in records)) for key in ("rule", "shapes"))
     ratios = {(r["rule"], r["shapes"]): f"{r['ratio_to_fused_adamw']:.1f}" for r in records}
@@ -114,7 +114,7 @@ def costs() -> str:
 
 
 def hardware() -> str:
-    """What the steps were measured on."""
+    """Return what the steps were measured on."""
     used = _json(STEPS)[0]["hardware"]
     return f"Measured on {used['cpu']}, {used['cores']} cores, torch {used['torch']}."
 
@@ -129,7 +129,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """``text`` with every block made anew. Raises `ConfigurationError` for a block that nothing makes."""
+    """Return ``text`` with every block made anew. Raises `ConfigurationError` for a block that nothing makes."""
     return _BLOCK.sub(lambda block: f"{block[1]}{_made(block[2], block[3])}\n{block[4]}", text)
 
 
@@ -142,10 +142,10 @@ def _made(kind: str, name: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """Every document that this command writes, as it has to be."""
+    """Return every document that this command writes, as it has to be."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     made = {path: filled(path.read_text("utf-8")) for path in pages}
-    return {**model_cards(), ROOT / "pretrained" / "README.md": shelf(), **made}
+    return {**model_cards(), ROOT / "pretrained" / "README.md": pretrained_readme(), **made}
 
 
 def _json(name: str) -> Any:
@@ -218,7 +218,7 @@ def _own_row(name: str, setting: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(
         prog="python -m meta_train.documents",
         description="Write what documents take from records: model cards, pretrained/README.md, tables of results.",
@@ -247,7 +247,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run()
 
 

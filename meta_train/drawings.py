@@ -92,7 +92,7 @@ DIAGRAMS: dict[str, Sequence[Box | Arrow]] = {"step": STEP, "network": NETWORK, 
 
 
 def diagram(parts: Sequence[Box | Arrow]) -> str:
-    """An SVG of boxes and arrows, readable on light and dark pages."""
+    """Return an SVG of boxes and arrows, readable on light and dark pages."""
     width = max(part.x + part.width for part in parts if isinstance(part, Box))
     height = max(part.y for part in parts if isinstance(part, Box)) + _HEIGHT
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-4 -4 {width + 8} {height + 8}" font-family="sans-serif">'
@@ -125,7 +125,8 @@ class Trained(NamedTuple):
 
 
 def train(noise: float, steps: int = STEPS, seed: int = 0) -> Trained:
-    """A perceptron on scikit-learn's digits by ``steered``, batches of 64; a share of the labels is drawn anew."""
+    """Train a perceptron on scikit-learn's digits by ``steered``, batches of 64; a share of the labels is drawn
+    anew."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(seed)
@@ -155,7 +156,8 @@ def train(noise: float, steps: int = STEPS, seed: int = 0) -> Trained:
 
 
 def singular_values(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Of a random matrix with a steep spectrum, over the largest, and of the direction that is made of it, ``[64]``."""
+    """Return those of a random matrix with a steep spectrum, over the largest, and of the direction that is made of it,
+    ``[64]``."""
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(64, 64, generator=generator))[0] for _ in range(2))
     matrix = left @ torch.diag(torch.logspace(0, -3, 64)) @ right
@@ -164,7 +166,7 @@ def singular_values(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def schedule(steps: int = STEPS) -> list[float]:
-    """The factor on the step over a run, without the controller, over its largest."""
+    """Return the factor on the step over a run, without the controller, over its largest."""
     rule, theta = load("steered")
     still = {"log_step": torch.zeros(())}
     sizes = [float(rule.size(theta, still, Run(torch.tensor(t), torch.tensor(steps), None))) for t in range(steps)]  # type: ignore[attr-defined]
@@ -172,7 +174,7 @@ def schedule(steps: int = STEPS) -> list[float]:
 
 
 def measured_png(steps: int = STEPS) -> bytes:
-    """Four panels: schedule, spectrum, controller, losses."""
+    """Draw four panels: schedule, spectrum, controller, losses."""
     figure = new_figure(11.0, 7.4)
     figure.get_layout_engine().set(h_pad=0.12)
     panels = figure.subplots(2, 2).ravel()
@@ -212,7 +214,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run()
 
 

@@ -48,7 +48,7 @@ OPEN = ("task", "settings")
 
 
 def read(arguments: Sequence[str]) -> list[str]:
-    """The command line as Hydra takes it.
+    """Read the command line as Hydra takes it.
 
     Other commands have experiments and suites too; those of this one lie in a folder of their own.
     """
@@ -57,7 +57,7 @@ def read(arguments: Sequence[str]) -> list[str]:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     import hydra
 
     command = shlex.join(["python", "-m", "meta_train.evaluate", *sys.argv[1:]])

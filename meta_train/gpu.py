@@ -92,7 +92,7 @@ class Run:
         _tidy(device)
 
     def finish(self) -> int:
-        """How many steps failed."""
+        """Return how many steps failed."""
         self.record["finished"] = True
         self._write()
         return sum(step["status"] == "failed" for step in self.record["steps"])
@@ -132,7 +132,7 @@ def _tidy(device: torch.device) -> None:
 
 
 def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
-    """All of them, what matters most and what is safest first."""
+    """Return all of them, what matters most and what is safest first."""
     for name, check in CHECKS.items():
         yield Step(f"check: {name}", 2.0, partial(check, device))
     sources = {name: load(name) for name in list_pretrained()}
@@ -154,7 +154,7 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
 
 
 def about(device: torch.device, small: bool) -> dict[str, Any]:
-    """What figures depend on."""
+    """Say what figures depend on."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -175,12 +175,12 @@ def about(device: torch.device, small: bool) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """As the driver has it; ``cpu`` of a CPU."""
+    """Return it as the driver has it; ``cpu`` of a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(prog="python -m meta_train.gpu", description=(__doc__ or "").partition(": ")[2])
     made.add_argument("--device", default="auto", help="cuda, cpu, or auto: the GPU where there is one")
     made.add_argument("--small", action="store_true", help="small sizes, which a CPU always gets")
@@ -209,7 +209,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     sys.exit(run())
 
 

@@ -42,7 +42,7 @@ _BLOCK = 50
 
 
 def cases(rules: list[str], names: list[str], seeds: int) -> Iterator[Record]:
-    """Every case with AdamW, and with each rule in each of ``MODES``."""
+    """Run every case with AdamW, and with each rule in each of ``MODES``."""
     for name in names:
         hazard = CASES[name]
         runs = [(ADAMW, ""), *product(rules, MODES)]
@@ -79,7 +79,7 @@ def _joined(found: list[Record]) -> Record:
 
 
 def false_alarms(rules: list[str], suite: str, names: list[str] | None = None) -> Iterator[Record]:
-    """Rules for use on the problems of a suite, guarded: there should be nothing to report."""
+    """Run rules for use on the problems of a suite, guarded: there should be nothing to report."""
     for setting, rule, mode in product(_settings(suite, names), rules, list(MODES)[1:]):
         begun = begin_family(setting.family, setting.seed)
         optimizer = LearnedOptimizer(begun.params, rule, total_steps=setting.steps, guard=True)
@@ -97,7 +97,7 @@ def _settings(suite: str, names: list[str] | None) -> list[Any]:
 
 
 def costs(rules: list[str], width: int) -> Iterator[Record]:
-    """A step with a guard over one without, on a perceptron of three layers of this width, in turn."""
+    """Measure a step with a guard over one without, on a perceptron of three layers of this width, in turn."""
     for rule in rules:
         steppers = [_stepper(rule, width, guard) for guard in (False, True)]
         times: list[tuple[float, ...]] = [tuple(step() for step in steppers) for _ in range(6)]
@@ -122,7 +122,8 @@ def _stepper(rule: str, width: int, guard: bool) -> Any:
 
 
 def ratio(record: Record, records: list[Record]) -> float:
-    """Its loss over AdamW's, geometric means over seeds; 0 where AdamW's is not finite, inf where its own is not."""
+    """Return its loss over AdamW's, geometric means over seeds; 0 where AdamW's is not finite, inf where its own is
+    not."""
     (adamw,) = [r for r in records if r["table"] == "cases" and r["rule"] == ADAMW and r["case"] == record["case"]]
     own, theirs = _mean(record["finals"]), _mean(adamw["finals"])
     return own if math.isinf(own) else own / theirs
@@ -133,7 +134,7 @@ def _mean(finals: list[float]) -> float:
 
 
 def page(records: list[Record], command: str) -> str:
-    """Tables in Markdown."""
+    """Return tables in Markdown."""
     of = {name: [r for r in records if r["table"] == name] for name in ("cases", "false alarms", "costs")}
     guarded = [r for r in of["cases"] if r["mode"] in list(MODES)[1:]]
     missed = [r for r in guarded if ratio(r, records) > WORST]
@@ -201,7 +202,7 @@ def _said(events: list[Record]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(prog="python -m meta_train.guard", description=(__doc__ or "").partition(": ")[2])
     made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for README.md and results.json")
     made.add_argument("--seeds", type=int, default=2)
@@ -215,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(given: argparse.Namespace) -> Iterator[Record]:
-    """All records."""
+    """Measure all records."""
     use = ["default", "light"]
     for suite in given.suites:
         yield from false_alarms(use, suite)
@@ -236,7 +237,7 @@ def check(given: argparse.Namespace) -> None:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     require("sklearn", "hydra")
     torch.set_num_threads(1)
     given = parser().parse_args()

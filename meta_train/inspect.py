@@ -30,7 +30,7 @@ _ROWS = 5
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(
         prog="python -m meta_train.inspect",
         description="What a rule does, as a picture and in words: momentum, schedule, effective learning rate, "
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 
 def find(source: str, rules: Sequence[type[UpdateRule]], seed: int) -> tuple[UpdateRule, Theta]:
-    """A rule by the name of its class, with θ as it is initialised, or a checkpoint."""
+    """Find a rule by the name of its class, with θ as it is initialised, or a checkpoint."""
     known = known_rules(rules)
     if source not in known:
         return load(source, rules=rules)
@@ -80,14 +80,14 @@ def find(source: str, rules: Sequence[type[UpdateRule]], seed: int) -> tuple[Upd
 
 
 def print_findings(found: Sequence[Finding]) -> None:
-    """A line each."""
+    """Print a line each."""
     width = max(len(f.answer) for f in found)
     for f in found:
         print(wrapped(f"{f.topic:<10} {f.answer:<{width}} {f.number:>9.3g}  {f.sentence}", 10 + width + 13))
 
 
 def print_rates(inspection: Inspection) -> None:
-    """Effective learning rates at a few steps, beside Adam's."""
+    """Print effective learning rates at a few steps, beside Adam's."""
     columns = ("step", "loss", "rms(u)/rms(g)", "-<u,g>/<g,g>", f"Adam, lr {ADAM_LR:g}", "-<u,g>/<g,g>")
     print(f"\n{columns[0]:>5}" + "".join(f"{column:>15}" for column in columns[1:]))
     run, adam = inspection.run, inspection.adam
@@ -98,7 +98,7 @@ def print_rates(inspection: Inspection) -> None:
 
 
 def print_sensitivity(inspection: Inspection) -> None:
-    """Inputs, the strongest first."""
+    """Print inputs, the strongest first."""
     print("\ninput               relative change of the update over that of the input")
     for name, value in sorted(inspection.sensitivity.items(), key=lambda item: -item[1]):
         print(f"{name:<19} {value:.3g}")
@@ -107,7 +107,7 @@ def print_sensitivity(inspection: Inspection) -> None:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run()
 
 

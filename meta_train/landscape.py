@@ -30,7 +30,7 @@ USUAL: dict[str, Entrant] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(
         prog="python -m meta_train.landscape",
         description="Paths of optimizers over functions of two parameters, and over a slice through the loss of a "
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run()
 
 

@@ -44,7 +44,7 @@ the hyperparameters of their defaults (18: and a `ByKind` of two).
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(
         prog="python -m meta_train.libraries",
         description="Check the plug-in in the real libraries that are installed.",
@@ -56,12 +56,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shipped() -> dict[str, UpdateRule]:
-    """Every rule that stands by itself, with the hyperparameters of its defaults."""
+    """Return every rule that stands by itself, with the hyperparameters of its defaults."""
     return {name: getattr(l2o.rules, name)() for name in l2o.rules.__all__}
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """What the command does; its exit status."""
+    """Do what the command does; return its exit status."""
     options = parser().parse_args(arguments)
     out = None if options.out is None else user_path(options.out, "--out")
     for library in options.only or ():
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     raise SystemExit(run())
 
 

@@ -12,7 +12,7 @@ from meta_train.config.compose import main_guard, wrapped
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     description = (__doc__ or "").partition(": ")[2]
     argparse.ArgumentParser(prog="python -m meta_train.list", description=description).parse_args()
     for title, lines in _lists().items():

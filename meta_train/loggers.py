@@ -207,7 +207,7 @@ class Terminal:
         self._began = self._said = time.monotonic()
 
     def advance(self, step: int, meta_loss: float, rate: float) -> None:
-        """meta_loss: mean of the last steps, NaN where there is none.     rate: inner steps a second."""
+        """Show a step.  meta_loss: mean of the last steps, NaN where there is none.     rate: inner steps a second."""
         text = f"meta-loss {meta_loss:.4g}  {rate:,.0f} inner steps/s"
         self._bar.update(self._task, completed=step, description=text)
         now = time.monotonic()
@@ -226,7 +226,7 @@ class Terminal:
 
 
 def duration(seconds: float) -> str:
-    """``90 s`` up to two minutes, then ``3 min``, ``1 h 05 min``."""
+    """Return ``90 s`` up to two minutes, then ``3 min``, ``1 h 05 min``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = math.ceil(seconds / 60)

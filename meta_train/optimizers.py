@@ -26,7 +26,7 @@ SCHEDULES = {"constant": None, "warmup_cosine": cosine, "cosine": half_cosine, "
 
 
 def judged(config: Any) -> dict[str, Entrant]:
-    """The optimizers of ``optimizers``, or else of ``source``, by their names in a comparison.
+    """Return the optimizers of ``optimizers``, or else of ``source``, by their names in a comparison.
 
     Each is a pretrained name, a checkpoint's path or address; the import path of a torch optimizer, such as
     ``torch.optim.AdamW`` or ``my_module:MyOptimizer``; or a mapping with ``path`` (of an optimizer), and of ``label``,
@@ -73,7 +73,7 @@ def _is_import_path(text: str) -> bool:
 
 
 def torch_entrant(label: str, said: Mapping[str, Any]) -> TorchEntrant:
-    """The torch optimizer that a mapping describes, see `judged`; untuned unless it has ``rates``."""
+    """Return the torch optimizer that a mapping describes, see `judged`; untuned unless it has ``rates``."""
     settings = dict(said)
     path, schedule = settings.pop("path", None), settings.pop("schedule", "constant")
     if not isinstance(path, str):
@@ -110,7 +110,7 @@ def check(entrants: Iterable[Entrant]) -> None:
 
 
 def describe(entrant: Entrant) -> str:
-    """What an optimizer is, in a line of a report."""
+    """Return what an optimizer is, in a line of a report."""
     if isinstance(entrant, RuleEntrant):
         return f"{entrant.rule!r}, size of θ: {sum(t.numel() for t in entrant.theta.values()):,}"
     return repr(entrant.rule) if isinstance(entrant, Baseline) else repr(getattr(entrant, "make", entrant))

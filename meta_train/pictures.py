@@ -20,7 +20,7 @@ LEAST = 50
 
 
 def read_rows(folder: Path) -> Rows:
-    """The records of a run. Raises `ConfigurationError` for a folder that is none, or that has none yet."""
+    """Return the records of a run. Raises `ConfigurationError` for a folder that is none, or that has none yet."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ConfigurationError(f"run={folder}: no metrics.jsonl in it; name the folder of a run of meta_train")
@@ -46,7 +46,7 @@ def draw(folder: Path) -> Path:
 
 
 def differing_settings(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Settings that are not the same in all runs, by dotted name, then by run."""
+    """Return settings that are not the same in all runs, by dotted name, then by run."""
     flat = {name: dict(_leaves(_config(folder))) for name, folder in folders.items()}
     keys = dict.fromkeys(key for settings in flat.values() for key in settings)
     values = {key: {name: settings.get(key) for name, settings in flat.items()} for key in keys if key != "run"}

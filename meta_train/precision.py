@@ -54,13 +54,13 @@ _NETWORK = 4 * [(1120, 1120), (1120,)]
 
 
 def source(name: str) -> Any:
-    """A checkpoint's name, or Adam at its usual rate."""
+    """Return a checkpoint's name, or Adam at its usual rate."""
     rule = Adam()
     return (rule, rule.init_theta(torch.Generator())) if name == "Adam" else name
 
 
 def curves(steps: int, seeds: int) -> Iterator[Record]:
-    """Every problem, optimizer and precision of state, each with a record of the mean losses of all its seeds."""
+    """Run every problem, optimizer and precision of state, each with a record of the mean losses of all its seeds."""
     made = problems(steps)
     for problem, name, state in product(made, SOURCES, STATES):
         begun, length = made[problem]
@@ -69,7 +69,8 @@ def curves(steps: int, seeds: int) -> Iterator[Record]:
 
 
 def problems(steps: int) -> dict[str, tuple[Callable[[int], Begun], int]]:
-    """A run of each problem, from its seed, and its steps: the perceptron, whose losses come near 0, has a third."""
+    """Return a run of each problem, from its seed, and its steps: the perceptron, whose losses come near 0, has a
+    third."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(config_path(), version_base="1.3"):
@@ -91,7 +92,7 @@ def _curve(begun: Begun, steps: int, name: str, state: str) -> list[float]:
 
 @contextlib.contextmanager
 def rounding(state: str) -> Iterator[None]:
-    """The rounding of one of ``STATES``."""
+    """Use the rounding of one of ``STATES``."""
 
     def to_nearest(x: Tensor, noise: Tensor) -> Tensor:
         return x.to(torch.bfloat16)
@@ -102,7 +103,7 @@ def rounding(state: str) -> Iterator[None]:
 
 
 def costs() -> Iterator[Record]:
-    """Bytes of state a parameter, and time of a step, on a perceptron of 5 million parameters."""
+    """Measure bytes of state a parameter, and time of a step, on a perceptron of 5 million parameters."""
     module = nn.ParameterList(0.02 * torch.randn(shape) for shape in _NETWORK)
     states = list(STATES)[:2]
     makers = {
@@ -121,7 +122,7 @@ def costs() -> Iterator[Record]:
 
 
 def page(records: list[Record], command: str) -> str:
-    """Tables in Markdown."""
+    """Return tables in Markdown."""
     about, found = records[0], [r for r in records if r["table"] == "curves"]
     of = {(r["problem"], r["optimizer"], r["state"]): r["losses"] for r in found}
     seeds = len(found[0]["losses"])
@@ -168,7 +169,7 @@ def _cost_table(found: list[Record]) -> str:
 
 
 def picture(found: list[Record]) -> bytes:
-    """A PNG: a panel for each problem and optimizer, a line for each precision, means over seeds."""
+    """Draw a PNG: a panel for each problem and optimizer, a line for each precision, means over seeds."""
     panels = list(dict.fromkeys((r["problem"], r["optimizer"]) for r in found))
     at = torch.linspace(1 / _WINDOWS, 1, _WINDOWS)
     figure = new_figure(3.6 * len(SOURCES), 5.6)
@@ -188,7 +189,7 @@ def picture(found: list[Record]) -> bytes:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     said = (__doc__ or "").partition(": ")[2]
     made = argparse.ArgumentParser(prog="python -m meta_train.precision", description=said)
     made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for README.md, results.json, a PNG")
@@ -199,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     require("sklearn", "hydra", "matplotlib")
     torch.set_num_threads(1)
     given = parser().parse_args()

@@ -57,7 +57,7 @@ def _print_table(errors: Sequence[TensorError]) -> None:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     sys.exit(run())
 
 

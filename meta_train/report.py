@@ -86,7 +86,7 @@ def _summary(rows: Rows) -> str:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(sys.argv[1:])
 
 

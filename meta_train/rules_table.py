@@ -44,7 +44,7 @@ again that do not need all recorded runs. Each rule has the hyperparameters of i
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     made = argparse.ArgumentParser(
         prog="python -m meta_train.rules_table",
         description="Compute what is known of every rule: replays of recorded runs, meta-gradients, the plug-in.",
@@ -93,14 +93,14 @@ def _folders() -> list[Path]:
 
 
 def published() -> dict[str, Replays]:
-    """What docs/rules.md, which a wheel has, says of the recorded runs, which it has not; by rule."""
+    """Return what docs/rules.md, which a wheel has, says of the recorded runs, which it has not; by rule."""
     text = (resource(Path(__file__).resolve().parent, "docs") / "rules.md").read_text("utf-8")
     found = re.findall(r"^\| `(\w+)` .*? \| (\S+) / (\S+) \((\d+) runs?\) \|", text, re.M)
     return {rule: Replays(float(params), float(step), int(runs)) for rule, params, step, runs in found}
 
 
 def print_lines(rows: Sequence[Row]) -> None:
-    """A line for each rule: what the document has, but for words and names."""
+    """Print a line for each rule: what the document has, but for words and names."""
     print(_LINE.format("rule", "size of θ", "replay", "TBPTT", "PES", "plug-in"))
     for each in rows:
         rule, _, size, replay, tbptt, pes, _, plugin = cells(each)
@@ -108,7 +108,7 @@ def print_lines(rows: Sequence[Row]) -> None:
 
 
 def document(rows: Sequence[Row]) -> str:
-    """The content of docs/rules.md."""
+    """Return the content of docs/rules.md."""
     return _TEXT.format(
         runs=sum(row.replays.runs for row in rows if row.replays),
         copies=len(list(COPIES.glob("*.npz"))),
@@ -122,7 +122,7 @@ def document(rows: Sequence[Row]) -> str:
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     raise SystemExit(run())
 
 

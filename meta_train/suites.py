@@ -22,12 +22,13 @@ _COMMON = ("steps", "seeds", "seed", "window", "timeout")
 
 
 def make_suite(config: DictConfig) -> Suite:
-    """The tasks of a configuration, under the name and version that its suite has."""
+    """Return the tasks of a configuration, under the name and version that its suite has."""
     return Suite(str(config.name), int(config.version), tuple(make_settings(config).values()))
 
 
 def make_store(config: DictConfig, out: Path) -> Store:
-    """What was run before: of a suite, the shipped curves, and those of its own folder, to which new ones are added."""
+    """Return what was run before: of a suite, the shipped curves, and those of its own folder, to which new ones are
+    added."""
     if config.store is None and not config.version:
         return Store(out / "store")
     folder = f"runs/suite-{config.name}" if config.store is None else str(config.store)
@@ -36,7 +37,7 @@ def make_store(config: DictConfig, out: Path) -> Store:
 
 
 def shipped_curves(name: str) -> Path | None:
-    """The folder of the curves of baselines that travel with l2o; None for a suite without."""
+    """Return the folder of the curves of baselines that travel with l2o; None for a suite without."""
     try:
         folder = resource(Path(__file__).resolve().parent, "benchmarks") / "suite" / name
     except L2OError:
@@ -45,7 +46,7 @@ def shipped_curves(name: str) -> Path | None:
 
 
 def make_settings(config: DictConfig) -> dict[str, Setting]:
-    """The settings of a configuration: the task as it stands, or each of ``settings`` with what it overrides."""
+    """Return the settings of a configuration: the task as it stands, or each of ``settings`` with what it overrides."""
     from omegaconf import OmegaConf
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -18,7 +18,7 @@ from meta_train.config.compose import config_path, main_guard, open_settings
 from meta_train.loggers import duration
 from meta_train.pictures import LEAST, PICTURE, draw
 from meta_train.run.folder import Request, RunFolder
-from meta_train.run.processes import Follower, agreed, joined, wait_for_all
+from meta_train.run.processes import Worker, agreed, joined, wait_for_all
 from meta_train.run.session import Session
 from meta_train.run.signals import StopRequest
 
@@ -28,7 +28,7 @@ OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", r"evaluation
 
 @main_guard
 def main() -> None:
-    """The command."""
+    """Run the command."""
     sys.argv[1:] = open_settings(sys.argv[1:], OPEN)
     composed: list[tuple[DictConfig, Any]] = []
 
@@ -54,7 +54,7 @@ def run_job(config: DictConfig, context: Any) -> None:
 
 
 def read_request(config: DictConfig, context: Any) -> Request:
-    """What Hydra composed, and which of it the command line said.  context: Hydra's own configuration."""
+    """Return what Hydra composed, and which of it the command line said.  context: Hydra's own configuration."""
     overrides = list(context.overrides.task)
     explicit = tuple(override.key_or_group for override in OverridesParser.create().parse_overrides(overrides))
     choices = {group: name for group, name in context.runtime.choices.items() if "/" not in group}
@@ -92,29 +92,29 @@ def train(request: Request) -> int:
     return 128 + stopped if stopped else 0
 
 
-def _loop(session: Session | Follower, stop: StopRequest) -> int:
+def _loop(session: Session | Worker, stop: StopRequest) -> int:
     """Outer steps until all are done; or until a signal to stop, whose number it returns."""
-    config, stopped = session.config, agreed(stop.number)
-    while session.step < config["steps"] and not stopped:
-        if config["evaluate_every"] and session.step and session.step % config["evaluate_every"] == 0:
+    plan, stopped = session.plan, agreed(stop.number)
+    while session.step < plan.steps and not stopped:
+        if plan.evaluate_every and session.step and session.step % plan.evaluate_every == 0:
             session.evaluate()
         session.outer_step()
-        if session.step % config["checkpoint_every"] == 0 and session.step < config["steps"]:
+        if session.step % plan.checkpoint_every == 0 and session.step < plan.steps:
             session.save()
         stopped = agreed(stop.number)
     session.save()
     return stopped
 
 
-def _finish(session: Session | Follower) -> None:
-    if session.config["evaluate_every"]:
+def _finish(session: Session | Worker) -> None:
+    if session.plan.evaluate_every:
         session.evaluate()
     else:
         session.save_checkpoint()
 
 
 def _finished(session: Session) -> str:
-    steps = session.config["steps"]
+    steps = session.plan.steps
     return (
         f"run={session.folder.path} is finished, all {session.step} outer steps, and nothing was trained\n"
         f"checkpoint: {session.checkpoint}\n"
@@ -150,7 +150,7 @@ def _picture(session: Session) -> str:
 
 
 def _best(session: Session) -> str:
-    if not session.config["evaluate_every"]:
+    if not session.plan.evaluate_every:
         return ""
     best = session.best
     if not best.kept:

@@ -36,6 +36,7 @@ VARIANTS = {
         activation="tanh", exp_mult=0.1, bias_correction=True, param_scale=True, weight_decay=0.1, adam=("embedding",)
     ),
     "Steered-eigenbasis": Steered(direction="eigenbasis", period=2),
+    "Steered-turned": Steered(direction="eigenbasis", period=2, turned=64, widest=8),
     "Steered-normalized": Steered(direction="normalized", fan_in=0.3),
     "Steered-adam": Steered(direction="adam"),
     "Steered-mlp": Steered(controller="mlp"),

@@ -7,6 +7,7 @@ from torch.func import vmap
 
 from l2o.ops.eigenbasis import init_basis, is_due, whiten
 from l2o.ops.kinds import infos_of
+from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
 from l2o.types import Run
 
@@ -105,6 +106,34 @@ def test_wide_matrices_are_orthogonalised():
         "adam",
         "adam",
     ]
+
+
+def test_short_vectors_are_turned_and_keep_their_size():
+    rule = Steered(direction="eigenbasis", turned=6)
+    shapes = ((6,), (1, 6), (6, 1), (7,), (1,), ())
+    assert [rule.path(shape) for shape in shapes] == [*["eigenbasis"] * 3, *["adam"] * 3]
+    assert Steered(turned=6).path((6,)) == "adam"
+
+
+@pytest.mark.parametrize("turned", [0, 8])
+def test_a_turned_vector_gets_down_a_bowl_that_lies_askew(turned):
+    """Of condition 1e4. Adam's steps go along axes, of which none is the bowl's."""
+    basis, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator(), dtype=torch.float64))
+    bowl = basis @ torch.diag(torch.logspace(-4, 0, 8, dtype=torch.float64)) @ basis.mT
+    x = {"x": torch.ones(8, dtype=torch.float64)}
+    optimizer = LearnedOptimizer([x["x"].requires_grad_()], turned_rule(turned), total_steps=400)
+    first = 0.5 * x["x"] @ bowl @ x["x"]
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss = 0.5 * x["x"] @ bowl @ x["x"]
+        loss.backward()
+        optimizer.step()
+    assert (loss / first < 1e-7) == (turned > 0)
+
+
+def turned_rule(turned):
+    rule = Steered(direction="eigenbasis", turned=turned, lr=0.01, power=2.0)
+    return rule, rule.init_theta(generator())
 
 
 @pytest.mark.parametrize(("power", "factor"), [(0.0, 1.0), (1.0, 0.1), (2.0, 0.01)])

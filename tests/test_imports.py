@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 
 import l2o.rules
 import l2o.tasks
+from l2o.checks import listed
 from l2o.types import TaskFamily, UpdateRule
 from meta_train.config.groups import enter_classes
 
@@ -224,18 +225,23 @@ def _listed(package: object) -> list[type]:
     return [member for member in members if isinstance(member, type)]
 
 
+def test_one_line_lists_a_class() -> None:
+    names = {"mine": l2o.rules.SGD, "SHORT": l2o.rules.MLP, "UpdateRule": UpdateRule, "Scheduled": l2o.rules.Scheduled}
+    assert listed(names | {"other": 3}, UpdateRule, apart=[l2o.rules.Scheduled]) == ["SHORT", "mine"]
+
+
 def test_the_lists_are_complete() -> None:
     assert {"SGD", "Momentum", "RMSProp", "AdaGrad", "Adam", "LSTM", "MLP"} <= set(l2o.rules.__all__)
     assert {"Quadratic", "ImageMLP", "ModuleTask"} <= set(l2o.tasks.__all__)
 
 
 @pytest.mark.parametrize(
-    ("listed", "base"),
+    ("cls", "base"),
     [(cls, UpdateRule) for cls in _listed(l2o.rules)] + [(cls, TaskFamily) for cls in _listed(l2o.tasks)],
 )
-def test_listed_classes_are_frozen_dataclasses_with_a_docstring(listed: type, base: type) -> None:
-    assert issubclass(listed, base)
-    assert listed.__dataclass_params__.frozen  # type: ignore[attr-defined]
+def test_listed_classes_are_frozen_dataclasses_with_a_docstring(cls: type, base: type) -> None:
+    assert issubclass(cls, base)
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     # A dataclass without a docstring is given its signature for one.
-    assert listed.__doc__
-    assert not listed.__doc__.startswith(f"{listed.__name__}(")
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}(")

@@ -148,7 +148,7 @@ def test_decoupled_weight_decay_of_star_is_its_decay() -> None:
 def moment_of(rule: UpdateRule, steps: int = 12):
     theta = random_theta(rule)
     single = {k: t.float() for k, t in theta.items()}
-    return theta, record(rule, single, TINY, steps, generator(), lanes=1, keep=[10]).moments[10]
+    return theta, record(rule, single, TINY, steps, generator(), lanes=1, keep=[10]).inputs[10]
 
 
 @pytest.mark.parametrize("rule", [MLP(), Adam(), SMALL["Celo"]], ids=["MLP", "Adam", "Celo"])
@@ -197,8 +197,8 @@ def test_a_recorded_run_is_the_run(rule: UpdateRule) -> None:
         state, losses = unroll(rule, lanes, TINY, state, 7, g)
     torch.testing.assert_close(run.losses[:7], losses)
     first = tree_map(lambda x: x[0].double(), (state.opt, state.params))
-    torch.testing.assert_close((run.moments[7].state, run.moments[7].params), first)
-    assert int(run.moments[7].run.step) == 7
+    torch.testing.assert_close((run.inputs[7].state, run.inputs[7].params), first)
+    assert int(run.inputs[7].run.step) == 7
 
 
 def test_a_run_that_diverges_is_an_error() -> None:

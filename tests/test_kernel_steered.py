@@ -20,11 +20,12 @@ SHAPES |= {"tall": (900, 70), "same": (900, 70)}  # of several blocks
 RULES = {
     "orthogonal": Steered(),
     "eigenbasis": Steered(direction="eigenbasis", period=2, widest=64),
+    "turned": Steered(direction="eigenbasis", period=2, widest=64, turned=6),
     "normalized": Steered(direction="normalized", fan_in=0.3),
     "adam": Steered(direction="adam"),
     "uncontrolled": Steered(controller="none", schedule="constant"),
 }
-AMPLIFIED = {"eigenbasis": 3e-4}
+AMPLIFIED = {"eigenbasis": 3e-4, "turned": 3e-4}
 """How far parameters may lie apart: in a basis of few gradients rounding has a say, which second moments amplify."""
 every_direction = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 

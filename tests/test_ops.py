@@ -95,7 +95,7 @@ def test_lstm_cell_equals_torch():
 
 
 @pytest.mark.parametrize("block", [1, 4, 1000])
-def test_over_entries_does_not_depend_on_the_block(block, monkeypatch):
+def test_a_coordinatewise_network_does_not_depend_on_the_block(block, monkeypatch):
     monkeypatch.setattr(networks, "BLOCK", block)
     calls = []
 
@@ -104,7 +104,7 @@ def test_over_entries_does_not_depend_on_the_block(block, monkeypatch):
         return x.sum(0, keepdim=True) + y, 2 * y
 
     inputs = {str(n): (torch.randn(3, n), torch.randn(1, n)) for n in (2, 0, 9, 1)}
-    outputs = networks.over_entries(network, inputs)
+    outputs = networks.apply_coordinatewise(network, inputs)
     assert list(outputs) == list(inputs)
     assert max(calls) <= max(block, 12)
     for name, (x, y) in inputs.items():

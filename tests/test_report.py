@@ -88,9 +88,9 @@ def test_the_best_trial_has_the_lowest_seed_mean_and_has_lost_no_seed():
 def test_a_score_is_that_of_the_best_trial_and_says_where_it_lies():
     train = np.array([[[9.0, 9.0, 9.0]], [[3.0, 1.0, 2.0]]])
     trials = Trials("three", (0.1, 1.0, 10.0), train, 10 * train[1:], [2], 0.0)
-    best = score(trials, window=1)
+    best = score(trials, smoothing=1)
     assert (best.rate, best.mean, best.valid.tolist(), best.trials, best.at_edge) == (1.0, 1.0, [10.0], 3, False)
-    assert score(trials._replace(train=train[..., ::-1].cumsum(2)), window=1).at_edge
+    assert score(trials._replace(train=train[..., ::-1].cumsum(2)), smoothing=1).at_edge
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_what_needs_whole_tensors_says_so() -> None:
     assert needs == {
         "Steered",
         "Steered-eigenbasis",
+        "Steered-turned",
         "Steered-mlp",
         "Steered-lstm",
         "Steered-uncontrolled",

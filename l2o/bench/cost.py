@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 def optimizer_costs(
     learned: Mapping[str, tuple[UpdateRule, Theta]], device: torch.device | str = "cpu"
 ) -> dict[str, Cost]:
-    """Plug-ins, fused AdamW and Adam on a perceptron of a million parameters, by name.
+    """Measure plug-ins, fused AdamW and Adam on a perceptron of a million parameters, by name.
 
     learned: rules with their θ, by name.
     """
@@ -61,7 +61,7 @@ def optimizer_costs(
 
 
 def plug_in(rule: UpdateRule, theta: Theta, params: list[nn.Parameter]) -> LearnedOptimizer:
-    """For a run that is long enough for a kernel of the rule, if it has one."""
+    """Return a plug-in for a run that is long enough for a kernel of the rule, if it has one."""
     entries = sum(p.numel() for p in params)
     return LearnedOptimizer(params, (rule, theta), total_steps=max(10_000, math.ceil(WORTH_A_KERNEL / entries)))
 
@@ -98,20 +98,20 @@ class Stepping:
         self._cpu_seconds: list[float] = []
 
     def step(self) -> None:
-        """One step, to its end."""
+        """Take one step, to its end."""
         for optimizer in self._optimizers:
             optimizer.step(lambda: 1.0)  # a loss, which some rules read
         wait(self._device)
 
     def timed_step(self) -> None:
-        """One step whose time counts."""
+        """Take one step whose time counts."""
         began, cpu_began = time.perf_counter(), time.thread_time()
         self.step()
         self._cpu_seconds.append(time.thread_time() - cpu_began)
         self._seconds.append(time.perf_counter() - began)
 
     def cost(self) -> Cost:
-        """Of the steps so far, and of one more, whose memory is watched."""
+        """Return the cost of the steps so far, and of one more, whose memory is watched."""
         entries = sum(p.numel() for p in self._params)
         alone = self._device.type == "cpu" and torch.get_num_threads() == 1
         scratch = scratch_bytes(self.step, self._device)
@@ -140,7 +140,7 @@ def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
 
 
 def wait(device: torch.device | str) -> None:
-    """Until the device has done what it was asked to."""
+    """Wait until the device has done what it was asked to."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -58,7 +58,7 @@ class Engine:
         check_int("lanes", self.lanes)
 
     def estimator(self) -> MetaGradient:
-        """Of the setup."""
+        """Return that of the setup."""
         settings: dict[str, Any] = {"lanes": self.lanes, "horizon": HORIZON, "truncation": TRUNCATION}
         make: Any = {"pes": Evolution, "tbptt": Backprop}[self.setup]
         made: MetaGradient = make(RULES[self.rule], FAMILY, **settings)
@@ -66,7 +66,7 @@ class Engine:
 
 
 def measure(engine: Engine, seconds: float, device: str, began: float) -> dict[str, Any]:
-    """A record of one setup; to be called first thing in a process of its own, whose memory it reports.
+    """Measure a record of one setup; to be called first thing in a process of its own, whose memory it reports.
 
     seconds: of each of five blocks of outer steps; rates are the medians of blocks.
     began: `time.time()` when the process was started; the first outer step is counted from there.
@@ -108,7 +108,8 @@ def _in_turn(work: Mapping[str, Callable[[], Any]], seconds: float, device: str)
 
 
 def seconds_a_call(work: Callable[[], Any], seconds: float, device: str) -> float:
-    """Seconds of one call of ``work``, in the mean of a block that takes ``seconds``, after one that is not counted."""
+    """Return seconds of one call of ``work``, in the mean of a block that takes ``seconds``, after one that is not
+    counted."""
     work()
     wait(device)
     calls, start = 0, time.perf_counter()
@@ -197,7 +198,7 @@ def _plain_unroll(rule: UpdateRule, theta: Theta, module: nn.Module, generator: 
 
 
 def measure_checkpointing(steps: int, checkpoint: bool, device: str) -> dict[str, Any]:
-    """Memory and time of one meta-gradient through ``steps`` steps of 8 lanes; in a process of its own."""
+    """Measure memory and time of one meta-gradient through ``steps`` steps of 8 lanes; in a process of its own."""
     generator = torch.Generator(device).manual_seed(0)
     rule = RULES["mlp"]
     theta = rule.init_theta(generator)
@@ -221,7 +222,7 @@ def measure_checkpointing(steps: int, checkpoint: bool, device: str) -> dict[str
 
 
 def measure_sharing(lanes: int, seconds: float, device: str) -> dict[str, Any]:
-    """A record of PES with ``lanes`` lanes shared by all processes: speed, and what an outer step sends."""
+    """Measure a record of PES with ``lanes`` lanes shared by all processes: speed, and what an outer step sends."""
     generator = torch.Generator(device).manual_seed(0)
     engine = Engine("pes", "mlp", lanes)
     rule = RULES[engine.rule]

@@ -38,18 +38,19 @@ Advance = Callable[[], InnerState]
 
 
 def engine(setup: str, lanes: int, seconds: float, device: torch.device) -> Figures:
-    """`measure`, and the memory of the device."""
+    """Return what `measure` does, and the memory of the device."""
     figures = measure(Engine(setup, "mlp", lanes), seconds, str(device), time.time())
     return {**figures, "peak_mb": peak_mb(device)}
 
 
 def peak_mb(device: torch.device) -> float:
-    """Of the device since it was last reset, in MB (10^6 bytes); of the process, where that is the CPU."""
+    """Return the peak of the device since it was last reset, in MB (10^6 bytes); of the process, where that is the
+    CPU."""
     return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory_mb()
 
 
 def inner_steps(variant: str, lanes: int, seconds: float, device: torch.device) -> Figures:
-    """Inner steps a second on one batch, without derivatives with respect to θ, in one of ``VARIANTS``.
+    """Measure inner steps a second on one batch, without derivatives with respect to θ, in one of ``VARIANTS``.
 
     error: of the parameters after five steps, beside those of ``torch``.
     """
@@ -71,13 +72,13 @@ def _five_steps(variant: str, lanes: int, device: torch.device) -> tuple[InnerSt
 
 
 def with_kernels(work: Callable[[], Figures]) -> Figures:
-    """``work`` with kernels also where they have to be asked for: those in Triton, on a GPU."""
+    """Do ``work`` with kernels also where they have to be asked for: those in Triton, on a GPU."""
     with patch.dict(os.environ, L2O_KERNELS="1"):
         return work()
 
 
 def with_large_blocks(work: Callable[[], Figures]) -> Figures:
-    """``work`` with 2^20 entries at once through the networks of rules, 16 times as many as on a CPU."""
+    """Do ``work`` with 2^20 entries at once through the networks of rules, 16 times as many as on a CPU."""
     with patch.object(networks, "BLOCK", 1 << 20):
         return work()
 
@@ -155,7 +156,8 @@ VARIANTS: dict[str, Callable[[int, torch.device], Advance]] = {
 
 
 def step(source: tuple[UpdateRule, Theta], network: str | Shapes, device: torch.device) -> Figures:
-    """A step of a rule on one of `NETWORKS`, beside those of torch.  beside: nanoseconds of theirs, a parameter."""
+    """Measure a step of a rule on one of `NETWORKS`, beside those of torch.  beside: nanoseconds of theirs, a
+    parameter."""
     own, *others = measure_steps({"own": source}, network, 0.0, str(device))
     beside = {other["rule"]: other["wall_ns_per_parameter"] for other in others}
     return {**own, "ms": own["wall_ns_per_parameter"] * own["parameters"] / 1e6, "beside": beside}

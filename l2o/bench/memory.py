@@ -16,7 +16,7 @@ _PROC = Path("/proc/self")
 
 
 def peak_memory_mb() -> float:
-    """Of this process so far: the largest resident set, in MB (10^6 bytes); NaN on Windows."""
+    """Return that of this process so far: the largest resident set, in MB (10^6 bytes); NaN on Windows."""
     # Linux hands `ru_maxrss` on from the process that started this one; the address space's own mark begins at nought.
     with contextlib.suppress(OSError, StopIteration):
         lines = (_PROC / "status").read_text("utf-8").splitlines()
@@ -30,7 +30,8 @@ def peak_memory_mb() -> float:
 
 
 def scratch_bytes(work: Callable[[], Any], device: torch.device) -> float | None:
-    """By how much memory rises while ``work``, which has been done before, is done; None where nobody keeps count.
+    """Measure by how much memory rises while ``work``, which has been done before, is done; None where nobody keeps
+    count.
 
     Of a CPU it is the resident set, in whole pages, whose mark begins anew from here.
     """

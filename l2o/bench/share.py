@@ -39,7 +39,7 @@ class Decoder:
     sample: int = 512
 
     def model(self) -> Language:
-        """A fresh one."""
+        """Make a fresh one."""
         return Language(self)
 
 
@@ -56,7 +56,7 @@ class Language(nn.Module):
         self.blocks = nn.TransformerEncoder(layer, sizes.blocks, nn.LayerNorm(width), enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The mean loss, 0-d, of each token after those before it, int64 ``[batch, length]``."""
+        """Return the mean loss, 0-d, of each of ``tokens``, int64 ``[batch, length]``, after the first."""
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
         x = self.tokens(tokens) + self.places(torch.arange(length, device=tokens.device))
@@ -65,7 +65,7 @@ class Language(nn.Module):
 
 
 def product_flops(rule: Steered, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Operations of the products by which a step of ``rule`` finds the directions of tensors of these shapes.
+    """Count the operations of the products by which a step of ``rule`` finds the directions of tensors of these shapes.
 
     dtype: of the products, on which their form depends. Decompositions, once in ``rule.period`` steps, do not count.
     """
@@ -82,7 +82,8 @@ def product_flops(rule: Steered, shapes: Sequence[tuple[int, ...]], dtype: torch
 
 
 def measure_share(source: str, tokens: int, sizes: Decoder = Decoder()) -> dict[str, Any]:
-    """A record of ``source``, a checkpoint of `l2o.rules.Steered`, in a training step of so many tokens, on the CPU.
+    """Measure a record of ``source``, a checkpoint of `l2o.rules.Steered`, in a training step of so many tokens, on the
+    CPU.
 
     Times are of the thread where it is one: of an optimizer's step as it is; of forward and backward passes of
     ``sizes.sample`` tokens in float32, taken to grow as tokens do.

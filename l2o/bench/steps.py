@@ -62,7 +62,7 @@ _PATHS = {YARDSTICK: "fused", "AdamW (foreach)": "foreach", MUON: "loop"}
 
 
 def checked_shapes(name: str, network: Any) -> Shapes:
-    """The shapes of one of `NETWORKS`, by its name, or those that came.  name: of the setting."""
+    """Return the shapes of one of `NETWORKS`, by its name, or those that came.  name: of the setting."""
     if isinstance(network, str):
         return lookup(name, network, NETWORKS)
     if not network:
@@ -75,7 +75,7 @@ def checked_shapes(name: str, network: Any) -> Shapes:
 def measure_steps(
     learned: Mapping[str, tuple[UpdateRule, Theta]], network: str | Shapes, seconds: float, device: str
 ) -> list[dict[str, Any]]:
-    """A record of each rule, then of each of ``TORCH``, all stepping in turn.
+    """Measure a record of each rule, then of each of ``TORCH``, all stepping in turn.
 
     learned: rules with their θ, by name.     network: see `checked_shapes`.     seconds: for all together, at least.
     """

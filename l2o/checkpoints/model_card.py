@@ -15,7 +15,7 @@ _COLUMNS = ("optimizer", "trials a seed", "training loss [95%]", "validation", "
 
 
 def model_card(name: str, card: Card, other_names: Sequence[str] = ()) -> str:
-    """The whole text; entries that a card does not have are left out.
+    """Return the whole text; entries that a card does not have are left out.
 
     name: what the user loads it by, or its folder.     other_names: aliases.
     """
@@ -23,7 +23,7 @@ def model_card(name: str, card: Card, other_names: Sequence[str] = ()) -> str:
 
 
 def compute(card: Card) -> str:
-    """What meta-training took, in a line."""
+    """Return what meta-training took, in a line."""
     spent = card.get("compute", {})
     if not spent.get("inner_steps"):
         return "none: set by hand" if "compute" in card else "not said"
@@ -33,12 +33,12 @@ def compute(card: Card) -> str:
 
 
 def number(value: float | None) -> str:
-    """Two digits; None, which is how JSON has numbers that are not finite, is a dash."""
+    """Return two digits; None, which is how JSON has numbers that are not finite, is a dash."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.2g}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
+    """Return a table of Markdown."""
     cells = (columns, ["---"] * len(columns), *([text.replace("|", r"\|") for text in row] for row in rows))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 

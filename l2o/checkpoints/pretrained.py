@@ -18,23 +18,24 @@ CARD = "card.json"
 
 
 def list_pretrained() -> list[str]:
-    """The names of the checkpoints that come with l2o, sorted; aliases such as ``default`` are not among them."""
+    """Return the names of the checkpoints that come with l2o, sorted; aliases such as ``default`` are not among
+    them."""
     return sorted(card.parent.name for card in _pretrained().glob(f"*/{CARD}"))
 
 
 def aliases() -> dict[str, str]:
-    """Other names of pretrained checkpoints, such as ``default``, each with the name that it stands for."""
+    """Return other names of pretrained checkpoints, such as ``default``, each with the name that it stands for."""
     path = _pretrained() / "aliases.json"
     return read_json(path) if path.is_file() else {}
 
 
 def is_shipped(folder: Path) -> bool:
-    """Whether this is the folder of a checkpoint that came with l2o, by whatever path."""
+    """Say whether this is the folder of a checkpoint that came with l2o, by whatever path."""
     return folder.resolve().parent == _pretrained().resolve()
 
 
 def resolve(source: Source) -> Path:
-    """The folder that ``source`` means; its files are not looked at. Raises as `l2o.load` does."""
+    """Return the folder that ``source`` means; its files are not looked at. Raises as `l2o.load` does."""
     if not isinstance(source, str | os.PathLike):
         raise ConfigurationError(f"source={source!r}: expected a name or a path, got {type(source).__name__}")
     text = os.fspath(source)
@@ -55,14 +56,14 @@ def resolve(source: Source) -> Path:
 
 
 def name_of(source: Source) -> str:
-    """What messages call a checkpoint: a pretrained one by its own name, whatever alias led to it."""
+    """Return what messages call a checkpoint: a pretrained one by its own name, whatever alias led to it."""
     text = os.fspath(source)
     alias = isinstance(source, str) and text in aliases() and resolve(source).parent == _pretrained()
     return aliases()[text] if alias else text
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `CheckpointError`."""
+    """Return the object in a JSON file; raises `CheckpointError`."""
     data = read(path)  # not within the try: its error is a ValueError too, but of another kind
     try:
         content = json.loads(data)
@@ -74,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> bytes:
-    """The content of a file of a checkpoint; raises `CheckpointError`."""
+    """Return the content of a file of a checkpoint; raises `CheckpointError`."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -50,12 +50,12 @@ class Address(NamedTuple):
 
 
 def is_address(source: Source) -> bool:
-    """Whether ``source`` is an address rather than a name or a path; a `pathlib.Path` never is one."""
+    """Say whether ``source`` is an address rather than a name or a path; a `pathlib.Path` never is one."""
     return isinstance(source, str) and source.startswith(("http:", "https:", "hf:"))
 
 
 def fetch_checkpoint(source: str) -> Path:
-    """The folder in the cache with the checkpoint at an address, downloaded where it is not there or is damaged.
+    """Return the folder in the cache with the checkpoint at an address, downloaded where it is not there or is damaged.
 
     Raises `ConfigurationError` (no address, or one without a pin), `DownloadError`, and `CheckpointError` (a card that
     does not say which θ belongs to it).
@@ -80,7 +80,7 @@ def fetch_checkpoint(source: str) -> Path:
 
 
 def fetch_weights(source: str) -> Path:
-    """The file in the cache with the weights of another project at an address, downloaded where it is not there.
+    """Return the file in the cache with the weights of another project at an address, downloaded where it is not there.
 
     Raises `ConfigurationError` (no address, or one without a pin) and `DownloadError`.
     """
@@ -97,7 +97,8 @@ def fetch_weights(source: str) -> Path:
 
 
 def parse(source: str) -> Address:
-    """What an address means; raises `ConfigurationError` for one that says nothing, or does not say which content."""
+    """Return what an address means; raises `ConfigurationError` for one that says nothing, or does not say which
+    content."""
     location, sha256, marked = _pin(source, f"its {CARD}")
     folder, fixed = _hub_folder(source, location) if location.startswith("hf:") else (_web_folder(source, location), "")
     if not marked and not fixed:
@@ -106,7 +107,7 @@ def parse(source: str) -> Address:
 
 
 def parse_weights(source: str) -> tuple[Address, tuple[str, ...]]:
-    """The folder of a file of weights, and what the file may be called."""
+    """Return the folder of a file of weights, and what the file may be called."""
     location, sha256, marked = _pin(source, "the file")
     if not location.startswith("hf:"):
         if not marked:

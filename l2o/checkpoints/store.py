@@ -87,7 +87,7 @@ def check_writable(source: Source) -> None:
 
 
 def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[UpdateRule, Theta]:
-    """The rule of a checkpoint and its θ, float32 on the CPU.
+    """Return the rule of a checkpoint and its θ, float32 on the CPU.
 
     source: the name of a pretrained checkpoint (`list_pretrained`, or ``"default"``), or the path of a checkpoint's
         folder or of the ``theta.safetensors`` in it. A string that is both is the folder, if that has a ``card.json``;
@@ -110,12 +110,13 @@ def load(source: Source, rules: Sequence[type[UpdateRule]] = ()) -> tuple[Update
 
 
 def read_card(source: Source) -> Card:
-    """The content of a checkpoint's ``card.json``; ``source`` and errors as for `load`. θ is not looked at."""
+    """Return the content of a checkpoint's ``card.json``; ``source`` and errors as for `load`. θ is not looked at."""
     return _read_card(_folder(source))
 
 
 def check_theta(rule: UpdateRule, theta: Theta, where: str = "") -> Theta:
-    """``theta`` in the order of ``rule.init_theta``, by which outer optimizers number the tensors; files have none.
+    """Return ``theta`` in the order of ``rule.init_theta``, by which outer optimizers number the tensors; files have
+    none.
 
     where: put before the message.
     Raises `CheckpointError`, naming the tensor, unless ``theta`` is finite and has the names and shapes of ``rule``.
@@ -233,7 +234,8 @@ def _read_card(folder: Path) -> Card:
 
 
 def known_rules(extra: Sequence[type[UpdateRule]] = ()) -> dict[str, type[UpdateRule]]:
-    """Rules by the name that a card gives them: those of `l2o.rules` and ``extra``, which replaces what it names."""
+    """Return rules by the name that a card gives them: those of `l2o.rules` and ``extra``, which replaces what it
+    names."""
     if isinstance(extra, type) or not all(_is_rule(c) for c in extra):
         raise ConfigurationError(f"rules={extra!r}: expected a list of dataclasses that derive from UpdateRule")
     built_in = {name: getattr(l2o.rules, name) for name in l2o.rules.__all__}

@@ -53,7 +53,7 @@ class Backprop(Episodes):
         check_float("clip", self.clip, above=0.0)
 
     def init(self, theta: Theta, generator: torch.Generator) -> BackpropState:
-        inner = self.begin(theta, generator)
+        inner = self.reset_all(theta, generator)
         if self.second_order:
             check_curvature(self.rule, theta, self.family, inner)
         return BackpropState(inner, torch.zeros((), dtype=torch.long, device=generator.device))
@@ -71,7 +71,9 @@ class Backprop(Episodes):
         grads, sums = reduce_rows(grads, healthy, sums)
         sums["lane_grad_norm"] = sums["lane_grad_norm"] / sums["healthy"].clamp(min=1)
         ended = after.step >= after.total_steps
-        inner = reset(after, ended | ~healthy, lambda index: self.fresh(theta, index, streams.fresh, state.estimates))
+        inner = reset(
+            after, ended | ~healthy, lambda index: self.new_runs(theta, index, streams.resets, state.estimates)
+        )
         return grads, BackpropState(inner, state.estimates + 1), lane_metrics(sums)
 
     def _differentiate(

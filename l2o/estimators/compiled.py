@@ -53,7 +53,7 @@ class CompiledRule(Wrapped):
     def update_lanes(
         self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
     ) -> tuple[Updates, OptState]:
-        """``update`` of all lanes, by a kernel or compiled."""
+        """Return ``update`` of all lanes, by a kernel or compiled."""
         found = fused.update(self.rule, theta, grads, state, params, run)
         if found is not None:
             return found
@@ -106,7 +106,7 @@ class CompiledFamily(TaskFamily):
     def gradient_lanes(
         self, params: Params, buffers: Buffers, data: TaskData, batch: Batch
     ) -> tuple[Tensor, Buffers, Grads]:
-        """Losses ``[lanes]``, new buffers and gradients of all lanes, compiled where there is no closed form."""
+        """Return losses ``[lanes]``, new buffers and gradients of all lanes, compiled where there is no closed form."""
         result = fused.gradient(self.family, params, buffers, data, batch)
         if result is not None:
             return result

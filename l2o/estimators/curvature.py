@@ -35,7 +35,8 @@ class Trial(NamedTuple):
     probe: Params
 
     def values(self, t: Tensor) -> Tensor:
-        """``[2]``: ``probe · gradient`` at ``params + t direction``, and the loss at ``params`` by the buffers there.
+        """Return ``[2]``: ``probe · gradient`` at ``params + t direction``, and the loss at ``params`` by the buffers
+        there.
 
         The engine differentiates both: the first by way of the inner gradient, the second by way of the buffers.
         """
@@ -47,17 +48,17 @@ class Trial(NamedTuple):
         return torch.stack([torch.stack(dots).sum(), loss.sum()])
 
     def at(self, *points: float) -> list[Tensor]:
-        """Each 0-d, to differentiate `values` by."""
+        """Return scalars, each 0-d, to differentiate `values` by."""
         like = next(iter(self.state.params.values()))
         return [like.new_tensor(t).requires_grad_() for t in points]
 
     def derivatives(self) -> Tensor:
-        """Of `values` at 0, ``[2]``, by differentiating twice."""
+        """Return those of `values` at 0, ``[2]``, by differentiating twice."""
         (t,) = self.at(0.0)
         return torch.stack([_derivative(value, t) for value in self.values(t)])
 
     def differences(self) -> Tensor:
-        """The same by central differences, ``[steps, 2]``."""
+        """Return the same by central differences, ``[steps, 2]``."""
         pairs = zip(self.at(*_STEPS), self.at(*(-h for h in _STEPS)), _STEPS, strict=True)
         return torch.stack([(self.values(above) - self.values(below)).detach() / (2 * h) for above, below, h in pairs])
 

@@ -27,11 +27,11 @@ NOTHING = 1e-6
 class Streams(NamedTuple):
     """The random numbers of one truncation, apart from one another: what one of them gives shifts none of the others.
 
-    batches: of the unroll, by family.     fresh: seed of the runs that begin after it.     noise: of perturbations.
+    batches: of the unroll, by family.     resets: seed of the runs that begin after it.     noise: of perturbations.
     """
 
     batches: LaneGenerator
-    fresh: int
+    resets: int
     noise: LaneGenerator
 
 
@@ -60,7 +60,7 @@ class Episodes(MetaGradient):
     explosion: a lane whose loss passes this multiple of its first, or is not finite, is counted and reset; see `limit`.
 
     A step's loss is the one before its update, so that the last update of a run is credited to nobody. A run that ends
-    within a truncation stands still for the rest of it, which counts nothing; every step of a run counts the same
+    within a truncation is frozen for the rest of it, which counts nothing; every step of a run counts the same
     however truncations cut it.
     """
 
@@ -77,8 +77,8 @@ class Episodes(MetaGradient):
     log_floor: float = 1e-2
     explosion: float = 1e3
 
-    copies = 1
-    """Adjacent lanes that share their problem."""
+    per_task = 1
+    """Adjacent lanes that share their problem: two, an antithetic pair, where θ is perturbed."""
     shortest = 1
     """Fewest steps of a truncation."""
     judges_whole_runs = False
@@ -124,44 +124,46 @@ class Episodes(MetaGradient):
     @property
     def own_lanes(self) -> int:
         """Lanes of this process."""
-        return ranks().share(self.lanes // self.copies, "lanes" if self.copies == 1 else "lanes / 2") * self.copies
+        return (
+            ranks().share(self.lanes // self.per_task, "lanes" if self.per_task == 1 else "lanes / 2") * self.per_task
+        )
 
     def ids(self, index: Tensor) -> Tensor:
-        """Number the problems in the whole run, int64 ``[problems]``, from the indices ``[lanes]`` of this process'
-        lanes, all copies of each."""
-        return (index[:: self.copies] + ranks().rank * self.own_lanes) // self.copies
+        """Number the problems in the whole run, int64 ``[problems]``, from ``index [lanes]`` of this process'
+        lanes, of which adjacent ones share a problem."""
+        return (index[:: self.per_task] + ranks().rank * self.own_lanes) // self.per_task
 
     def streams(self, generator: torch.Generator) -> Streams:
-        """Advances ``generator`` by as much in every process; waits for the device once."""
+        """Advance ``generator`` by as much in every process; waits for the device once."""
         device = generator.device
-        batches, fresh, noise = random.draw_seeds(generator, 3).tolist()
+        batches, resets, noise = random.draw_seeds(generator, 3).tolist()
         ids = self.ids(torch.arange(self.own_lanes, device=device))
-        return Streams(self._stream(device, batches, ids), fresh, LaneGenerator(device, noise, ids))
+        return Streams(self._stream(device, batches, ids), resets, LaneGenerator(device, noise, ids))
 
     def _stream(self, device: torch.device, seed: int, ids: Tensor) -> LaneGenerator:
         # A family that is not keyed would draw the same in every process.
         return LaneGenerator(device, seed if self.family.keyed else (seed + ranks().rank) % 2**63, ids)
 
-    def begin(self, theta: Theta, generator: torch.Generator) -> InnerState:
-        """All lanes at the start of a run, their ages to be spread."""
-        seed = self.streams(generator).fresh
+    def reset_all(self, theta: Theta, generator: torch.Generator) -> InnerState:
+        """Return all lanes at the start of a run, their ages to be spread."""
+        seed = self.streams(generator).resets
         index = torch.arange(self.own_lanes, device=generator.device)
-        state = self.fresh(theta, index, seed, torch.zeros((), device=generator.device))
+        state = self.new_runs(theta, index, seed, torch.zeros((), device=generator.device))
         if not self.stagger or self.truncation is None:
             return state
         # First runs are cut short to different lengths; from their ends on, whole runs are at different ages.
-        ids = self.ids(index).repeat_interleave(self.copies)
-        phase = ids * state.total_steps // (self.lanes // self.copies)
+        ids = self.ids(index).repeat_interleave(self.per_task)
+        phase = ids * state.total_steps // (self.lanes // self.per_task)
         return state._replace(total_steps=state.total_steps - phase // self.truncation * self.truncation)
 
-    def fresh(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
-        """New runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
+    def new_runs(self, theta: Theta, index: Tensor, seed: int, count: Tensor) -> InnerState:
+        """Return new runs for the lanes ``index``, int64, of this process.  count: of the estimates so far, 0-d."""
         generator = self._stream(index.device, seed, self.ids(index))
         if self.truncation is None:  # one length, the same in every process, of an id that no lane has
             one = LaneGenerator(index.device, seed, torch.full((1,), -1, device=index.device))
             horizon = self._draw_horizon(one, 1, count).repeat(len(index))
         else:
-            horizon = self._draw_horizon(generator, len(index) // self.copies, count).repeat_interleave(self.copies)
+            horizon = self._draw_horizon(generator, len(index) // self.per_task, count).repeat_interleave(self.per_task)
         return sample_runs(self.rule, expand_theta(theta, len(index)), self.problems, horizon, generator)
 
     @property
@@ -179,7 +181,8 @@ class Episodes(MetaGradient):
         return (math.log(low) + uniform * (top - math.log(low))).exp().long().clamp(low, high)
 
     def objective(self, losses: Tensor, before: InnerState, first_loss: Tensor) -> Tensor:
-        """What the steps from ``before`` on count, ``[lanes]``.  losses: ``[steps, lanes]``.  first_loss: ``[lanes]``.
+        """Return what the steps from ``before`` on count, ``[lanes]``.  losses: ``[steps, lanes]``.  first_loss:
+        ``[lanes]``.
 
         The sum over a run's truncations, divided by their number, is the meta-loss of the run.
         """
@@ -203,21 +206,22 @@ class Episodes(MetaGradient):
         return torch.where(number <= total, 2.0 * number / (total + 1) if self.window == "linear" else 1.0, 0.0)
 
     def exploded(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        """Bool ``[steps, lanes]``: losses that are not finite, or above the `limit`."""
+        """Return a bool ``[steps, lanes]``: losses not finite, or above the `limit` by ``first_loss [lanes]``."""
         return ~(losses.isfinite() & (losses <= self.limit(losses, first_loss)))
 
     def limit(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        """``explosion`` times the size of the first loss, or of the lowest below zero where that is more, ``[lanes]``.
+        """Return ``explosion`` times the size of ``first_loss``, or of the lowest below zero where that is more,
+        ``[lanes]``.
 
-        A run that passes zero may have begun next to it by chance. All copies of a problem have one limit.
+        A run that passes zero may have begun next to it by chance. All lanes of a problem have one limit.
         """
         depth = torch.where(losses.isfinite(), -losses, 0.0).amax(0)
-        depth = depth.view(-1, self.copies).amax(1).repeat_interleave(self.copies)
+        depth = depth.view(-1, self.per_task).amax(1).repeat_interleave(self.per_task)
         return self.explosion * torch.maximum(scale(first_loss), depth)
 
 
 def last_steps(steps: int) -> int:
-    """How many steps make up the end of a run."""
+    """Return how many steps make up the end of a run."""
     return min(max(5, steps // 20), steps)
 
 
@@ -230,20 +234,22 @@ def _ends(losses: Tensor, floor: Tensor) -> Tensor:
 
 
 def scale(first_loss: Tensor) -> Tensor:
-    """What the losses of a run are measured by, ``[lanes]``: the size of its first, 1 where that is `NOTHING`."""
+    """Return what the losses of a run are measured by, ``[lanes]``: the size of ``first_loss``, 1 where that is
+    `NOTHING`."""
     size = first_loss.abs()
     return torch.where(size < NOTHING, 1.0, size)
 
 
 def signed_log(losses: Tensor, floor: Tensor) -> Tensor:
-    """``log(losses + floor)``, of any shape, mirrored below zero: the slope is ``1 / (abs(loss) + floor)``."""
+    """Return ``log(losses + floor)``, of any shape, mirrored below zero: the slope is ``1 / (abs(loss) + floor)``."""
     below = losses < 0
     size = (torch.where(below, -losses, losses) + floor).log()
     return torch.where(below, 2.0 * floor.log() - size, size)
 
 
 def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[Theta, dict[str, Tensor]]:
-    """Means of ``rows [n, ...]`` over the set entries of ``mask [n]``, 0 if none is, and sums, over all processes."""
+    """Return means of ``rows [n, ...]`` over the set entries of ``mask [n]``, 0 if none is, and sums, over all
+    processes."""
     own = {f"rows/{name}": along(mask, values, 0.0).sum(0) for name, values in rows.items()}
     total = all_sum({**own, "rows": mask.sum(), **sums})
     count = total["rows"].clamp(min=1)
@@ -251,7 +257,10 @@ def reduce_rows(rows: Theta, mask: Tensor, sums: dict[str, Tensor]) -> tuple[The
 
 
 def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: Tensor) -> dict[str, Tensor]:
-    """Sums over lanes, 0-d, behind the metrics that every estimator has, see `lane_metrics`."""
+    """Return sums over lanes, 0-d, behind the metrics that every estimator has, see `lane_metrics`.
+
+    losses: ``[steps, lanes]``, from ``before`` on.     healthy: bool ``[lanes]``.     first_loss: ``[lanes]``.
+    """
     counted = running(before, len(losses))
     lane_losses = torch.where(counted, losses, 0.0).sum(0) / counted.sum(0).clamp(min=1)
     return {
@@ -264,14 +273,14 @@ def lane_sums(losses: Tensor, before: InnerState, healthy: Tensor, first_loss: T
 
 
 def lane_metrics(sums: dict[str, Tensor]) -> Metrics:
-    """0-d: the mean loss of healthy lanes (NaN where there are none), how many are not or had no finite loss to begin
-    with, and inner steps taken."""
+    """Return, each 0-d: the mean loss of healthy lanes (NaN where there are none), how many are not or had no finite
+    loss to begin with, and inner steps taken."""
     metrics = {name: value for name, value in sums.items() if name != "healthy"}
     return {**metrics, "meta_loss": sums["meta_loss"] / sums["healthy"]}
 
 
 def along(mask: Tensor, values: Tensor, other: float) -> Tensor:
-    """``values [n, ...]`` where ``mask [n]`` is set, else ``other``.
+    """Return ``values [n, ...]`` where ``mask [n]`` is set, else ``other``.
 
     `torch.where` and not a product: a masked NaN must not come back as ``NaN * 0``.
     """

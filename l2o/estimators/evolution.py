@@ -92,7 +92,7 @@ class Evolution(Episodes):
     scaled: bool = False
     compile: bool = False
 
-    copies = 2
+    per_task = 2
     judges_whole_runs = True
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class Evolution(Episodes):
         for name in self.sigma_of or {}:
             if name not in theta:
                 raise ConfigurationError(unknown("tensor of θ in sigma_of", name, theta))
-        inner = self.begin(theta, generator)
+        inner = self.reset_all(theta, generator)
         zeros = {k: t.detach().new_zeros(self.own_lanes // 2, *t.shape) for k, t in theta.items()}
         count = torch.zeros((), dtype=torch.long, device=generator.device)
         return EvolutionState(inner, zeros, {k: t.clone() for k, t in zeros.items()}, count)
@@ -148,7 +148,7 @@ class Evolution(Episodes):
         rows = {k: s * _like(fitness, s).to(s.dtype) * self._unit(k) for k, s in score.items()}
         grads, sums = reduce_rows(rows, unbroken[::2], sums)
         over = ((after.step >= after.total_steps) | exploded.any(0)).view(-1, 2).any(1).repeat_interleave(2)
-        inner = reset(detach(after), over, lambda index: self.fresh(theta, index, streams.fresh, state.estimates))
+        inner = reset(detach(after), over, lambda index: self.new_runs(theta, index, streams.resets, state.estimates))
         return grads, EvolutionState(inner, noise, score, state.estimates + 1), lane_metrics(sums)
 
     def _unroll(self, theta: Theta, before: InnerState, generator: LaneGenerator) -> tuple[InnerState, Tensor]:

@@ -31,7 +31,7 @@ class Mixed(MetaGradient):
 
     A family whose losses are large, steep or noisy would drown the others: hence the normalisation, by the root of
     the running mean of the squared norm (as Adam does by the entry; here a whole gradient has one scale, so that its
-    direction stays).
+    direction stays). So a family alone is no mixture of one: its gradients keep their size.
 
     members: an estimator for each family, by name, all of one rule.     weights: by name; what is not named has 1.
     normalise: else the gradients are averaged as they are.     decay: of the running mean, in which an estimate that is
@@ -48,7 +48,7 @@ class Mixed(MetaGradient):
 
     @classmethod
     def over(cls, mixture: Mixture, make: Callable[[TaskFamily], MetaGradient], **settings: Any) -> Mixed:
-        """One estimator, which ``make`` makes, for each family of a mixture."""
+        """Return one estimator, which ``make`` makes, for each family of a mixture."""
         return cls({name: make(family) for name, family in mixture.families.items()}, mixture.weights, **settings)
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ class Summary(NamedTuple):
 
 
 def summaries(comparisons: Sequence[Comparison]) -> list[Summary]:
-    """Every optimizer over the tasks that have a target, best median first, then best IQM."""
+    """Summarise every optimizer over the tasks that have a target, best median first, then best IQM."""
     scored = [c for c in comparisons if c.has_target]
     names = scored[0].scores if scored else ()
     found = [_summary(scored, name) for name in names]
@@ -64,7 +64,7 @@ def summaries(comparisons: Sequence[Comparison]) -> list[Summary]:
 
 
 def by_split(comparisons: Sequence[Comparison]) -> dict[str, list[Summary]]:
-    """`summaries` of the tasks of each split that has any."""
+    """Return `summaries` of the tasks of each split that has any."""
     splits = {s: [c for c in comparisons if c.setting.split == s] for s in SPLITS}
     return {s: summaries(each) for s, each in splits.items() if each}
 
@@ -94,17 +94,17 @@ def _summary(comparisons: Sequence[Comparison], name: str) -> Summary:
 
 
 def median(values: Array) -> Array:
-    """Of the last axis."""
+    """Return that of the last axis."""
     return np.asarray(np.median(values, -1))
 
 
 def mean(values: Array) -> Array:
-    """Of the last axis."""
+    """Return that of the last axis."""
     return np.asarray(values.mean(-1))
 
 
 def interquartile_mean(values: Array) -> Array:
-    """Mean of what is left of the last axis without the lowest and the highest quarter, each rounded down.
+    """Return the mean of what is left of the last axis without the lowest and the highest quarter, each rounded down.
 
     Agarwal et al. 2021, "Deep reinforcement learning at the edge of the statistical precipice" (arXiv 2108.13264).
     """
@@ -113,7 +113,7 @@ def interquartile_mean(values: Array) -> Array:
 
 
 def estimate(values: Array, statistic: Statistic, level: float = 0.95, seed: int = 0) -> Estimate:
-    """The statistic of ``values [n]`` with a percentile bootstrap interval; the same for the same values."""
+    """Return the statistic of ``values [n]`` with a percentile bootstrap interval; the same for the same values."""
     chosen = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     found = statistic(values[chosen])
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
@@ -121,7 +121,7 @@ def estimate(values: Array, statistic: Statistic, level: float = 0.95, seed: int
 
 
 def profile(comparisons: Sequence[Comparison]) -> dict[str, Array]:
-    """Steps to the target over those of the best optimizer there ``[tasks]``, ``inf`` for a miss, by name.
+    """Return steps to the target over those of the best optimizer there ``[tasks]``, ``inf`` for a miss, by name.
 
     The share of tasks under τ is the performance profile (Dolan and Moré 2002, "Benchmarking optimization software").
     """
@@ -134,5 +134,5 @@ def profile(comparisons: Sequence[Comparison]) -> dict[str, Array]:
 
 
 def share_within(ratios: Array, factor: float) -> float:
-    """The performance profile of one optimizer at τ = ``factor``."""
+    """Return the performance profile of one optimizer at τ = ``factor``."""
     return float((ratios <= factor).mean())

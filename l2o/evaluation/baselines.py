@@ -45,24 +45,25 @@ class Baseline:
         return begin(self.scheduled_rule(), theta, copies, steps, generator)
 
     def scheduled_rule(self) -> UpdateRule:
-        """The rule that is run; the learning rate is in its θ."""
+        """Return the rule that is run; the learning rate is in its θ."""
         return Scheduled(self.rule) if self.cosine else self.rule
 
     def thetas(self, generator: torch.Generator) -> Theta:
-        """θ of every trial, ``[len(rates), ...]`` on the generator's device; draws nothing from it."""
+        """Return θ of every trial, ``[len(rates), ...]`` on the generator's device; draws nothing from it."""
         trials = [replace(self.rule, lr=lr).init_theta(generator) for lr in self.rates]
         return {name: torch.stack([theta[name] for theta in trials]) for name in trials[0]}
 
 
 def half_decades(first: float, last: float) -> tuple[float, ...]:
-    """Learning rates from ``10**first`` to ``10**last``, two a decade."""
+    """Return learning rates from ``10**first`` to ``10**last``, two a decade."""
     return tuple(10.0 ** (first + i / 2) for i in range(round((last - first) * 2) + 1))
 
 
 def torch_optimizer(
     cls: Callable[..., torch.optim.Optimizer] | str, params: list[nn.Parameter], rate: float | None, /, **settings: Any
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer of a class, or of its import path, at ``rate``; None for ``settings``' own or the class's default.
+    """Return one optimizer of a class, or of its import path, at ``rate``; None for ``settings``' own or the class's
+    default.
 
     A path ``module:Name`` or ``module.Name`` is imported here, so that what is not installed is missed only where used.
     """
@@ -71,7 +72,8 @@ def torch_optimizer(
 
 
 def imported(path: str) -> Any:
-    """What lies at an import path. Raises `UnknownNameError`, which names the extra of a baseline that needs one."""
+    """Return what lies at an import path. Raises `UnknownNameError`, which names the extra of a baseline that needs
+    one."""
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -82,7 +84,7 @@ def imported(path: str) -> Any:
 
 
 def adamw(lr: float) -> MakeOptimizers:
-    """AdamW with torch's decay of weights, at ``lr`` where no trial has another."""
+    """Return AdamW with torch's decay of weights, at ``lr`` where no trial has another."""
     return partial(_at, lr, partial(torch_optimizer, torch.optim.AdamW))
 
 
@@ -93,7 +95,7 @@ def _at(
 
 
 def muon_adamw(params: list[nn.Parameter], rate: float | None) -> list[torch.optim.Optimizer]:
-    """`torch.optim.Muon` as it stands for matrices, its steps scaled to AdamW's size; AdamW for the rest."""
+    """Return `torch.optim.Muon` as it stands for matrices, its steps scaled to AdamW's size; AdamW for the rest."""
     lr = 1e-3 if rate is None else rate
     matrices, rest = ([p for p in params if (p.ndim == 2) is is_matrix] for is_matrix in (True, False))
     muons = [torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")] if matrices else []
@@ -101,7 +103,8 @@ def muon_adamw(params: list[nn.Parameter], rate: float | None) -> list[torch.opt
 
 
 def muon(params: list[nn.Parameter], rate: float | None = None) -> list[torch.optim.Optimizer]:
-    """Orthogonalised momentum for what has two axes, with an RMS of 0.7 × ``rate`` (0.003); Adam for the rest."""
+    """Return orthogonalised momentum for what has two axes, with an RMS of 0.7 × ``rate`` (0.003); Adam for the
+    rest."""
     lr = 0.003 if rate is None else rate
     matrices, rest = ([p for p in params if (p.ndim == 2) is is_matrix] for is_matrix in (True, False))
     # "match_rms_adamw" is an RMS of 0.2 × lr.
@@ -116,18 +119,18 @@ def muon(params: list[nn.Parameter], rate: float | None = None) -> list[torch.op
 
 @cache
 def cosine(step: int, total: int) -> float:
-    """The factor of `Scheduled`."""
+    """Return the factor of `Scheduled`."""
     return warmup_cosine(step, total, total // 20)
 
 
 @cache
 def half_cosine(step: int, total: int) -> float:
-    """A factor that falls from 1 to 0 by half a cosine, without warm-up."""
+    """Return a factor that falls from 1 to 0 by half a cosine, without warm-up."""
     return warmup_cosine(step, total, 0)
 
 
 def linear(step: int, total: int) -> float:
-    """A factor that falls from 1 to 0."""
+    """Return a factor that falls from 1 to 0."""
     return 1.0 - step / total
 
 
@@ -177,7 +180,7 @@ would pick untuned."""
 
 
 def baselines(names: Iterable[str], wider: int = 0) -> dict[str, Entrant]:
-    """The baselines of these names. Raises `UnknownNameError` with the nearest and all valid names.
+    """Return the baselines of these names. Raises `UnknownNameError` with the nearest and all valid names.
 
     wider: so many half-decades further up goes every grid.
     """

@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
 
     @classmethod
     def of(cls, setting: Setting, trials: dict[str, Kept]) -> Comparison:
-        """Trials with their scores."""
+        """Return trials with their scores."""
         return cls(setting, trials, {name: score_kept(kept) for name, kept in trials.items()})
 
     @property
@@ -51,17 +51,19 @@ class Comparison(NamedTuple):
         return REFERENCE in self.scores and math.isfinite(self.scores[REFERENCE].mean)
 
     def speed_up(self, name: str) -> float | None:
-        """Of an optimizer over the reference; None where there is no target."""
+        """Return that of an optimizer over the reference; None where there is no target."""
         return speed_up(self.scores[name], self.scores[REFERENCE]) if self.has_target else None
 
     def wall_speed_up(self, name: str) -> float | None:
-        """In time rather than steps, over the reference as torch runs it; None where nobody timed, or had a target."""
+        """Return the speed-up in time rather than steps, over the reference as torch runs it; None where nobody timed,
+        or had a target."""
         relative = 1.0 if name == REFERENCE else self.trials[name].relative_step
         steps = self.speed_up(name)
         return None if relative is None or steps is None else steps / relative
 
     def ratio(self, name: str, other: str) -> float | None:
-        """Final training loss over that of another optimizer, ``inf`` or NaN where one of them has no finite loss.
+        """Return the final training loss over that of another optimizer, ``inf`` or NaN where one of them has no finite
+        loss.
 
         None where the other was not run.
         """
@@ -71,12 +73,12 @@ class Comparison(NamedTuple):
         return ours / theirs if theirs > 0 else 1.0 if ours <= theirs else float("inf")
 
     def reached(self, name: str) -> bool:
-        """Whether it ends at or under the `target` of the reference; False where there is none."""
+        """Say whether it ends at or under the `target` of the reference; False where there is none."""
         return self.has_target and self.scores[name].mean <= target(self.scores[REFERENCE])
 
 
 def is_judged(name: str) -> bool:
-    """Whether this is the name of an optimizer that is judged in a comparison, and not of a baseline."""
+    """Say whether this is the name of an optimizer that is judged in a comparison, and not of a baseline."""
     return name.split()[0] in (LEARNED, GIVEN)
 
 

@@ -55,12 +55,12 @@ class Curves(NamedTuple):
 
 
 def never() -> bool:
-    """Of runs without a limit: whether it is over."""
+    """Say of runs without a limit whether it is over."""
     return False
 
 
 def silent(steps: int) -> None:
-    """An `Advance` that tells nobody."""
+    """Tell nobody; an `Advance`."""
 
 
 def run(
@@ -85,7 +85,7 @@ def run(
 
 
 def begin(rule: UpdateRule, theta: Theta, family: TaskFamily, horizon: int, generator: torch.Generator) -> Begun:
-    """The runs of a rule, one for each lane of ``theta`` (``[lanes, ...]``)."""
+    """Begin the runs of a rule, one for each lane of ``theta`` (``[lanes, ...]``)."""
     lanes = len(next(iter(theta.values())))
     with torch.no_grad():
         state = sample_runs(rule, theta, family, torch.full((lanes,), horizon, device=generator.device), generator)
@@ -132,12 +132,13 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 
 
 def evaluation_steps(horizon: int, evaluations: int) -> list[int]:
-    """Up to ``evaluations`` evenly spread step counts, the last of them ``horizon``; fewer where the run is shorter."""
+    """Return up to ``evaluations`` evenly spread step counts, the last of them ``horizon``; fewer where the run is
+    shorter."""
     return sorted({-(-horizon * k // evaluations) for k in range(1, evaluations + 1)})
 
 
 def by_error(family: Any) -> TaskFamily | None:
-    """``family``, also inside others, with the share of wrong labels for its loss; None unless it classifies."""
+    """Return ``family``, also inside others, with the share of wrong labels for its loss; None unless it classifies."""
     if isinstance(family, ImageClassifier | TableClassifier):
         return replace(family, criterion="error")
     inner = by_error(family.family) if isinstance(getattr(family, "family", None), TaskFamily) else None
@@ -145,7 +146,7 @@ def by_error(family: Any) -> TaskFamily | None:
 
 
 def validation_losses(families: Sequence[TaskFamily], state: InnerState, generator: torch.Generator) -> list[Tensor]:
-    """Mean loss ``[lanes]`` of each family over the same few batches of the ``valid`` split."""
+    """Return the mean loss ``[lanes]`` of each family over the same few batches of the ``valid`` split."""
     losses = []
     for _ in range(VALID_BATCHES):
         batch = families[0].batch(state.data, "valid", generator)

@@ -66,16 +66,16 @@ def diagnose(losses: Sequence[float] | Array, valid: Sequence[float] | Array | N
     """
     train, held_out = _row("losses", losses, 2), _row("valid", () if valid is None else valid, 0)
     steps = kept_steps(len(train))
-    window = min(max(10, len(train) // 50), max(1, len(train) // 4))
+    smoothing = min(max(10, len(train) // 50), max(1, len(train) // 4))
     peak = np.maximum.reduceat(np.where(np.isfinite(train), train, np.inf), [0, *steps[:-1]])
     valid_steps = np.arange(1, len(held_out) + 1) * len(train) // max(1, len(held_out))
-    found = _diagnose(_Run(np.array(steps), smooth(train, window, steps), peak, valid_steps, held_out))
+    found = _diagnose(_Run(np.array(steps), smooth(train, smoothing, steps), peak, valid_steps, held_out))
     broken = ~np.isfinite(train)
     return found._replace(step=int(broken.argmax()) + 1) if broken.any() else found
 
 
 def diagnose_score(score: Score) -> list[Diagnosis]:
-    """Each seed of a stored run."""
+    """Diagnose each seed of a stored run."""
     steps, valid_steps = np.array(score.steps), np.array(score.valid_steps)
     rows = zip(score.curve.T, score.peak.T, score.valid_curve.T, strict=True)
     runs = [_Run(steps, train, peak, valid_steps, valid) for train, peak, valid in rows]
@@ -90,7 +90,7 @@ def _late(run: _Run) -> Diagnosis:
 
 
 def gravest(found: Sequence[Diagnosis]) -> Diagnosis:
-    """Of several seeds, the one to look at: time-outs first, then diverged, unstable, overfitting, stalled."""
+    """Return, of several seeds, the one to look at: time-outs first, then diverged, unstable, overfitting, stalled."""
     order = ("timed out", "diverged", "unstable", "overfitting", "stalled", "descending")
     return min(found, key=lambda d: (order.index(d.state), d.step or 0))
 

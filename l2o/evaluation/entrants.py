@@ -36,7 +36,7 @@ class Entrant(Protocol):
     def rates(self) -> Rates: ...
 
     def begin(self, family: TaskFamily, steps: int, seeds: int, generator: torch.Generator) -> Begun:
-        """Every trial on every seed, in ``seeds * len(rates)`` lanes, of which adjacent ones share a seed."""
+        """Begin every trial on every seed, in ``seeds * len(rates)`` lanes, of which adjacent ones share a seed."""
         ...
 
 

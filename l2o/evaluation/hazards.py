@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[n, 10]``."""
+        """Return logits ``[n, 10]`` of ``images [n, 64]``."""
         patches = images.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
         logits: Tensor = self.head(self.block(self.embed(patches) + self.place).mean(1))
         return logits
@@ -67,7 +67,7 @@ class Recurrent(nn.Module):
         self.gru, self.head = nn.GRU(8, 32, batch_first=True), nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[n, 10]``."""
+        """Return logits ``[n, 10]`` of ``images [n, 64]``."""
         logits: Tensor = self.head(self.gru(images.view(-1, 8, 8))[0][:, -1])
         return logits
 
@@ -148,7 +148,7 @@ class Begun(NamedTuple):
 
 
 def begin(hazard: Hazard, seed: int) -> Begun:
-    """A run of ``hazard``, all of whose draws hang on ``seed``."""
+    """Begin a run of ``hazard``, all of whose draws hang on ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         problem = lookup("problem", hazard.problem, PROBLEMS)()
@@ -165,7 +165,7 @@ def begin(hazard: Hazard, seed: int) -> Begun:
 
 
 def begin_family(family: TaskFamily, seed: int) -> Begun:
-    """A run on one task of ``family``, as plain torch trains it."""
+    """Begin a run on one task of ``family``, as plain torch trains it."""
     generator = torch.Generator().manual_seed(seed)
     data = family.sample(generator, 1)
     stacked, buffers = family.init(data, generator)
@@ -187,7 +187,7 @@ def _first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def train(begun: Begun, steps: int, optimizer: Optimizer, tell: bool) -> list[float]:
-    """The loss of every step.  tell: whether a plug-in gets it."""
+    """Return the loss of every step.  tell: whether a plug-in gets it."""
     losses, step_with = [], cast("Callable[..., Any]", optimizer.step)
     for step in range(steps):
         optimizer.zero_grad()

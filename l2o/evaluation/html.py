@@ -49,7 +49,7 @@ _LONG = 40
 
 
 def as_html(report: Report) -> str:
-    """The page, with every picture in it. Raises `ConfigurationError` where matplotlib is missing."""
+    """Return the page, with every picture in it. Raises `ConfigurationError` where matplotlib is missing."""
     parts = [*_head(report), *(_together(report.comparisons) if report.scored_together else ())]
     for split, meaning in SPLITS.items():
         found = [c for c in misses_first(report.comparisons) if c.setting.split == split]

@@ -24,19 +24,20 @@ _BESIDE = ("label", "rates", "name", "split", "seeds", "timeout")
 
 
 def digest(*parts: Any) -> str:
-    """Hex digest of JSON."""
+    """Return the hex digest of JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def curve_key(suite: str, setting: Setting, entrant: Entrant, rate: float | None, seed: int) -> str:
-    """The name of one curve.  suite: its name.     seed: which of the setting's problems, from 0."""
+    """Return the name of one curve.  suite: its name.     seed: which of the setting's problems, from 0."""
     # What a family draws that is not keyed depends on how many problems it draws at once.
     problem = seed if setting.family.keyed else [seed, setting.seeds]
     return digest(suite, fields(setting), setting.smoothing, fields(entrant), rate, problem)
 
 
 def identity(made: Any) -> Any:
-    """Classes and fields that are not at their defaults, as JSON: a new field with a default changes no identity.
+    """Return classes and fields that are not at their defaults, as JSON: a new field with a default changes no
+    identity.
 
     Tensors are named by their bytes; functions and classes by their import path, and those that neither l2o nor a
     library brings by their source too.
@@ -58,7 +59,8 @@ def identity(made: Any) -> Any:
 
 
 def fields(made: Any) -> dict[str, Any]:
-    """Those of a dataclass that are not at their defaults, by name, but for what says nothing of a single curve."""
+    """Return those of a dataclass that are not at their defaults, by name, but for what says nothing of a single
+    curve."""
     said = ((f, getattr(made, f.name)) for f in dataclasses.fields(made) if f.name not in _BESIDE)
     return {f.name: identity(value) for f, value in said if not _same(value, f.default)}
 

@@ -53,14 +53,14 @@ class Paths(NamedTuple):
 
 
 def landscape_paths(name: str, entrants: Mapping[str, Entrant], steps: int = 200, seed: int = 0) -> Paths:
-    """The paths of optimizers on one of ``LANDSCAPES``, from the same start."""
+    """Return the paths of optimizers on one of ``LANDSCAPES``, from the same start."""
     family = LANDSCAPES[name]
     walked = walk(family, entrants, steps, seed)
     return Paths(name, np.zeros(2), np.eye(2), walked.flat, walked.losses, walked.height)
 
 
 def network_paths(family: TaskFamily, entrants: Mapping[str, Entrant], steps: int = 200, seed: int = 0) -> Paths:
-    """The paths of optimizers on a network, projected onto the plane in which they differ most.
+    """Return the paths of optimizers on a network, projected onto the plane in which they differ most.
 
     The plane goes through the first one's end along the two principal components of all paths, each filter (row of a
     weight) scaled to the length of that filter at the end, biases left out, as Li et al. 2018, "Visualizing the loss
@@ -96,13 +96,13 @@ class Walked:
         self.losses: dict[str, Array] = {}
 
     def add(self, label: str, params: Sequence[Params]) -> None:
-        """A path.  params: of each step, ``[1, ...]``."""
+        """Add a path.  params: of each step, ``[1, ...]``."""
         rows = torch.stack([torch.cat([t.flatten() for t in p.values()]) for p in params])
         self.flat[label] = rows.double().numpy()
         self.losses[label] = self.height(self.flat[label])
 
     def height(self, flat: Array) -> Array:
-        """Losses ``[n]`` at parameters ``[n, entries]``, on a batch of held-out data that is always the same."""
+        """Return losses ``[n]`` at parameters ``[n, entries]``, on a batch of held-out data that is always the same."""
         params = self._unflatten(torch.from_numpy(flat).float())
         once = ({k: t[0] for k, t in tensors.items()} for tensors in (self._buffers, self._data, self._batch))
         with torch.no_grad():
@@ -112,7 +112,8 @@ class Walked:
         return np.asarray(losses.double().numpy())
 
     def filter_normalised(self, direction: Array, end: Array) -> Array:
-        """``direction`` with every filter as long as that of ``end``; 0 for biases and what else has one axis."""
+        """Return ``direction`` with every filter as long as that of ``end``; 0 for biases and what else has one
+        axis."""
         rows = self._unflatten(torch.from_numpy(np.stack([direction, end])))
         return np.concatenate([_as_long(d, e).flatten().numpy() for d, e in (t.unbind(0) for t in rows.values())])
 
@@ -146,13 +147,15 @@ def walk(family: TaskFamily, entrants: Mapping[str, Entrant], steps: int, seed: 
 
 
 def landscape_png(found: Sequence[Paths], colours: Mapping[str, str]) -> bytes:
-    """A PNG of several landscapes side by side.  colours: by label. Raises `ConfigurationError` without matplotlib."""
+    """Draw a PNG of several landscapes side by side.  colours: by label. Raises `ConfigurationError` without
+    matplotlib."""
     figure, _ = _figure(found, colours, None)
     return png(figure)
 
 
 def landscape_gif(found: Sequence[Paths], colours: Mapping[str, str], frames: int = 40) -> bytes:
-    """The same as an animation, which shows how soon each optimizer is where; the last picture stays for a while."""
+    """Draw the same as an animation, which shows how soon each optimizer is where; the last picture stays for a
+    while."""
     require("matplotlib", "PIL")
     from PIL import Image
 

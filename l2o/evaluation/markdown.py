@@ -64,7 +64,7 @@ class Report(NamedTuple):
 
 
 def as_markdown(report: Report) -> str:
-    """The text of ``report.md``."""
+    """Return the text of ``report.md``."""
     return "\n".join([*_head(report), *_settings(report), *_costs(report.costs), *protocol(report)]) + "\n"
 
 
@@ -91,7 +91,7 @@ def _suite(comparisons: Sequence[Comparison]) -> Iterator[str]:
 
 
 def results_block(results: Mapping[str, Any]) -> str:
-    """The table of all optimizers that a document shows of a ``results.json``."""
+    """Return the table of all optimizers that a document shows of a ``results.json``."""
     return "\n".join(line for line in _noted(results_table(results)._replace(note="")) if line)
 
 
@@ -128,7 +128,7 @@ def _costs(costs: Mapping[str, Cost]) -> Iterator[str]:
 
 
 def protocol(report: Report) -> Iterator[str]:
-    """How it was measured, as lines of a list."""
+    """Return how it was measured, as lines of a list."""
     yield "## How this was measured\n"
     yield from _PROTOCOL
     for setting in (comparison.setting for comparison in report.comparisons):

@@ -54,7 +54,7 @@ Style = dict[str, Any]
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
-    """How each optimizer that is drawn is drawn, the last on top; a baseline looks the same in every picture."""
+    """Say how each optimizer that is drawn is drawn, the last on top; a baseline looks the same in every picture."""
     ours = comparison.judged
     usual = [name for name in comparison.scores if name not in ours]
     drawn = [name for name in usual if len(usual) <= _FEW or name in SHOWN]
@@ -66,14 +66,14 @@ def styles(comparison: Comparison) -> dict[str, Style]:
 
 
 def baseline_style(name: str) -> Style:
-    """By its place among all baselines; of any other, by its name."""
+    """Choose by its place among all baselines; of any other, by its name."""
     place = _PLACES.index(name) if name in _PLACES else int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
     dashes = _DASHES[place // len(COLOURS) % len(_DASHES)]
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "linewidth": 1.3, "zorder": 2}
 
 
 def curves_png(comparisons: Sequence[Comparison], loss_label: str = "training loss") -> bytes:
-    """A PNG of the smoothed training losses: mean over seeds, as scores have it, and their range or quartiles.
+    """Draw a PNG of the smoothed training losses: mean over seeds, as scores have it, and their range or quartiles.
 
     Raises `ConfigurationError` where matplotlib is missing.
     """
@@ -100,7 +100,7 @@ def _legend(figure: Any, panel: Any, columns: int, judged: int) -> None:
 
 
 def setting_svg(comparison: Comparison, loss_label: str = "training loss") -> str:
-    """An SVG of the training and the validation losses in one setting, without a legend."""
+    """Draw an SVG of the training and the validation losses in one setting, without a legend."""
     with _ink():
         figure = new_figure(9.0, 3.4)
         left, right = figure.subplots(1, 2)
@@ -110,7 +110,7 @@ def setting_svg(comparison: Comparison, loss_label: str = "training loss") -> st
 
 
 def profile_picture(profiles: Mapping[str, Array], comparison: Comparison, make: Callable[[Any], Any]) -> Any:
-    """The share of tasks on which each optimizer is at the target within τ times the best one's steps.
+    """Return the share of tasks on which each optimizer is at the target within τ times the best one's steps.
 
     make: `png` or `svg`.
     """
@@ -147,7 +147,7 @@ def _ink() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches. Raises `ConfigurationError` where matplotlib is missing."""
+    """Return an empty figure of so many inches. Raises `ConfigurationError` where matplotlib is missing."""
     require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -158,14 +158,14 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as a PNG file."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=figure.dpi)  # as it is now, not as it was made
     return out.getvalue()
 
 
 def svg(figure: Any) -> str:
-    """The figure as an ``<svg>`` element without a background, for a page of either colour scheme."""
+    """Return the figure as an ``<svg>`` element without a background, for a page of either colour scheme."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue().replace(_INK, "currentColor")
@@ -174,13 +174,13 @@ def svg(figure: Any) -> str:
 
 
 def frame(panel: Any) -> None:
-    """A light grid, and no lines at the top and on the right."""
+    """Draw a light grid, and no lines at the top and on the right."""
     panel.grid(which="major", color="#999999", alpha=0.3, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def draw_training(panel: Any, comparison: Comparison, loss_label: str) -> None:
-    """The smoothed training losses of a setting."""
+    """Draw the smoothed training losses of a setting."""
     setting, scores, drawn = comparison.setting, comparison.scores, styles(comparison)
     view = _view([scores[name].curve for name in drawn])
     for name, style in drawn.items():
@@ -192,7 +192,7 @@ def draw_training(panel: Any, comparison: Comparison, loss_label: str) -> None:
 
 
 def draw_validation(panel: Any, comparison: Comparison) -> None:
-    """The losses on held-out data in the course of the runs."""
+    """Draw the losses on held-out data in the course of the runs."""
     scores, drawn = comparison.scores, styles(comparison)
     view = _view([scores[name].valid_curve for name in drawn])
     for name, style in drawn.items():

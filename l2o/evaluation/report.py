@@ -63,7 +63,7 @@ def write_text(report: Report, folder: Path) -> None:
 
 
 def print_tables(report: Report) -> None:
-    """A table a setting on the terminal, and the verdict under it, unless there are many; then all settings.
+    """Print a table a setting on the terminal, and the verdict under it, unless there are many; then all settings.
 
     Raises `ConfigurationError` where rich is missing.
     """
@@ -97,7 +97,7 @@ def _print_settings(console: Any, comparisons: Sequence[Comparison]) -> None:
 
 
 def new_console() -> Any:
-    """Where tables are printed. Raises `ConfigurationError` where rich is missing."""
+    """Return where tables are printed. Raises `ConfigurationError` where rich is missing."""
     require("rich")
     from rich.console import Console
 
@@ -130,7 +130,8 @@ def _widest(cell: str) -> int:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The content of ``results.json``: how each run ended, and all that is said of them; what is not finite is null.
+    """Return the content of ``results.json``: how each run ended, and all that is said of them; what is not finite is
+    null.
 
     The curves that the runs took are not in it.
     """
@@ -148,7 +149,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """What a checkpoint's card says of its results: `as_json` without the single runs."""
+    """Return what a checkpoint's card says of its results: `as_json` without the single runs."""
     short = as_json(report)
     for setting in short["settings"]:
         for optimizer in setting["optimizers"].values():

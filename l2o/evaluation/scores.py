@@ -46,7 +46,7 @@ class Kept(NamedTuple):
 
 
 def kept_steps(length: int) -> list[int]:
-    """The points of a curve: every step of a short run, and no fewer than a hundred of a long one."""
+    """Return the points of a curve: every step of a short run, and no fewer than a hundred of a long one."""
     if length <= _EVEN + _EARLY:
         return list(range(1, length + 1))
     even = {-(-length * k // _EVEN) for k in range(1, _EVEN + 1)}
@@ -54,12 +54,12 @@ def kept_steps(length: int) -> list[int]:
     return sorted({1} | even | early)
 
 
-def condense(trials: Trials, window: int) -> Kept:
-    """What is kept of ``trials``.  window: steps that a training loss is the mean of."""
+def condense(trials: Trials, smoothing: int) -> Kept:
+    """Return what is kept of ``trials``.  smoothing: steps that a training loss is the mean of."""
     steps = kept_steps(len(trials.train))
     raw = np.where(np.isfinite(trials.train), trials.train, np.inf)
     peak = np.maximum.reduceat(raw, [0, *steps[:-1]], axis=0)
-    train = smooth(trials.train, window, steps)
+    train = smooth(trials.train, smoothing, steps)
     timed_out = np.full(trials.train.shape[1:], True) if trials.timed_out else None
     rest = (trials.valid, trials.valid_steps, trials.seconds, None, trials.accuracy, timed_out)
     return Kept(trials.label, trials.rates, steps, train, peak, *rest)
@@ -104,13 +104,14 @@ class Score:
         return float(self.final.mean())
 
 
-def score(trials: Trials, window: int) -> Score:
-    """The best trial of an optimizer.  window: steps that a training loss is the mean of."""
-    return score_kept(condense(trials, window))
+def score(trials: Trials, smoothing: int) -> Score:
+    """Return the best trial of an optimizer.  smoothing: steps that a training loss is the mean of."""
+    return score_kept(condense(trials, smoothing))
 
 
 def score_kept(kept: Kept) -> Score:
-    """The best trial of an optimizer, one and the same over the whole run: never an envelope over learning rates."""
+    """Return the best trial of an optimizer, one and the same over the whole run: never an envelope over learning
+    rates."""
     finals = final_losses(kept)
     best = best_trial(finals)
     final = finals[:, best]
@@ -134,23 +135,25 @@ def score_kept(kept: Kept) -> Score:
     )
 
 
-def smooth(losses: Array, window: int, steps: Sequence[int]) -> Array:
-    """Mean over the last ``window`` steps, along the first axis, at ``steps``; over those there are at the beginning.
+def smooth(losses: Array, smoothing: int, steps: Sequence[int]) -> Array:
+    """Return means over the last ``smoothing`` steps, on the first axis, at ``steps``; at first, over those there are.
 
     steps: counted from 1, so that 3 is the mean of what ends with the third.
     """
     with np.errstate(invalid="ignore", over="ignore"):  # a diverged run stays what it is: inf or NaN
-        return np.stack([losses[max(0, t - window) : t].mean(0) for t in steps])
+        return np.stack([losses[max(0, t - smoothing) : t].mean(0) for t in steps])
 
 
 def final_losses(kept: Kept) -> Array:
-    """Training loss at the end ``[seeds, trials]``; ``inf`` for a run in which a loss was not finite, or timed out."""
+    """Return the training loss at the end ``[seeds, trials]``; ``inf`` for a run in which a loss was not finite, or
+    timed out."""
     whole = np.isfinite(kept.peak).all(0)
     return np.where(whole if kept.timed_out is None else whole & ~kept.timed_out, kept.train[-1], np.inf)
 
 
 def diverged(kept: Kept) -> Array:
-    """Bool ``[seeds, trials]``: a loss was not finite, the final one is above that at initialisation, or a time-out.
+    """Return a bool ``[seeds, trials]``: a loss was not finite, the final one is above that at initialisation, or a
+    time-out.
 
     Where that is zero but for rounding, as of adapters on a solved problem, the former alone.
     """
@@ -159,12 +162,13 @@ def diverged(kept: Kept) -> Array:
 
 
 def best_trial(finals: Array) -> int:
-    """Index of the trial with the lowest seed-mean of ``finals [seeds, trials]``; one lost seed loses the trial."""
+    """Return the index of the trial with the lowest seed-mean of ``finals [seeds, trials]``; one lost seed loses the
+    trial."""
     return int(finals.mean(0).argmin())
 
 
 def bootstrap_interval(values: Array, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values [n]``; the same for the same values."""
+    """Return the percentile bootstrap interval of the mean of ``values [n]``; the same for the same values."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     # Without interpolation, which would turn two infinite neighbours into NaN.
@@ -173,18 +177,19 @@ def bootstrap_interval(values: Array, level: float = 0.95, seed: int = 0) -> tup
 
 
 def target(reference: Score) -> float:
-    """The loss to be reached: the reference's final one, or where that is nearer to 0, what float32 resolves."""
+    """Return the loss to be reached: the reference's final one, or where that is nearer to 0, what float32 resolves."""
     return resolved(reference.mean, reference)
 
 
 def resolved(loss: float, reference: Score) -> float:
-    """A loss, or where that is nearer to 0 what float32 resolves of the reference's first one."""
+    """Return a loss, or where that is nearer to 0 what float32 resolves of the reference's first one."""
     least = RESOLUTION * abs(float(reference.curve[0].mean()))
     return least if abs(loss) < least else loss
 
 
 def speed_up(candidate: Score, reference: Score) -> float:
-    """Steps of the run over the first point at which the candidate's seed-mean curve is at the reference's `target`.
+    """Return steps of the run over the first point at which the candidate's seed-mean curve is at the reference's
+    `target`.
 
     0 where it never is (a miss), NaN where the reference itself has no finite final loss.
     """

@@ -68,7 +68,8 @@ class Store:
         self._read(self.folder)
 
     def lacking(self, suite: str, setting: Setting, entrant: Entrant) -> list[float | None]:
-        """The learning rates of which a seed is missing, or was ended sooner than the setting's time-out has it."""
+        """Return the learning rates of which a seed is missing, or was ended sooner than the setting's time-out has
+        it."""
 
         def has(key: str) -> bool:
             return key in self._records and _limit(self._records[key]) >= (setting.timeout or math.inf)
@@ -88,7 +89,7 @@ class Store:
         return path
 
     def kept(self, suite: str, setting: Setting, entrant: Entrant) -> Kept:
-        """All trials of an optimizer. Raises `ConfigurationError` where some are missing."""
+        """Return all trials of an optimizer. Raises `ConfigurationError` where some are missing."""
         if self.lacking(suite, setting, entrant):
             raise ConfigurationError(f"{setting.name}: {entrant.label} has not been run; run the suite first")
         rows = [[self._records[k] for k in _keys(suite, setting, entrant, rate)] for rate in entrant.rates]
@@ -108,7 +109,7 @@ class Store:
         )
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every curve as a plain dict, for a table or for pandas: facts, final losses, and the curve itself."""
+        """Return every curve as a plain dict, for a table or for pandas: facts, final losses, and the curve itself."""
         for record in self._records.values():
             ends = {"final": "train", "valid_final": "valid", "accuracy_final": "accuracy"}
             finals = {name: float(record.curves[of][-1]) for name, of in ends.items() if of in record.curves}
@@ -153,7 +154,8 @@ def _keys(suite: str, setting: Setting, entrant: Entrant, rate: float | None) ->
 
 
 def write(folder: Path, records: Mapping[str, Record], name: str = "") -> Path:
-    """One file of curves: an array for all of one kind and length.  name: of the file; without, that of its content."""
+    """Write one file of curves: an array for all of one kind and length.  name: of the file; without, that of its
+    content."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for key, record in records.items():
         alike.setdefault((*record.curves, record.steps[-1]), []).append(key)
@@ -183,7 +185,7 @@ def _zipped(arrays: Mapping[str, Array]) -> bytes:
 
 
 def read(path: Path) -> dict[str, Record]:
-    """The curves of a file, by key. Raises `ResumeError`, which says that it may be deleted."""
+    """Return the curves of a file, by key. Raises `ResumeError`, which says that it may be deleted."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())

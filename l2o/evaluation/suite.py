@@ -71,7 +71,7 @@ class Done(NamedTuple):
 
 
 def missing(suite: Suite, entrants: Mapping[str, Entrant], store: Store) -> list[Job]:
-    """What has to be run before the suite can be scored, by task; nothing that is stored is run again."""
+    """Return what has to be run before the suite can be scored, by task; nothing that is stored is run again."""
     jobs = []
     for setting in suite.tasks:
         for entrant in entrants.values():
@@ -111,14 +111,14 @@ def _in_processes(
     """What each has done is looked at now and then; whatever ends this, Ctrl-C among it, ends them."""
     _check_portable(jobs)
     context: Any = multiprocessing.get_context("spawn")
-    counter, told = context.Value("q", 0), 0
+    counter, reported = context.Value("q", 0), 0
     with context.Pool(processes, _begin, (counter, store.folder, str(device))) as pool:
         results = pool.imap_unordered(_work, jobs)
         for _ in jobs:
             while (done := _next(results)) is None:
                 now = counter.value
-                advance(now - told)
-                told = now
+                advance(now - reported)
+                reported = now
             store.refresh()
             yield done
 
@@ -176,7 +176,7 @@ def _check_portable(jobs: list[Job]) -> None:
 
 
 def comparisons(suite: Suite, entrants: Mapping[str, Entrant], store: Store) -> list[Comparison]:
-    """Each task of the suite for which everything is stored, with scores; pure, runs nothing.
+    """Return each task of the suite for which everything is stored, with scores; pure, runs nothing.
 
     Raises `ConfigurationError` where stored curves are of another problem than their task is now.
     """

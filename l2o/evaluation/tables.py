@@ -25,14 +25,14 @@ class Table(NamedTuple):
 
 
 def optimizers_table(comparisons: Sequence[Comparison]) -> Table:
-    """Every optimizer over all tasks, the best first; without rows where there is no reference."""
+    """Return every optimizer over all tasks, the best first; without rows where there is no reference."""
     table = summaries_table(summaries(comparisons))
     out = ", ".join(c.setting.name for c in comparisons if not c.has_target)
     return table._replace(note=f"{table.note} Without a finite loss of Adam's, and left out: {out}.") if out else table
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The same from a ``results.json``, whose nulls are numbers that are not finite."""
+    """Return the same from a ``results.json``, whose nulls are numbers that are not finite."""
     return summaries_table([_summary_of(found) for found in results["optimizers"]])
 
 
@@ -43,7 +43,7 @@ def _summary_of(found: Mapping[str, Any]) -> Summary:
 
 
 def summaries_table(found: Sequence[Summary]) -> Table:
-    """A row an optimizer."""
+    """Return a row an optimizer."""
     headings = (
         *("optimizer", "trials", "target reached", "speed-up, median", "speed-up, IQM"),
         *("validation / Adam's", "speed-up in time", "diverged runs", "overfits on"),
@@ -77,7 +77,7 @@ def _estimate(found: Estimate) -> str:
 
 
 def splits_table(comparisons: Sequence[Comparison]) -> Table:
-    """The judged optimizers on tasks like those of meta-training, and on others: meta-overfitting shows here."""
+    """Return the judged optimizers on tasks like those of meta-training, and on others: meta-overfitting shows here."""
     splits = by_split(comparisons)
     names = comparisons[0].judged
     headings = ("tasks", "number", *(comparisons[0].scores[name].label for name in names))
@@ -96,7 +96,7 @@ def _split_cell(found: Summary) -> str:
 
 
 def tasks_table(comparisons: Sequence[Comparison]) -> Table:
-    """A row a task, misses of the first judged optimizer first."""
+    """Return a row a task, misses of the first judged optimizer first."""
     names = comparisons[0].judged
     labels = [comparisons[0].scores[name].label for name in names]
     headings = ("task", "kind", "steps", *(f"{label}: speed-up" for label in labels))
@@ -126,7 +126,7 @@ def _speed(comparison: Comparison, name: str) -> str:
 
 
 def diagnoses_table(comparison: Comparison) -> Table:
-    """What the runs of one setting are, the gravest seed of each optimizer's best trial."""
+    """Return what the runs of one setting are, the gravest seed of each optimizer's best trial."""
     rows: list[tuple[str, ...]] = [("optimizer", "its runs", "since step", "what to try")]
     for score in comparison.scores.values():
         each = diagnose_score(score)
@@ -138,7 +138,7 @@ def diagnoses_table(comparison: Comparison) -> Table:
 
 
 def trials_table(comparison: Comparison) -> Table:
-    """Every learning rate that was tried."""
+    """Return every learning rate that was tried."""
     rows: list[tuple[str, ...]] = [("optimizer", "learning rate", "loss of each seed", "validation", "diverged")]
     for kept in comparison.trials.values():
         rows += [_trial_row(kept, i) for i in range(len(kept.rates))]

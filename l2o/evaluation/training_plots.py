@@ -18,7 +18,7 @@ _SMOOTH = 40
 
 
 def training_png(runs: Mapping[str, Rows]) -> bytes:
-    """A PNG of four panels.  runs: records by name. Raises `ConfigurationError` where matplotlib is missing."""
+    """Draw a PNG of four panels.  runs: records by name. Raises `ConfigurationError` where matplotlib is missing."""
     figure = new_figure(10.0, 6.4 + 0.25 * len(runs))
     panels = figure.subplots(2, 2).ravel()
     for (name, rows), colour in zip(runs.items(), _cycled(len(runs)), strict=True):
@@ -38,7 +38,7 @@ def training_png(runs: Mapping[str, Rows]) -> bytes:
 
 
 def column(rows: Rows, name: str) -> tuple[Array, Array]:
-    """Steps and values of what was recorded under a name; NaN for what was not finite."""
+    """Return steps and values of what was recorded under a name; NaN for what was not finite."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     steps, values = ([pair[i] for pair in found] for i in (0, 1))
     return np.array(steps, dtype=np.float64), np.array([np.nan if v is None else v for v in values], dtype=np.float64)

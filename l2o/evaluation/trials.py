@@ -92,7 +92,7 @@ class Trials(NamedTuple):
 def run_entrant(
     entrant: Entrant, setting: Setting, device: torch.device | str = "cpu", advance: Advance = silent
 ) -> Trials:
-    """Every trial of an optimizer on every seed.  advance: told how many steps of all runs together are done."""
+    """Run every trial of an optimizer on every seed.  advance: told how many steps of all runs together are done."""
     started = time.perf_counter()
     generator = torch.Generator(device).manual_seed(setting.seed)
     trials = len(entrant.rates)
@@ -120,14 +120,14 @@ def _clock(started: float, seconds: float | None, device: torch.device | str) ->
 
 
 def run_baseline(baseline: Entrant, setting: Setting, device: torch.device | str = "cpu") -> Trials:
-    """Every learning rate of the grid on every seed: one vectorised run of ``seeds * len(grid)`` lanes."""
+    """Run every learning rate of the grid on every seed: one vectorised run of ``seeds * len(grid)`` lanes."""
     return run_entrant(baseline, setting, device)
 
 
 def run_learned(
     rule: UpdateRule, theta: Theta, setting: Setting, device: torch.device | str = "cpu", label: str = "learned"
 ) -> Trials:
-    """The learned rule on every seed, once and untuned.  theta: ``[...]``, without lanes, on any device."""
+    """Run the learned rule on every seed, once and untuned.  theta: ``[...]``, without lanes, on any device."""
     return run_entrant(RuleEntrant(label, rule, theta), setting, device)
 
 

@@ -44,7 +44,7 @@ class Overall(NamedTuple):
 
 
 def overall(comparisons: Sequence[Comparison]) -> list[Overall]:
-    """Each judged optimizer over all settings, in their order; empty without settings."""
+    """Judge each optimizer that is judged over all settings, in their order; empty without settings."""
     names = comparisons[0].judged if comparisons else []
     return [_overall(comparisons, name) for name in names]
 
@@ -66,14 +66,15 @@ def _overall(comparisons: Sequence[Comparison], name: str) -> Overall:
 
 
 def overfits(comparison: Comparison, name: str) -> bool:
-    """Whether an optimizer reaches the target in training, with a validation loss far above the reference's."""
+    """Say whether an optimizer reaches the target in training, with a validation loss far above the reference's."""
     if not comparison.reached(name):
         return False
     return valid_ratio(comparison, name) > OVERFITTED
 
 
 def valid_ratio(comparison: Comparison, name: str) -> float:
-    """Validation loss over the reference's, losses nearer to 0 than float32's resolution of the first one taken as it.
+    """Return the validation loss over the reference's, losses nearer to 0 than float32's resolution of the first one
+    taken as it.
 
     1, or infinity for a higher one, where the reference's is not positive, or not finite.
     """
@@ -85,7 +86,7 @@ def valid_ratio(comparison: Comparison, name: str) -> float:
 
 
 def overall_text(found: Overall) -> str:
-    """One line for people."""
+    """Return one line for people."""
     said = [f"{found.label}: no reference to compare with."]
     if found.speed_up is not None:
         said = [
@@ -100,7 +101,7 @@ def overall_text(found: Overall) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """In words: whether the first judged optimizer ends at or under the reference, by what ratio, and validation."""
+    """Say whether the first judged optimizer ends at or under the reference, by what ratio, and validation."""
     name = comparison.judged[0]
     ours = comparison.scores[name]
     lost = int(ours.diverged.sum())
@@ -129,7 +130,7 @@ def _beside_usual(comparison: Comparison, name: str) -> str:
 
 
 def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
-    """The cells of ``COLUMNS`` for one optimizer."""
+    """Return the cells of ``COLUMNS`` for one optimizer."""
     score = comparison.scores[name]
     low, high = score.interval
     return (
@@ -144,7 +145,7 @@ def table_row(comparison: Comparison, name: str) -> tuple[str, ...]:
 
 
 def summary_table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """Headings, then a row a setting: its name, target, speed-up, validation loss, and final training losses.
+    """Return headings, then a row a setting: its name, target, speed-up, validation loss, and final training losses.
 
     Of many baselines those of ``SHOWN``; the section of each setting has them all.
     """
@@ -155,7 +156,7 @@ def summary_table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
 
 
 def misses_first(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Settings in which the target is missed come first, then overfitting, then the lowest speed-up."""
+    """Sort settings: those that miss the target come first, then overfitting, then the lowest speed-up."""
     return sorted(comparisons, key=_success)
 
 
@@ -188,19 +189,19 @@ def _final(score: Score) -> str:
 
 
 def valid_text(score: Score) -> str:
-    """Validation loss and, in brackets, accuracy."""
+    """Return the validation loss and, in brackets, accuracy."""
     share = math.nan if score.accuracy is None else float(score.accuracy.mean())
     right = "" if math.isnan(share) else f" ({100 * share:.1f}%)"
     return f"{number(valid_loss(score))}{right}"
 
 
 def valid_loss(score: Score) -> float:
-    """Seed-mean of the validation loss at the end of the run; ``inf`` where that of a seed is not finite."""
+    """Return the seed-mean of the validation loss at the end of the run; ``inf`` where that of a seed is not finite."""
     return float(np.where(np.isfinite(score.valid), score.valid, np.inf).mean())
 
 
 def number(x: float, digits: int = 3) -> str:
-    """Significant digits, or words."""
+    """Return significant digits, or words."""
     return f"{x:.{digits}g}" if math.isfinite(x) else "not finite"
 
 
@@ -209,7 +210,7 @@ def _ratio(x: float | None) -> str:
 
 
 def speed_text(x: float | None) -> str:
-    """A speed-up; 0 is a miss."""
+    """Return a speed-up; 0 is a miss."""
     if x is None:
         return "no reference"
     return f"{x:.3g}×" if x > 0 else "0 (miss)"

@@ -69,7 +69,7 @@ class _Run:
         self._optimizers = make(list(self._params.values()))
 
     def step(self) -> float:
-        """One step; the seconds that it took."""
+        """Take one step; return the seconds that it took."""
         began = self._clock()
         lanes = {name: p.unsqueeze(0) for name, p in self._params.items()}
         loss = lane_losses(self._family, lanes, self._buffers, self._data, self._batch)[0].sum()

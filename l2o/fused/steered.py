@@ -15,7 +15,7 @@ from l2o.ops.alignment import control, cosine
 from l2o.ops.groups import stack
 from l2o.ops.moments import decay
 from l2o.ops.numeric import safe_sqrt
-from l2o.ops.orthogonal import as_matrix, matrices, polar
+from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.rules import Steered
 from l2o.types import Grads, OptState, Params, Run, Theta
 
@@ -74,10 +74,11 @@ def step(
 def _entries(
     path: str, grad: Tensor, param: Tensor, slots: Mapping[str, Tensor], factors: tuple[float, float]
 ) -> Entries:
-    """What the kernel has to do with: of a matrix with a basis, what it does of an orthogonal one."""
+    """What the kernel has to do with: of a tensor with a basis, what it does of an orthogonal matrix."""
+    shape = as_matrix(param.shape)
     if path == "eigenbasis":
-        path, slots = "orthogonal", {name: slots[name] for name in ("m", "d")}
-    return Entries(path, as_matrix(param.shape), grad, param, slots, factors)
+        path, slots = "orthogonal" if is_matrix(shape) else "sized", {name: slots[name] for name in ("m", "d")}
+    return Entries(path, shape, grad, param, slots, factors)
 
 
 def _whiten(

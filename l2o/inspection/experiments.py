@@ -57,7 +57,7 @@ class Response(NamedTuple):
 class Inspection(NamedTuple):
     """All that is measured of a rule; tensors are float64 unless said otherwise.
 
-    run, adam: recordings of the rule, and of Adam at `ADAM_LR`, on the same problems; the moments of ``run`` lie around
+    run, adam: recordings of the rule, and of Adam at `ADAM_LR`, on the same problems; the inputs of ``run`` lie around
         its ``middle``, a step, and near its ends.
     response: see there.
     schedule: ``[len(FRACTIONS)]``, root mean square of the update at the middle, the clock alone set to `FRACTIONS`.
@@ -105,26 +105,26 @@ def inspect(
     adam_rule = Adam(lr=ADAM_LR)
     adam = recorded(adam_rule, adam_rule.init_theta(generator), [])
     theta = {name: double(t) for name, t in theta.items()}
-    window = [run.moments[step] for step in range(middle - MEMORY, middle + 1)]
+    history = [run.inputs[step] for step in range(middle - MEMORY, middle + 1)]
     with torch.no_grad():
-        schedule, change = clock_response(rule, theta, window)
-        sensitivities = [sensitivity(rule, theta, run.moments[place], generator) for place in places]
+        schedule, change = clock_response(rule, theta, history)
+        sensitivities = [sensitivity(rule, theta, run.inputs[place], generator) for place in places]
         return Inspection(
             run,
             adam,
             middle,
-            response(rule, theta, window, points),
+            response(rule, theta, history, points),
             schedule,
             change,
-            spike_response(rule, theta, window[-1]),
-            at_rest(rule, theta, window),
+            spike_response(rule, theta, history[-1]),
+            at_rest(rule, theta, history),
             {name: sum(s[name] for s in sensitivities) / len(places) for name in sensitivities[0]},
         )
 
 
-def response(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs], points: int = 21) -> Response:
+def response(rule: UpdateRule, theta: Theta, history: Sequence[StepInputs], points: int = 21) -> Response:
     """Sweep the gradient of an ordinary entry of the largest tensor; see `Response`."""
-    grads = window[-1].grads
+    grads = history[-1].grads
     tensor = max(grads, key=lambda name: grads[name].numel())
     size = _rms({tensor: grads[tensor]}).clamp(min=_TINY)
     entry = (grads[tensor].abs() - size).abs().argmin()  # the one whose gradient is nearest to the root mean square
@@ -132,12 +132,12 @@ def response(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs], point
     sweep = torch.linspace(-REACH, REACH, points, dtype=torch.float64, device=size.device)
 
     def update(past: Tensor, fraction: Tensor, value: Tensor) -> Tensor:
-        def change(moment: StepInputs, back: int) -> StepInputs:
-            shown = torch.where(chosen, value * size * (past if back else 1.0), moment.grads[tensor])
-            run = _at(moment.run, fraction, back)
-            return moment._replace(grads={**moment.grads, tensor: shown}, run=run)
+        def change(inputs: StepInputs, back: int) -> StepInputs:
+            shown = torch.where(chosen, value * size * (past if back else 1.0), inputs.grads[tensor])
+            run = _at(inputs.run, fraction, back)
+            return inputs._replace(grads={**inputs.grads, tensor: shown}, run=run)
 
-        return rerun(rule, theta, window, change)[tensor].flatten().index_select(0, entry.unsqueeze(0)).squeeze(0)
+        return rerun(rule, theta, history, change)[tensor].flatten().index_select(0, entry.unsqueeze(0)).squeeze(0)
 
     conditions = [*((past, 0.5) for past in PASTS), *((0.0, fraction) for fraction in FRACTIONS)]
     rows = list(dict.fromkeys(conditions))  # one of them is a past and an age
@@ -152,33 +152,33 @@ def _at(run: Run, fraction: Tensor | float, back: int) -> Run:
     return run._replace(step=((fraction * run.total_steps).long() - back).clamp(min=0))
 
 
-def clock_response(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> tuple[Tensor, float]:
+def clock_response(rule: UpdateRule, theta: Theta, history: Sequence[StepInputs]) -> tuple[Tensor, float]:
     """Return ``schedule``, ``[len(FRACTIONS)]``, and ``clock_change`` of `Inspection`."""
 
     def update(fraction: Tensor) -> Updates:
-        return rerun(rule, theta, window, lambda m, back: m._replace(run=_at(m.run, fraction, back)))
+        return rerun(rule, theta, history, lambda m, back: m._replace(run=_at(m.run, fraction, back)))
 
-    moves = vmap(update, chunk_size=_CHUNK)(torch.tensor(FRACTIONS, dtype=torch.float64, device=_device(window)))
+    moves = vmap(update, chunk_size=_CHUNK)(torch.tensor(FRACTIONS, dtype=torch.float64, device=_device(history)))
     moved = {name: u - u[:1] for name, u in moves.items()}
     sizes = _rms(moves, 1)
     return sizes, float((_rms(moved, 1) / sizes[0].clamp(min=_TINY)).max())
 
 
-def spike_response(rule: UpdateRule, theta: Theta, moment: StepInputs) -> Tensor:
+def spike_response(rule: UpdateRule, theta: Theta, inputs: StepInputs) -> Tensor:
     """Return ``spikes``, ``[len(SPIKES)]``, of `Inspection`."""
 
     def update(factor: Tensor) -> Updates:
         def change(m: StepInputs, back: int) -> StepInputs:
             return m._replace(grads={name: g * factor for name, g in m.grads.items()})
 
-        return rerun(rule, theta, [moment], change)
+        return rerun(rule, theta, [inputs], change)
 
-    factors = torch.tensor([1.0, *SPIKES], dtype=torch.float64, device=_device([moment]))
+    factors = torch.tensor([1.0, *SPIKES], dtype=torch.float64, device=_device([inputs]))
     sizes = _rms(vmap(update, chunk_size=_CHUNK)(factors), 1)
     return sizes[1:] / sizes[0].clamp(min=_TINY)
 
 
-def at_rest(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> Tensor:
+def at_rest(rule: UpdateRule, theta: Theta, history: Sequence[StepInputs]) -> Tensor:
     """Return ``rest``, ``[2, entries]``, of `Inspection`: with no gradient to follow, what is left of the update that
     depends on the parameters.
 
@@ -190,43 +190,44 @@ def at_rest(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs]) -> Ten
             nothing = {name: torch.zeros_like(g) for name, g in m.grads.items()}
             return m._replace(grads=nothing, params={name: sign * p for name, p in m.params.items()})
 
-        return rerun(rule, theta, window, change)
+        return rerun(rule, theta, history, change)
 
-    there, mirrored, params = update(1.0), update(-1.0), window[-1].params
+    there, mirrored, params = update(1.0), update(-1.0), history[-1].params
     odd = torch.cat([(there[name] - mirrored[name]).flatten() / 2.0 for name in params])
     return torch.stack([torch.cat([p.flatten() for p in params.values()]), odd])
 
 
-def sensitivity(rule: UpdateRule, theta: Theta, moment: StepInputs, generator: torch.Generator) -> dict[str, float]:
-    """``sensitivity`` of `Inspection` at one moment: central differences along each of `directions`.
+def sensitivity(rule: UpdateRule, theta: Theta, inputs: StepInputs, generator: torch.Generator) -> dict[str, float]:
+    """Measure ``sensitivity`` of `Inspection` at one step: central differences along each of `directions`.
 
     Inputs are the gradient, the parameter, the loss where the rule needs it, the clock, and the slots of the state
     before the update; of a slot with a few channels, each of them. State of the past is thus apart from the present.
     """
-    unit = _rms(rerun(rule, theta, [moment], _same)).clamp(min=_TINY)
+    unit = _rms(rerun(rule, theta, [inputs], _same)).clamp(min=_TINY)
     found = {}
-    for name, direction in directions(rule, moment, generator):
+    for name, direction in directions(rule, inputs, generator):
         ends = []
         for side in (1.0, -1.0):
-            moved = _shift(moment, direction, side)
+            moved = _shift(inputs, direction, side)
             ends.append((rerun(rule, theta, [moved], _same), moved.run.step))
         (ahead, late), (behind, early) = ends
-        distance = (late - early) / moment.run.total_steps if name == "clock" else 2.0 * EPSILON
+        distance = (late - early) / inputs.run.total_steps if name == "clock" else 2.0 * EPSILON
         found[name] = float(_rms({k: ahead[k] - behind[k] for k in ahead}) / distance / unit)
     return found
 
 
-def directions(rule: UpdateRule, moment: StepInputs, generator: torch.Generator) -> Iterator[tuple[str, StepInputs]]:
-    """Each input by name, and what a relative change of it adds: its entries with random signs, and 0 elsewhere."""
-    none: StepInputs = tree_map_only(Tensor, torch.zeros_like, moment)
-    signed: StepInputs = tree_map_only(Tensor, lambda x: _signed(x, generator), moment)
+def directions(rule: UpdateRule, inputs: StepInputs, generator: torch.Generator) -> Iterator[tuple[str, StepInputs]]:
+    """Return each input by name, and what a relative change of it adds: its entries with random signs, and 0
+    elsewhere."""
+    none: StepInputs = tree_map_only(Tensor, torch.zeros_like, inputs)
+    signed: StepInputs = tree_map_only(Tensor, lambda x: _signed(x, generator), inputs)
     yield "gradient", none._replace(grads=signed.grads)
     yield "parameter", none._replace(params=signed.params)
     if rule.needs_loss:
         yield "loss", none._replace(run=none.run._replace(loss=signed.run.loss))
-    yield "clock", none._replace(run=none.run._replace(step=(moment.run.total_steps // 20).clamp(min=1)))
+    yield "clock", none._replace(run=none.run._replace(step=(inputs.run.total_steps // 20).clamp(min=1)))
     blank, noise = none.state, signed.state
-    counts = channel_counts(moment.state, moment.params)
+    counts = channel_counts(inputs.state, inputs.params)
     parts = {name: _parts(slots, counts) for name, slots in noise.per_param.items()}
     for label in dict.fromkeys(label for found in parts.values() for label in found):
         slots = {k: blank.per_param[k] | dict([own[label]] if label in own else []) for k, own in parts.items()}
@@ -237,7 +238,8 @@ def directions(rule: UpdateRule, moment: StepInputs, generator: torch.Generator)
 
 
 def channel_counts(state: OptState, params: Params) -> dict[str, int]:
-    """Slots with a few channels along a first axis that parameters lack, and how many: the same in every tensor."""
+    """Return slots with a few channels along a first axis that parameters lack, and how many: the same in every
+    tensor."""
     lengths: dict[str, set[int]] = {}
     lacking = set()
     for name, slots in state.per_param.items():
@@ -266,19 +268,19 @@ def _signed(x: Tensor, generator: torch.Generator) -> Tensor:
     return x * (torch.randint(2, x.shape, generator=generator, device=x.device) * 2.0 - 1.0)
 
 
-def _shift(moment: StepInputs, direction: StepInputs, side: float) -> StepInputs:
-    """``moment`` moved along ``direction``; the clock by whole steps, and not to before the start."""
+def _shift(inputs: StepInputs, direction: StepInputs, side: float) -> StepInputs:
+    """``inputs`` moved along ``direction``; the clock by whole steps, and not to before the start."""
 
     def shift(x: Any, d: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         return x + side * EPSILON * d if x.is_floating_point() else (x + int(side) * d).clamp(min=0)
 
-    return cast(StepInputs, tree_map(shift, moment, direction))
+    return cast(StepInputs, tree_map(shift, inputs, direction))
 
 
-def _same(moment: StepInputs, back: int) -> StepInputs:
-    return moment
+def _same(inputs: StepInputs, back: int) -> StepInputs:
+    return inputs
 
 
 def _rms(tree: dict[str, Tensor], batch_axes: int = 0) -> Tensor:
@@ -287,5 +289,5 @@ def _rms(tree: dict[str, Tensor], batch_axes: int = 0) -> Tensor:
     return (dot(tree, tree, batch_axes) / count).sqrt()
 
 
-def _device(window: Sequence[StepInputs]) -> torch.device:
-    return window[0].run.step.device
+def _device(history: Sequence[StepInputs]) -> torch.device:
+    return history[0].run.step.device

@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
 
 def findings(inspection: Inspection) -> list[Finding]:
-    """One of each topic, always in the same order."""
+    """Return one of each topic, always in the same order."""
     return [
         _momentum(inspection),
         _schedule(inspection),
@@ -70,7 +70,7 @@ def _schedule(inspection: Inspection) -> Finding:
 
 
 def tenths(rates: Tensor) -> tuple[float, float]:
-    """Medians over the first and the last tenth of a run, of ``[steps]``."""
+    """Return medians over the first and the last tenth of a run, of ``rates [steps]``."""
     tenth = max(len(rates) // 10, 1)
     return float(rates[:tenth].median()), float(rates[-tenth:].median())
 
@@ -97,7 +97,8 @@ def _clipping(inspection: Inspection) -> Finding:
 
 
 def decay_rate(inspection: Inspection) -> tuple[float, float]:
-    """Least squares of the update at rest, ``-rate * p``, and the correlation of ``-update`` with ``p`` about 0."""
+    """Return, by least squares, that of the update at rest, ``-rate * p``, and the correlation of ``-update`` with
+    ``p`` about 0."""
     params, update = inspection.rest
     product, size = 0.0 - float(params @ update), float(params.norm())
     return product / max(size**2, _TINY), product / max(size * float(update.norm()), _TINY)

@@ -16,7 +16,7 @@ _MOST_DOTS = 2000
 
 
 def inspection_png(inspection: Inspection, title: str) -> bytes:
-    """A PNG of all that was measured. Raises `ConfigurationError` where matplotlib is missing."""
+    """Draw a PNG of all that was measured. Raises `ConfigurationError` where matplotlib is missing."""
     figure = new_figure(16.0, 9.0)
     figure.suptitle(title, fontsize=14, fontweight="bold")
     draw = (_by_past, _by_age, _rates, _spikes, _rest, _sensitivity)

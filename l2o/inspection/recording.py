@@ -33,13 +33,13 @@ class Recording(NamedTuple):
     rates: ``[steps]``, root mean square of the updates over that of the gradients, all lanes together.
     descent: ``[steps]``, ``-<u, g> / <g, g>``: the learning rate that gradient descent would need to go as far down the
         gradient; negative where the update goes up.
-    moments: of the first lane, by step.
+    inputs: of the first lane, by step.
     """
 
     losses: Tensor
     rates: Tensor
     descent: Tensor
-    moments: dict[int, StepInputs]
+    inputs: dict[int, StepInputs]
 
 
 def record(
@@ -53,12 +53,12 @@ def record(
 ) -> Recording:
     """Train ``lanes`` tasks for ``steps`` steps, which is also the ``total_steps`` that the rule is told.
 
-    theta: ``[...]``, without lanes, on the generator's device.     keep: steps whose moments are kept.
+    theta: ``[...]``, without lanes, on the generator's device.     keep: steps whose inputs are kept.
     Raises `ConfigurationError` where a loss is not finite: there is no telling what a rule does in a run that diverged.
     """
     horizon = torch.full((check_int("lanes", lanes),), check_int("steps", steps), device=generator.device)
     many = expand_theta(theta, lanes)
-    moments, rows = {}, []
+    inputs, rows = {}, []
     with torch.no_grad():
         state = sample_runs(rule, many, family, horizon, generator)
         for step in range(steps):
@@ -66,15 +66,15 @@ def record(
             loss, buffers, grads, _ = gradients(family, state, batch)
             grads, buffers = family.transform_gradients(grads, buffers, state.data, batch)
             if step in keep:
-                moments[step] = _moment(state, grads, loss, lane_infos(state.params, family.kinds))
+                inputs[step] = _inputs(state, grads, loss, lane_infos(state.params, family.kinds))
             moves, opt = updates(rule, many, grads, state, loss, family.kinds)
             rows.append(torch.stack([loss, dot(moves, moves, 1), dot(moves, grads, 1), dot(grads, grads, 1)]))
             params = {name: p + moves[name] for name, p in state.params.items()}
             state = state._replace(params=params, buffers=buffers, opt=opt, step=state.step + 1)
-    return _recording(torch.stack(rows), moments)
+    return _recording(torch.stack(rows), inputs)
 
 
-def _recording(rows: Tensor, moments: dict[int, StepInputs]) -> Recording:
+def _recording(rows: Tensor, inputs: dict[int, StepInputs]) -> Recording:
     """rows: ``[steps, 4, lanes]``: losses, and products of updates and gradients."""
     losses = rows[:, 0]
     broken = (~rows.isfinite().all(1).all(1)).nonzero().flatten()
@@ -84,10 +84,10 @@ def _recording(rows: Tensor, moments: dict[int, StepInputs]) -> Recording:
         )
     moved, along, slope = rows[:, 1:].double().sum(-1).unbind(1)
     slope = slope.clamp(min=torch.finfo(torch.float64).tiny)
-    return Recording(losses, (moved / slope).sqrt(), -along / slope, moments)
+    return Recording(losses, (moved / slope).sqrt(), -along / slope, inputs)
 
 
-def _moment(state: InnerState, grads: Grads, loss: Tensor, infos: Infos) -> StepInputs:
+def _inputs(state: InnerState, grads: Grads, loss: Tensor, infos: Infos) -> StepInputs:
     """Of the first lane."""
     whole_run = StepInputs(state.opt, grads, state.params, Run(state.step, state.total_steps, loss), infos)
     return cast(StepInputs, tree_map_only(Tensor, lambda x: double(x[0].clone()), whole_run))
@@ -99,31 +99,32 @@ def double(x: Tensor) -> Tensor:
 
 
 def dot(a: dict[str, Tensor], b: dict[str, Tensor], batch_axes: int = 0) -> Tensor:
-    """Inner product over all entries of all tensors, ``[*shape[:batch_axes]]``, the shape of their first axes."""
+    """Return the inner product over all entries of all tensors, ``[*shape[:batch_axes]]``, the shape of their first
+    axes."""
     return torch.stack([entries(a[name] * b[name], batch_axes).sum(-1) for name in a]).sum(0)
 
 
 def entries(x: Tensor, batch_axes: int = 0) -> Tensor:
-    """``[*shape[:batch_axes], entries]``, also of what has no further axes, or no entries."""
+    """Reshape ``x`` to ``[*shape[:batch_axes], entries]``, also what has no further axes, or no entries."""
     shape = x.shape
     return x.reshape(*shape[:batch_axes], math.prod(shape[batch_axes:]))
 
 
 Change = Callable[[StepInputs, int], StepInputs]
-"""A moment, and the number of updates before the last: what the rule is shown instead."""
+"""The inputs of a step, and the number of updates before the last: what the rule is shown instead."""
 
 
-def rerun(rule: UpdateRule, theta: Theta, window: Sequence[StepInputs], change: Change) -> dict[str, Tensor]:
-    """Return the last update of consecutive moments with ``change`` made to what the rule is shown; parameters, and the
+def rerun(rule: UpdateRule, theta: Theta, history: Sequence[StepInputs], change: Change) -> dict[str, Tensor]:
+    """Return the last update of consecutive steps with ``change`` made to what the rule is shown; parameters, and the
     shapes of updates, are as recorded.
 
-    Only the first moment's ``state`` counts; from there on the rule's own is carried along.
+    Only the first step's ``state`` counts; from there on the rule's own is carried along.
     theta: float64.     Pure, so that it may be vectorised over what ``change`` does.
     """
-    state, last = window[0].state, len(window) - 1
+    state, last = history[0].state, len(history) - 1
     moves: dict[str, Tensor] = {}
-    for i, moment in enumerate(window):
-        shown = change(moment._replace(state=state), last - i)
+    for i, inputs in enumerate(history):
+        shown = change(inputs._replace(state=state), last - i)
         run = shown.run if rule.needs_loss else shown.run._replace(loss=None)
         moves, state = rule.update(theta, shown.grads, shown.state, shown.params, shown.infos, run)
     return moves

@@ -78,7 +78,7 @@ class Row(NamedTuple):
 
 
 def row(name: str, recorded: Mapping[str, Replays]) -> Row:
-    """The row of one rule of `l2o.rules`.  recorded: from `replays`."""
+    """Return the row of one rule of `l2o.rules`.  recorded: from `replays`."""
     rule = getattr(l2o.rules, name)()
     size = sum(t.numel() for t in rule.init_theta(torch.Generator()).values())
     return Row(
@@ -94,19 +94,19 @@ def row(name: str, recorded: Mapping[str, Replays]) -> Row:
 
 
 def source(rule: type[UpdateRule]) -> str:
-    """The documentation of the module that defines ``rule``, as one paragraph."""
+    """Return the documentation of the module that defines ``rule``, as one paragraph."""
     return " ".join((sys.modules[rule.__module__].__doc__ or "").split())
 
 
 def converts(rule: type[UpdateRule]) -> tuple[str, ...]:
-    """Names of JAX originals, in `REFERENCES`, then of networks of PyLO."""
+    """Return names of JAX originals, in `REFERENCES`, then of networks of PyLO."""
     references = [name for name, reference in REFERENCES.items() if reference.rule is rule]
     networks = [f"PyLO {network}" for network, original in ORIGINALS.items() if original in references]
     return (*references, *networks)
 
 
 def replays(folders: Iterable[Path]) -> dict[str, Replays]:
-    """All recorded runs in ``folders`` replayed, by rule; of files with one name, the last folder's counts.
+    """Replay all recorded runs in ``folders``, by rule; of files with one name, the last folder's counts.
 
     Raises `CheckpointError` for a file that is no recorded run.
     """
@@ -159,7 +159,7 @@ _EPISODES = {"horizon": 6, "truncation": 3, "stagger": False, "explosion": 1e6}
 
 
 def backprop_error(rule: UpdateRule) -> float:
-    """``tbptt`` of `Row`: along the meta-gradient and a random direction of half its length, at once."""
+    """Measure ``tbptt`` of `Row`: along the meta-gradient and a random direction of half its length, at once."""
     run = _training(Backprop(rule, _PROBLEM, lanes=2, clip=1e9, **_EPISODES))  # type: ignore[arg-type]
     noise = torch.Generator().manual_seed(1)
     worst = 0.0
@@ -181,7 +181,8 @@ def backprop_error(rule: UpdateRule) -> float:
 
 
 def evolution_error(rule: UpdateRule) -> float:
-    """``pes`` of `Row`: of one pair, whose estimate is its noise times a difference of the meta-loss along it."""
+    """Measure ``pes`` of `Row`: of one pair, whose estimate is its noise times a difference of the meta-loss along
+    it."""
     backprop = _training(Backprop(rule, _PROBLEM, lanes=1, clip=1e9, **_EPISODES))  # type: ignore[arg-type]
     run = _training(Evolution(rule, _PROBLEM, lanes=2, sigma=_DIFFERENCE, **_EPISODES))  # type: ignore[arg-type]
     exact, estimate = _outer_step(backprop), _outer_step(run)  # from the same seed: the same task and batches
@@ -219,7 +220,7 @@ def _add(a: Theta, b: Theta, factor: float) -> Theta:
 
 
 def plugin_error(rule: UpdateRule, steps: int = 3) -> float:
-    """``plugin`` of `Row`, in float32, over ``steps`` steps on parameters of several shapes."""
+    """Measure ``plugin`` of `Row`, in float32, over ``steps`` steps on parameters of several shapes."""
     generator = torch.Generator().manual_seed(0)
     theta, params = rule.init_theta(generator), _draw(generator)
     modules = [torch.nn.Parameter(p.clone()) for p in params.values()]
@@ -247,13 +248,13 @@ _COLUMNS = ("rule", "what it is", "size of θ", "replay", "TBPTT", "PES", "conve
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table, a line each."""
+    """Return the table, a line each."""
     lines = [_COLUMNS, ("---",) * len(_COLUMNS), *map(cells, rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """What is printed of a row."""
+    """Return what is printed of a row."""
     linked = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", row.source)
     replayed = "not recorded"
     if row.replays:

@@ -39,7 +39,7 @@ class _Count:
 
 
 def unpack(data: bytes) -> Any:
-    """The one value in ``data``: dicts with string keys, lists, str, bytes, int, float, bool, None and `Ext`.
+    """Return the one value in ``data``: dicts with string keys, lists, str, bytes, int, float, bool, None and `Ext`.
 
     Raises `CheckpointError` where there is no msgpack, and for anything else than one whole value of at most
     `MAX_VALUES` entries.

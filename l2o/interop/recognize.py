@@ -10,7 +10,7 @@ from l2o.types import CheckpointError, L2OError, Theta
 
 
 def recognize(theta: Theta, settings: Mapping[str, Any]) -> list[str]:
-    """The names in `REFERENCES` of all that have exactly these tensors, the one that is meant by default first.
+    """Return the names in `REFERENCES` of all that have exactly these tensors, the one that is meant by default first.
 
     theta: by the reference's paths.     settings: hyperparameters under the reference's names.
     Raises `CheckpointError`, which says what came and what is known.

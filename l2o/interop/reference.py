@@ -50,7 +50,7 @@ class Reference:
     kinds: Callable[[Settings, Params], dict[str, Kind]] = _default_kinds
 
     def rebuild(self, theta: Theta, settings: Settings | None = None) -> tuple[UpdateRule, Theta]:
-        """The rule and its θ, from the reference's.
+        """Return the rule and its θ, from the reference's.
 
         settings: those that are known; what is left out has our default. Raises `CheckpointError` where a tensor is
         missing, left over or of another shape, or a setting is none of this optimizer; `ConfigurationError` for a value
@@ -97,25 +97,26 @@ def _some(names: Collection[str], most: int = 6) -> str:
 
 
 def take(rest: Theta, names: Mapping[str, str]) -> Theta:
-    """Tensors out of ``rest``, by our names, given the reference's for each."""
+    """Take tensors out of ``rest``, by our names, given the reference's for each."""
     return {ours: rest.pop(theirs) for ours, theirs in names.items()}
 
 
 def take_layers(rest: Theta, weight: str, bias: str) -> Theta:
-    """``w0, b0, w1, ...`` of a network: ``weight`` and ``bias`` are paths with ``{}`` for the number of the layer."""
+    """Take ``w0, b0, w1, ...`` of a network: ``weight`` and ``bias`` are paths with ``{}`` for the number of the
+    layer."""
     layers = list(takewhile(lambda i: weight.format(i) in rest, count()))
     names = [(f"{kind}{i}", path.format(i)) for i in layers or [0] for kind, path in (("w", weight), ("b", bias))]
     return take(rest, dict(names))
 
 
 def take_lstm(rest: Theta, cell: str = "rnn_params/rnn/linear") -> Theta:
-    """`l2o.ops.recurrent`'s names. The reference's first state is one row of a batch, ``[1, hidden]``."""
+    """Take `l2o.ops.recurrent`'s names. The reference's first state is one row of a batch, ``[1, hidden]``."""
     weights = take(rest, {"lstm_w": f"{cell}/w", "lstm_b": f"{cell}/b"})
     state = take(rest, {"lstm_h": "lstm_init_state/hidden", "lstm_c": "lstm_init_state/cell"})
     return weights | {name: t.reshape(-1) for name, t in state.items()}
 
 
 def hidden_sizes(theta: Theta) -> dict[str, Any]:
-    """``hidden``, the units between the first and the last layer of ``w0, w1, ...``."""
+    """Return ``hidden``, the units between the first and the last layer of ``w0, w1, ...``."""
     layers = takewhile(lambda name: name in theta, (f"w{i}" for i in count()))
     return {"hidden": tuple(theta[name].shape[-1] for name in layers)[:-1]}

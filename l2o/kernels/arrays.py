@@ -55,26 +55,26 @@ def derivative_of(
 
 
 def dense_lanes(t: Tensor) -> Tensor:
-    """``[lanes, *shape]``, each lane contiguous; lanes may share memory, as those of `Tensor.expand` do."""
+    """Return ``t [lanes, *shape]``, each lane contiguous; lanes may share memory, as those of `Tensor.expand` do."""
     shared = t.stride(0) == 0 and t[0].is_contiguous()
     return t if shared else t.contiguous()
 
 
 def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
-    """``t [*shape]`` with its entries where ``like [*shape]`` has them; itself where they are."""
+    """Return ``t [*shape]`` with its entries where ``like [*shape]`` has them; itself where they are."""
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[Any]:
-    """Of each tensor's first element, of tensors of any shape; the tensors have to outlive them."""
+    """Return those of each tensor's first element, of tensors of any shape; the tensors have to outlive them."""
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
 def whole_numbers(values: Sequence[int]) -> ctypes.Array[Any]:
-    """int64."""
+    """Return an array of int64."""
     return (ctypes.c_int64 * len(values))(*values)
 
 
 def floats(values: Sequence[float]) -> ctypes.Array[Any]:
-    """float32."""
+    """Return an array of float32."""
     return (ctypes.c_float * len(values))(*values)

@@ -40,7 +40,7 @@ _compared: set[tuple[str, type[ctypes.Structure]]] = set()
 
 
 def setting() -> str:
-    """``L2O_KERNELS``: 0, 1, or nothing; raises `ConfigurationError` for anything else."""
+    """Return ``L2O_KERNELS``: 0, 1, or nothing; raises `ConfigurationError` for anything else."""
     value = os.environ.get("L2O_KERNELS", "")
     if value not in ("", "0", "1"):
         raise ConfigurationError(f"L2O_KERNELS={value!r}: expected 0 (off), 1 (required), or nothing")
@@ -48,7 +48,7 @@ def setting() -> str:
 
 
 def available(*sources: str) -> bool:
-    """Whether the kernels of these files, named without ``.cpp``, can be run; where not, torch has to do.
+    """Say whether the kernels of these files, named without ``.cpp``, can be run; where not, torch has to do.
 
     What no process has built before is built now, all at once, which takes seconds. Raises `L2OError` with the
     compiler's message under ``L2O_KERNELS=1``.
@@ -114,7 +114,7 @@ def _load(source: str) -> ctypes.CDLL | str:
 
 
 def build(source: str) -> Path:
-    """Path of the compiled kernels of ``source``, which are compiled where no earlier process has done so.
+    """Return the path of the compiled kernels of ``source``, which are compiled where no earlier process has done so.
 
     Raises `L2OError` where there is no compiler, where it fails, or where the folder belongs to somebody else; OSError
     where the folder cannot be written.
@@ -132,7 +132,7 @@ def build(source: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder of compiled kernels, ours alone: whoever can write to it decides what runs here."""
+    """Return the folder of compiled kernels, ours alone: whoever can write to it decides what runs here."""
     folder = disk.cache_folder() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()

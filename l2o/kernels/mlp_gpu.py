@@ -20,7 +20,7 @@ def update(
     time: Tensor,
     reference: Any = None,
 ) -> tuple[Updates, OptState] | None:
-    """Update all lanes, tensors ``[lanes, ...]``, as `l2o.kernels.mlp_rule.update`; None also for derivatives.
+    """Update all lanes, tensors, ``time`` too, ``[lanes, ...]``, as `mlp_rule.update`; None also for derivatives.
 
     Only with ``L2O_KERNELS=1``: in Triton's interpreter the kernels agree with the rule, but no GPU has run them yet.
     Raises `L2OError` where there is no Triton.

@@ -63,7 +63,7 @@ def update(
     time: Tensor,
     reference: Callable[[Theta, Grads, OptState, Params], tuple[Updates, OptState]],
 ) -> tuple[Updates, OptState] | None:
-    """All lanes' update, every tensor ``[lanes, ...]``; None where the kernel does not fit or cannot be had.
+    """Return all lanes' update, every tensor ``[lanes, ...]``; None where the kernel does not fit or cannot be had.
 
     theta: as `l2o.rules.MLP` has it.    time: ``[lanes, k]``, the last inputs of each entry, taken as constants.
     reference: the same in torch's operations. Differentiable, by a kernel the first time, then by ``reference``.
@@ -105,7 +105,7 @@ class Tensors(NamedTuple):
 
     @classmethod
     def of(cls, theta: Theta, grads: Grads, state: OptState, params: Params) -> Tensors:
-        """In the order of ``params``."""
+        """Put tensors in the order of ``params``."""
         return cls(
             ordered(theta),
             [grads[name] for name in params],
@@ -114,7 +114,7 @@ class Tensors(NamedTuple):
         )
 
     def by_name(self, names: Sequence[str]) -> tuple[Theta, Grads, OptState, Params]:
-        """What `of` takes, but for the order.  names: of the parameters."""
+        """Return what `of` takes, but for the order.  names: of the parameters."""
         theta = {f"{'wb'[i % 2]}{i // 2}": t for i, t in enumerate(self.theta)}
         grads, params, momenta = (dict(zip(names, group, strict=True)) for group in self[1:])
         return theta, grads, OptState({name: {"m": m} for name, m in momenta.items()}, {}), params
@@ -136,7 +136,7 @@ class Tensors(NamedTuple):
 
 
 def fits(constants: Constants, tensors: Tensors, time: Tensor, anywhere: bool = False) -> bool:
-    """Whether dtypes, devices and all shapes are such that the kernel stays inside its arrays.
+    """Say whether dtypes, devices and shapes, of ``time`` too, are such that the kernel stays inside its arrays.
 
     anywhere: on any one device, not on the CPU alone.
     """
@@ -193,7 +193,7 @@ def describe(constants: Constants, inputs: Tensors, time: Tensor, results: Resul
 
 
 def dense(tensors: Tensors) -> Tensors:
-    """Each lane of each tensor contiguous; lanes of theta may share their memory."""
+    """Return each lane of each tensor contiguous; lanes of theta may share their memory."""
     return Tensors([dense_lanes(t) for t in tensors.theta], *([t.contiguous() for t in g] for g in tensors[1:]))
 
 

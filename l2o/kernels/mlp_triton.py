@@ -122,7 +122,7 @@ class _Network(NamedTuple):
 
 
 def fits(tensors: "Tensors") -> bool:
-    """Whether the network has hidden layers, small ones, and the entries few enough momenta."""
+    """Say whether the network has hidden layers, small ones, and the entries few enough momenta."""
     widths = [2 + tensors.momenta[0].shape[1], *(b.shape[-1] for b in tensors.theta[1:-2:2])]
     return len(widths) > 1 and max(widths) <= _MOST
 

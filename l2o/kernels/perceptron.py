@@ -39,7 +39,7 @@ class _Cotangents(ctypes.Structure):
 def gradient(
     activation: str, layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """Mean losses ``[lanes]`` and gradients by layer; None where the kernel does not fit.
+    """Return the mean losses ``[lanes]`` and gradients by layer; None where the kernel does not fit.
 
     activation: of the hidden layers, one of ``ACTIVATIONS``.    x: ``[lanes, batch, in]``, a constant.
     layers: weights ``[lanes, out, in]`` and biases ``[lanes, out]``.    y: int64 classes ``[lanes, batch]``.
@@ -100,8 +100,8 @@ def _reference(activation: str, x: Tensor, y: Tensor, *params: Tensor) -> list[T
 def closed_form(
     activation: str, layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """Return losses ``[lanes]`` and gradients as `gradient`, in torch's operations over all lanes at once: on any
-    device, differentiable any number of times.
+    """Return losses ``[lanes]`` and gradients as `gradient`, of ``x [lanes, batch, in]`` and labels ``y``, in
+    torch's operations over all lanes at once: on any device, differentiable any number of times.
 
     Far fewer of them than ``vmap`` and autograd take, above all where they are recorded for a second derivative.
     """
@@ -147,7 +147,7 @@ SLOPES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"relu": _relu, "
 
 
 def describe(activation: str, params: list[Tensor], grads: list[Tensor], shape: Sequence[int]) -> _Perceptron | None:
-    """The problem for the kernel, but for its images, labels and losses; None where it does not fit.
+    """Describe the problem for the kernel, but for its images, labels and losses; None where it does not fit.
 
     params, grads: weights and biases by layer, contiguous.     shape: of a batch, ``[batch, in]``.
     """

@@ -36,11 +36,11 @@ class Batches(NamedTuple):
     rows: Tensor | None = None
 
     def repeated(self, copies: int) -> Batches:
-        """Those of lanes that share each problem ``copies`` times."""
+        """Return those of lanes that share each problem ``copies`` times."""
         return self._replace(copies=copies * self.copies)
 
     def drawn(self, steps: int, lanes: int, generator: torch.Generator) -> Batches:
-        """With the rows that ``steps`` calls of `TaskFamily.batch` would draw."""
+        """Return these with the rows that ``steps`` calls of `TaskFamily.batch` would draw."""
         keys = several_keys(generator, lanes // self.copies, steps)
         return self._replace(rows=hashed_integers(keys, len(self.x), self.size))
 
@@ -132,7 +132,7 @@ def unroll(
     time: Tensor,
     update: Update,
 ) -> tuple[InnerState, Tensor]:
-    """The state after the batches' steps and the losses before each, ``[steps, lanes]``, of what `fits`.
+    """Return the state after the batches' steps and the losses before each, ``[steps, lanes]``, of what `fits`.
 
     theta: ``[lanes, ...]``.     time: ``[steps, lanes, k]``, the last inputs of each entry, taken as constants.
     update: of all lanes, in torch's operations, by which what has been differentiated once can be again.

@@ -17,9 +17,10 @@
 
 namespace {
 
-enum Path : int64_t { ADAM, NORMALIZED, ORTHOGONAL };
+enum Path : int64_t { ADAM, NORMALIZED, ORTHOGONAL, SIZED };
 
-// A tensor as a matrix.  grad, param, m: [rows, cols].  second: d of an orthogonal one, v on Adam's path.
+// A tensor as a matrix.  grad, param, m: [rows, cols].  second: d of an orthogonal or sized one, v on Adam's path.
+// A sized one is as an orthogonal one, but that its direction keeps the size that it is given.
 // row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
 // param <- keep param + scale direction.  sums, written: gradient times direction, and squares of gradient, direction
 // and parameter.
@@ -101,7 +102,7 @@ template <class F> void add_sums(const float* g, const float* p, int64_t n, doub
 void look_rows(const Step& s, const Tensor& t, int64_t first, int64_t last, double* sums) {
     const int64_t from = first * t.cols, n = (last - first) * t.cols;
     const float *g = t.grad + from, *p = t.param + from, *m = t.m + from;
-    if (t.path == ORTHOGONAL)
+    if (t.path >= ORTHOGONAL)
         return add_sums(g, p, n, 1, sums, [d = t.second + from](int64_t i) { return d[i]; });
     if (t.path == ADAM) {
         const double scale = adam_scale(s, std::max(1.f, *t.count));
@@ -213,7 +214,7 @@ void normalized(const Step& s, Tensor& t) {
 
 // Entries that never had a gradient leave the direction, what is left is brought to a mean square of one and followed.
 void finish(const Step& s, Tensor& t) {
-    if (t.path != ORTHOGONAL) return;
+    if (t.path < ORTHOGONAL) return;
     std::vector<double> parts(block_count(t));
     blocks(s, t, [&](int64_t block, int64_t first, int64_t last) {
         float squares = 0;
@@ -228,7 +229,8 @@ void finish(const Step& s, Tensor& t) {
     });
     double squares = 0;
     for (double part : parts) squares += part;
-    const float size = inverse_root(squares / (t.rows * t.cols)), keep = t.keep, scale = t.scale;
+    const float size = t.path == SIZED ? 1.f : inverse_root(squares / (t.rows * t.cols));
+    const float keep = t.keep, scale = t.scale;
     blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
         float *d = t.second, *p = t.param;
 #pragma omp simd

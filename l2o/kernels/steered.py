@@ -16,13 +16,13 @@ from torch import Tensor
 from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
 
-PATHS = ("adam", "normalized", "orthogonal")
-"""In the order of ``Path`` of steered.cpp."""
-_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, "orthogonal": {"m", "d"}}
+PATHS = ("adam", "normalized", "orthogonal", "sized")
+"""In the order of ``Path`` of steered.cpp; ``sized`` is as ``orthogonal``, but for the size of the direction."""
+_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, **{path: {"m", "d"} for path in PATHS[2:]}}
 _POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
 _ORDER = {
     path: (i, ("m", second, *(name if name in _SLOTS[path] else "" for name in _POINTERS[4:])))
-    for i, (path, second) in enumerate(zip(PATHS, ("v", "m", "d"), strict=True))
+    for i, (path, second) in enumerate(zip(PATHS, ("v", "m", "d", "d"), strict=True))
 }
 """By path: its number, and the slots that ``_POINTERS`` from ``m`` on are of."""
 _LENGTHS: Mapping[str, Callable[[int, int], int]] = {
@@ -73,7 +73,7 @@ class Entries(NamedTuple):
     factors: tuple[float, float]
 
     def description(self) -> tuple[int, ...]:
-        """The first fields of `_Tensor`, before ``keep``; 0 for arrays that there are none of."""
+        """Return the first fields of `_Tensor`, before ``keep``; 0 for arrays that there are none of."""
         number, order = _ORDER[self.path]
         slots = self.slots
         arrays = [slots[name].data_ptr() if name else 0 for name in order]
@@ -118,12 +118,13 @@ class FusedSteps:
         self._step = _Step(len(tensors), torch.get_num_threads(), *map(float, decays), table)
 
     def look(self) -> Tensor:
-        """Sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction, parameter."""
+        """Return sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction,
+        parameter."""
         run("steered", "l2o_steered_look", self._step)
         return self._numbers[:, 2:].T.clone()
 
     def advance(self, scales: Tensor) -> None:
-        """Moments, and ``param <- keep param + lr scale direction`` but for orthogonal matrices.
+        """Advance moments, and ``param <- keep param + lr scale direction`` but for orthogonal matrices.
 
         These find Nesterov's momentum in the slot ``d``, where their new direction is to be before `finish`.
 
@@ -133,12 +134,12 @@ class FusedSteps:
         run("steered", "l2o_steered_advance", self._step)
 
     def finish(self) -> None:
-        """Brings the directions of orthogonal matrices to size, and moves their parameters."""
+        """Bring the directions of orthogonal matrices to size, and move their parameters, and ``sized`` ones."""
         run("steered", "l2o_steered_finish", self._step)
 
 
 def fused_steps(tensors: Sequence[Entries], decays: Sequence[Tensor]) -> FusedSteps | None:
-    """The kernel for one step, or None, with nothing read, where it does not fit or cannot be had.
+    """Return the kernel for one step, or None, with nothing read, where it does not fit or cannot be had.
 
     decays: momentum, beta1, beta2; 0-d.
     """

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from l2o.ops.features import columns
-from l2o.ops.networks import init_linear, linear, lstm_cell, over_entries
+from l2o.ops.networks import apply_coordinatewise, init_linear, linear, lstm_cell
 from l2o.types import Slots, Theta
 
 
 def init_coordinatewise_lstm(generator: torch.Generator, fan_in: int, hidden: Sequence[int]) -> Theta:
-    """Cells of ``hidden`` units that read ``fan_in`` features, and a readout of one number."""
+    """Return cells of ``hidden`` units that read ``fan_in`` features, and a readout of one number."""
     theta: Theta = {}
     for i, (inputs, units) in enumerate(pairwise((fan_in, *hidden))):
         theta[f"w{i}"], theta[f"b{i}"] = init_linear(generator, inputs + units, 4 * units)
@@ -27,7 +27,7 @@ def init_coordinatewise_lstm(generator: torch.Generator, fan_in: int, hidden: Se
 
 
 def coordinatewise_slots(param: Tensor, hidden: Sequence[int]) -> Slots:
-    """Zero states for every entry of ``param``: ``h0, c0, ...``, ``[units, *param.shape]``."""
+    """Return zero states for every entry of ``param``: ``h0, c0, ...``, ``[units, *param.shape]``."""
     return {
         f"{slot}{i}": torch.zeros_like(param).expand(units, *param.shape).clone()
         for i, units in enumerate(hidden)
@@ -41,7 +41,7 @@ def coordinatewise_lstm(
     state: Mapping[str, Slots],
     encode: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[str, Slots]:
-    """One step: the new ``h0, c0, ...`` of each tensor.
+    """Take one step: the new ``h0, c0, ...`` of each tensor.
 
     features: by tensor, ``[fan_in, *shape]``; ``encode``, columns to columns, comes between them and the first cell.
     """
@@ -56,7 +56,7 @@ def coordinatewise_lstm(
 
     slots = [f"{slot}{i}" for i in range(_depth(theta)) for slot in "hc"]
     inputs = {name: (columns(x), *(columns(state[name][slot]) for slot in slots)) for name, x in features.items()}
-    new = over_entries(cells, inputs)
+    new = apply_coordinatewise(cells, inputs)
     return {
         name: {slot: h.reshape(h.shape[0], *x.shape[1:]) for slot, h in zip(slots, new[name], strict=True)}
         for name, x in features.items()
@@ -64,13 +64,13 @@ def coordinatewise_lstm(
 
 
 def readout(theta: Theta, state: Mapping[str, Slots], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The last cell's output as one number an entry, by tensor, in the tensor's shape."""
+    """Return the last cell's output as one number an entry, by tensor, in the tensor's shape."""
 
     def network(h: Tensor) -> tuple[Tensor]:
         return (linear(h, theta["w_out"], theta["b_out"]),)
 
     last = f"h{_depth(theta) - 1}"
-    outputs = over_entries(network, {name: (columns(state[name][last]),) for name in shapes})
+    outputs = apply_coordinatewise(network, {name: (columns(state[name][last]),) for name in shapes})
     return {name: outputs[name][0].reshape(shape) for name, shape in shapes.items()}
 
 

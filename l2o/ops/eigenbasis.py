@@ -76,7 +76,7 @@ def is_due(run: Run, period: int) -> Tensor | bool:
 
 def _followed(basis: Tensor, product: Tensor, due: Tensor | bool) -> Tensor:
     """``basis`` once it has been multiplied by ``product``, whose scale does not matter, and made orthogonal."""
-    if due is False:
+    if due is False or basis.shape[-1] == 1:
         return basis
     with torch.no_grad():
         largest = product.abs().amax((-2, -1), keepdim=True)

@@ -21,7 +21,8 @@ _EPS = 1e-9
 
 
 def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
-    """The second largest axis and the largest, of equal ones the later as the larger; None for less than two axes.
+    """Return the second largest axis and the largest, of equal ones the later as the larger; None for less than two
+    axes.
 
     The reference asks `numpy.argsort`, which need not be stable: numpy 2 on a processor with AVX2 swaps the two of
     ``(16, 16, 3, 3)``, but not those of ``(3, 3, 16, 16)`` or of any three axes; without AVX2 it swaps none.
@@ -33,7 +34,8 @@ def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
-    """Zeros: ``row [decays, *shape]`` without the largest axis and ``col`` without the second largest, or ``diag``."""
+    """Return zeros for ``param``: ``row [decays, *shape]`` without the largest axis and ``col`` without the second
+    largest, or ``diag``."""
 
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros_like(like).expand(decays, *like.shape).clone()
@@ -46,12 +48,13 @@ def init_factored(param: Tensor, info: ParamInfo, decays: int) -> Slots:
 
 
 def diagonal(previous: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
-    """``diag [decays, *shape]`` of a tensor that is not factored with its gradient ``[*shape]`` averaged in."""
+    """Return ``previous``, ``[decays, *shape]``, of a tensor without factors, with ``grad [*shape]`` averaged in."""
     return momenta(previous, grad.square() + _EPS_SQUARE, decays)
 
 
 def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
-    """Sums of squares of ``grad [*shape]`` over the axes that ``row`` and ``col`` lack; none without ``axes``."""
+    """Return sums of squares of ``grad [*shape]`` over the axes that ``row`` and ``col`` lack; none without
+    ``axes``."""
     if axes is None:
         return {}
     second, largest = axes
@@ -62,7 +65,7 @@ def square_sums(grad: Tensor, axes: tuple[int, int] | None) -> Slots:
 def averaged(
     previous: Mapping[str, Slots], sums: Mapping[str, Slots], infos: Infos, decays: Tensor, reduce: Reduce
 ) -> dict[str, Slots]:
-    """``row`` and ``col``, ``[decays, ...]``, of each tensor with its `square_sums` averaged in."""
+    """Return ``row`` and ``col``, ``[decays, ...]``, of each tensor with its `square_sums` averaged in."""
     slots: tuple[str, str] = ("col", "row")  # the one lacks the second largest axis, the other the largest
     lengths = {name: dict(zip(slots, factored_axes(infos[name].shape) or (), strict=False)) for name in sums}
     totals = reduce.shards(
@@ -78,7 +81,7 @@ def averaged(
 
 
 def row_means(slots: Mapping[str, Slots], infos: Infos, reduce: Reduce) -> dict[str, Tensor | None]:
-    """The mean of each tensor's ``row`` over the axis that it has, ``[decays, ...]``; None without factors."""
+    """Return the mean of each tensor's ``row`` over the axis that it has, ``[decays, ...]``; None without factors."""
     sums = {}
     for name, own in slots.items():
         axes = factored_axes(infos[name].shape)
@@ -95,7 +98,8 @@ def _in_row(second: int, largest: int) -> int:
 
 
 def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
-    """``row, col`` and ``row_factor, col_factor``, ``[decays, *shape]`` with 1 for the axis that they are without.
+    """Return ``row, col`` and ``row_factor, col_factor``, ``[decays, *shape]`` with 1 for the axis that they are
+    without.
 
     row_mean: see `row_means`.     axes: see `factored_axes`.
     The factors are the inverse roots of rows over their mean and of columns. Their product is the inverse root of the
@@ -109,7 +113,7 @@ def factors(slots: Slots, row_mean: Tensor, axes: tuple[int, int]) -> Slots:
 
 
 def diagonal_factor(diag: Tensor) -> Tensor:
-    """The inverse root of the second moment ``diag [decays, *shape]``, unfactored; a gradient's factor."""
+    """Return the inverse root of the second moment ``diag [decays, *shape]``, unfactored; a gradient's factor."""
     return torch.rsqrt((diag + _EPS).clamp(min=_EPS))
 
 

@@ -43,7 +43,7 @@ class Group(NamedTuple):
 
 
 def by_shape(grads: Grads, state: OptState, infos: Infos, together: float = math.inf) -> list[Group]:
-    """Groups of all tensors.  together: entries up to which tensors share a group."""
+    """Return groups of all tensors.  together: entries up to which tensors share a group."""
     names: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, g in grads.items():
         names[g.shape, infos[name].shape, None if g.numel() <= together else name].append(name)
@@ -59,18 +59,19 @@ def by_shape(grads: Grads, state: OptState, infos: Infos, together: float = math
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """``[k, *shape]``; a large tensor that is the only one of its shape is not copied."""
+    """Stack ``[k, *shape]``; a large tensor that is the only one of its shape is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def unstacked(slots: Slots, count: int) -> list[Slots]:
-    """The slots of each of ``count`` tensors, of which ``slots`` has ``[count, ...]``."""
+    """Return the slots of each of ``count`` tensors, of which ``slots`` has ``[count, ...]``."""
     parts = {slot: t.unbind() for slot, t in slots.items()}
     return [{slot: each[i] for slot, each in parts.items()} for i in range(count)]
 
 
 def shard_sums(groups: Sequence[Group], sums: Sequence[Mapping[str, Sum]], reduce: Reduce) -> list[Slots]:
-    """What ``reduce.shards`` makes of the sums of each group, ``[k, ...]``; their axes are those of one tensor."""
+    """Return what ``reduce.shards`` makes of the sums of each group, ``[k, ...]``; their axes are those of one
+    tensor."""
     if reduce is LOCAL:
         return [{key: each.value for key, each in own.items()} for own in sums]
     single = {
@@ -86,7 +87,7 @@ def shard_sums(groups: Sequence[Group], sums: Sequence[Mapping[str, Sum]], reduc
 
 
 def tensor_sum(groups: Sequence[Group], values: Sequence[Tensor], reduce: Reduce) -> Tensor:
-    """What ``reduce.tensors`` makes of the values of each group, ``[k, ...]``."""
+    """Return what ``reduce.tensors`` makes of the values of each group, ``[k, ...]``."""
     if reduce is LOCAL:
         return torch.cat(list(values)).sum(0)
     pairs = zip(groups, values, strict=True)

@@ -13,7 +13,7 @@ _TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def param_infos(shapes: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:
-    """What is known of tensors of such ``shapes``.
+    """Return what is known of tensors of such ``shapes``.
 
     kinds: by name; by default tensors of two and more axes are a ``matrix``, the others a ``vector``.
     """
@@ -28,7 +28,8 @@ def param_infos(shapes: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind] |
 
 
 def kinds_of(model: nn.Module) -> dict[str, Kind]:
-    """What each parameter of ``model`` is for, by name; those that several layers share once, by their first name.
+    """Return what each parameter of ``model`` is for, by name; those that several layers share once, by their first
+    name.
 
     ``embedding``: the tables of `torch.nn.Embedding`, also where an output shares them. ``output``: the weight of the
     last `torch.nn.Linear` of the model, where it is not the only one, and not parametrized. ``vector``: what has fewer
@@ -55,17 +56,18 @@ def infos_of(params: Mapping[str, Tensor], kinds: Mapping[str, Kind] | None = No
 
 
 def lane_infos(params: Mapping[str, Tensor], kinds: Mapping[str, Kind] | None = None) -> dict[str, ParamInfo]:
-    """`param_infos` of the single lanes of ``params [lanes, ...]``."""
+    """Return `param_infos` of the single lanes of ``params [lanes, ...]``."""
     return param_infos({name: p.shape[1:] for name, p in params.items()}, kinds)
 
 
 def size(info: ParamInfo) -> int:
-    """How many entries the whole tensor has; 1 for an empty one, so that means over it are 0."""
+    """Return how many entries the whole tensor has; 1 for an empty one, so that means over it are 0."""
     return max(math.prod(info.shape), 1)
 
 
 def width_multiplier(param: Tensor, info: ParamInfo) -> Tensor:
-    """``1 / fan_in`` of a hidden matrix, 1 of all else, 0-d: the factor on a step under which widths train alike.
+    """Return ``1 / fan_in`` of a ``param`` that is a hidden matrix, else 1, 0-d: the factor on a step under which
+    widths train alike.
 
     Maximal update parametrisation of learned optimizers (µLO, arXiv 2406.00153, section 4): hidden matrices 1 / fan_in,
     input, output and bias tensors 1. Of ``[out, in, ...]``, as `torch.nn` has it, fan_in is all but the first axis. The

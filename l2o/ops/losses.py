@@ -16,12 +16,12 @@ _NEVER = 999_999_999_999.0
 
 
 def init_loss_averages(like: Tensor) -> Slots:
-    """Shared slots ``loss_means`` and ``loss_minima``, ``[10]``, of the dtype and device of ``like``."""
+    """Return shared slots ``loss_means`` and ``loss_minima``, ``[10]``, of the dtype and device of ``like``."""
     return {"loss_means": like.new_zeros(_AVERAGES), "loss_minima": like.new_full((_AVERAGES,), _NEVER)}
 
 
 def average_losses(slots: Slots, run: Run, horizon: Tensor) -> tuple[Slots, Tensor]:
-    """The slots with ``run.loss`` in them, and the features ``[9]``.
+    """Return the slots with ``run.loss`` in them, and the features ``[9]``.
 
     horizon: 0-d, steps; half-lives go from 10 to it. It is ``run.total_steps``, but for weights that were trained
     with another one. A loss of more than twice the largest average counts as that.

@@ -12,17 +12,18 @@ from l2o.ops.numeric import constant
 
 
 def decay(logit: Tensor) -> Tensor:
-    """``sigmoid(logit)``, of any shape; near 1, where decays are, the nearest number, unlike `torch.sigmoid`."""
+    """Return ``sigmoid(logit)``, of any shape; near 1, where decays are, the nearest number, unlike `torch.sigmoid`."""
     return 1.0 - torch.sigmoid(-logit)
 
 
 def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
-    """``d * average + (1 - d) * value``, ``[*shape]``, ``d = sigmoid(logit_decay)``, 0-d; factors to full precision."""
+    """Return ``d * average + (1 - d) * value``, ``[*shape]``, ``d = sigmoid(logit_decay)``, 0-d; factors to full
+    precision."""
     return decay(logit_decay) * average + torch.sigmoid(-logit_decay) * value
 
 
 def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:
-    """``1 - d**count``, ``d = sigmoid(logit_decay)``: what an `ema` from 0 is divided by (Adam, section 3).
+    """Return ``1 - d**count``, ``d = sigmoid(logit_decay)``: what an `ema` from 0 is divided by (Adam, section 3).
 
     logit_decay: 0-d.    count: of updates, of any shape, which is the result's.
     """
@@ -30,12 +31,13 @@ def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:
 
 
 def init_momenta(param: Tensor, decays: int) -> Tensor:
-    """Zero momenta ``[decays, *param.shape]``."""
+    """Return zero momenta ``[decays, *param.shape]``."""
     return torch.zeros_like(param).expand(decays, *param.shape).clone()
 
 
 def momenta(previous: Tensor, value: Tensor, decays: Sequence[float] | Tensor) -> Tensor:
-    """One average a decay, ``m <- d m + (1 - d) g``, without bias correction (Metz et al. 2020, arXiv 2009.11243).
+    """Return one average a decay, ``m <- d m + (1 - d) g``, without bias correction (Metz et al. 2020, arXiv
+    2009.11243).
 
     previous: ``[len(decays), *value.shape]``.  value: a gradient for momenta, its square for second moments.
     decays: fixed, or ``[decays]`` as they were learned. ``1 - d`` is formed in the tensor's dtype, as the reference
@@ -46,13 +48,13 @@ def momenta(previous: Tensor, value: Tensor, decays: Sequence[float] | Tensor) -
 
 
 def debias(moments: Tensor, decays: Sequence[float], count: Tensor) -> Tensor:
-    """``m / (1 - d**count)``: `momenta` as if they had not started from 0.  moments: ``[len(decays), ...]``."""
+    """Return ``m / (1 - d**count)``: `momenta` as if they had not started from 0.  moments: ``[len(decays), ...]``."""
     d = constant(decays, moments)
     return moments / (1.0 - d**count).view(-1, *[1] * (moments.ndim - 1))
 
 
 def learned_decays(initial: Sequence[float], shift: Tensor) -> Tensor:
-    """``1 - exp(10 (log(1 - initial) / 10 + shift))``, ``[len(initial)]``: at most 1, without a lower bound.
+    """Return ``1 - exp(10 (log(1 - initial) / 10 + shift))``, ``[len(initial)]``: at most 1, without a lower bound.
 
     shift: ``[len(initial)]``, the meta-parameters, 0 at first (AdafacMLPLOpt of google/learned_optimization).
     """

@@ -16,7 +16,8 @@ BLOCK = 1 << 16
 
 
 def init_linear(generator: torch.Generator, fan_in: int, fan_out: int) -> tuple[Tensor, Tensor]:
-    """Weight ``[fan_in, fan_out]``, truncated normal of deviation ``1/sqrt(fan_in)``, and zero bias (as in Haiku)."""
+    """Return weight ``[fan_in, fan_out]``, truncated normal of deviation ``1/sqrt(fan_in)``, and zero bias (as in
+    Haiku)."""
     weight = torch.empty(fan_in, fan_out, dtype=torch.float32, device=generator.device)
     std = 1.0 / math.sqrt(fan_in)
     torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -24,7 +25,7 @@ def init_linear(generator: torch.Generator, fan_in: int, fan_out: int) -> tuple[
 
 
 def init_mlp(generator: torch.Generator, sizes: Sequence[int]) -> Theta:
-    """Weights ``w0, b0, w1, ...`` of an MLP with layers of ``sizes``."""
+    """Return weights ``w0, b0, w1, ...`` of an MLP with layers of ``sizes``."""
     theta: Theta = {}
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         theta[f"w{i}"], theta[f"b{i}"] = init_linear(generator, fan_in, fan_out)
@@ -32,14 +33,14 @@ def init_mlp(generator: torch.Generator, sizes: Sequence[int]) -> Theta:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``[in, n] -> [out, n]``."""
+    """Map ``x [in, n] -> [out, n]`` by ``weight [in, out]`` and ``bias [out]``."""
     return torch.addmm(bias.unsqueeze(-1), weight.T, x)
 
 
 def mlp(
     theta: Theta, x: Tensor, shared: Tensor | None = None, activation: Callable[[Tensor], Tensor] = torch.relu
 ) -> Tensor:
-    """MLP of the layers ``w0, b0, w1, ...`` in θ, which may hold more.
+    """Apply the MLP of the layers ``w0, b0, w1, ...`` in θ, which may hold more.
 
     x: ``[channels, n]``.  shared: ``[k]``, the last inputs of each entry, the same for all of them (`with_shared`).
     """
@@ -51,7 +52,8 @@ def mlp(
 
 
 def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
-    """``weights`` for the first ``own`` inputs; the others, the same for all elements, become a part of the bias.
+    """Return ``weights`` for the first ``own`` inputs; the others, the same for all elements, become a part of the
+    bias.
 
     shared: ``[k]``, or ``[tensors, k]`` where they differ from tensor to tensor.
     """
@@ -60,7 +62,7 @@ def with_shared(weights: Theta, own: int, shared: Tensor) -> Theta:
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM with forget bias 1, gates in the order i, g, f, o (Sonnet v1, Haiku).
+    """Take one step of an LSTM with forget bias 1, gates in the order i, g, f, o (Sonnet v1, Haiku).
 
     x: ``[in, n]``.  h, c: ``[hidden, n]``.  weight: ``[in + hidden, 4 hidden]``.  Returns the new ``(h, c)``.
     """
@@ -69,7 +71,7 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> 
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def over_entries(
+def apply_coordinatewise(
     network: Callable[..., tuple[Tensor, ...]], inputs: Mapping[str, tuple[Tensor, ...]]
 ) -> dict[str, tuple[Tensor, ...]]:
     """Apply ``network``, columns ``[*, n]`` to columns, to the entries of several tensors.

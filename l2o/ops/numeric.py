@@ -13,7 +13,8 @@ from l2o.checks import check_float
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """``values`` as a 1-d tensor of the dtype and device of ``like``, copied to the device once and then cached."""
+    """Return ``values`` as a 1-d tensor of the dtype and device of ``like``, copied to the device once and then
+    cached."""
     # A compiler, which makes it a constant of its own, looks through caches and warns of them.
     make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
     return make(tuple(values), like.dtype, like.device)
@@ -26,29 +27,31 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 
 def of_shapes(fact: Callable[[tuple[int, ...]], float], shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
-    """A fact about each of ``shapes``, ``[len(shapes)]``, as `constant`; asked once for equal ones, as most are."""
+    """Return a fact about each of ``shapes``, ``[len(shapes)]``, as `constant`; asked once for equal ones, as most
+    are."""
     known = {shape: fact(shape) for shape in dict.fromkeys(shapes)}
     return constant([known[shape] for shape in shapes], like)
 
 
 def scalar_like(value: float, generator: torch.Generator) -> Tensor:
-    """A 0-d float32 tensor on the generator's device: a scalar meta-parameter."""
+    """Return a 0-d float32 tensor on the generator's device: a scalar meta-parameter."""
     return torch.tensor(value, dtype=torch.float32, device=generator.device)
 
 
 def log_of(name: str, value: float) -> float:
-    """The logarithm of a positive hyperparameter, or `ConfigurationError`; ``exp`` undoes it, whatever was learned."""
+    """Return the logarithm of a positive hyperparameter, or `ConfigurationError`; ``exp`` undoes it, whatever was
+    learned."""
     return math.log(check_float(name, value, above=0.0))
 
 
 def logit_of(name: str, value: float) -> float:
-    """The logit of a hyperparameter strictly between 0 and 1, or `ConfigurationError`; ``sigmoid`` undoes it."""
+    """Return the logit of a hyperparameter strictly between 0 and 1, or `ConfigurationError`; ``sigmoid`` undoes it."""
     value = check_float(name, value, above=0.0, below=1.0)
     return math.log(value) - math.log1p(-value)
 
 
 def finite(grads: list[Tensor], others: list[Tensor], limit: float | Tensor = math.inf) -> Tensor:
-    """Bool, 0-d: whether the sum of all squares is finite, and the norm of ``grads`` at most ``limit``.
+    """Return bool, 0-d: whether the sum of all squares is finite, and the norm of ``grads`` at most ``limit``.
 
     grads, others: of one device, one gradient at least.
 
@@ -60,7 +63,7 @@ def finite(grads: list[Tensor], others: list[Tensor], limit: float | Tensor = ma
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root of ``x >= 0``, of any shape, whose derivative at 0 is 0 instead of infinite.
+    """Return the square root of ``x >= 0``, of any shape, whose derivative at 0 is 0 instead of infinite.
 
     A dead unit's gradient is exactly 0, its second moment too, and ``inf * 0`` would make the meta-gradient NaN. Where
     the root stands in ``m / (sqrt(v) + eps)`` with ``v`` a sum of squares, 0 is also what finite differences give.
@@ -70,14 +73,14 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def over_root(x: Tensor, squares: Tensor) -> Tensor:
-    """``x / sqrt(squares)``, of shapes that broadcast; 0, with derivative 0, where ``squares`` is 0: no epsilon, so no
-    scale is too small."""
+    """Return ``x / sqrt(squares)``, of shapes that broadcast; 0, with derivative 0, where ``squares`` is 0: no epsilon,
+    so no scale is too small."""
     positive = squares > 0
     return x * torch.where(positive, torch.where(positive, squares, 1.0).rsqrt(), 0.0)
 
 
 def unit(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """``x [*shape]`` over its norm along ``axes``; zeros stay zero."""
+    """Return ``x [*shape]`` over its norm along ``axes``; zeros stay zero."""
     return over_root(x, x.square().sum(axes, keepdim=True))
 
 

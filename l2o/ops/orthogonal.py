@@ -26,24 +26,30 @@ _LARGE = 128
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor of this shape: its first axis, and all others."""
+    """Return rows and columns of a tensor of this shape: its first axis, and all others."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Say whether `as_matrix` gives more than a row, a column or nothing at all."""
+    return min(as_matrix(shape)) > 1
+
+
 def matrices(tensors: Tensor) -> Tensor:
-    """``[k, *shape] -> [k, rows, columns]``."""
+    """Reshape ``tensors [k, *shape] -> [k, rows, columns]``."""
     return tensors.reshape(len(tensors), *as_matrix(tensors.shape[1:]))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-8) -> Tensor:
-    """``[..., rows, columns]`` with the singular values of each matrix brought near one; a zero matrix stays zero."""
+    """Return ``matrices [..., rows, columns]`` with their singular values brought near one; a zero matrix stays
+    zero."""
     x = _wide(matrices)
     x = newton_schulz(x / (safe_sqrt(x.square().sum((-2, -1), keepdim=True)) + eps), steps)
     return x if _is_wide(matrices) else x.mT
 
 
 def polar(matrices: Tensor, steps: int) -> Tensor:
-    """`orthogonalize` in the cheapest form, and without an epsilon, so that no scale is too small.
+    """Do what `orthogonalize` does in the cheapest form, and without an epsilon, so that no scale is too small.
 
     matrices: ``[..., rows, columns]``. In float32, those of 128 rows and columns and more are multiplied as bfloat16
     where the device has units for it and nothing is differentiated, with an error of some 1%; Muon does so everywhere.
@@ -59,7 +65,8 @@ def polar(matrices: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """``x <- a x + (b x xᵀ + c (x xᵀ)²) x``.  x: ``[..., rows, columns]``, rows <= columns, of norm at most one."""
+    """Iterate ``x <- a x + (b x xᵀ + c (x xᵀ)²) x``.  x: ``[..., rows, columns]``, rows <= columns, of norm at most
+    one."""
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = x @ x.mT
@@ -90,7 +97,8 @@ def row_column_scales(
     lengths: tuple[int, int] | None = None,
     reduce: Callable[[dict[str, Tensor]], Sequence[Tensor]] = lambda sums: list(sums.values()),
 ) -> tuple[Tensor, Tensor]:
-    """``[..., rows]`` and ``[..., columns]``: factors that make the rows of a matrix, then its columns of one norm.
+    """Return ``[..., rows]`` and ``[..., columns]``: factors that make the rows of a matrix, then its columns of one
+    norm.
 
     Its mean square is then one. One round of the iteration of Scetbon et al. 2025 (arXiv 2502.06742), but for rows and
     columns far smaller than the others, which stay small: a row whose gradients have ended is to stop, not to go on at
@@ -127,8 +135,8 @@ def _wide(matrices: Tensor) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What ``x [..., rows, columns]`` is multiplied as: bfloat16 where it is large, the device has units for it, and
-    nothing is differentiated."""
+    """Return what ``x [..., rows, columns]`` is multiplied as: bfloat16 where it is large, the device has units for it,
+    and nothing is differentiated."""
     large = x.dtype == torch.float32 and x.shape[-2] >= _LARGE
     return torch.bfloat16 if large and not torch.is_grad_enabled() and _has_bfloat16_units(x.device.type) else x.dtype
 

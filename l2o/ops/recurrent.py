@@ -16,19 +16,19 @@ from l2o.types import Slots, Theta
 
 
 def init_tensor_lstm(generator: torch.Generator, fan_in: int, hidden: int) -> Theta:
-    """As Haiku initialises; the first state is zero, and learned."""
+    """Initialise as Haiku does; the first state is zero, and learned."""
     weight, bias = init_linear(generator, fan_in + hidden, 4 * hidden)
     zeros = torch.zeros(hidden, dtype=torch.float32, device=generator.device)
     return {"lstm_w": weight, "lstm_b": bias, "lstm_h": zeros, "lstm_c": zeros.clone()}
 
 
 def lstm_slots(theta: Theta) -> Slots:
-    """The state of a tensor before its first update, as a function of θ."""
+    """Return the state of a tensor before its first update, as a function of θ."""
     return {"h": theta["lstm_h"].clone(), "c": theta["lstm_c"].clone()}
 
 
 def tensor_lstm(theta: Theta, x: Tensor, slots: Mapping[str, Slots]) -> tuple[Tensor, dict[str, Slots]]:
-    """One step: its output ``[hidden, tensors]``, and ``h, c`` of each tensor.
+    """Take one step: its output ``[hidden, tensors]``, and ``h, c`` of each tensor.
 
     x: ``[in, tensors]``, in the order of ``slots``, by tensor, of which ``h`` and ``c`` are read.
     """

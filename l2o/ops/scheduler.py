@@ -22,7 +22,7 @@ RUN_FEATURES = len(FRACTIONS) + LOSS_FEATURES
 
 
 def init_scheduler(generator: torch.Generator, inputs: int, hidden: int, heads: Mapping[str, int]) -> Theta:
-    """heads: numbers of outputs, by name."""
+    """Draw an LSTM's and its heads'.  heads: numbers of outputs, by name."""
     theta = init_tensor_lstm(generator, hidden, hidden)
     sizes = {"in": (inputs, hidden), "mix": (inputs, hidden), **{name: (hidden, n) for name, n in heads.items()}}
     for name, (fan_in, fan_out) in sizes.items():
@@ -31,7 +31,8 @@ def init_scheduler(generator: torch.Generator, inputs: int, hidden: int, heads: 
 
 
 def schedule(theta: Theta, x: Tensor, slots: Mapping[str, Slots], reduce: Reduce = LOCAL) -> dict[str, Slots]:
-    """One step of the LSTM over ``slots``; ``x [inputs, tensors]`` in their order. Returns the new ``h, c`` of each.
+    """Take one step of the LSTM over ``slots``; ``x [inputs, tensors]`` in their order. Returns the new ``h, c`` of
+    each.
 
     What the tensors tell each other is the largest activation among them (Metz et al. 2022, arXiv 2211.09760, app. B).
     """
@@ -41,17 +42,17 @@ def schedule(theta: Theta, x: Tensor, slots: Mapping[str, Slots], reduce: Reduce
 
 
 def head(theta: Theta, name: str, h: Tensor) -> Tensor:
-    """``[outputs, tensors]``, linear in the states ``h [hidden, tensors]``."""
+    """Return ``[outputs, tensors]``, linear in the states ``h [hidden, tensors]``."""
     return linear(h, theta[f"w_{name}"], theta[f"b_{name}"])
 
 
 def init_run_schedule(theta: Theta, like: Tensor) -> Slots:
-    """Celo's shared slots: ``h, c [hidden]``, and those of the loss, of the dtype and device of ``like``."""
+    """Return Celo's shared slots: ``h, c [hidden]``, and those of the loss, of the dtype and device of ``like``."""
     return lstm_slots(theta) | init_loss_averages(like)
 
 
 def run_schedule(theta: Theta, slots: Slots, run: Run) -> Slots:
-    """One step of a scheduler that sees the run alone.
+    """Take one step of a scheduler that sees the run alone.
 
     The original has a state for each tensor. They are all the same, because their inputs are; one is kept here.
     """
@@ -61,12 +62,12 @@ def run_schedule(theta: Theta, slots: Slots, run: Run) -> Slots:
 
 
 def learned_rate(theta: Theta, h: Tensor) -> Tensor:
-    """``0.1 exp(w_lr h + b_lr)``, 0-d, of one state ``h [hidden]``: Celo's step size."""
+    """Return ``0.1 exp(w_lr h + b_lr)``, 0-d, of one state ``h [hidden]``: Celo's step size."""
     return 0.1 * head(theta, "lr", h.unsqueeze(-1)).exp().reshape(())
 
 
 def mixtures(theta: Theta, control: Tensor) -> Theta:
-    """``mean_k(control[k] A[k])``, an MLP for each column of ``control [inits, tensors]``, ``[tensors, ...]``.
+    """Return ``mean_k(control[k] A[k])``, an MLP for each column of ``control [inits, tensors]``, ``[tensors, ...]``.
 
     ``A`` are ``w0, b0, ...`` of θ, ``[inits, ...]``.
     """

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def warmup_cosine(step: Tensor, total: Tensor, warmup: Tensor, floor: float = 0.0) -> Tensor:
-    """Linear from 0 over ``warmup`` steps, then half a cosine down to ``floor`` at ``total`` steps; then ``floor``.
+    """Rise linearly from 0 over ``warmup`` steps, then half a cosine down to ``floor`` at ``total`` steps; then
+    ``floor``.
 
     All of one shape, numbers of steps; the first step is 0 and has the factor ``1 / warmup``.
     """
@@ -19,12 +20,13 @@ def warmup_cosine(step: Tensor, total: Tensor, warmup: Tensor, floor: float = 0.
 
 
 def linear_warmup(step: Tensor, warmup: Tensor) -> Tensor:
-    """Linear from 0 over ``warmup`` steps, then 1; the first step is 0, its factor ``min(1, 1 / warmup)``.  All 0-d."""
+    """Rise linearly from 0 over ``warmup`` steps, then 1; the first step is 0, its factor ``min(1, 1 / warmup)``.  All
+    0-d."""
     return ((step + 1.0) / warmup).clamp(max=1.0)
 
 
 def power_decay(step: Tensor, total: Tensor, power: Tensor, floor: float) -> Tensor:
-    """``(1 - step / total) ** power`` from 1 down to ``floor`` at ``total`` steps; then ``floor``.  All 0-d."""
+    """Fall as ``(1 - step / total) ** power`` from 1 down to ``floor`` at ``total`` steps; then ``floor``.  All 0-d."""
     left = 1.0 - step / total
     ahead = left > 0.0  # the power of 0 has no derivative
     return floor + (1.0 - floor) * torch.where(ahead, torch.where(ahead, left, 1.0) ** power, 0.0)

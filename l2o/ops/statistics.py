@@ -69,12 +69,12 @@ UNFACTORED_GROUPS = VELO_GROUPS[:9]
 
 
 def channels(x: Statistics, groups: Sequence[str]) -> Tensor:
-    """``[channels, *shape]``, the groups one after the other, not normalised."""
+    """Return ``[channels, *shape]``, the groups one after the other, not normalised."""
     return torch.cat([_GROUPS[name](x) for name in groups])
 
 
 def init_statistics(param: Tensor, info: ParamInfo, decays: int) -> Slots:
-    """Zeros: ``m [decays, *shape]``, ``v [1, *shape]``, and the slots of `l2o.ops.factored`."""
+    """Return zeros for ``param``: ``m [decays, *shape]``, ``v [1, *shape]``, and the slots of `l2o.ops.factored`."""
     factors = init_factored(param, info, decays)
     return {"m": init_momenta(param, decays), "v": init_momenta(param, 1), **factors}
 
@@ -112,5 +112,5 @@ CLIP = 1000.0
 
 
 def clip_gradient(grad: Tensor) -> Tensor:
-    """Clip to ± `CLIP`, in any shape."""
+    """Clip ``grad`` to ± `CLIP`, in any shape."""
     return grad.clamp(-CLIP, CLIP)

@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 
 
 def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState]:
-    """The rule's update, by its kernel where there is one and the run is worth the seconds of compiling it.
+    """Return the rule's update, by its kernel where there is one and the run is worth the seconds of compiling it.
 
     Raises as `checked`.
     """
@@ -37,7 +37,8 @@ def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates
 
 
 def checked(rule: UpdateRule, inputs: Inputs, updates: Updates, state: OptState) -> tuple[Updates, OptState]:
-    """Updates and state; raises `ConfigurationError` unless there is an update of every parameter, of its shape."""
+    """Return updates and state; raises `ConfigurationError` unless there is an update of every parameter, of its
+    shape."""
     for key, p in inputs.params.items():
         if key not in updates or updates[key].shape != p.shape:
             came = tuple(updates[key].shape) if key in updates else "none"
@@ -46,14 +47,14 @@ def checked(rule: UpdateRule, inputs: Inputs, updates: Updates, state: OptState)
 
 
 def in_place(rule: UpdateRule, inputs: Inputs, members: Sequence[Member], total_steps: int) -> bool:
-    """Whether to ask the rule for a step in place: it may have a kernel, and the run is worth compiling it."""
+    """Say whether to ask the rule for a step in place: it may have a kernel, and the run is worth compiling it."""
     if not fused.has(fused.STEPS, rule) or not _worth_a_kernel(inputs, total_steps):
         return False
     return all(inputs.params[m.key].dtype == m.param.dtype for m in members)
 
 
 def apart(state: OptState) -> OptState:
-    """A copy for a step in place to write to."""
+    """Return a copy for a step in place to write to."""
     return cast("OptState", tree_map_only(Tensor, torch.clone, state))
 
 
@@ -76,7 +77,7 @@ def write(
     factors: Mapping[int, tuple[float, float]],
     ok: Tensor | None = None,
 ) -> None:
-    """``p <- keep p + lr u``, rounded once to the dtype of the parameter.
+    """Write ``p <- keep p + lr u``, rounded once to the dtype of the parameter.
 
     params: the values in the dtype of the arithmetic, the parameters themselves where they have it; written to.
     factors: ``lr, keep`` by the id of the group.    ok: bool, 0-d; where False, ``keep`` is 1.

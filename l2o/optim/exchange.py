@@ -21,11 +21,11 @@ Group = Any
 class Summed(Reduce):
     """Sums over the processes of ``group``: an all-reduce for each call, none where nothing of it is elsewhere.
 
-    axes: along which each sharded tensor is cut.    told: tensors that count here, of those that others hold too.
+    axes: along which each sharded tensor is cut.    counted: tensors that count here, of those that others hold too.
     """
 
-    def __init__(self, group: Group, axes: Mapping[str, int], told: Iterable[str]) -> None:
-        self.group, self.axes, self.told = group, axes, frozenset(told)
+    def __init__(self, group: Group, axes: Mapping[str, int], counted: Iterable[str]) -> None:
+        self.group, self.axes, self.counted = group, axes, frozenset(counted)
 
     def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
         found = {name: {key: each.value for key, each in own.items()} for name, own in sums.items()}
@@ -40,8 +40,8 @@ class Summed(Reduce):
         return found
 
     def tensors(self, values: Mapping[str, Tensor]) -> Tensor:
-        told = [value for name, value in values.items() if name in self.told]
-        total = torch.stack(told).sum(0) if told else torch.zeros_like(next(iter(values.values())))
+        counted = [value for name, value in values.items() if name in self.counted]
+        total = torch.stack(counted).sum(0) if counted else torch.zeros_like(next(iter(values.values())))
         dist.all_reduce(total, group=self.group)
         return total
 
@@ -61,7 +61,7 @@ class Together(Summed):
     name = "rule"
 
     def part(self, name: str) -> Together:
-        part = Together(self.group, self.axes, self.told)
+        part = Together(self.group, self.axes, self.counted)
         part.name = f"{self.name}.{name}"
         return part
 
@@ -90,14 +90,14 @@ class Together(Summed):
 
 
 def agreed(ok: Tensor, group: Group) -> Tensor:
-    """Bool, 0-d: whether ``ok`` in all processes of the group."""
+    """Return bool, 0-d: whether ``ok`` in all processes of the group."""
     least = ok.to(torch.int32)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
     return least.bool()
 
 
 def averaged(loss: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Return the mean, 0-d, over the processes of each of the groups."""
+    """Return the mean of ``loss``, 0-d, over the processes of each of the groups."""
     mean = loss.clone()
     for group in groups:
         dist.all_reduce(mean, group=group)
@@ -106,13 +106,14 @@ def averaged(loss: Tensor, groups: Sequence[Group]) -> Tensor:
 
 
 def chunks(length: int, count: int) -> list[int]:
-    """The lengths of ``count`` shards: equal ones, the last ones smaller or empty, as `torch.chunk` has them."""
+    """Return the lengths of ``count`` shards: equal ones, the last ones smaller or empty, as `torch.chunk` has them."""
     size = -(-length // count)
     return [max(min(size, length - i * size), 0) for i in range(count)]
 
 
 def holders(whole: Sequence[str], others: Iterable[str], infos: Infos, count: int) -> dict[str, list[int]]:
-    """The ranks that get each of the tensors ``whole``: one, that of the least work so far, which its update is from.
+    """Return the ranks that get each of the tensors ``whole``: one, that of the least work so far, which its update is
+    from.
 
     others: tensors of which each rank has something. Rules may treat kinds of tensors apart, and then ask for sums of
     each, which all have to take part in: a rank that has no tensor of a kind gets the smallest one, too.
@@ -170,7 +171,7 @@ class Exchange:
         }
 
     def gathered(self) -> Inputs:
-        """What the rule gets here: shards, and the tensors that it updates here as wholes."""
+        """Return what the rule gets here: shards, and the tensors that it updates here as wholes."""
         held = [[key for key, ranks in self.holders.items() if rank in ranks] for rank in range(self.size)]
         of = [[(key, name) for key in keys for name in self.cut[key]] for keys in held]
         mine = of[self.rank]
@@ -186,7 +187,7 @@ class Exchange:
         )
 
     def returned(self, updates: Updates, state: OptState) -> tuple[Updates, OptState]:
-        """The updates and the new state of what is here, where the rule's are of what it got."""
+        """Return the updates and the new state of what is here, where the rule's are of what it got."""
         owned = [[key for key, ranks in self.holders.items() if ranks[0] == rank] for rank in range(self.size)]
         of = [[(key, name) for key in keys for name in self.here[key] if name != _PARAM] for keys in owned]
         new = {key: {_GRAD: u, **state.per_param[key]} for key, u in updates.items()}

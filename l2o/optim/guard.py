@@ -19,21 +19,22 @@ HAD_GRADIENT = "had_gradient"
 
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
-    """Arithmetic as it is by itself, wherever ``step`` is called: no autocast, no inference mode, no graph."""
+    """Keep arithmetic as it is by itself, wherever ``step`` is called: no autocast, no inference mode, no graph."""
     known = torch.amp.is_autocast_available(device.type)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type if known else "cpu", enabled=False):
         yield
 
 
 def readable(device: torch.device) -> bool:
-    """Whether the host reads a tensor's value there without waiting."""
+    """Say whether the host reads a tensor's value there without waiting."""
     return device.type == "cpu"
 
 
 def culprit(
     members: Sequence[Member], grads: Grads, updates: Updates, loss: Tensor | None, limit: float = math.inf
 ) -> str:
-    """What is not `finite`, gradients and updates ``[*shape]`` or the 0-d loss; for the message, once that is known."""
+    """Say what is not `finite`, gradients and updates ``[*shape]`` or the 0-d loss; for the message, once that is
+    known."""
     bad = "is not finite or its square is not"
     if loss is not None and not finite([loss], []):
         return f"the loss {bad}"
@@ -47,7 +48,7 @@ def culprit(
 
 
 def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
-    """Updates without those of entries that never had a gradient; and which have had one by now.
+    """Return updates without those of entries that never had a gradient; and which have had one by now.
 
     seen: bool ``[*shape]`` by parameter, which had one before.
     """
@@ -56,13 +57,13 @@ def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
 
 
 def beside(state: OptState, seen: Slots) -> OptState:
-    """``state`` with the masks ``seen`` among the slots."""
+    """Return ``state`` with the masks ``seen`` among the slots."""
     slots = {key: {**state.per_param[key], HAD_GRADIENT: had} for key, had in seen.items()}
     return OptState(state.per_param | slots, state.shared)
 
 
 def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[Updates, OptState]:
-    """``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host."""
+    """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host."""
     updates = {key: torch.where(ok, u, 0.0) for key, u in updates.items()}
     per_param = {key: _either(ok, slots, old.per_param[key]) for key, slots in new.per_param.items()}
     return updates, OptState(per_param, _either(ok, new.shared, old.shared))

@@ -21,7 +21,7 @@ _MOST_STEPS = 2**63 - 1
 
 
 def length(total_steps: Any) -> int:
-    """``total_steps`` as an int; raises `ConfigurationError`."""
+    """Return ``total_steps`` as an int; raises `ConfigurationError`."""
     if total_steps is None:
         raise ConfigurationError(
             "total_steps=None: expected how many steps the run will have, because rules plan by the share of it that "
@@ -39,7 +39,8 @@ def known_kinds(source: Any) -> frozenset[Kind] | None:
 
 
 def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, UpdateRule, Theta]:
-    """What messages call the checkpoint, its rule and its θ, in copies; raises `ConfigurationError`, or as `load`."""
+    """Return what messages call the checkpoint, its rule and its θ, in copies; raises `ConfigurationError`, or as
+    `load`."""
     match source:
         case str() | os.PathLike():
             return store.name_of(source), *store.load(source, rules)
@@ -54,7 +55,8 @@ def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, Updat
 
 
 def evaluated(closure: Callable[[], Any] | None, loss: Any) -> Any:
-    """The loss that ``step`` got, by name or from its closure, called with grad mode on; `ConfigurationError` else."""
+    """Return the loss that ``step`` got, by name or from its closure, called with grad mode on; `ConfigurationError`
+    else."""
     if closure is None:
         return loss
     if not callable(closure):
@@ -70,7 +72,7 @@ def evaluated(closure: Callable[[], Any] | None, loss: Any) -> Any:
 
 
 def scalar(loss: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The loss as a 0-d tensor; raises `ConfigurationError`."""
+    """Return the loss as a 0-d tensor; raises `ConfigurationError`."""
     check_scalar(loss)
     if isinstance(loss, Tensor):
         return loss.detach().to(device, dtype, copy=True).reshape(())
@@ -85,5 +87,5 @@ def check_scalar(loss: Any) -> None:
 
 
 def is_scalar(loss: Any) -> bool:
-    """Whether the loss is one number, in a tensor or not."""
+    """Say whether the loss is one number, in a tensor or not."""
     return isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)

@@ -127,7 +127,8 @@ class LearnedOptimizer(RuleState):
         return int(slots.counts(self)[1])
 
     def report(self) -> dict[str, Any]:
-        """What the guard did: ``stage``, ``skipped_steps`` and ``events``, each with ``step``, ``kind``, ``done``."""
+        """Return what the guard did: ``stage``, ``skipped_steps`` and ``events``, each with ``step``, ``kind``,
+        ``done``."""
         return {**guarded.report(slots.run_of(self)), "skipped_steps": self.skipped_steps}
 
     @torch.no_grad()

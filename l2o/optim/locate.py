@@ -14,7 +14,8 @@ _DEEP = 8
 
 
 def placed(members: Sequence[Member], rule: UpdateRule, theta: Theta, others: Others | None) -> Place:
-    """Where ``members`` are; raises `ParameterError` where rules cannot follow.  others: that have other tensors."""
+    """Say where ``members`` are; raises `ParameterError` where rules cannot follow.  others: that have other
+    tensors."""
     if others is None and not any(hasattr(m.param, "device_mesh") for m in members):
         return WHOLE
     from l2o.optim import sharded  # what it imports takes a second, and needs torch.distributed
@@ -23,7 +24,8 @@ def placed(members: Sequence[Member], rule: UpdateRule, theta: Theta, others: Ot
 
 
 def zero_group() -> Others | None:
-    """The processes of torch's `ZeroRedundancyOptimizer`, if the optimizer that is being made is for it, else None.
+    """Return the processes of torch's `ZeroRedundancyOptimizer`, if the optimizer that is being made is for it, else
+    None.
 
     It gives each process some of the tensors and does not say so; hence the look at who calls.
     """

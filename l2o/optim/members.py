@@ -27,7 +27,7 @@ class Member(NamedTuple):
 
 
 def unique(groups: Sequence[dict[str, Any]]) -> list[Member]:
-    """Every parameter once, with the first of its groups, by its place among all."""
+    """Return every parameter once, with the first of its groups, by its place among all."""
     found: dict[int, Member] = {}
     for i, (group, p) in enumerate((g, p) for g in groups for p in g["params"]):
         found.setdefault(id(p), Member(str(i), p, group, p))
@@ -57,13 +57,13 @@ def check_params(members: Sequence[Member]) -> None:
 
 
 def check_shape(name: str, param: Tensor) -> None:
-    """Raise `ParameterError` where a parameter, called ``name`` there, has no shape yet, as in a lazy module."""
+    """Raise `ParameterError` where ``param``, called ``name`` there, has no shape yet, as in a lazy module."""
     if is_lazy(param):
         raise ParameterError(f"{name} has no shape yet: run its lazy module once, then make the optimizer")
 
 
 def checked_gradient(member: Member) -> Tensor:
-    """What is here of the gradient of a parameter that has one.
+    """Return what is here of the gradient of a parameter that has one.
 
     Raises `GradientError` unless it is dense, real, of the parameter's shape and device, and in as many parts.
     """
@@ -84,7 +84,7 @@ def checked_gradient(member: Member) -> Tensor:
 
 
 def settings(group: Mapping[str, Any]) -> dict[str, float]:
-    """``lr`` and ``weight_decay`` of a group as Python's floats; raises `ConfigurationError`.
+    """Return ``lr`` and ``weight_decay`` of a group as Python's floats; raises `ConfigurationError`.
 
     A tensor of one number is read, for which a device is waited for.
     """
@@ -101,13 +101,13 @@ def _number(value: Any) -> Any:
 
 
 def label(member: Member) -> str:
-    """What messages call a parameter."""
+    """Return what messages call a parameter."""
     names, params = member.group.get("param_names"), member.group["params"]
     named = "" if names is None else next(f" ({n!r})" for n, p in zip(names, params, strict=True) if p is member.param)
     return f"parameter {member.key}{named}"
 
 
 def infos(members: Sequence[Member]) -> dict[str, ParamInfo]:
-    """What each parameter is: for what, its group says, or its axes suggest."""
+    """Return what each parameter is: for what, its group says, or its axes suggest."""
     said = {m.key: m.group["kind"] for m in members if "kind" in m.group}
     return infos_of({m.key: m.param for m in members}, said)

@@ -27,27 +27,27 @@ class Place:
     """Whether a step needs no other process."""
 
     def here(self, members: Sequence[Member]) -> Sequence[Member]:
-        """``members`` with what of each is in this process."""
+        """Return ``members`` with what of each is in this process."""
         return members
 
     def local(self, slots: Slots) -> Slots:
-        """What of kept ``slots`` is in this process."""
+        """Return what of kept ``slots`` is in this process."""
         return slots
 
     def kept(self, members: Sequence[Member], state: OptState) -> OptState:
-        """``state``, of what is in this process, as it is kept with the parameters."""
+        """Return ``state``, of what is in this process, as it is kept with the parameters."""
         return state
 
     def taken(self, member: Member, slots: Slots) -> Slots:
-        """``slots`` that were saved of a whole parameter, as they are kept."""
+        """Return ``slots`` that were saved of a whole parameter, as they are kept."""
         return slots
 
     def update(self, rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState]:
-        """The rule's update and new state of what is in this process."""
+        """Return the rule's update and new state of what is in this process."""
         return updated(rule, inputs, total_steps)
 
     def agree(self, ok: Tensor) -> Tensor:
-        """Bool, 0-d: whether ``ok`` in all processes."""
+        """Return bool, 0-d: whether ``ok`` in all processes."""
         return ok
 
     def mean(self, loss: Tensor) -> Tensor:

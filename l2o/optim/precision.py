@@ -17,7 +17,7 @@ _BELOW = 0xFFFF
 
 
 def checked_dtype(state_dtype: Any) -> torch.dtype | None:
-    """What state is kept in, None for the dtype of the arithmetic; raises `ConfigurationError`."""
+    """Return what state is kept in, None for the dtype of the arithmetic; raises `ConfigurationError`."""
     if state_dtype in (None, torch.bfloat16):
         found: torch.dtype | None = state_dtype
         return found
@@ -28,7 +28,7 @@ def checked_dtype(state_dtype: Any) -> torch.dtype | None:
 
 
 def entrywise(rule: UpdateRule, theta: Theta, info: ParamInfo) -> frozenset[str]:
-    """The names of the slots that have numbers for each entry, but for those that the rule needs exact: of the
+    """Return the names of the slots that have numbers for each entry, but for those that the rule needs exact: of the
     parameter's shape, behind axes of their own.
 
     Found by asking the rule for the state of two lengths of the longest axis, on no device: a hidden state of 64
@@ -52,7 +52,7 @@ def _blank(rule: UpdateRule, theta: Theta, info: ParamInfo) -> Slots:
 
 
 def stored(state: OptState, narrow: Mapping[str, Set[str]], step: int) -> OptState:
-    """``state`` with the slots ``narrow``, names by parameter, in bfloat16.
+    """Return ``state`` with the slots ``narrow``, names by parameter, in bfloat16.
 
     Rounded up or down at random, so that the mean is the number itself (stochastic rounding: Gupta et al. 2015, arXiv
     1502.02551; of bfloat16, Zamirai et al. 2020, arXiv 2010.06192). To the nearest, a moment with decay 0.999, which

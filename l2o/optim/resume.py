@@ -26,12 +26,12 @@ _IN_STATE = ("clock", "origin", "shared")
 
 
 def layout(slots: Mapping[str, Tensor]) -> Layout:
-    """Their shapes."""
+    """Return their shapes."""
     return {name: tuple(t.shape) for name, t in slots.items()}
 
 
 def origin(name: str, rule: UpdateRule, theta: Theta) -> dict[str, str]:
-    """What a run's state says about where its steps come from: the checkpoint's name, the SHA-256 of rule and θ.
+    """Return what a run's state says about where its steps come from: the checkpoint's name, the SHA-256 of rule and θ.
 
     Hyperparameters at their defaults do not count, so that a rule may get new ones.
     """
@@ -50,7 +50,8 @@ def check_kind(state_dict: Any) -> None:
 
 
 def modern(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``state_dict`` with all of the run in a group, which an older l2o had in the state: clock, origin, shared slots.
+    """Return ``state_dict`` with all of the run in a group, which an older l2o had in the state: clock, origin, shared
+    slots.
 
     Raises `ResumeError` for what has neither groups nor state.
     """
@@ -68,7 +69,8 @@ def modern(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def checked_run(state_dict: Mapping[str, Any], own: Mapping[str, str]) -> Mapping[str, Any]:
-    """What ``state_dict`` has of the run; raises `ResumeError` where it is of no run of ours, or of another rule or θ.
+    """Return what ``state_dict`` has of the run; raises `ResumeError` where it is of no run of ours, or of another rule
+    or θ.
 
     own: `origin` of the optimizer. State of an older l2o does not say which it is of, and passes.
     """
@@ -109,7 +111,7 @@ def check_groups(groups: Sequence[Group]) -> None:
 
 
 def in_order(own: Sequence[Group], saved: list[Group]) -> list[Group]:
-    """``saved`` in the order of ``own``, groups and parameters, where both name all their parameters.
+    """Return ``saved`` in the order of ``own``, groups and parameters, where both name all their parameters.
 
     Names that are in the state alone or in the optimizer alone are taken by their place, as torch takes all, if the
     others are where they were; else raises `ResumeError`.
@@ -136,7 +138,7 @@ def _sorted(group: Group, names: Sequence[str]) -> Group:
 
 
 def sizes(groups: Sequence[Group]) -> list[int]:
-    """How many parameters each group has."""
+    """Return how many parameters each group has."""
     return [len(group["params"]) for group in groups]
 
 
@@ -156,7 +158,7 @@ def check_slots(found: Mapping[str, Any], own: Layout, exact: bool, label: str, 
 
 
 def copies(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-    """The state in ``state_dict``, copied, in the dtypes that it has there, by the parameters of ``groups``.
+    """Return the state in ``state_dict``, copied, in the dtypes that it has there, by the parameters of ``groups``.
 
     What other code keeps there may be nested.
     """

@@ -16,7 +16,8 @@ _DECAYED: tuple[Kind, ...] = ("matrix", "output")
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.0, verbose: bool = False) -> list[dict[str, Any]]:
-    """Groups of the trainable parameters of ``model`` for any optimizer of torch, named, each with its ``kind``::
+    """Return groups of the trainable parameters of ``model`` for any optimizer of torch, named, each with its
+    ``kind``::
 
         optimizer = l2o.LearnedOptimizer(l2o.param_groups(model, weight_decay=0.1), "default", total_steps=10_000)
 

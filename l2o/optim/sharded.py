@@ -85,8 +85,8 @@ class Shards(Place):
         ranks = holders(whole, others, inputs.infos, self.size)
         exchange = Exchange(self.group, inputs, ranks, self.axes, self.slot_axes)
         given = exchange.gathered() if whole else inputs
-        told = [key for key in given.params if ranks.get(key, [0])[0] == self.rank]
-        reduce = Summed(self.group, {key: axis for key, axis in self.axes.items() if key not in ranks}, told)
+        counted = [key for key in given.params if ranks.get(key, [0])[0] == self.rank]
+        reduce = Summed(self.group, {key: axis for key, axis in self.axes.items() if key not in ranks}, counted)
         new = checked(rule, given, *rule.update(*given, reduce))
         return exchange.returned(*new) if whole else new
 
@@ -127,7 +127,7 @@ class Spread(Place):
 
 
 def slot_axes(rule: UpdateRule, theta: Theta, info: ParamInfo, axis: int) -> dict[str, int | None]:
-    """The axis of each slot that is as long as ``axis`` of what is here of a parameter; None where none is.
+    """Return the axis of each slot that is as long as ``axis`` of what is here of a parameter; None where none is.
 
     Found by asking the rule for the state of shards of two lengths.  theta: on no device.
     """

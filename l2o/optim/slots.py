@@ -18,7 +18,7 @@ not in the state, where distributed checkpoints and sharded optimizers know of n
 
 
 def run_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
-    """What is kept of the run, also where a group was taken from before the first one."""
+    """Return what is kept of the run, also where a group was taken from before the first one."""
     run: Mapping[str, Any] = next((group[RUN] for group in optimizer.param_groups if RUN in group), {})
     return run
 
@@ -29,7 +29,8 @@ def record(optimizer: torch.optim.Optimizer, **facts: Any) -> None:
 
 
 def counts(optimizer: torch.optim.Optimizer) -> tuple[int, int | Tensor]:
-    """Steps that were called, and of these, that were skipped: a number, or int64 0-d where reading it would wait."""
+    """Return steps that were called, and of these, that were skipped: a number, or int64 0-d where reading it would
+    wait."""
     run = run_of(optimizer)
     return run.get("step", 0), run.get("skipped", 0)
 
@@ -44,7 +45,7 @@ def renew(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def own(kept: Slots, layout: Mapping[str, Any]) -> Slots:
-    """The rule's slots among what is ``kept`` of a parameter, by their names; none before its first step."""
+    """Return the rule's slots among what is ``kept`` of a parameter, by their names; none before its first step."""
     return {name: kept[name] for name in layout} if layout.keys() <= kept.keys() else {}
 
 
@@ -56,7 +57,7 @@ def seen(state: Mapping[Any, Any], member: Member, started: bool) -> Tensor:
 
 
 def apart(members: Sequence[Member], params: Params, grads: Grads, new: OptState) -> OptState:
-    """``new`` without what a step writes to."""
+    """Return ``new`` without what a step writes to."""
     # A rule may return an input as a slot (the last gradient, say), and inputs are written to after this.
     inputs = {t.untyped_storage().data_ptr() for m in members for t in (params[m.key], grads[m.key])}
     per_param = {m.key: _apart(new.per_param[m.key], inputs) for m in members}
@@ -73,7 +74,7 @@ def keep(optimizer: torch.optim.Optimizer, members: Sequence[Member], new: OptSt
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """``tensors``, of any shapes, the floating-point ones in ``dtype``."""
+    """Return ``tensors``, of any shapes, the floating-point ones in ``dtype``."""
     return {k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for k, t in tensors.items()}
 
 

@@ -162,7 +162,7 @@ class RuleState(torch.optim.Optimizer):
         slots.record(self, step=steps + called, skipped=before + skipped, **self._origin)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and a snapshot: later steps leave its tensors as they are. Waits for the device."""
+        """Return what torch's does, and a snapshot: later steps leave its tensors as they are. Waits for the device."""
         self._lent = True
         called, skipped = slots.counts(self)
         slots.record(self, step=called, skipped=int(skipped))  # as in any other state_dict, on whatever device

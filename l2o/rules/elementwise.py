@@ -25,15 +25,15 @@ class ElementwiseRule(UpdateRule):
 
     @abc.abstractmethod
     def slots(self, param: Tensor) -> Slots:
-        """The state of ``param [*shape]`` before its first update, by slot; slots have any shapes."""
+        """Return the state of ``param [*shape]`` before its first update, by slot; slots have any shapes."""
 
     @abc.abstractmethod
     def advance(self, theta: Theta, grad: Tensor, slots: Slots) -> Slots:
-        """The state once it has seen ``grad [*shape]``; slots keep shapes and dtypes."""
+        """Return the state once it has seen ``grad [*shape]``; slots keep shapes and dtypes."""
 
     @abc.abstractmethod
     def step(self, theta: Theta, grad: Tensor, slots: Slots) -> Tensor:
-        """The update ``[*shape]`` of one tensor, given its advanced state."""
+        """Return the update of one tensor, given its ``grad [*shape]`` and its advanced state."""
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         return OptState({name: self.slots(p) for name, p in params.items()}, {})

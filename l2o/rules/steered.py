@@ -18,7 +18,7 @@ from l2o.ops.eigenbasis import init_basis, is_due, whiten
 from l2o.ops.groups import Group, by_shape, matrix_sums, shard_sums, stack, unstacked
 from l2o.ops.moments import bias_correction, decay, ema
 from l2o.ops.numeric import log_of, logit_of, of_shapes, over_root, safe_sqrt, scalar_like
-from l2o.ops.orthogonal import as_matrix, matrices, polar, row_column_scales
+from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
@@ -57,9 +57,10 @@ class Steered(UpdateRule):
         a vector. The root mean square of a matrix' direction is one, over all its rows, also where few have gradients.
         ``eigenbasis``: Nesterov's momentum, over the root of second moments, in the eigenbasis of the products of
         gradients (SOAP, Vyas et al. 2024, arXiv 2409.11321); matrices with a side over ``widest`` are orthogonal.
+        Vectors of up to ``turned`` entries follow it as well, at its own size, which is Adam's.
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
-        ``adam``: like vectors and scalars, which always follow Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
+        ``adam``: like scalars and all other vectors, Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
     controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp`` and
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
@@ -75,7 +76,7 @@ class Steered(UpdateRule):
         Unless it is 0, the 3e-4 are times ``(64 / fan-in) ** 0.5``, too, for adapters of low rank that start at zero.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
-    Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` in an eigenbasis, ``m, row, col``
+    Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` where there is one, ``m, row, col``
     (scales) of a normalized one, else ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
     The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
@@ -96,6 +97,7 @@ class Steered(UpdateRule):
     memory: float = 0.95
     period: int = 10
     widest: int = 1024
+    turned: int = 0
     by_gain: float = 0.0
 
     learned_init = False
@@ -108,6 +110,7 @@ class Steered(UpdateRule):
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
         for name in ("iterations", "period", "widest"):
             check_int(name, getattr(self, name))
+        check_int("turned", self.turned, least=0)
         for name in ("fan_in", "by_gain"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
@@ -144,10 +147,9 @@ class Steered(UpdateRule):
     def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
         match self.path(info.shape):
-            case "eigenbasis":
-                return {"m": m, "d": torch.zeros_like(m), **init_basis(param, info.shape)}
-            case "orthogonal":
-                return {"m": m, "d": torch.zeros_like(m)}
+            case "eigenbasis" | "orthogonal" as path:
+                basis = init_basis(param, info.shape) if path == "eigenbasis" else {}
+                return {"m": m, "d": torch.zeros_like(m), **basis}
             case "normalized":
                 rows, columns = as_matrix(param.shape)
                 return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
@@ -161,9 +163,9 @@ class Steered(UpdateRule):
         return frozenset({"m"} if self.path(info.shape) == "eigenbasis" else ())
 
     def path(self, shape: tuple[int, ...]) -> Direction:
-        """The direction of a tensor: a row, a column or nothing at all is no matrix."""
-        if min(as_matrix(shape)) < 2:
-            return "adam"
+        """The direction of a tensor."""
+        if not is_matrix(shape):
+            return "eigenbasis" if self.direction == "eigenbasis" and 1 < math.prod(shape) <= self.turned else "adam"
         wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
         return "orthogonal" if wide else self.direction
 
@@ -214,15 +216,15 @@ class Steered(UpdateRule):
         match self.path(group.shape):
             case "eigenbasis" | "orthogonal" as path:
                 m = ema(slots["m"], grad, theta["logit_momentum"])
-                d = matrices(ema(m, grad, theta["logit_momentum"]))
-                basis: Slots = {}
+                d, basis = matrices(ema(m, grad, theta["logit_momentum"])), Slots()
                 if path == "eigenbasis":
                     d, basis = self.whitened(theta, d, matrices(grad), slots, due)
                 else:
                     d = polar(d, self.iterations)
                 d = torch.where(matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
-                d = over_root(d, d.square().mean((-2, -1), keepdim=True)).view_as(grad)
-                return {"m": m, "d": d, **basis}
+                if is_matrix(group.shape):
+                    d = over_root(d, d.square().mean((-2, -1), keepdim=True))
+                return {"m": m, "d": d.view_as(grad), **basis}
             case "normalized":
                 m = ema(slots["m"], grad, theta["logit_momentum"])
                 complete = partial(matrix_sums, group, reduce)
@@ -260,11 +262,7 @@ class Steered(UpdateRule):
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
         fans = of_shapes(lambda shape: math.log(_fan_in(shape) / _FAN_IN), shapes, theta["log_lr"])
         factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
-        return torch.where(self._are_matrices(shapes, theta["log_lr"]), factors, 1.0)
-
-    def _are_matrices(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
-        """Bool ``[len(shapes)]``: which do not follow Adam."""
-        return of_shapes(lambda shape: float(self.path(shape) != "adam"), shapes, like) > 0.0
+        return torch.where(_are_matrices(shapes, theta["log_lr"]), factors, 1.0)
 
     def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
@@ -277,7 +275,7 @@ class Steered(UpdateRule):
         share = theta["log_relative"].exp() * (sizes * roots).clamp(max=1.0) ** self.by_gain
         limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if self.by_gain else 1.0)
         limited = scales / (1.0 + (scales / limits).square()).sqrt()
-        return torch.where(self._are_matrices(shapes, size), limited, scales)
+        return torch.where(_are_matrices(shapes, size), limited, scales)
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """0-d, of the step of all tensors."""
@@ -286,6 +284,11 @@ class Steered(UpdateRule):
         if self.schedule == "decay":
             schedule = schedule * power_decay(step, total, theta["log_power"].exp(), _FLOOR)
         return schedule * (theta["log_lr"] + shared.get("log_step", 0.0)).exp()
+
+
+def _are_matrices(shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    """Bool ``[len(shapes)]``."""
+    return of_shapes(lambda shape: float(is_matrix(shape)), shapes, like) > 0.0
 
 
 def _fan_in(shape: tuple[int, ...]) -> int:

@@ -20,26 +20,29 @@ Ends = tuple[float, float]
 
 
 def check_ends(check: Any, name: str, value: Any, **bounds: float) -> None:
-    """``check`` of `l2o.tasks.ranges`, for a range that cannot be None."""
+    """Do ``check`` of `l2o.tasks.ranges`, for a range that cannot be None."""
     check(name, () if value is None else value, **bounds)
 
 
 def active_entries(generator: torch.Generator, lanes: int, dims: tuple[int, int]) -> Tensor:
-    """float32 ``[lanes, dims[1]]``: 1 for the first n entries, 0 beyond; n uniform from ``dims[0]`` to ``dims[1]``."""
+    """Return float32 ``[lanes, dims[1]]``: 1 for the first n entries, 0 beyond; n uniform from ``dims[0]`` to
+    ``dims[1]``."""
     low, high = dims
     size = low + integers(generator, high - low + 1, lanes, 1)
     return (torch.arange(high, device=size.device) < size).float()
 
 
 def log_uniform_spectrum(generator: torch.Generator, condition: Tensor, dim: int) -> Tensor:
-    """float32 ``[lanes, dim]``, log-uniform from 1/condition to 1; the first entry is 1, the second 1/condition."""
+    """Return float32 ``[lanes, dim]``, log-uniform from 1/condition to 1; the first entry is 1, the second
+    1/condition."""
     exponent = uniform(generator, len(condition), dim)
     exponent[:, 0], exponent[:, 1:2] = 0.0, 1.0
     return condition.unsqueeze(1) ** -exponent
 
 
 def rotations(generator: torch.Generator, active: Tensor) -> Tensor:
-    """float32 ``[lanes, dim, dim]``: a random rotation or reflection, uniform, of the active entries; 0 beyond."""
+    """Return float32 ``[lanes, dim, dim]``: a random rotation or reflection, uniform, of the active entries; 0
+    beyond."""
     block = (active.unsqueeze(2) * active.unsqueeze(1)).bool()
     # In float64, since what is left of the rounding of a factorisation may depend on how many there are at once.
     drawn = normal(generator, *block.shape).double()
@@ -79,10 +82,11 @@ class Landscape(TaskFamily):
 
     @abc.abstractmethod
     def value(self, z: Tensor, data: TaskData) -> Tensor:
-        """``f(z)`` of one lane, 0-d.  z: ``[dim]``, 0 where not active, up to noise.  data: in the dtype of z."""
+        """Return ``f(z)`` of one lane, 0-d.  z: ``[dim]``, 0 where not active, up to noise.  data: in the dtype of
+        z."""
 
     def start(self, data: TaskData, generator: torch.Generator) -> Tensor:
-        """Where runs start, as z, ``[lanes, dim]``."""
+        """Return where runs start, as z, ``[lanes, dim]``."""
         return normal(generator, *data["origin"].shape)
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
@@ -102,7 +106,7 @@ class Landscape(TaskFamily):
         return {"x": data["origin"] + torch.einsum("lij,li->lj", data["rotation"], z)}, {}
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        """``noise [lanes, dim]``: ξ, or zeros for ``valid``."""
+        """Draw ``noise [lanes, dim]``: ξ, or zeros for ``valid``."""
         like = data["origin"]
         return {"noise": normal(generator, *like.shape) if split == "train" else torch.zeros_like(like)}
 

@@ -63,15 +63,15 @@ class Augmented(TaskFamily):
         return self.family.kinds
 
     def own_data(self, generator: torch.Generator, lanes: int) -> TaskData:
-        """What the subclass samples for each lane."""
+        """Return what the subclass samples for each lane."""
         return {}
 
     def own_buffers(self, params: Params, generator: torch.Generator) -> Buffers:
-        """What the subclass carries along.  params: the family's, ``[lanes, ...]``."""
+        """Return what the subclass carries along.  params: the family's, ``[lanes, ...]``."""
         return {}
 
     def own_batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        """What the subclass draws for each batch."""
+        """Draw what the subclass draws for each batch."""
         return {}
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:

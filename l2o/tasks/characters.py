@@ -52,7 +52,8 @@ class CharTask(TaskFamily):
 
     @abc.abstractmethod
     def logits(self, params: Params, tokens: Tensor) -> Tensor:
-        """``[batch, length, VOCABULARY]`` for the characters after each of ``tokens [batch, length]``; of one lane."""
+        """Return ``[batch, length, VOCABULARY]`` for the characters after each of ``tokens [batch, length]``; of one
+        lane."""
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return {"lane": torch.arange(lanes, device=generator.device)}

@@ -62,7 +62,8 @@ class ImageConv(ImageClassifier):
 
 
 def conv(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
-    """``F.conv2d(x, weight, stride=stride, padding=1)`` of small square images as one matrix product, without bias.
+    """Compute ``F.conv2d(x, weight, stride=stride, padding=1)`` of small square images as one matrix product, without
+    bias.
 
     x: ``[batch, in, positions]``, the positions row by row.     weight: ``[out, in, 3, 3]``.
     Returns ``[batch, out, positions]``, of a side ``stride`` times shorter, rounded up.

@@ -23,14 +23,14 @@ _SINE = "sine"
 class CoordinateMLP(TaskFamily):
     """A perceptron from a place in a picture to the colour there, by the mean squared error over red, green and blue.
 
-    half: which pictures, see `l2o.tasks.pictures.PICTURES`. A lane has a random window of ``side`` × ``side`` pixels
+    half: which pictures, see `l2o.tasks.pictures.PICTURES`. A lane has a random crop of ``side`` × ``side`` pixels
         of one of them, four fifths of the pixels for training, the rest for validation.
     batch_size: pixels a batch, drawn with replacement.
     width, depth: of the hidden layers.
     activation: ``sine``, which makes a SIREN (Sitzmann et al. 2020, arXiv 2006.09661): layers ``sin(ω (W x + c))``,
         their initialisation by section 3.2 (biases as in its code); or a key of ``ACTIVATIONS``, initialised as
         `init_linear` does.
-    frequency: ω. The paper has 30 for pictures of 512 × 512; the smaller the window, the lower the frequencies in it.
+    frequency: ω. The paper has 30 for pictures of 512 × 512; the smaller the crop, the lower the frequencies in it.
 
     Data: int64 ``picture``, ``top`` and ``left``, each ``[lanes]``. Parameters: ``{layer}.weight [lanes, out, in]``
     and ``{layer}.bias [lanes, out]``, layers counted from 0. Batches: ``x [lanes, batch, 2]``, row and column in

@@ -36,7 +36,7 @@ class ImageSet(NamedTuple):
 
 
 def from_scikit_learn(name: str, **settings: bool) -> Any:
-    """What ``sklearn.datasets.load_<name>`` returns. Raises `DataError` where scikit-learn is missing.
+    """Return what ``sklearn.datasets.load_<name>`` returns. Raises `DataError` where scikit-learn is missing.
 
     Its import draws from Python's generator, which a run takes for draws of its task: the state is put back.
     """
@@ -64,7 +64,8 @@ SPLITS = {"train": 0, "valid": 1}
 
 
 def image_split(dataset: str, half: str, split: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """One part of an image set: images float32 ``[n, pixels]`` in [0, 1], labels int64 ``[n]``; not to be written to.
+    """Return one part of an image set: images float32 ``[n, pixels]`` in [0, 1], labels int64 ``[n]``; not to be
+    written to.
 
     dataset: a key of ``IMAGE_SETS``.     half: ``meta_train`` or ``meta_test``.     split: ``train`` or ``valid``.
 
@@ -91,7 +92,7 @@ def _load(dataset: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def split_indices(n: int, half: str, split: str) -> NDArray[np.int64]:
-    """Which of ``n`` images, int64, make up one part."""
+    """Return which of ``n`` images, int64, make up one part."""
     order = np.random.default_rng(_SPLIT_SEED).permutation(n)
     part = (order[: n // 2], order[n // 2 :])[HALVES[half]]
     cut = len(part) * _TRAIN_PARTS // _PARTS

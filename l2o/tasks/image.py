@@ -75,7 +75,8 @@ def image_mlps(
     criteria: Sequence[str] = ("cross_entropy",),
     **settings: Any,
 ) -> dict[str, ImageMLP]:
-    """An `ImageMLP` for every combination, named by what tells it apart, such as ``mlp_32x1_relu_none_cross_entropy``.
+    """Return an `ImageMLP` for every combination, named by what tells it apart, such as
+    ``mlp_32x1_relu_none_cross_entropy``.
 
     settings: of all of them.
     """

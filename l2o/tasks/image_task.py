@@ -75,7 +75,7 @@ class ImageTask(TaskFamily):
 
     @abc.abstractmethod
     def parameters(self, generator: torch.Generator, lanes: int) -> Params:
-        """Initial parameters ``[lanes, ...]``, float32, at scale 1."""
+        """Return initial parameters ``[lanes, ...]``, float32, at scale 1."""
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         data = {"lane": torch.arange(lanes, device=generator.device)}
@@ -95,11 +95,11 @@ class ImageTask(TaskFamily):
         return params, {}
 
     def images(self, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All images of a split, float32 ``[n, pixels]``, and their labels, int64 ``[n]``."""
+        """Return all images of a split, float32 ``[n, pixels]``, and their labels, int64 ``[n]``."""
         return pooled_split(self.dataset, self.half, split, torch.device(device), self.pool)
 
     def draw(self, data: TaskData, split: Split, generator: torch.Generator) -> tuple[Tensor, Batch]:
-        """Which images make up the next batch, int64 ``[lanes, batch]``, and ``share``, where it is sampled."""
+        """Draw which images make up the next batch, int64 ``[lanes, batch]``, and ``share``, where it is sampled."""
         lanes, n = len(data["lane"]), len(self.images(split, generator.device)[0])
         if split == "valid":
             return integers(generator, n, lanes, self.batch_size), {}
@@ -189,7 +189,8 @@ def _of_norm(name: str) -> bool:
 
 @cache
 def pooled_split(dataset: str, half: str, split: str, device: torch.device, pool: int) -> tuple[Tensor, Tensor]:
-    """As `image_split`, the images' squares of ``pool`` × ``pool`` pixels averaged: ``[n, pixels / pool²]``."""
+    """Return what `image_split` does, the images' squares of ``pool`` × ``pool`` pixels averaged: ``[n, pixels /
+    pool²]``."""
     images, labels = image_split(dataset, half, split, device)
     if pool == 1:
         return images, labels

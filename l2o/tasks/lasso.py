@@ -83,7 +83,7 @@ class Lasso(TaskFamily):
         return {"x": normal(generator, *data["solution"].shape)}, {}
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        """``noise [lanes, rows]``: N(0, 1), or zeros for ``valid``."""
+        """Draw ``noise [lanes, rows]``: N(0, 1), or zeros for ``valid``."""
         like = data["a"][:, :, 0]
         return {"noise": normal(generator, *like.shape) if split == "train" else torch.zeros_like(like)}
 

@@ -37,7 +37,7 @@ _NORM_EPS = 1e-5
 
 
 def init_linear(name: str, generator: torch.Generator, lanes: int, *shape: int) -> Params:
-    """``{name}.weight [lanes, *shape]`` and ``{name}.bias [lanes, out]``, float32, uniform within ±1/√fan_in.
+    """Return ``{name}.weight [lanes, *shape]`` and ``{name}.bias [lanes, out]``, float32, uniform within ±1/√fan_in.
 
     shape: ``out, in`` and the axes of a kernel, if there is one.     So does `torch.nn.Linear` by default.
     """
@@ -49,12 +49,13 @@ def init_linear(name: str, generator: torch.Generator, lanes: int, *shape: int) 
 
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
-    """``[..., in]`` to ``[..., out]`` by the weight and bias of that name."""
+    """Map ``x [..., in]`` to ``[..., out]`` by the weight and bias of that name."""
     return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
 
 
 def init_norm(kind: str, name: str, lanes: int, features: int, device: torch.device) -> Params:
-    """``{name}.gain`` of ones and ``{name}.offset`` of zeros, ``[lanes, features]``; nothing for the kind ``none``."""
+    """Return ``{name}.gain`` of ones and ``{name}.offset`` of zeros, ``[lanes, features]``; nothing for the kind
+    ``none``."""
     if kind == "none":
         return {}
     return {
@@ -64,7 +65,7 @@ def init_norm(kind: str, name: str, lanes: int, features: int, device: torch.dev
 
 
 def norm(kind: str, params: Params, name: str, x: Tensor, share: Tensor | None = None) -> Tensor:
-    """Layer, group or batch normalisation of ``x [batch, features, ...]``; further axes are positions of the features.
+    """Normalise, by layer, group or batch, ``x [batch, features, ...]``; further axes are positions of the features.
 
     kind: a key of ``NORMS``.     share: ``[batch]``, each example's part in the statistics, adding up to 1.
 
@@ -114,7 +115,8 @@ RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {
 
 
 def mean_loss(criterion: Callable[..., Tensor], output: Tensor, target: Tensor, share: Tensor | None) -> Tensor:
-    """The loss (0-d) of a batch, averaged over its examples or, where it is given, weighted by ``share [batch]``."""
+    """Return the loss (0-d) of ``output`` and ``target``, both ``[batch, ...]``, averaged over examples or, where it is
+    given, weighted by ``share [batch]``."""
     if share is None:
         return criterion(output, target)
     each = criterion(output, target, reduction="none")

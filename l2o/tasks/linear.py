@@ -69,7 +69,7 @@ class LinearNetwork(TaskFamily):
         }, {}
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        """The directions are those of the axes: those of A and of the network are random, or rotate along."""
+        """Draw ``x, noise [lanes, batch, ...]``, x along the axes: those of A and of the network are random."""
         lanes = len(data["root"])
         x = normal(generator, lanes, self.batch_size, self.inputs) * data["root"].unsqueeze(1)
         noise = normal(generator, lanes, self.batch_size, self.outputs)

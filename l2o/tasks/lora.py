@@ -139,7 +139,8 @@ def _fitted(dataset: str, half: str, pool: int, activation: str, sizes: tuple[in
 
 
 def linear_discriminant(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Weight ``[classes, features]`` and bias ``[classes]`` of the logits of normal classes that share a covariance.
+    """Return weight ``[classes, features]`` and bias ``[classes]`` of the logits of normal classes that share a
+    covariance.
 
     x: ``[n, features]``.     labels: int64 ``[n]``, every class at least once.
     Source: Hastie, Tibshirani and Friedman 2009, "The elements of statistical learning", sections 4.3 and 4.3.1.

@@ -33,7 +33,8 @@ LEAST = 4
 
 
 def load_mnist(part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images uint8 ``[n, 784]`` and labels uint8 ``[n]`` of ``part``, ``train`` or ``t10k``; raises `DataError`."""
+    """Return images uint8 ``[n, 784]`` and labels uint8 ``[n]`` of ``part``, ``train`` or ``t10k``; raises
+    `DataError`."""
     images_path = find(f"{part}-images-idx3-ubyte.gz")
     labels_path = find(f"{part}-labels-idx1-ubyte.gz")
     images, labels = read_idx(images_path), read_idx(labels_path)
@@ -47,7 +48,8 @@ def load_mnist(part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def find(name: str) -> Path:
-    """Where the file ``name`` (``….gz``) lies: in ``$L2O_DATA_DIR/mnist``, or else in the cache, after a download."""
+    """Return where the file ``name`` (``….gz``) lies: in ``$L2O_DATA_DIR/mnist``, or else in the cache, after a
+    download."""
     root = os.environ.get("L2O_DATA_DIR")
     if root:
         return _find_in(user_path(root) / "mnist", name)
@@ -69,7 +71,7 @@ def _find_in(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array of an IDX file of bytes, gzipped where it is named ``.gz``: uint8, of the shape in its header.
+    """Return the array of an IDX file of bytes, gzipped where it is named ``.gz``: uint8, of the shape in its header.
 
     Header: two zero bytes, the type (8: unsigned byte), the number of axes, each axis as a big-endian uint32.
     Raises `DataError` for a damaged file, another type, or a length that does not fit the header.

@@ -98,7 +98,8 @@ class ModuleTask(TaskFamily):
         return params, {name: t for name, t in stacked.items() if name not in trained}
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        """``input.0``, ``input.1``, … and ``target``, each ``[lanes, batch, ...]``, for ``train`` a ``key [lanes]``."""
+        """Draw ``input.0``, ``input.1``, … and ``target``, each ``[lanes, batch, ...]``, for ``train`` a ``key
+        [lanes]``."""
         if split not in self._sources:
             raise ConfigurationError(f"split={split!r}: this ModuleTask was given no data for it; pass {split}=")
         lanes = len(data["lane"])

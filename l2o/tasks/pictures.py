@@ -26,7 +26,7 @@ PICTURES = {
 
 @cache
 def pictures(half: str, device: torch.device) -> Tensor:
-    """The pictures of one half, float32 ``[pictures, SIDE, SIDE, 3]`` in [0, 1]; not to be written to.
+    """Return the pictures of one half, float32 ``[pictures, SIDE, SIDE, 3]`` in [0, 1]; not to be written to.
 
     Each is the square in the middle, averaged over areas; grey ones have three equal channels. Loaded once a process
     and device. Raises `UnknownNameError` for an unknown half, `DataError` where scikit-image is missing or damaged.
@@ -57,7 +57,8 @@ def _square(picture: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 
 
 def pixel_split(side: int, split: str, device: torch.device | str) -> Tensor:
-    """Which of ``side * side`` pixels, counted row by row, belong to a split: int64 ``[n]``, a random fifth for valid.
+    """Return which of ``side * side`` pixels, counted row by row, belong to a split: int64 ``[n]``, a random fifth for
+    valid.
 
     Raises `UnknownNameError` for an unknown split.
     """

@@ -43,7 +43,7 @@ class Quadratic(TaskFamily):
         return {"x": self.init_scale * normal(generator, *data["y"].shape)}, {}
 
     def batch(self, data: TaskData, split: Split, generator: torch.Generator) -> Batch:
-        """``noise [lanes, dim]``: ξ, or zeros for ``valid``."""
+        """Draw ``noise [lanes, dim]``: ξ, or zeros for ``valid``."""
         return {"noise": normal(generator, *data["y"].shape) if split == "train" else torch.zeros_like(data["y"])}
 
     def loss(self, params: Params, buffers: Buffers, data: TaskData, batch: Batch) -> tuple[Tensor, Buffers]:

@@ -41,5 +41,5 @@ def _check_ends(name: str, value: tuple[float, float], most: float = float("inf"
 
 
 def log_whole(generator: torch.Generator, lanes: int, low: float, high: float) -> Tensor:
-    """int64 ``[lanes]``: whole numbers from ``low`` to ``high``, both included, log-uniform."""
+    """Return int64 ``[lanes]``: whole numbers from ``low`` to ``high``, both included, log-uniform."""
     return log_uniform(generator, lanes, low=low, high=high + 1).long().clamp(int(low), int(high))

@@ -56,14 +56,18 @@ def run_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor | State:
-    """One step, ``[batch, features]`` in, with the signature of ``torch.lstm_cell`` and the like."""
+    """Take one step with the signature of ``torch.lstm_cell`` and the like.
+
+    input: ``[batch, features]``.     w_ih, w_hh: ``[gates, ...]``.     b_ih, b_hh: ``[gates]``.
+    """
     state = hx if isinstance(hx, tuple) else (hx,)
     after = cell(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
     return after if isinstance(hx, tuple) else after[0]
 
 
 def run_layers(cell: Cell, dropout: Callable[[Tensor, float], Tensor], *args: Any) -> tuple[Tensor, ...]:
-    """The whole stack, ``[steps, batch, features]`` in: as ``torch.lstm`` and the like after the first two arguments.
+    """Run the whole stack, ``[steps, batch, features]`` in: as ``torch.lstm`` and the like after the first two
+    arguments.
 
     dropout: what is done between layers.
     Raises `ConfigurationError` for projections (``proj_size``).

@@ -69,5 +69,5 @@ class Repeated(TaskFamily):
         return {name: t.repeat_interleave(self.copies, dim=0) for name, t in tensors.items()}
 
     def once(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first lane of each problem, ``[lanes / copies, ...]`` of ``[lanes, ...]``."""
+        """Return the first lane of each problem, ``[lanes / copies, ...]`` of ``[lanes, ...]``."""
         return {name: t[:: self.copies] for name, t in tensors.items()}

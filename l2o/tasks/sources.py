@@ -29,7 +29,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, generator: torch.Generator, lanes: int) -> tuple[Tensor, ...]:
-        """The tensors of a batch for every lane, inputs before the target, each ``[lanes, batch, ...]``."""
+        """Draw the tensors of a batch for every lane, inputs before the target, each ``[lanes, batch, ...]``."""
 
 
 class TensorSource(Source):
@@ -92,7 +92,8 @@ class LoaderSource(Source):
 
 
 def as_source(name: str, examples: Examples, batch_size: int | None) -> Source:
-    """``examples`` as a `Source`; raises `ConfigurationError`, which calls them ``name``, if they cannot be one."""
+    """Return ``examples`` as a `Source`; raises `ConfigurationError`, which calls them ``name``, if they cannot be
+    one."""
     dataset = examples.dataset if isinstance(examples, DataLoader) else examples
     if isinstance(dataset, IterableDataset):
         raise ConfigurationError(

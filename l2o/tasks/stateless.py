@@ -61,7 +61,8 @@ def reseed(seed: int, device: torch.device) -> None:
 
 
 def keep_mask(key: Tensor, call: int, shape: tuple[int, ...], p: float) -> Tensor:
-    """Bool mask of ``shape`` on the key's device, each entry False with probability ``p``: the same on any device.
+    """Return the bool mask of ``shape`` on the key's device, each entry False with probability ``p``: the same on any
+    device.
 
     key: int64, 0-d.     call: which of the calls that share the key this is; each has its own mask.
     """
@@ -101,7 +102,8 @@ class Stateless(TorchFunctionMode):
         return keep_mask(self.key, self.calls, shape, p)
 
     def drop(self, x: Tensor, p: float, training: bool, inplace: bool, shape: tuple[int, ...]) -> Tensor:
-        """``x`` with entries zeroed by a mask of ``shape`` (broadcast), the rest scaled so that the mean is kept."""
+        """Return ``x`` with entries zeroed by a mask of ``shape`` (broadcast), the rest scaled so that the mean is
+        kept."""
         if not training or p == 0.0:
             return x
         scale = self.keep(shape, p).to(x.dtype) * (0.0 if p == 1.0 else 1.0 / (1.0 - p))

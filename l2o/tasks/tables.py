@@ -55,11 +55,11 @@ class TableTask(TaskFamily):
 
     @abc.abstractmethod
     def measure(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss, 0-d, of outputs ``[batch, outputs]`` and targets."""
+        """Return the loss, 0-d, of outputs ``[batch, outputs]`` and targets."""
 
     @abc.abstractmethod
     def part(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Columns float32 ``[n, columns]`` and targets of the rows of a split; not to be written to."""
+        """Return columns float32 ``[n, columns]`` and targets of the rows of a split; not to be written to."""
 
     def sample(self, generator: torch.Generator, lanes: int) -> TaskData:
         return self._task.sample(generator, lanes)
@@ -137,7 +137,7 @@ class TableClassifier(TableTask):
 
 @cache
 def diabetes_split(half: str, split: str) -> tuple[Tensor, Tensor]:
-    """One part of the table: columns float32 ``[n, 10]`` and target ``[n, 1]``; not to be written to."""
+    """Return one part of the table: columns float32 ``[n, 10]`` and target ``[n, 1]``; not to be written to."""
     columns, target = _load("diabetes", scaled=False)
     known, part = _rows(len(target), half, split)
     return _standardised(columns, known)[part], _standardised(target.unsqueeze(1), known)[part]
@@ -145,7 +145,7 @@ def diabetes_split(half: str, split: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def classified_split(dataset: str, half: str, split: str) -> tuple[Tensor, Tensor]:
-    """One part of a table: columns float32 ``[n, columns]`` and classes int64 ``[n]``; not to be written to."""
+    """Return one part of a table: columns float32 ``[n, columns]`` and classes int64 ``[n]``; not to be written to."""
     columns, target = _load(dataset)
     known, part = _rows(len(target), half, split)
     return _standardised(columns, known)[part], target[part].long()

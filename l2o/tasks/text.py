@@ -37,13 +37,14 @@ TEXTS: dict[str, Callable[[], str]] = {"topics": _load_topics}
 
 
 def encode(text: str) -> Tensor:
-    """Tokens, int64 ``[len(text)]``, from 0 to ``VOCABULARY - 1``, of which the last stands for unknown characters."""
+    """Return tokens, int64 ``[len(text)]``, from 0 to ``VOCABULARY - 1``, of which the last stands for unknown
+    characters."""
     known = {character: token for token, character in enumerate(CHARACTERS)}
     return torch.tensor([known.get(character, VOCABULARY - 1) for character in text])
 
 
 def text_split(text: str, half: str, split: str, device: torch.device | str) -> Tensor:
-    """One part of a text: tokens, int64 ``[blocks, BLOCK]``, each block a connected piece; not to be written to.
+    """Return one part of a text: tokens, int64 ``[blocks, BLOCK]``, each block a connected piece; not to be written to.
 
     text: a key of ``TEXTS``.     half: ``meta_train`` or ``meta_test``.     split: ``train`` or ``valid``.
 

@@ -96,7 +96,7 @@ class WordMLP(TaskFamily):
 
 
 def word_split(text: str, half: str, split: str, words: int, device: torch.device | str) -> Tensor:
-    """One part of a text: int64 ``[blocks, BLOCK]`` from 0, unknown, to ``words - 1``; not to be written to."""
+    """Return one part of a text: int64 ``[blocks, BLOCK]`` from 0, unknown, to ``words - 1``; not to be written to."""
     return _word_split(text, half, split, words, torch.device(device))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from l2o.checkpoints.store import load
-from l2o.checks import check_int, check_seed
 from l2o.distributed import ranks
 from l2o.estimators import Mixed
 from l2o.evaluation.trials import Setting
@@ -18,22 +17,19 @@ from meta_train.config.build import make, partial, probe, refused, source_digest
 from meta_train.config.compose import resolve_device
 from meta_train.run.folder import RunFolder
 from meta_train.run.held_out import HeldOut
-from meta_train.run.processes import Follower
+from meta_train.run.plan import Plan
+from meta_train.run.processes import Worker
 from meta_train.run.session import Session, restore
 
-LEAST = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "evaluate_every": 0, "seed": 0}
-"""The smallest value of each whole number."""
 
-
-def make_session(folder: RunFolder) -> Session | Follower:
+def make_session(folder: RunFolder) -> Session | Worker:
     """Build all that the configuration names, and put it where the folder's state left off.
 
     Of several processes rank 0 has the session.
 
     Raises the errors of `l2o.types`, for whatever does not exist, does not fit, or makes no sense.
     """
-    config = folder.config
-    _check_numbers(config)
+    config, plan = folder.config, Plan.of(folder.config)
     device = resolve_device(config["device"])
     rule, problems = make(config["rule"], "rule", UpdateRule), make(config["task"], "task", TaskFamily, Mixture)
     folder.compare_sources({"rule": source_digest(rule), "task": source_digest(*families(problems).values())})
@@ -41,23 +37,23 @@ def make_session(folder: RunFolder) -> Session | Follower:
     held_out = HeldOut(rule, _held_out_settings(config, estimator), device)
     for family in families(problems).values():
         probe(family, ["train"], device)
-    for setting in held_out.settings if config["evaluate_every"] else ():
+    for setting in held_out.settings if plan.evaluate_every else ():
         probe(setting.family, ["train", "valid"], device)
-    generator = torch.Generator(device).manual_seed(config["seed"])
+    generator = torch.Generator(device).manual_seed(plan.seed)
     with refused("rule"):
         theta = rule.init_theta(generator)
     if config["init_from"] and folder.state is None:
         theta = _warm_start(config["init_from"], rule)
     optimizer, schedule = partial(config["outer"], "outer", "params"), partial(config["schedule"], "schedule", "step")
-    _check_schedule(folder, schedule)
+    _check_schedule(plan.steps, schedule, folder.state is not None)
     with refused("meta"):
         training = MetaTraining(estimator, theta, optimizer, generator, schedule, **config["meta"])
     if folder.state is not None:
-        restore(training, folder.state, config["seed"], folder.path)
+        restore(training, folder.state, plan.seed, folder.path)
     if ranks().rank:
-        return Follower(training, config)
+        return Worker(training, plan)
     loggers = [make(node, f"logger.{name}", object) for name, node in (config["logger"] or {}).items()]
-    return Session(folder, training, held_out, loggers)
+    return Session(folder, plan, training, held_out, loggers)
 
 
 def _make_estimator(node: dict[str, Any], rule: UpdateRule, problems: TaskFamily | Mixture) -> MetaGradient:
@@ -72,7 +68,7 @@ def _make_estimator(node: dict[str, Any], rule: UpdateRule, problems: TaskFamily
 
 
 def families(problems: TaskFamily | Mixture) -> dict[str, TaskFamily]:
-    """Those of a mixture by name; a family alone is called ``held out``."""
+    """Return those of a mixture by name; a family alone is called ``held out``."""
     return dict(problems.families) if isinstance(problems, Mixture) else {"held out": problems}
 
 
@@ -109,17 +105,10 @@ def _warm_start(source: str, rule: UpdateRule) -> Theta:
     return theta
 
 
-def _check_numbers(config: dict[str, Any]) -> None:
-    for name, least in LEAST.items():
-        check_int(name, config[name], least)
-    check_seed("seed", config["seed"])
-
-
-def _check_schedule(folder: RunFolder, schedule: Schedule) -> None:
+def _check_schedule(steps: int, schedule: Schedule, continues: bool) -> None:
     """Outer steps at a learning rate of 0 would only look like training."""
-    steps = folder.config["steps"]
     if not schedule(0) > 0.0 or not schedule(steps - 1) > 0.0:
-        begun = "" if folder.state is None else " in another run=; this one keeps the schedule that it began with"
+        begun = " in another run=; this one keeps the schedule that it began with" if continues else ""
         raise ConfigurationError(
             f"steps={steps}: the schedule has the outer learning rate at 0 by then; "
             f"give schedule.total={steps}, or a schedule.floor{begun}"

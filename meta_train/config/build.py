@@ -21,7 +21,8 @@ from meta_train.config.compose import one_line
 
 
 def make(node: Mapping[str, Any], what: str, *bases: type) -> Any:
-    """The object of one of the classes that a node describes: its ``_target_``, called with the rest of the node.
+    """Return the object of one of the classes that a node describes: its ``_target_``, called with the rest of the
+    node.
 
     what: name of the node, for messages. Nodes inside it are made first. Lists become tuples, since rules and tasks are
     frozen dataclasses.
@@ -39,7 +40,8 @@ def make(node: Mapping[str, Any], what: str, *bases: type) -> Any:
 
 
 def partial(node: Mapping[str, Any], what: str, *later: str) -> Callable[..., Any]:
-    """What a node names, with its settings filled in; ``later`` are the arguments that it is still called with."""
+    """Return what a node names, with its settings filled in; ``later`` are the arguments that it is still called
+    with."""
     from hydra.errors import HydraException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
@@ -89,7 +91,7 @@ def refused(what: str) -> Iterator[None]:
 
 
 def import_classes(paths: Iterable[str], what: str, base: type) -> tuple[type, ...]:
-    """The subclasses of ``base`` at the import paths that the user named, such as ``my_module.MyRule``."""
+    """Return the subclasses of ``base`` at the import paths that the user named, such as ``my_module.MyRule``."""
     classes = []
     for path in paths:
         module, _, name = str(path).rpartition(".")
@@ -116,7 +118,7 @@ def _not_importable(path: Any, what: str, error: Exception) -> str:
 
 
 def source_digest(*made: object) -> str:
-    """Hex digest of the source files of the classes of these objects, and of their bases."""
+    """Return the hex digest of the source files of the classes of these objects, and of their bases."""
     digests = set()
     for cls in (cls for each in made for cls in type(each).__mro__ if cls.__module__ != "l2o.types"):
         with contextlib.suppress(OSError, TypeError):  # built-in ones, and those typed into an interpreter, have none

@@ -34,7 +34,8 @@ _kept = [_ANEW]
 
 
 def config_path() -> str:
-    """Absolute path of the folder of configs: inside the package in a wheel, at the top of an editable checkout.
+    """Return the absolute path of the folder of configs: inside the package in a wheel, at the top of an editable
+    checkout.
 
     Choices that have no file there are entered beside it (`meta_train.config.groups`).
     """
@@ -46,7 +47,7 @@ def config_path() -> str:
 
 
 def open_settings(arguments: Iterable[str], nodes: Sequence[str]) -> list[str]:
-    """A command line on which settings under ``nodes``, such as ``task.width=3``, need no ``+``.
+    """Return a command line on which settings under ``nodes``, such as ``task.width=3``, need no ``+``.
 
     What they may be is known by the class that they are for, not by the YAML. A value that begins with ``~``, which
     Hydra does not read, is quoted.
@@ -57,7 +58,7 @@ def open_settings(arguments: Iterable[str], nodes: Sequence[str]) -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that ``device=name`` means; ``auto`` is the GPU where there is one."""
+    """Return the device that ``device=name`` means; ``auto`` is the GPU where there is one."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigurationError(f"device={name!r}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -100,13 +101,13 @@ def main_guard(command: Callable[[], None]) -> Callable[[], None]:
 
 
 def if_interrupted(text: str) -> None:
-    """From now on Ctrl-C says this: what is kept, and how to go on.  It lasts to the end of the command."""
+    """Let Ctrl-C say this from now on: what is kept, and how to go on.  It lasts to the end of the command."""
     _kept[0] = text
 
 
 @contextlib.contextmanager
 def writing(what: object) -> Iterator[None]:
-    """While a file is written: what the disk says against it becomes a `WriteError` with the way out."""
+    """Turn what the disk says against the file that is written into a `WriteError` with the way out."""
     try:
         yield
     except L2OError:
@@ -185,12 +186,13 @@ def _unknown_key(error: BaseException | None) -> str | None:
 
 
 def wrapped(text: str, indent: int = 0) -> str:
-    """Text in lines of 80 columns, all but the first of which are indented; a word that is longer stays whole."""
+    """Return the text in lines of 80 columns, all but the first of which are indented; a word that is longer stays
+    whole."""
     spaces = " " * indent
     return textwrap.fill(text, 80, subsequent_indent=spaces, break_long_words=False, break_on_hyphens=False)
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error on one line, without Hydra's advice on how to see its trace."""
+    """Return the text of an error on one line, without Hydra's advice on how to see its trace."""
     text = str(error).replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception", "")
     return " ".join(text.split()).rstrip(".")

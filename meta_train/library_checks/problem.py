@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,8 +100,3 @@ def check_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
 def check_equal(got: Any, want: Any) -> None:
     """Raise AssertionError unless nested structures of tensors and numbers are equal to the bit."""
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """Another module of the same values."""
-    return copy.deepcopy(model)

@@ -17,7 +17,7 @@ from l2o.meta import MetaTraining
 
 
 def make_card(config: dict[str, Any], command: str, training: MetaTraining) -> dict[str, Any]:
-    """Entries for `l2o.save`: how θ was made, of what and where.  command: the one that began the run."""
+    """Return entries for `l2o.save`: how θ was made, of what and where.  command: the one that began the run."""
     return {
         "recipe": {
             "command": command,
@@ -47,7 +47,8 @@ def _settings(made: Any, apart: tuple[str, ...] = ()) -> Any:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that the code comes from, with ``+changes`` where files differ; None in a wheel."""
+    """Return the commit of the checkout that the code comes from, with ``+changes`` where files differ; None in a
+    wheel."""
     root = Path(l2o.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -59,7 +60,7 @@ def commit() -> str | None:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, cores and threads, the GPU where it was used, and the versions that numbers may depend on."""
+    """Return processor, cores and threads, the GPU where it was used, and the versions that numbers may depend on."""
     found = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

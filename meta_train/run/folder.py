@@ -127,7 +127,8 @@ class RunFolder:
 
 
 def settle(saved: dict[str, Any], request: Request) -> dict[str, Any]:
-    """The configuration to continue with: the saved one, and the request's free keys where the command line has them.
+    """Return the configuration to continue with: the saved one, and the request's free keys where the command line has
+    them.
 
     Raises RunConflictError that lists each explicit key which differs, or a saved import path that was not repeated.
     """
@@ -147,7 +148,7 @@ def settle(saved: dict[str, Any], request: Request) -> dict[str, Any]:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """Hex digest of the part of a configuration that θ and the metrics depend on."""
+    """Return the hex digest of the part of a configuration that θ and the metrics depend on."""
     bound = {key: value for key, value in config.items() if key not in FREE}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 

@@ -31,7 +31,7 @@ class HeldOut:
         self.adam: dict[str, Results] | None = None
 
     def measure(self, theta: Theta) -> Results:
-        """Seed-means of the final losses, how many seeds of the rule diverged, and the rate of the best Adam.
+        """Measure seed-means of the final losses, how many seeds of the rule diverged, and the rate of the best Adam.
 
         Of a mixture each of these by family, as ``name/<family>``, and as ``held_out_loss`` and
         ``held_out_valid_loss`` the geometric means over families of the loss divided by Adam's; see `over_adam` for
@@ -64,7 +64,7 @@ class HeldOut:
 
 
 def describe(results: Results) -> str:
-    """One line for people."""
+    """Return one line for people."""
     lost = f", {results['held_out_diverged']} diverged" if results["held_out_diverged"] else ""
     learned = _show(results["held_out_loss"])
     if "adam_loss" in results:
@@ -78,12 +78,12 @@ def describe(results: Results) -> str:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where it is not finite."""
+    """Return the value, or None where it is not finite."""
     return value if math.isfinite(value) else None
 
 
 def over_adam(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """One number for several losses beside Adam's: the geometric mean of the quotients where all are positive.
+    """Return one number for several losses beside Adam's: the geometric mean of the quotients where all are positive.
 
     It falls with every loss, of whatever sign: a quotient is 1 plus the difference in units of the size of Adam's, and
     where one is 0 or less, all together come to less than 0. None where a loss is not to be had.

@@ -7,13 +7,13 @@ import datetime
 import importlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from l2o.distributed import Ranks, ranks
 from l2o.meta import MetaTraining
+from meta_train.run.plan import Plan
 
 PATIENCE = datetime.timedelta(hours=1)
 """The others wait for so long while rank 0 evaluates and writes."""
@@ -21,7 +21,7 @@ PATIENCE = datetime.timedelta(hours=1)
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that ``torchrun`` started; alone where there are none."""
+    """Return this process among those that ``torchrun`` started; alone where there are none."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks()
         return
@@ -51,7 +51,7 @@ def wait_for_all() -> None:
 
 
 def agreed(number: int) -> int:
-    """The largest of the numbers that the processes give, the same in all of them."""
+    """Return the largest of the numbers that the processes give, the same in all of them."""
     if ranks().size == 1:
         return number
     largest = torch.tensor(number)
@@ -59,11 +59,11 @@ def agreed(number: int) -> int:
     return int(largest)
 
 
-class Follower:
+class Worker:
     """What a process other than rank 0 does in a run: its share of the lanes, and nothing on disk."""
 
-    def __init__(self, training: MetaTraining, config: dict[str, Any]) -> None:
-        self.training, self.config = training, config
+    def __init__(self, training: MetaTraining, plan: Plan) -> None:
+        self.training, self.plan = training, plan
 
     @property
     def step(self) -> int:
@@ -71,10 +71,10 @@ class Follower:
         return self.training.step
 
     def begin(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def outer_step(self) -> None:
-        """One outer step."""
+        """Take one outer step."""
         self.training.outer_step()
 
     def save(self) -> None:
@@ -82,10 +82,10 @@ class Follower:
         self.training.state_dict()
 
     def evaluate(self) -> None:
-        """Nothing: rank 0 does, and whatever the next step sends waits for it."""
+        """Do nothing: rank 0 does, and whatever the next step sends waits for it."""
 
     def save_checkpoint(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -21,6 +21,7 @@ from meta_train.run.best import Best
 from meta_train.run.card import make_card
 from meta_train.run.folder import RunFolder
 from meta_train.run.held_out import HeldOut, describe, finite
+from meta_train.run.plan import Plan
 
 
 class Session:
@@ -32,8 +33,10 @@ class Session:
     Nothing is written before ``begin``. Raises ResumeError if the saved state, or a record, does not fit.
     """
 
-    def __init__(self, folder: RunFolder, training: MetaTraining, held_out: HeldOut, loggers: Sequence[Logger]) -> None:
-        self.folder, self.training, self.held_out, self.loggers = folder, training, held_out, loggers
+    def __init__(
+        self, folder: RunFolder, plan: Plan, training: MetaTraining, held_out: HeldOut, loggers: Sequence[Logger]
+    ) -> None:
+        self.folder, self.plan, self.training, self.held_out, self.loggers = folder, plan, training, held_out, loggers
         self.config = folder.config
         self.best = Best(folder.path / "best", held_out.rule, self.config["evaluation"]["best_by"])
         self.inner_steps = 0
@@ -63,7 +66,7 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether all outer steps are done, and the θ they led to is measured and left as the checkpoint."""
-        if self.step < self.config["steps"]:
+        if self.step < self.plan.steps:
             return False
         try:
             _, theta = load(self.checkpoint, rules=(type(self.held_out.rule),))
@@ -71,7 +74,7 @@ class Session:
         except L2OError:
             return False
         same = all(torch.equal(tensor.cpu(), theta[name]) for name, tensor in self.training.theta_average.items())
-        return same and (bool(card.get("results")) or not self.config["evaluate_every"])
+        return same and (bool(card.get("results")) or not self.plan.evaluate_every)
 
     def begin(self) -> None:
         """Make the folder, put the best θ and the records back to the saved step, start the loggers."""
@@ -82,10 +85,10 @@ class Session:
         for logger in self.loggers:
             logger.start(self.folder.path, self.config, self.folder.id, self.step)
             self._open.callback(logger.close)
-        self.terminal = Terminal(self.step, self.config["steps"])
+        self.terminal = Terminal(self.step, self.plan.steps)
         self._open.callback(self.terminal.close)
         if self.step:
-            self.terminal.say(f"run={self.folder.path} goes on from outer step {self.step} of {self.config['steps']}")
+            self.terminal.say(f"run={self.folder.path} goes on from outer step {self.step} of {self.plan.steps}")
         for name in self.folder.changed:
             self._warn(
                 f"source of {name}",
@@ -95,9 +98,9 @@ class Session:
         self._since = time.monotonic()
 
     def outer_step(self) -> None:
-        """One outer step. Its metrics stay on the device until there are ``log_every`` of them."""
+        """Take one outer step. Its metrics stay on the device until there are ``log_every`` of them."""
         self._pending.append(self.training.outer_step())
-        if self.step % self.config["log_every"] == 0:
+        if self.step % self.plan.log_every == 0:
             self.flush()
 
     def flush(self) -> None:
