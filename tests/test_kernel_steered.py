@@ -1,6 +1,7 @@
 """The kernel of Steered steps as the rule's update does, in place, the same on any number of threads."""
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -268,3 +269,16 @@ def test_a_state_that_is_not_finite_skips_the_step_with_nothing_written(worth):
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert identical(values(optimizer), start)
+
+
+@pytest.mark.parametrize(("size", "limit", "taken"), [(1.0, 5.0, True), (1.0, 3.0, False), (1e30, math.inf, False)])
+def test_gradients_above_the_limit_are_left_to_torch_with_nothing_written(size, limit, taken):
+    """Of 16 entries, whose norm is 4 times their size; the square of 1e30 is no float32."""
+    rule, params = Steered(), {"weight": torch.ones(4, 4)}
+    theta = rule.init_theta(generator())
+    state, grads = rule.init(theta, params, infos_of(params)), {"weight": torch.full((4, 4), size)}
+    run = Run(torch.tensor(0), torch.tensor(20))
+    with torch.no_grad():
+        found = l2o.fused.step(rule, theta, grads, state, params, run, {"weight": (1.0, 1.0)}, limit)
+    assert (found is not None) == taken
+    assert params["weight"].eq(1.0).all().item() != taken
