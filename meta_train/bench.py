@@ -127,12 +127,17 @@ def _steps(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    about = {"hardware": hardware(torch.device(device))}
+    about = {"hardware": hardware(torch.device(device)), "load": _load()}
     learned = {source: load(source) for source in map(str, sources)}
     fresh = {name: known_rules()[name]() for name in rules}
     learned |= {name: (rule, rule.init_theta(torch.Generator().manual_seed(0))) for name, rule in fresh.items()}
     found = measure_steps(learned, network, seconds, device)
     return [{**record, **about} for record in found]
+
+
+def _load() -> float | None:
+    """How many processes wanted to run here in the last minute, on the mean; None where nobody counts them."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 SUITES: dict[str, Callable[[Mapping[str, Any], str], Iterator[Record]]] = {

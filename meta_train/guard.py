@@ -209,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--rules", nargs="+", default=["default", "light", "mlp-digits", "mlp-mixture", "lstm-quadratics"]
     )
-    made.add_argument("--cases", nargs="+", default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    made.add_argument("--cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
     made.add_argument("--suites", nargs="*", default=["quick"], help="for false alarms of default and light")
     made.add_argument("--width", type=int, default=512, help="of the matrices on which a step is timed")
     return made

@@ -148,4 +148,5 @@ def test_no_kernel_takes_its_steps(rule):
     theta = rule.init_theta(generator())
     state = rule.init(theta, params, infos_of(params))
     run = Run(torch.tensor(0), torch.tensor(9))
-    assert l2o.fused.step(rule, theta, params, state, params, infos_of(params), run, {"w": (1.0, 1.0)}) is None
+    inputs = l2o.fused.Inputs(theta, params, state, params, infos_of(params), run)
+    assert l2o.fused.step(rule, inputs, {"w": (1.0, 1.0)}) is None

@@ -14,7 +14,7 @@ from torch import nn
 
 import l2o.meta
 from l2o.bench.checks import HostReads
-from l2o.bench.cost import plug_in
+from l2o.bench.cost import plug_in, usual
 from l2o.evaluation import (
     BASELINES,
     Baseline,
@@ -401,6 +401,13 @@ def test_baselines_go_by_name():
 def test_a_setting_that_makes_no_sense_is_refused(bad, names):
     with pytest.raises(ConfigurationError, match=names):
         dataclasses.replace(NOISY, **bad)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [([2.0] * 10 + [12.0] + [2.0] * 9 + [12.0], 3.0), ([1.0, 2.0, 9.0], 4.0)]
+)
+def test_what_every_tenth_step_takes_has_its_share_in_the_usual_time(seconds, expected):
+    assert usual(seconds) == pytest.approx(expected)
 
 
 def test_the_cost_of_a_step():

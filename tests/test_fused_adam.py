@@ -26,7 +26,9 @@ def started(params):
 
 def step(rule, theta, grads, state, params, factors=(1.0, 1.0), entry=l2o.fused.step):
     run = Run(torch.tensor(0), torch.tensor(10))
-    return entry(rule, theta, grads, state, params, infos_of(params), run, dict.fromkeys(params, factors))
+    return entry(
+        rule, l2o.fused.Inputs(theta, grads, state, params, infos_of(params), run), dict.fromkeys(params, factors)
+    )
 
 
 @pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)

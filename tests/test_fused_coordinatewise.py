@@ -9,6 +9,7 @@ from tables import generator, identical
 from torch.utils._pytree import tree_leaves, tree_map
 
 import l2o.fused
+from l2o.fused import Inputs
 from l2o.ops.kinds import param_infos
 from l2o.optim import apply
 from l2o.rules import STAR, VeLO
@@ -70,7 +71,7 @@ def test_it_steps_as_update_does(rule):
     for i in range(3):
         grads = gradients(params, i)
         updates, other = rule.update(theta, grads, other, expected, infos, run_at(i))
-        state = l2o.fused.step(rule, theta, grads, state, params, infos, run_at(i), factors)
+        state = l2o.fused.step(rule, Inputs(theta, grads, state, params, infos, run_at(i)), factors)
         expected = {name: keep * expected[name] + lr * updates[name] for name, (lr, keep) in factors.items()}
     torch.testing.assert_close(params, expected, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close((state.per_param, state.shared), (other.per_param, other.shared), rtol=1e-5, atol=1e-7)
@@ -104,8 +105,8 @@ def test_what_it_does_not_fit_is_left_to_update(rule, change, damage, environmen
     params = tree_map(change, params)
     theta = {name: damage(t) if name[0] in "wb" else t for name, t in theta.items()}
     before = tree_map(torch.clone, (state.per_param, params))
-    arguments = (rule, theta, gradients(params, 0), state, params, infos, run_at(0), {"p": (1.0, 0.9)})
-    assert l2o.fused.step(*arguments) is None
+    inputs = Inputs(theta, gradients(params, 0), state, params, infos, run_at(0))
+    assert l2o.fused.step(rule, inputs, {"p": (1.0, 0.9)}) is None
     assert identical((state.per_param, params), before)
 
 

@@ -102,7 +102,7 @@ def test_a_kernel_that_does_not_fit_reads_nothing() -> None:
     run = InnerRun(*(torch.zeros((), dtype=torch.int64, device=META) for _ in range(2)))
     infos = infos_of(params)
     state = rule.init(theta, params, infos)
-    assert l2o.fused.step(rule, theta, params, state, params, infos, run, {"x": (1.0, 1.0)}) is None
+    assert l2o.fused.step(rule, l2o.fused.Inputs(theta, params, state, params, infos, run), {"x": (1.0, 1.0)}) is None
 
 
 # The packages that a machine with a GPU may lack; None there makes an import fail.

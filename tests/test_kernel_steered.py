@@ -1,6 +1,7 @@
 """The kernel of Steered steps as the rule's update does, in place, the same on any number of threads."""
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tables import generator, identical
 from torch import nn
 
 import l2o.fused
+from l2o.fused import Inputs
 from l2o.kernels import build, steered
 from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer, apply
@@ -59,7 +61,7 @@ def run(rule, factors, in_place, steps=6):
         for step in range(steps):
             args = (theta, gradients(step), state, params, infos_of(params), Run(torch.tensor(step), torch.tensor(20)))
             if in_place:
-                state = l2o.fused.step(rule, *args, dict.fromkeys(params, factors))
+                state = l2o.fused.step(rule, Inputs(*args), dict.fromkeys(params, factors))
                 assert state is not None
             else:
                 updates, state = rule.update(*args)
@@ -122,7 +124,7 @@ def test_weights_whose_channels_are_last_and_expanded_gradients_take_the_kernel(
             grads = {"conv": torch.randn(8, 6, 3, 3, generator=g), "bias": torch.tensor(0.3).expand(5)}
             run = Run(torch.tensor(step), torch.tensor(20))
             with torch.no_grad():
-                state = l2o.fused.step(rule, theta, grads, state, params, infos, run, factors)
+                state = l2o.fused.step(rule, Inputs(theta, grads, state, params, infos, run), factors)
             assert state is not None
         ends.append({name: p.contiguous() for name, p in params.items()})
     torch.testing.assert_close(*ends, rtol=1e-4, atol=AMPLIFIED.get(rule.direction, 1e-6))
@@ -138,9 +140,8 @@ def test_a_step_in_place_shows_in_the_version_of_tensors():
         theta = rule.init_theta(generator())
         state = rule.init(theta, params, infos_of(params))
         run = Run(torch.tensor(0), torch.tensor(20))
-        assert l2o.fused.step(
-            rule, theta, {"weight": torch.ones(4, 4)}, state, params, infos_of(params), run, {"weight": (1.0, 1.0)}
-        )
+        inputs = Inputs(theta, {"weight": torch.ones(4, 4)}, state, params, infos_of(params), run)
+        assert l2o.fused.step(rule, inputs, {"weight": (1.0, 1.0)})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -158,7 +159,7 @@ def test_what_the_kernel_cannot_take_is_left_to_torch_with_nothing_written(chang
     infos, factors = infos_of(params), dict.fromkeys(params, (1.0, 1.0))
     state, before = rule.init(theta, params, infos), {k: p.clone() for k, p in params.items()}
     run = Run(torch.tensor(0), torch.tensor(20))
-    assert l2o.fused.step(rule, theta, grads, state, params, infos, run, factors) is None
+    assert l2o.fused.step(rule, Inputs(theta, grads, state, params, infos, run), factors) is None
     assert identical(params, before)
 
 
@@ -270,3 +271,17 @@ def test_a_state_that_is_not_finite_skips_the_step_with_nothing_written(worth):
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert identical(values(optimizer), start)
+
+
+@pytest.mark.parametrize(("size", "limit", "taken"), [(1.0, 5.0, True), (1.0, 3.0, False), (1e30, math.inf, False)])
+def test_gradients_above_the_limit_are_left_to_torch_with_nothing_written(size, limit, taken):
+    """Of 16 entries, whose norm is 4 times their size; the square of 1e30 is no float32."""
+    rule, params = Steered(), {"weight": torch.ones(4, 4)}
+    theta = rule.init_theta(generator())
+    state, grads = rule.init(theta, params, infos_of(params)), {"weight": torch.full((4, 4), size)}
+    run = Run(torch.tensor(0), torch.tensor(20))
+    with torch.no_grad():
+        inputs = Inputs(theta, grads, state, params, infos_of(params), run)
+        found = l2o.fused.step(rule, inputs, {"weight": (1.0, 1.0)}, limit)
+    assert (found is not None) == taken
+    assert params["weight"].eq(1.0).all().item() != taken

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,15 @@ USUAL: dict[str, MakeOptimizer] = {
 }
 
 
+_PERIOD = 10
+"""Steps of which one may take longer than the others, as those do in which bases follow."""
+
+
 class Cost(NamedTuple):
     """What a step costs.
 
-    seconds: median time of a step.     state_bytes: of optimizer state, a parameter.
-    cpu_seconds: median time that the thread ran for in a step, which other programs hardly lengthen; None where the
+    seconds: `usual` time of a step.     state_bytes: of optimizer state, a parameter.
+    cpu_seconds: usual time that the thread ran for in a step, which other programs hardly lengthen; None where the
         work is not done by one thread of the CPU.
     scratch_bytes: memory that a step takes beyond what it finds, at its peak, a parameter; None where nobody counts it.
     """
@@ -67,7 +71,8 @@ def step_cost(
 ) -> dict[str, Cost]:
     """Time optimizers in turn, each on its own copy of ``module`` with the same gradients, drawn once.
 
-    makers: by name.     rounds: steps of each that are timed, at least; one before them is not.
+    makers: by name.     rounds: steps of each that are timed, at least; one before them is not. Ten have in them what
+        is done every tenth step.
     seconds: how long to go on, at least.
     """
     stepping = {name: Stepping(make, module) for name, make in makers.items()}
@@ -111,11 +116,19 @@ class Stepping:
         alone = self._device.type == "cpu" and torch.get_num_threads() == 1
         scratch = scratch_bytes(self.step, self._device)
         return Cost(
-            seconds=median(self._seconds),
+            seconds=usual(self._seconds),
             state_bytes=sum(_state_bytes(optimizer) for optimizer in self._optimizers) / entries,
-            cpu_seconds=median(self._cpu_seconds) if alone else None,
+            cpu_seconds=usual(self._cpu_seconds) if alone else None,
             scratch_bytes=None if scratch is None else scratch / entries,
         )
+
+
+def usual(seconds: Sequence[float]) -> float:
+    """Return the mean over ten steps in a row of the median of every tenth: what every tenth step takes has its share.
+
+    seconds: of steps in a row.
+    """
+    return fmean(median(seconds[first::_PERIOD]) for first in range(min(_PERIOD, len(seconds))))
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:

@@ -86,7 +86,7 @@ def measure_steps(
     plug_ins = {source: partial(plug_in, rule, theta) for source, (rule, theta) in learned.items()}
     found: dict[str, str] = {}
     with watched(found):
-        costs = step_cost({**plug_ins, **TORCH}, module, rounds=5, seconds=seconds)
+        costs = step_cost({**plug_ins, **TORCH}, module, rounds=10, seconds=seconds)
     paths = {source: found.get(repr(rule), "torch") for source, (rule, _) in learned.items()} | _PATHS
     entries = sum(p.numel() for p in module)
     about = {"shapes": name, "parameters": entries, "tensors": len(shapes), "threads": torch.get_num_threads()}

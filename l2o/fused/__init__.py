@@ -12,6 +12,7 @@ alone. Each is differentiable where grad mode is on, but for steps in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import getattr_static
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from l2o.fused import adam, coordinatewise, mlp, perceptrons, steered
+from l2o.fused.inputs import Inputs as Inputs
 from l2o.kernels.moments import HAD_GRADIENT as HAD_GRADIENT
 from l2o.kernels.perceptron_unroll import Batches as Batches
 from l2o.rules import MLP, STAR, AdafacMLP, Adam, Celo, Celo2, Steered, VeLO
@@ -31,7 +33,6 @@ from l2o.types import (
     Batch,
     Buffers,
     Grads,
-    Infos,
     InnerState,
     OptState,
     Params,
@@ -65,22 +66,15 @@ def update(
 
 
 def step(
-    rule: UpdateRule,
-    theta: Theta,
-    grads: Grads,
-    state: OptState,
-    params: Params,
-    infos: Infos,
-    run: Run,
-    factors: Mapping[str, tuple[float, float]],
+    rule: UpdateRule, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
     """``p <- keep p + lr update`` in place, also of the slots, without lanes; the new state.
 
-    factors: ``lr, keep`` by parameter.     state: with `HAD_GRADIENT` among the slots where the rule does not rest.
-    None also where the kernel finds numbers that are not finite.
+    inputs: with `HAD_GRADIENT` among the slots where the rule does not rest.     factors: ``lr, keep`` by parameter.
+    None also where the kernel finds numbers that are not finite, or a norm of all gradients above ``limit``.
     """
     kernel = _entry(STEPS, rule, "update")
-    found: OptState | None = kernel and kernel(rule, theta, grads, state, params, infos, run, factors)
+    found: OptState | None = kernel and kernel(rule, inputs, factors, limit)
     return found
 
 

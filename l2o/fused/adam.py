@@ -9,27 +9,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as, plain
 from l2o.kernels.build import setting
 from l2o.ops.moments import decay
+from l2o.ops.numeric import finite
 from l2o.rules import Adam
-from l2o.types import Grads, Infos, OptState, Params, Run, Theta
+from l2o.types import OptState
 
 
 def step(
-    rule: Adam,
-    theta: Theta,
-    grads: Grads,
-    state: OptState,
-    params: Params,
-    infos: Infos,
-    run: Run,
-    factors: Mapping[str, tuple[float, float]],
+    rule: Adam, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
     """See `l2o.fused.step`."""
+    theta, grads, state, params = inputs[:4]
     if rule.eps_root or setting() == "0" or not all(_fits(p, state.per_param[n]) for n, p in params.items()):
         return None
     if not plain(t for n, p in params.items() for t in (p, grads[n], *state.per_param[n].values())):
+        return None
+    if not finite(list(grads.values()), [], limit):
         return None
     lr, eps = (float(theta[name].exp()) for name in ("log_lr", "log_eps"))
     betas = [float(decay(theta[name].double())) for name in ("logit_beta1", "logit_beta2")]

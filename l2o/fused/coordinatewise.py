@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import plain
 from l2o.kernels.deferred import NoKernelError, deferred
 from l2o.kernels.moments import HAD_GRADIENT, MOMENTS, write
-from l2o.types import Grads, Infos, OptState, Params, Run, Theta, UpdateRule, Updates
+from l2o.ops.numeric import finite
+from l2o.types import OptState, UpdateRule, Updates
 
 
 def step(
-    rule: UpdateRule,
-    theta: Theta,
-    grads: Grads,
-    state: OptState,
-    params: Params,
-    infos: Infos,
-    run: Run,
-    factors: Mapping[str, tuple[float, float]],
+    rule: UpdateRule, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
     """See `l2o.fused.step`. Beside the state, a step has memory for one update and for what the rule makes of it."""
+    theta, grads, state, params, infos, run = inputs
     slots = [t for own in state.per_param.values() for name, t in own.items() if name in MOMENTS]
     masks = {name: {HAD_GRADIENT: own[HAD_GRADIENT]} for name, own in state.per_param.items() if HAD_GRADIENT in own}
     written = [*params.values(), *slots, *(t for own in masks.values() for t in own.values())]
     if not (plain([*params.values(), *slots, *grads.values()]) and all(t.is_contiguous() for t in written)):
+        return None
+    if not finite(list(grads.values()), [], limit):
         return None
     bare = {name: {key: t for key, t in own.items() if key != HAD_GRADIENT} for name, own in state.per_param.items()}
     with deferred() as waiting, torch.no_grad():

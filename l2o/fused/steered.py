@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine
@@ -16,23 +18,17 @@ from l2o.ops.moments import decay
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.rules import Steered
-from l2o.types import Grads, Infos, OptState, Params, Run, Theta
+from l2o.types import OptState, Theta
 
 _LARGE = 512
 """Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
 
 
 def step(
-    rule: Steered,
-    theta: Theta,
-    grads: Grads,
-    state: OptState,
-    params: Params,
-    infos: Infos,
-    run: Run,
-    factors: Mapping[str, tuple[float, float]],
+    rule: Steered, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
     """See `l2o.fused.step`."""
+    theta, grads, state, params, _, run = inputs
     if rule.decides:
         return None
     decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
@@ -45,7 +41,7 @@ def step(
     if steps is None:
         return None
     seen = steps.look()
-    dots, gradients, directions, squares = seen.to(theta["log_lr"].dtype)
+    dots, gradients, directions, squares = sums = seen.to(theta["log_lr"].dtype)
     shapes = [p.shape for p in params.values()]
     weights = rule.factors(theta, shapes)
     shared = state.shared
@@ -53,7 +49,8 @@ def step(
         norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
         shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
     scales = rule.scales(theta, rule.size(theta, shared, run), squares, shapes)
-    if not (seen.isfinite().all() and scales.isfinite().all()):
+    usual = sums.isfinite().all() and gradients.sum().isfinite() and gradients.sum().sqrt() <= limit
+    if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
     steps.advance(-scales)
     due = rule.is_due(run)

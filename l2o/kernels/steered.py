@@ -6,7 +6,7 @@ What is not about entries (controller, schedule, orthogonalisation) stays in tor
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,17 @@ from l2o.kernels.build import available, run
 PATHS = ("adam", "normalized", "orthogonal", "sized")
 """In the order of ``Path`` of steered.cpp; ``sized`` is as ``orthogonal``, but for the size of the direction."""
 _SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, **{path: {"m", "d"} for path in PATHS[2:]}}
-_SECOND = {"adam": "v", "normalized": "m", "orthogonal": "d", "sized": "d"}
 _POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
+_ORDER = {
+    path: (i, ("m", second, *(name if name in _SLOTS[path] else "" for name in _POINTERS[4:])))
+    for i, (path, second) in enumerate(zip(PATHS, ("v", "m", "d", "d"), strict=True))
+}
+"""By path: its number, and the slots that ``_POINTERS`` from ``m`` on are of."""
+_LENGTHS: Mapping[str, Callable[[int, int], int]] = {
+    "row": lambda rows, _: rows,
+    "col": lambda _, columns: columns,
+    "count": lambda *_: 1,
+}
 _SUMS = 4
 
 
@@ -65,28 +74,33 @@ class Entries(NamedTuple):
 
     def description(self) -> tuple[int, ...]:
         """Return the first fields of `_Tensor`, before ``keep``; 0 for arrays that there are none of."""
+        number, order = _ORDER[self.path]
         slots = self.slots
-        arrays = [self.grad, self.param, slots["m"], slots.get(_SECOND[self.path]), *map(slots.get, _POINTERS[4:])]
-        return PATHS.index(self.path), *self.shape, *[0 if t is None else t.data_ptr() for t in arrays]
+        arrays = [slots[name].data_ptr() if name else 0 for name in order]
+        return number, *self.shape, self.grad.data_ptr(), self.param.data_ptr(), *arrays
 
     @property
     def fits(self) -> bool:
         """Whether the kernel would stay inside its arrays, and see every entry at one place in all of them."""
-        sizes = {"row": self.shape[0], "col": self.shape[1], "count": 1}
-        layout = self.param.shape, self.param.stride()
-        if self.slots.keys() != _SLOTS[self.path] or (self.grad.shape, self.grad.stride()) != layout:
+        param, grad, slots = self.param, self.grad, self.slots
+        if slots.keys() != _SLOTS[self.path] or grad.shape != param.shape:
             return False
-        for name, t in self.slots.items():
-            if not (
-                t.numel() == sizes[name] and t.is_contiguous() if name in sizes else (t.shape, t.stride()) == layout
-            ):
+        contiguous = param.is_contiguous() and grad.is_contiguous()
+        if not contiguous and (grad.stride() != param.stride() or not _channels_last(param)):
+            return False
+        for name, t in slots.items():
+            if name in _LENGTHS:
+                inside = t.is_contiguous() and t.numel() == _LENGTHS[name](*self.shape)
+            else:
+                inside = t.shape == param.shape and (t.is_contiguous() if contiguous else t.stride() == param.stride())
+            if not inside:
                 return False
-        return _rows_first(self.param)
+        return True
 
 
-def _rows_first(t: Tensor) -> bool:
-    """Whether its matrix lies row by row in memory, in whatever order of columns, which no formula here sees."""
-    return t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last))
+def _channels_last(t: Tensor) -> bool:
+    """Whether its matrix lies row by row in memory, in an order of columns of its own, which no formula here sees."""
+    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
 
 
 class FusedSteps:

@@ -17,11 +17,14 @@ def param_infos(shapes: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind] |
 
     kinds: by name; by default tensors of two and more axes are a ``matrix``, the others a ``vector``.
     """
-    said = kinds or {}
-    return {
-        name: ParamInfo(tuple(shape), said.get(name, "matrix" if len(shape) >= 2 else "vector"))
-        for name, shape in shapes.items()
-    }
+    said, known = kinds or {}, {}  # most tensors are like others
+    found = {}
+    for name, shape in shapes.items():
+        fact = (*shape, said.get(name))
+        if fact not in known:
+            known[fact] = ParamInfo(tuple(shape), said.get(name, "matrix" if len(shape) >= 2 else "vector"))
+        found[name] = known[fact]
+    return found
 
 
 def kinds_of(model: nn.Module) -> dict[str, Kind]:

@@ -50,6 +50,18 @@ def logit_of(name: str, value: float) -> float:
     return math.log(value) - math.log1p(-value)
 
 
+def finite(grads: list[Tensor], others: list[Tensor], limit: float | Tensor = math.inf) -> Tensor:
+    """Return bool, 0-d: whether the sum of all squares is finite, and the norm of ``grads`` at most ``limit``.
+
+    grads, others: of one device, one gradient at least.
+
+    Rules square what they see: a gradient of 1e20 is finite in float32, but its second moment would stay infinite.
+    """
+    squares = torch.stack(torch._foreach_norm([*grads, *others])).square()
+    ok = squares.sum().isfinite()
+    return ok if isinstance(limit, float) and limit == math.inf else ok & (squares[: len(grads)].sum() <= limit * limit)
+
+
 def safe_sqrt(x: Tensor) -> Tensor:
     """Return the square root of ``x >= 0``, of any shape, whose derivative at 0 is 0 instead of infinite.
 

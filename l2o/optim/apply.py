@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from l2o import fused
+from l2o.fused import Inputs
 from l2o.optim.members import Member
-from l2o.types import ConfigurationError, Grads, Infos, OptState, Params, Run, Theta, UpdateRule, Updates
+from l2o.types import ConfigurationError, OptState, Params, UpdateRule, Updates
 
 WORTH_A_KERNEL = 10**8
 """Updates of single entries in a run, which torch's operations take some 10 s longer for than a kernel, on a CPU."""
-
-
-class Inputs(NamedTuple):
-    """The arguments of `UpdateRule.update`."""
-
-    theta: Theta
-    grads: Grads
-    state: OptState
-    params: Params
-    infos: Infos
-    run: Run
 
 
 def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState]:

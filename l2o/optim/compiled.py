@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l2o.fused import Inputs
+from l2o.ops.numeric import finite
 from l2o.optim import slots
-from l2o.optim.apply import Inputs, checked
-from l2o.optim.guard import beside, finite, masked, plain, rest
+from l2o.optim.apply import checked
+from l2o.optim.guard import beside, masked, plain, rest
 from l2o.optim.members import Member
 from l2o.types import OptState, Slots, UpdateRule
 

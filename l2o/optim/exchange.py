@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l2o.optim.apply import Inputs
+from l2o.fused import Inputs
 from l2o.types import ConfigurationError, Infos, OptState, Reduce, Slots, Sum, Updates
 
 Group = Any

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from l2o.fused import HAD_GRADIENT as HAD_GRADIENT
+from l2o.ops.numeric import finite
 from l2o.optim.members import Member, label
 from l2o.types import Grads, OptState, Slots, Updates
 
@@ -25,18 +26,6 @@ def plain(device: torch.device) -> Iterator[None]:
 def readable(device: torch.device) -> bool:
     """Say whether the host reads a tensor's value there without waiting."""
     return device.type == "cpu"
-
-
-def finite(grads: list[Tensor], others: list[Tensor], limit: float | Tensor = math.inf) -> Tensor:
-    """Return bool, 0-d: whether the sum of all squares is finite, and the norm of ``grads`` at most ``limit``.
-
-    grads, others: of one device, one gradient at least.
-
-    Rules square what they see: a gradient of 1e20 is finite in float32, but its second moment would stay infinite.
-    """
-    squares = torch.stack(torch._foreach_norm([*grads, *others])).square()
-    ok = squares.sum().isfinite()
-    return ok if isinstance(limit, float) and limit == math.inf else ok & (squares[: len(grads)].sum() <= limit * limit)
 
 
 def culprit(

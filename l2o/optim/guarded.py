@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 from l2o.optim import ladder, watch
 from l2o.optim.inputs import is_scalar
 from l2o.optim.ladder import Guard
-from l2o.optim.members import Member, checked_gradient
+from l2o.optim.members import Member, checked_gradient, infos
 from l2o.optim.slots import counts, record, run_of
 from l2o.rules import Adam
-from l2o.types import ResumeError, Theta, UpdateRule
+from l2o.types import Kind, ResumeError, Theta, UpdateRule
 
 GOOD = "good"
 """The name of a parameter's copy, beside its slots."""
@@ -42,6 +42,8 @@ Facts = Mapping[str, Any]
 """Of a run."""
 Names = Mapping[Tensor, Sequence[str]]
 """Of slots, by parameter."""
+Kinds = Collection[Kind]
+"""Of parameters, that a rule has met in meta-training."""
 
 
 @cache
@@ -102,6 +104,24 @@ def report(run: Facts) -> dict[str, Any]:
     """``stage`` and ``events``; the stage is "unguarded" where there is no guard."""
     guard = run.get("guard") or {"stage": "unguarded", "events": []}
     return {"stage": guard["stage"], "events": [dict(event) for event in guard["events"]]}
+
+
+def begin(optimizer: Optimizer, members: Sequence[Member], known: Kinds | None) -> str | None:
+    """Let AdamW act from the start of a run where there are parameters of kinds that the rule does not know.
+
+    members: all.    known: None for every kind.
+    Returns what is to be said of it, the first time.
+    """
+    if known is None or counts(optimizer)[0] or run_of(optimizer).get("guard"):
+        return None
+    kinds = {info.kind for info in infos(members).values()}
+    if kinds <= set(known):
+        return None
+    record(optimizer, guard=ladder.foreign())
+    return (
+        f"the rule was meta-trained on parameters of kind {', '.join(sorted(known))} alone, and these are "
+        f"{', '.join(sorted(kinds))}: AdamW at 1e-3 acts in its place. guard=False lets the rule act"
+    )
 
 
 def watch_step(

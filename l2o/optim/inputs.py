@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l2o.checkpoints import store
 from l2o.checks import check_int
-from l2o.types import ConfigurationError, Theta, UpdateRule
+from l2o.types import ConfigurationError, Kind, Theta, UpdateRule
 
 _START = 'start with LearnedOptimizer(params, "default", total_steps=10_000)'
 
@@ -30,6 +30,12 @@ def length(total_steps: Any) -> int:
     if check_int("total_steps", total_steps) > _MOST_STEPS:
         raise ConfigurationError(f"total_steps={total_steps}: expected at most {_MOST_STEPS:,}, the largest int64")
     return int(total_steps)
+
+
+def known_kinds(source: Any) -> frozenset[Kind] | None:
+    """Return the kinds of parameters that a checkpoint is for; None for all, and where there is no checkpoint."""
+    kinds = None if isinstance(source, tuple) else store.read_card(source).get("kinds")
+    return None if kinds is None else frozenset(kinds)
 
 
 def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, UpdateRule, Theta]:

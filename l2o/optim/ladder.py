@@ -17,6 +17,8 @@ _LATE = 0.1
 """Share of the run after which a rule without trouble until then has proven itself: it gets one more chance,"""
 _AGAIN = 0.1
 """so much of the run after AdamW took over."""
+_AT_ONCE = 2 * watch.EVERY
+"""Steps within which a leap or a rise says that the rule is not for the problem: AdamW need not wait for a second."""
 _SAME = 0.8
 """A loss at good parameters that is this share of the one that gave the alarm: not the optimizer was in trouble."""
 _KEPT = 100
@@ -25,7 +27,8 @@ _KEPT = 100
 Guard = dict[str, Any]
 """stage: ``rule``, ``small`` or ``adamw``.    since: the step of the last change.    good: that of the good parameters.
 entries: of parameters with gradients, and of all trained ones, at the last look.    alarm: the loss that gave the last
-one, -inf for none.    again: the step of AdamW's handing over, -1 for never.    losses: since the last look.
+one, -inf for none.    again: the step of AdamW's handing over, -1 for never.    foreign: only where AdamW acts from
+the start, which never hands over.    losses: since the last look.
 skipped: steps until then.    memory: `watch.Memory`.    events: dicts of ``step, kind, done``."""
 
 _WARNINGS = {
@@ -35,7 +38,8 @@ _WARNINGS = {
 }
 """What is said of what was done, where parameters were put back. In the report alone: ``returned`` (the rule at its own
 steps), ``handed over`` (AdamW to the rule), ``another problem`` (where the loss is as high at the last good parameters;
-the run goes on) and ``skipped`` (steps whose gradients were not finite, or far above all before)."""
+the run goes on), ``AdamW`` (acts from the start) and ``skipped`` (steps whose gradients were not finite, or
+far above all before)."""
 
 
 class Event(NamedTuple):
@@ -68,6 +72,11 @@ def begin() -> Guard:
     return {**stage, "losses": [], "skipped": 0, "memory": {}, "events": []}
 
 
+def foreign() -> Guard:
+    """What is known before the first step of a rule that is not for such parameters: AdamW acts."""
+    return _noted({**begin(), "stage": "adamw", "foreign": True}, Event(0, "kind", "AdamW"))
+
+
 def skips(guard: Guard, step: int, skipped: int) -> Guard:
     """With the number of skipped steps, in the report if there are new ones."""
     if skipped == guard["skipped"]:
@@ -93,15 +102,16 @@ def alarmed(guard: Guard, kind: str, seen: watch.Seen, step: int, total: int) ->
         new = {"stage": "rule" if stage == "small" else stage, "memory": watch.rebased(guard["memory"], seen.loss)}
         event = Event(step, kind, "another problem")
         return _noted({**guard, **new, "since": step, "alarm": -math.inf}, event), event
+    unfit = step <= _AT_ONCE and kind in ("leap", "rise")
     soon = since > 0 and step - since <= max(_SOON * total, 2 * _LEAST_PROBATION)
     stage, done = {
-        "rule": ("adamw", "fell back") if soon else ("small", "backed off"),
+        "rule": ("adamw", "fell back") if soon or unfit else ("small", "backed off"),
         "small": ("adamw", "fell back"),
-        "adamw": ("small", "backed off") if soon else ("adamw", "anew"),
+        "adamw": ("small", "backed off") if soon and "foreign" not in guard else ("adamw", "anew"),
     }[stage]
     event = Event(step, kind, done)
     new = {"stage": stage, "since": step, "alarm": seen.loss if kind == "rise" else -math.inf}
-    new["again"] = _again(guard, step, total) if done == "fell back" else guard["again"]
+    new["again"] = guard["again"] if done != "fell back" else -1 if unfit else _again(guard, step, total)
     return _noted({**guard, **new}, event), event
 
 

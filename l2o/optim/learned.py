@@ -14,10 +14,12 @@ from torch.optim.optimizer import ParamsT
 from l2o import fused
 from l2o.checkpoints import store
 from l2o.distributed import ranks
+from l2o.fused import Inputs
+from l2o.ops.numeric import finite
 from l2o.optim import guarded, resume, slots
-from l2o.optim.apply import Inputs, apart, in_place, write
-from l2o.optim.guard import beside, culprit, finite, masked, plain, readable, rest
-from l2o.optim.inputs import check_scalar, evaluated, length, resolved, scalar
+from l2o.optim.apply import apart, in_place, write
+from l2o.optim.guard import beside, culprit, masked, plain, readable, rest
+from l2o.optim.inputs import check_scalar, evaluated, known_kinds, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
 from l2o.optim.members import Member, check_params, checked_gradient, infos, settings
 from l2o.optim.precision import checked_dtype
@@ -58,6 +60,7 @@ class LearnedOptimizer(RuleState):
     rules: classes of rules of your own that the checkpoint may name.
     guard: whether a run that goes wrong is helped, by smaller steps, then by AdamW (`l2o.optim.guarded`), where it has
         one process. By default for checkpoints, not for ``(rule, theta)``, whose users want to see what the rule does.
+        AdamW acts from the start where the checkpoint's card says that its rule has met no such ``kinds``.
     state_dtype: ``torch.bfloat16`` to keep slots of their parameter's shape so between steps, rounded at random: half
         the memory (`l2o.optim.precision`). Other slots, those of no single parameter, and all arithmetic stay.
 
@@ -96,6 +99,7 @@ class LearnedOptimizer(RuleState):
         self.guard = not isinstance(source, tuple) if guard is None else bool(guard)
         self.state_dtype = checked_dtype(state_dtype)
         name, self.rule, self.theta = resolved(source, rules)
+        self._kinds = known_kinds(source) if self.guard else None
         self.total_steps = length(total_steps)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         settings(defaults)
@@ -152,6 +156,10 @@ class LearnedOptimizer(RuleState):
 
     def _asked(self, closure: Callable[[], Any] | None, loss: Any) -> tuple[Any, Sequence[Member]]:
         """The loss, and the parameters to be moved."""
+        if self._guards:
+            said = guarded.begin(self, self._members(), self._kinds)
+            if said:
+                self._warn("kinds", said)
         if closure is None and loss is None and self._is_start():
             return None, []
         if self.rule.needs_loss and closure is None and loss is None:
@@ -177,10 +185,7 @@ class LearnedOptimizer(RuleState):
 
     def _step(self, members: Sequence[Member], ready: Ready) -> None:
         rule, inputs, factors, limit = ready
-        in_place = self._stepped_in_place(rule, members, inputs, factors, limit)
-        if in_place is False:
-            self._skip(culprit(members, inputs.grads, {}, None, limit))
-        if in_place is not None:
+        if self._stepped_in_place(rule, members, inputs, factors, limit):
             return
         grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
         updates, new = self._place.update(rule, inputs, self.total_steps)
@@ -207,22 +212,21 @@ class LearnedOptimizer(RuleState):
         inputs: Inputs,
         factors: Mapping[int, tuple[float, float]],
         limit: float,
-    ) -> bool | None:
-        """Take the step by the rule's kernel: False where a gradient is not finite, None where there is no kernel."""
+    ) -> bool:
+        """Take the step by the rule's kernel, if there is one for it."""
         here = self._place.alone and readable(members[0].param.device)
         if not (here and in_place(rule, inputs, members, self.total_steps)):
-            return None
-        if not finite(list(inputs.grads.values()), [], limit):
             return False
         state = inputs.state if rule.rests else beside(inputs.state, self._seen(members))
         if self._lent:
             # Once, because kernels need not look for what finite gradients never make.
             if not finite([], [t for own in inputs.state.per_param.values() for t in own.values()]):
-                return None
+                return False
             state = apart(state)
-        new = fused.step(rule, *inputs._replace(state=state), {m.key: factors[id(m.group)] for m in members})
+        own = {m.key: factors[id(m.group)] for m in members}
+        new = fused.step(rule, inputs._replace(state=state), own, limit)
         if new is None:
-            return None
+            return False
         self._keep(members, new)
         self._lent = False
         self._count(0)

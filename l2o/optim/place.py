@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.optim.apply import Inputs, updated
+from l2o.fused import Inputs
+from l2o.optim.apply import updated
 from l2o.optim.members import Member
 from l2o.types import OptState, Slots, UpdateRule, Updates
 

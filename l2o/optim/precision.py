@@ -32,16 +32,18 @@ def entrywise(rule: UpdateRule, theta: Theta, info: ParamInfo) -> frozenset[str]
     parameter's shape, behind axes of their own.
 
     Found by asking the rule for the state of two lengths of the longest axis, on no device: a hidden state of 64
-    numbers is none of a bias of 64 entries.
+    numbers is none of a bias of 64 entries. One more or one less: of these, one that the rule keeps the same slots for.
     """
     if not info.shape:
         return frozenset()
     longest = max(range(len(info.shape)), key=lambda axis: (info.shape[axis], axis))
-    shapes = [(*info.shape[:longest], info.shape[longest] + more, *info.shape[longest + 1 :]) for more in (0, 1)]
-    states = [_blank(rule, theta, dataclasses.replace(info, shape=shape)) for shape in shapes]
+    lengths = (info.shape[longest] + more for more in (0, 1, -1))
+    shapes = [(*info.shape[:longest], max(n, 0), *info.shape[longest + 1 :]) for n in lengths]
+    own, more, less = (_blank(rule, theta, dataclasses.replace(info, shape=shape)) for shape in shapes)
+    other = (less, shapes[2]) if more.keys() != own.keys() == less.keys() else (more, shapes[1])
     fitting = [
         {name for name, t in slots.items() if t.is_floating_point() and t.shape[-len(shape) :] == shape}
-        for slots, shape in zip(states, shapes, strict=True)
+        for slots, shape in ((own, shapes[0]), other)
     ]
     return frozenset(set.intersection(*fitting)) - rule.exact_slots(info)
 

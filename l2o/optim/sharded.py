@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from l2o.optim.apply import Inputs, checked
+from l2o.fused import Inputs
+from l2o.optim.apply import checked
 from l2o.optim.exchange import Exchange, Summed, Together, agreed, averaged, chunks, holders
 from l2o.optim.guard import HAD_GRADIENT
 from l2o.optim.members import Member, infos, label

@@ -78,11 +78,15 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {k: t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for k, t in tensors.items()}
 
 
-def at_hand(kept: Slots, like: Tensor) -> Slots:
-    """Return ``kept``, of any shapes, in the dtype of ``like`` and on its device, to which some tools do not take all
-    that they save."""
-    found = cast(kept, like.dtype)
-    return found if like.is_cpu else {k: t.to(like.device) for k, t in found.items()}
+def at_hand(kept: Mapping[str, Slots], like: Tensor) -> dict[str, Slots]:
+    """Return all ``kept`` slots, of any shapes, in the dtype of ``like`` and on its device, to which some tools do not
+    take all that they save."""
+    if like.is_cpu and {t.dtype for own in kept.values() for t in own.values()} <= {like.dtype}:
+        return dict(kept)
+    found = {name: cast(own, like.dtype) for name, own in kept.items()}
+    if like.is_cpu:
+        return found
+    return {name: {k: t.to(like.device) for k, t in own.items()} for name, own in found.items()}
 
 
 def _apart(slots: Slots, inputs: set[int]) -> Slots:

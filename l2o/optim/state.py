@@ -35,6 +35,7 @@ class RuleState(torch.optim.Optimizer):
     state_dtype: torch.dtype | None = None
     _origin: dict[str, str]
     _warned: set[str]
+    _kinds: guarded.Kinds | None = None
     _others: Others | None = None
 
     def _forget(self) -> None:
@@ -85,12 +86,12 @@ class RuleState(torch.optim.Optimizer):
     def _opt_state(self, rule: UpdateRule, theta: Theta, members: Sequence[Member], params: Params) -> OptState:
         """The state of ``members``, and what the rule starts with for those that have none. Nothing is written."""
         like = next(iter(params.values()))
-        old = {m.key: slots.at_hand(own, like) for m in members if (own := self._own(m))}
+        old = slots.at_hand({m.key: own for m in members if (own := self._own(m))}, like)
         new = [m for m in members if m.key not in old]
         fresh = rule.init(theta, {m.key: params[m.key] for m in new}, infos(new)) if new else OptState({}, {})
         per_param = {m.key: old[m.key] if m.key in old else fresh.per_param[m.key] for m in members}
         shared = slots.run_of(self).get("shared")
-        return OptState(per_param, slots.at_hand(shared or fresh.shared, like))
+        return OptState(per_param, slots.at_hand({"": shared or fresh.shared}, like)[""])
 
     def _start(self, member: Member, run: guarded.Facts | None = None) -> OptState:
         """What who makes the steps (see `_acting`) would start with, had it this parameter alone."""
@@ -222,7 +223,7 @@ class RuleState(torch.optim.Optimizer):
         self._layouts = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "theta", "total_steps", "guard", "state_dtype", "_origin", "_warned")
+        names = ("rule", "theta", "total_steps", "guard", "state_dtype", "_origin", "_warned", "_kinds")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
