@@ -69,7 +69,7 @@ def test_records_of_a_step(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         "AdamW (foreach)",
         "Muon + AdamW",
     ]
-    assert [record["path"] for record in records[:6]] == ["kernel", "torch", "torch", "fused", "foreach", "loop"]
+    assert [record["path"] for record in records[:6]] == ["kernel", "torch", "kernel", "fused", "foreach", "loop"]
     assert [(record["shapes"], record["threads"]) for record in records[::6]] == [
         ("8x4, 3", 1),
         ("8x4, 3", 2),

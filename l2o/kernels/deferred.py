@@ -42,8 +42,11 @@ class Deferred:
 
 
 _current: ContextVar[Deferred | None] = ContextVar("deferred", default=None)
-current = _current.get
-"""What is under way here, if anything."""
+
+
+def current() -> Deferred | None:
+    """Return what is under way here, if anything; nothing is compiled there, and asking would break the graph."""
+    return None if torch.compiler.is_compiling() else _current.get()
 
 
 @contextlib.contextmanager
