@@ -108,7 +108,21 @@ def test_wide_matrices_are_orthogonalised():
     ]
 
 
-def test_short_vectors_are_turned_and_keep_their_size():
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (6, 1)])
+def test_a_turned_vector_keeps_the_size_that_second_moments_leave(shape):
+    """Of one gradient again and again it has a length of one, where a root mean square of one would be 6 ** 0.5."""
+    rule = Steered(direction="eigenbasis", turned=6, controller="none", schedule="constant", warmup=1e-6)
+    params = {"x": torch.zeros(shape, dtype=torch.float64)}
+    theta = {name: t.double() for name, t in rule.init_theta(generator()).items()}
+    infos, state = infos_of(params), rule.init(theta, params, infos_of(params))
+    g = {"x": torch.randn(shape, generator=generator(), dtype=torch.float64)}
+    for step in range(200):
+        update, state = rule.update(theta, g, state, params, infos, Run(torch.tensor(step), torch.tensor(500)))
+    torch.testing.assert_close(update["x"], -rule.lr * g["x"] / g["x"].norm(), rtol=1e-3, atol=1e-6)
+    assert len(state.per_param["x"]) == 5  # m, d, v, and of the one side that there is, product and basis
+
+
+def test_short_vectors_are_turned():
     rule = Steered(direction="eigenbasis", turned=6)
     shapes = ((6,), (1, 6), (6, 1), (7,), (1,), ())
     assert [rule.path(shape) for shape in shapes] == [*["eigenbasis"] * 3, *["adam"] * 3]

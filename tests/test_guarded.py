@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from plugin import Mixing, copies, every_rule, make, parameters, snapshot, source, through_a_file, train
-from tables import identical
+from tables import generator, identical
 from torch import nn
 from torch.distributed.checkpoint import state_dict as portable
 
+from l2o import save
 from l2o.optim import LearnedOptimizer, guarded, watch
 from l2o.rules import SGD, Adam, ByKind, Momentum, Scheduled, Steered
-from l2o.types import ResumeError
+from l2o.types import CheckpointError, ResumeError
 
 TOTAL = 200
 
@@ -84,6 +85,15 @@ def test_parameters_of_any_precision_are_guarded(dtypes):
         quiet(optimizer.step)
     assert events(optimizer) == [(10, "leap", "fell back")]
     assert identical([p.detach() for p in params], before)
+
+
+@pytest.mark.parametrize("kinds", ["vector", ["matrices"], 5])
+def test_a_card_with_other_kinds_is_an_error_where_a_guard_would_read_it(kinds, tmp_path):
+    rule = Momentum()
+    path = save(tmp_path / "rule", rule, rule.init_theta(generator()), {"kinds": kinds})
+    with pytest.raises(CheckpointError, match=r"kinds=.*expected a list of .*guard=False"):
+        LearnedOptimizer(bowl(), path, total_steps=10)
+    LearnedOptimizer(bowl(), path, total_steps=10, guard=False)
 
 
 def test_a_rule_that_has_met_no_matrices_leaves_them_to_adamw_from_the_start():

@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import plain
 from l2o.kernels.deferred import NoKernelError, deferred
 from l2o.kernels.moments import HAD_GRADIENT, MOMENTS, write
 from l2o.ops.numeric import finite
-from l2o.types import OptState, UpdateRule, Updates
+from l2o.types import OptState, UpdateRule
 
 
 def step(
@@ -26,21 +25,14 @@ def step(
     written = [*params.values(), *slots, *(t for own in masks.values() for t in own.values())]
     if not (plain([*params.values(), *slots, *grads.values()]) and all(t.is_contiguous() for t in written)):
         return None
-    if not finite(list(grads.values()), [], limit):
-        return None
     bare = {name: {key: t for key, t in own.items() if key != HAD_GRADIENT} for name, own in state.per_param.items()}
     with deferred() as waiting, torch.no_grad():
         try:
             updates, new = rule.update(theta, grads, OptState(bare, state.shared), params, infos, run)
         except NoKernelError:
             return None
-        if waiting.decays is None or not _finite(updates):
+        if waiting.decays is None or not finite(list(grads.values()), list(updates.values()), limit):
             return None  # nothing is written yet, and `update` shows what is wrong
         write(state.per_param, grads, waiting.decays, waiting.clip, params, updates, factors)
     torch.autograd.graph.increment_version(written)
     return OptState({name: {**own, **masks.get(name, {})} for name, own in new.per_param.items()}, new.shared)
-
-
-def _finite(updates: Updates) -> Tensor:
-    """As `l2o.optim` asks it of updates: 0-d."""
-    return torch.stack(torch._foreach_norm(list(updates.values()))).square().sum().isfinite()

@@ -6,8 +6,6 @@ brings it to size, so that second moments need no bias correction.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -17,6 +15,8 @@ from l2o.types import Run, Slots
 
 _STAY = 1e-6
 """Beside the largest entry of a product: directions in which no gradient lies yet stay, and do not follow rounding."""
+_SIDES = (("left", "rows"), ("right", "columns"))
+"""The products of a side, and its basis."""
 _LEAST, _LEAST_BFLOAT16 = 1e-10, 1e-5
 """Share of the mean second moment under which one is rounding: that of directions in which no gradient lies yet."""
 
@@ -26,12 +26,13 @@ def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
 
     Second moments in the basis, ``v``, are like ``param``. Of the whole matrix are the running means of its gradients'
     products, ``left [rows, rows]`` and ``right [columns, columns]``, and their eigenvectors, the columns of ``rows``
-    and ``columns``.
+    and ``columns``; of a row or a column of entries there is one side, for a side of one has nothing to turn.
     """
     rows, columns = as_matrix(shape)
-    eye = partial(torch.eye, dtype=param.dtype, device=param.device)
-    products = {"left": param.new_zeros(rows, rows), "right": param.new_zeros(columns, columns)}
-    return {"v": param.new_zeros(param.shape), **products, "rows": eye(rows), "columns": eye(columns)}
+    sides = {side: n for side, n in zip(_SIDES, (rows, columns), strict=True) if n > 1}
+    products = {product: param.new_zeros(n, n) for (product, _), n in sides.items()}
+    bases = {basis: torch.eye(n, dtype=param.dtype, device=param.device) for (_, basis), n in sides.items()}
+    return {"v": param.new_zeros(param.shape), **products, **bases}
 
 
 def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tensor | bool) -> tuple[Tensor, Slots]:
@@ -43,19 +44,19 @@ def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tens
     narrow = product_dtype(grad)
     dtype = narrow if product_dtype(grad.mT) == narrow else grad.dtype
     g, m = grad.to(dtype), momentum.to(dtype)
-    left = torch.lerp((g @ g.mT).to(grad.dtype), slots["left"], keep)
-    right = torch.lerp((g.mT @ g).to(grad.dtype), slots["right"], keep)
-    rows = _followed(slots["rows"], left, due)
-    columns = _followed(slots["columns"], right, due)
-    q, p = rows.to(dtype), columns.to(dtype)
-    turned, seen = ((q.mT @ x @ p).to(grad.dtype) for x in (m, g))
+    new: Slots = {}
+    for (product, basis), x in zip(_SIDES, (g, g.mT), strict=True):
+        if basis in slots:
+            new[product] = torch.lerp((x @ x.mT).to(grad.dtype), slots[product], keep)
+            new[basis] = _followed(slots[basis], new[product], due)
+    bases = {basis: new[basis].to(dtype) for _, basis in _SIDES if basis in new}
+    turned, seen = (_turned(x, bases).to(grad.dtype) for x in (m, g))
     v = torch.lerp(seen.square(), slots["v"].reshape(grad.shape), keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
     squares = v + share * v.mean((-2, -1), keepdim=True)
     scaled = turned * squares.clamp(min=torch.finfo(v.dtype).tiny).rsqrt()  # before any gradient: 0 times a number
-    direction = (q @ scaled.to(dtype) @ p.mT).to(grad.dtype)
-    new = {"v": v.view(slots["v"].shape), "left": left, "right": right, "rows": rows, "columns": columns}
-    return direction, new
+    direction = _turned(scaled.to(dtype), {basis: t.mT for basis, t in bases.items()}).to(grad.dtype)
+    return direction, {"v": v.view(slots["v"].shape), **new}
 
 
 def is_due(run: Run, period: int) -> Tensor | bool:
@@ -74,9 +75,15 @@ def is_due(run: Run, period: int) -> Tensor | bool:
     return due if 0 < lanes < known.numel() else lanes > 0
 
 
+def _turned(x: Tensor, bases: Slots) -> Tensor:
+    """``[k, rows, columns]`` in the bases of its sides, of those that have one."""
+    x = bases["rows"].mT @ x if "rows" in bases else x
+    return x @ bases["columns"] if "columns" in bases else x
+
+
 def _followed(basis: Tensor, product: Tensor, due: Tensor | bool) -> Tensor:
     """``basis`` once it has been multiplied by ``product``, whose scale does not matter, and made orthogonal."""
-    if due is False or basis.shape[-1] == 1:
+    if due is False:
         return basis
     with torch.no_grad():
         largest = product.abs().amax((-2, -1), keepdim=True)

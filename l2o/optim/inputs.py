@@ -5,14 +5,14 @@ from __future__ import annotations
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from l2o.checkpoints import store
 from l2o.checks import check_int
-from l2o.types import ConfigurationError, Kind, Theta, UpdateRule
+from l2o.types import CheckpointError, ConfigurationError, Kind, Theta, UpdateRule
 
 _START = 'start with LearnedOptimizer(params, "default", total_steps=10_000)'
 
@@ -33,9 +33,20 @@ def length(total_steps: Any) -> int:
 
 
 def known_kinds(source: Any) -> frozenset[Kind] | None:
-    """Return the kinds of parameters that a checkpoint is for; None for all, and where there is no checkpoint."""
+    """Return the kinds of parameters that a checkpoint is for; None for all, and where there is no checkpoint.
+
+    Raises `CheckpointError` where the card names anything else.
+    """
     kinds = None if isinstance(source, tuple) else store.read_card(source).get("kinds")
-    return None if kinds is None else frozenset(kinds)
+    if kinds is None:
+        return None
+    valid = get_args(Kind)
+    if not isinstance(kinds, list) or not all(kind in valid for kind in kinds):
+        raise CheckpointError(
+            f"{source!r}: its card has kinds={kinds!r}, expected a list of {', '.join(valid)}; mend card.json, or take "
+            "guard=False, which does not read it"
+        )
+    return frozenset(kinds)
 
 
 def resolved(source: Any, rules: Sequence[type[UpdateRule]]) -> tuple[str, UpdateRule, Theta]:
