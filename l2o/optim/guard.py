@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,11 +61,14 @@ def beside(state: OptState, seen: Slots) -> OptState:
 
 
 def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[Updates, OptState]:
-    """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host."""
-    updates = {key: torch.where(ok, u, 0.0) for key, u in updates.items()}
-    per_param = {key: _either(ok, slots, old.per_param[key]) for key, slots in new.per_param.items()}
-    return updates, OptState(per_param, _either(ok, new.shared, old.shared))
+    """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host.
 
-
-def _either(ok: Tensor, new: Slots, old: Mapping[str, Tensor]) -> Slots:
-    return {name: torch.where(ok, t, old[name]) for name, t in new.items()}
+    Tensors are replaced in the dicts that came, so that each is freed before the next is made: a second new state would
+    be memory of the state's size.
+    """
+    for key, u in updates.items():
+        updates[key] = torch.where(ok, u, 0.0)
+    for slots, before in ((new.shared, old.shared), *((own, old.per_param[k]) for k, own in new.per_param.items())):
+        for name, t in slots.items():
+            slots[name] = torch.where(ok, t, before[name])
+    return updates, new
