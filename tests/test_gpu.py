@@ -27,9 +27,11 @@ from l2o.bench.checks import (
     no_waiting,
     smooth_family,
 )
+from l2o.bench.gpu import with_large_blocks
 from l2o.bench.steps import NETWORKS
 from l2o.checkpoints.store import list_pretrained
 from l2o.kernels import mlp_gpu, mlp_triton
+from l2o.ops.coordinatewise import blocks
 from l2o.ops.kinds import infos_of, lane_infos
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, Steered
@@ -199,6 +201,13 @@ def test_no_time_at_all_is_a_whole_record(tmp_path: Path) -> None:
 def test_the_sizes_are_those_of_their_names() -> None:
     sizes = {name: sum(map(math.prod, NETWORKS[network])) for name, network in FULL.networks.items()}
     assert sizes == {name: pytest.approx(1e6 * int(name.removesuffix("M")), rel=0.15) for name in sizes}
+
+
+def test_large_blocks_are_fewer() -> None:
+    def work() -> dict[str, Any]:
+        return {"blocks": len(list(blocks((1 << 20,))))}
+
+    assert (work(), with_large_blocks(work)) == ({"blocks": 16}, {"blocks": 1})
 
 
 class Launches:
