@@ -135,7 +135,7 @@ class Steered(UpdateRule):
         return self.controller in ("mlp", "lstm")
 
     @property
-    def needs_loss(self) -> bool:  # type: ignore[override]
+    def needs_loss(self) -> bool:
         return self.reads_loss
 
     @property
