@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2o.fused import HAD_GRADIENT as HAD_GRADIENT
-from l2o.ops.numeric import finite
+from l2o.ops.groups import bundles, is_same, stack
+from l2o.ops.numeric import constant, finite
 from l2o.optim.members import Member, label
 from l2o.types import Grads, OptState, Slots, Updates
+
+_SHARED = ""
+"""Whose slots are of no parameter."""
 
 
 @contextmanager
@@ -50,8 +55,15 @@ def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
 
     seen: bool ``[*shape]`` by parameter, which had one before.
     """
-    seen = {key: old | (grads[key] != 0) for key, old in seen.items()}
-    return updates | {key: torch.where(had, updates[key], 0.0) for key, had in seen.items()}, seen
+    own = {(key, HAD_GRADIENT): grads[key] for key in seen}
+    updates, now = dict(updates), {}
+    for keys in bundles(own):
+        some = [key for key, _ in keys]
+        had = stack([seen[key] for key in some]) | (stack([grads[key] for key in some]) != 0)
+        moving = stack([updates[key] for key in some])
+        updates |= zip(some, torch.where(had, moving, constant(0.0, moving)).unbind(), strict=True)
+        now |= zip(some, had.unbind(), strict=True)
+    return updates, now
 
 
 def beside(state: OptState, seen: Slots) -> OptState:
@@ -62,10 +74,24 @@ def beside(state: OptState, seen: Slots) -> OptState:
 
 def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[Updates, OptState]:
     """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host."""
-    updates = {key: torch.where(ok, u, 0.0) for key, u in updates.items()}
-    per_param = {key: _either(ok, slots, old.per_param[key]) for key, slots in new.per_param.items()}
-    return updates, OptState(per_param, _either(ok, new.shared, old.shared))
+    moved = _either(ok, {(key, ""): u for key, u in updates.items()}, {})
+    kept = _either(ok, _flat(new), _flat(old))
+    per_param = {key: {slot: kept[key, slot] for slot in slots} for key, slots in new.per_param.items()}
+    shared = {slot: kept[_SHARED, slot] for slot in new.shared}
+    return {key: moved[key, ""] for key in updates}, OptState(per_param, shared)
 
 
-def _either(ok: Tensor, new: Slots, old: Mapping[str, Tensor]) -> Slots:
-    return {name: torch.where(ok, t, old[name]) for name, t in new.items()}
+def _flat(state: OptState) -> dict[tuple[str, str], Tensor]:
+    owners = {**state.per_param, _SHARED: state.shared}
+    return {(key, slot): t for key, slots in owners.items() for slot, t in slots.items()}
+
+
+def _either(ok: Tensor, new: Mapping[tuple[str, str], Tensor], old: Mapping[tuple[str, str], Tensor]) -> Any:
+    """``new`` where ``ok``, else ``old``, and 0 where there is none; an operation for all that can be one tensor."""
+    found = {}
+    for keys in bundles(new):
+        now = stack([new[key] for key in keys])
+        before = stack([old[key] for key in keys]) if keys[0] in old else constant(0.0, now)
+        chosen = now if is_same(now, before) else torch.where(ok, now, before)
+        found |= zip(keys, chosen.unbind(), strict=True)
+    return found
