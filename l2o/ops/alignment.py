@@ -32,22 +32,22 @@ _VARIANCE = 1e-8
 
 
 def init_controller(generator: torch.Generator) -> Theta:
-    """θ of the controller, ``log_*``, 0-d."""
+    """Return θ of the controller, ``log_*``, 0-d."""
     return {f"log_{name}": scalar_like(log_of(name, value), generator) for name, value in _START.items()}
 
 
 def init_alignment(like: Tensor) -> Slots:
-    """Shared slots, 0-d zeros: ``log_step``, and running means of the cosine (``fast, slow``) and its square."""
+    """Return shared slots, 0-d zeros: ``log_step``, running means of the cosine (``fast, slow``) and its square."""
     return {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square")}
 
 
 def cosine(dot: Tensor, norm: Tensor) -> Tensor:
-    """``dot / norm``, 0 without norm.  Both 0-d: sums over tensors of products of gradient and step, and of norms."""
+    """Return ``dot / norm``, 0 without norm.  Both 0-d, summed over tensors: products of gradient and step, norms."""
     return dot / torch.where(norm > 0, norm, constant(1.0, norm))
 
 
 def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run, more: Tensor | float = 0.0) -> Slots:
-    """The slots once the 0-d ``cosine`` of the gradient at ``run.step`` and the step before is known.
+    """Return the slots once the 0-d ``cosine`` of the gradient at ``run.step`` and the step before is known.
 
     more: push from elsewhere, from -1 to 1 as the signal's own.
 

@@ -55,7 +55,7 @@ class Seen(NamedTuple):
 
 
 def init_decisions(generator: torch.Generator, kind: str, reads_loss: bool = False) -> Theta:
-    """θ of the network, a perceptron (``mlp``) or ``lstm``: ``decide_w0, decide_b0``, and a last layer of zeros."""
+    """Return θ of the network, a perceptron (``mlp``) or ``lstm``: ``decide_w0, decide_b0``, a last layer of zeros."""
     inputs = len(OF_TENSOR) + len(OF_RUN) + (len(OF_LOSS) if reads_loss else 0)
     theta = init_mlp(generator, (inputs, _HIDDEN, 2))
     if kind == "lstm":
@@ -65,7 +65,7 @@ def init_decisions(generator: torch.Generator, kind: str, reads_loss: bool = Fal
 
 
 def init_seen(like: Tensor, kind: str) -> Slots:
-    """Slots of a tensor: running means of its cosine (``near, far``) and the logarithm of its ``factor``, 0-d; and the
+    """Return slots of a tensor: running means of its cosine (``near, far``), the logarithm of its ``factor``, 0-d; the
     state ``h, c [hidden]`` of an ``lstm``."""
     slots = {name: like.new_zeros(()) for name in ("near", "far", "factor")}
     return slots | ({name: like.new_zeros(_HIDDEN) for name in ("h", "c")} if kind == "lstm" else {})
@@ -85,7 +85,7 @@ def steer(
     run: Run,
     reduce: Reduce,
 ) -> tuple[Slots, Slots]:
-    """What is shared after a step, and what the network has decided of each tensor: nothing, without one.
+    """Return what is shared after a step, and what the network decided of each tensor: nothing, without one.
 
     shared: ``log_step`` and means of `l2o.ops.alignment`, or nothing, and for the network ``long``.
     sums: of whole tensors, ``[tensors]``, in the order of the groups: of ``dots`` (gradient and step before), of
@@ -126,7 +126,7 @@ def _seen(shapes: Sequence[tuple[int, ...]], sums: Slots, products: Tensor) -> S
 def decide(
     theta: Theta, shared: Slots, seen: Seen, slots: Slots, shapes: Sequence[tuple[int, ...]], run: Run
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What each tensor says of the growth of the step of all, and its new slots, all ``[tensors]``.
+    """Return what each tensor says of the growth of the step of all, and its new slots, all ``[tensors]``.
 
     shared: of `l2o.ops.alignment`, and ``long``, before this step.     slots: see `init_seen`, ``[tensors, ...]``.
     shapes: of the tensors.

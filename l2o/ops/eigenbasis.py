@@ -71,7 +71,7 @@ def whiten(
 
 
 def is_due(run: Run, period: int) -> Tensor | bool:
-    """Whether a step is one of every ``period``: a bool where it is one for all lanes and is not compiled, else 0-d.
+    """Say whether a step is one of every ``period``: a bool where that is so for all lanes, uncompiled, else 0-d.
 
     Waits for the device in unrolls, but not in the plug-in, which says what the host knows.
     """

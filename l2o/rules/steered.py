@@ -185,7 +185,7 @@ class Steered(UpdateRule):
         return frozenset({"m"} if self.path(info.shape) == "eigenbasis" else ())
 
     def path(self, shape: tuple[int, ...]) -> Direction:
-        """The direction of a tensor."""
+        """Return the direction of a tensor."""
         if not is_matrix(shape):
             return "eigenbasis" if self.direction == "eigenbasis" and 1 < math.prod(shape) <= self.turned else "adam"
         wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
@@ -261,35 +261,35 @@ class Steered(UpdateRule):
         return scaled.view_as(group.grad)
 
     def is_due(self, run: Run) -> Tensor | bool:
-        """Whether bases follow in this step; 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
+        """Say whether bases follow in this step: 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
         return self.direction == "eigenbasis" and is_due(run, self.period)
 
     def decays(self, theta: Theta) -> dict[str, Shares]:
-        """Of the running means that a step has, 0-d, by name."""
+        """Return those of the running means that a step has, 0-d, by name."""
         names = [name for name in ("momentum", "beta1", "beta2", "memory") if f"logit_{name}" in theta]
         found = shares(torch.stack([theta[f"logit_{name}"] for name in names]))
         return {name: Shares(*each) for name, *each in zip(names, *found, strict=True)}
 
     def whitened(self, now: Now, momentum: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        """`whiten`, with the slots of tensors ``[k, *shape]`` and the constants of θ."""
+        """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
         network = partial(weigh, now.theta) if self.network else None
         return whiten(momentum, grad, slots, now.decays["memory"].keep, now.due, network)
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        """``[len(shapes)]``, of the steps of tensors."""
+        """Return those of the steps of tensors, ``[len(shapes)]``."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
         return matrix_factors(theta, shapes)
 
     def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
+        """Return those of the directions of tensors, ``[len(shapes)]``.  squares: as many sums over parameters."""
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
         return limited(scales, squares, shapes, theta["log_relative"].exp(), self.by_gain)
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
-        """0-d, of the step of all tensors."""
+        """Return that of the step of all tensors, 0-d."""
         step, total = (t.to(theta["log_lr"].dtype) for t in run[:2])
         schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"]))
         if self.schedule == "decay":
