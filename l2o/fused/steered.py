@@ -13,7 +13,7 @@ from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine
-from l2o.ops.directions import Now
+from l2o.ops.directions import Now, decays_of
 from l2o.ops.groups import stack
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
@@ -31,7 +31,7 @@ def step(
     theta, grads, state, params, _, run = inputs
     if rule.decides:
         return None
-    decays = rule.decays(theta)
+    decays = decays_of(theta)
     keep = [decays[name].keep for name in ("momentum" if "momentum" in decays else "beta1", "beta1", "beta2")]
     groups = _by_shape(params)
     paths = {shape: rule.path(shape) for shape in groups}

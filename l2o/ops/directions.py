@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from l2o.ops.groups import Group, stack
-from l2o.ops.moments import Shares, bias_correction
-from l2o.ops.numeric import over_root
-from l2o.types import Params, Reduce, Slots, Sum, Theta
+from l2o.ops.groups import Group
+from l2o.ops.moments import Shares, bias_correction, shares
+from l2o.ops.numeric import over_root, square_sums
+from l2o.types import Reduce, Slots, Theta
 
 
 class Now(NamedTuple):
@@ -26,6 +26,13 @@ class Now(NamedTuple):
     decays: Mapping[str, Shares]
     due: Tensor | bool
     reduce: Reduce
+
+
+def decays_of(theta: Theta) -> dict[str, Shares]:
+    """Return those of the running means that a step may have, 0-d, by name."""
+    names = [name for name in ("momentum", "beta1", "beta2", "memory") if f"logit_{name}" in theta]
+    found = shares(torch.stack([theta[f"logit_{name}"] for name in names]))
+    return {name: Shares(*each) for name, *each in zip(names, *found, strict=True)}
 
 
 class Age(NamedTuple):
@@ -74,20 +81,24 @@ def nesterov(m: Tensor, grad: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
     return m, shares.keep * m + fresh
 
 
-def group_sums(group: Group, before: Tensor | None, params: Params | None, momenta: bool) -> dict[str, Sum]:
-    """Return sums over tensors, ``[k]``: ``dots`` of gradients and the step ``before``, squares of both, of ``params``,
-    and of ``momenta``; those that are asked for."""
-    seen = {}
-    if before is not None:
-        g, d = _flat(group.grad), _flat(before)
-        seen = {"dots": g * d, "grads": g.square(), "directions": d.square()}
-    if params is not None:
-        seen["params"] = _flat(stack([params[name] for name in group.names])).square()
-    if momenta:
-        seen["momenta"] = _flat(group.slots["m"]).square()
-    return {name: Sum(x.sum(1), tuple(range(len(group.shape)))) for name, x in seen.items()}
+def seen_of(groups: Sequence[Group], directions: Iterable[Tensor]) -> Slots:
+    """Return sums over tensors, ``[tensors]``: ``dots`` of gradients and directions, and squares of both, ``grads,
+    directions``.
+
+    directions: of the steps before, ``[k, *shape]`` of each group; one at a time, where it is no list.
+    """
+    dots: list[Tensor] = []
+
+    def steps() -> Iterator[Tensor]:
+        for group, each in zip(groups, directions, strict=True):
+            d = flat(each)
+            dots.append((flat(group.grad) * d).sum(1))
+            yield d
+
+    squares = square_sums(steps())
+    return {"dots": torch.cat(dots), "grads": square_sums(flat(group.grad) for group in groups), "directions": squares}
 
 
-def _flat(tensors: Tensor) -> Tensor:
-    """``[k, entries]`` of ``[k, *shape]``."""
+def flat(tensors: Tensor) -> Tensor:
+    """Return ``[k, entries]`` of ``[k, *shape]``."""
     return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))

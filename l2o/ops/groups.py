@@ -110,11 +110,6 @@ def unstacked(slots: Slots, count: int) -> list[Slots]:
     return [{slot: each[i] for slot, each in parts.items()} for i in range(count)]
 
 
-def joined(parts: Sequence[Slots]) -> Slots:
-    """Return one tensor of all groups, ``[tensors]``, of ``[k]`` of each."""
-    return {name: torch.cat([own[name] for own in parts]) for name in parts[0]}
-
-
 def split(whole: Slots, counts: Sequence[int]) -> list[Slots]:
     """Return what each group has, ``[k, ...]``, of ``[tensors, ...]``.  counts: of the groups' tensors."""
     parts = {name: t.split(counts) for name, t in whole.items()}
@@ -136,6 +131,16 @@ def shard_sums(groups: Sequence[Group], sums: Sequence[Mapping[str, Sum]], reduc
         {key: torch.stack([found[name][key] for name in group.names]) for key in own}
         for group, own in zip(groups, sums, strict=True)
     ]
+
+
+def whole_sums(groups: Sequence[Group], sums: Slots, reduce: Reduce) -> Slots:
+    """Return what ``reduce.shards`` makes of sums over all entries, ``[tensors]``, in the order of the groups."""
+    if reduce is LOCAL:
+        return sums
+    tensors = [(name, tuple(range(len(group.shape)))) for group in groups for name in group.names]
+    single = {name: {key: Sum(x[i], axes) for key, x in sums.items()} for i, (name, axes) in enumerate(tensors)}
+    found = reduce.shards(single)
+    return {key: torch.stack([found[name][key] for name, _ in tensors]) for key in sums}
 
 
 def tensor_sum(groups: Sequence[Group], values: Tensor, reduce: Reduce) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,9 +103,20 @@ def watched() -> bool:
     )
 
 
-def unit(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Return ``x [*shape]`` over its norm along ``axes``; zeros stay zero."""
-    return over_root(x, x.square().sum(axes, keepdim=True))
+def unit(x: Tensor, axes: tuple[int, ...], size: float = 1.0) -> Tensor:
+    """Return ``x [*shape]`` at the norm ``size`` along axes; zeros stay zero."""
+    if _is_differentiated():
+        return over_root(x, x.square().sum(axes, keepdim=True) / size**2)
+    norms = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    return x * (constant(size, norms) / norms).nan_to_num(0.0, 0.0, 0.0)
+
+
+def square_sums(parts: Iterable[Tensor]) -> Tensor:
+    """Return sums of squares of all rows, ``[k, entries]`` a part: where nothing is differentiated, without writing
+    all squares."""
+    if _is_differentiated():
+        return torch.cat([x.square().sum(1) for x in parts])
+    return torch.cat([torch.linalg.vector_norm(x, dim=1) for x in parts]).square()
 
 
 def safe_rsqrt(x: Tensor) -> Tensor:

@@ -16,9 +16,6 @@ from l2o.ops.numeric import constant, finite
 from l2o.optim.members import Member, label
 from l2o.types import Grads, OptState, Slots, Updates
 
-_SHARED = ""
-"""Whose slots are of no parameter."""
-
 
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
@@ -77,13 +74,13 @@ def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[
     moved = _either(ok, {(key, ""): u for key, u in updates.items()}, {})
     kept = _either(ok, _flat(new), _flat(old))
     per_param = {key: {slot: kept[key, slot] for slot in slots} for key, slots in new.per_param.items()}
-    shared = {slot: kept[_SHARED, slot] for slot in new.shared}
+    shared = {slot: kept[slot, ""] for slot in new.shared}
     return {key: moved[key, ""] for key in updates}, OptState(per_param, shared)
 
 
 def _flat(state: OptState) -> dict[tuple[str, str], Tensor]:
-    owners = {**state.per_param, _SHARED: state.shared}
-    return {(key, slot): t for key, slots in owners.items() for slot, t in slots.items()}
+    own = {(key, slot): t for key, slots in state.per_param.items() for slot, t in slots.items()}
+    return own | {(slot, ""): t for slot, t in state.shared.items()}
 
 
 def _either(ok: Tensor, new: Mapping[tuple[str, str], Tensor], old: Mapping[tuple[str, str], Tensor]) -> Any:

@@ -14,12 +14,12 @@ from torch import Tensor
 from l2o.checks import check_float, check_int
 from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
-from l2o.ops.directions import Age, Now, adam, ages, group_sums, nesterov
+from l2o.ops.directions import Age, Now, adam, ages, decays_of, flat, nesterov, seen_of
 from l2o.ops.eigenbasis import init_basis, is_due, whiten
 from l2o.ops.entries import init_entries, weigh
-from l2o.ops.groups import Group, by_shape, joined, matrix_sums, shard_sums, split, unstacked
-from l2o.ops.moments import Shares, mixed, shares
-from l2o.ops.numeric import constant, log_of, logit_of, over_root, scalar_like
+from l2o.ops.groups import Group, by_shape, matrix_sums, split, stack, unstacked, whole_sums
+from l2o.ops.moments import mixed
+from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
 from l2o.ops.scales import limited, matrix_factors
 from l2o.ops.schedules import linear_warmup, power_decay
@@ -34,7 +34,6 @@ from l2o.types import (
     Reduce,
     Run,
     Slots,
-    Sum,
     Theta,
     UpdateRule,
     Updates,
@@ -204,14 +203,13 @@ class Steered(UpdateRule):
         groups = by_shape(grads, state, infos)
         shapes, counts = [group.shape for group in groups for _ in group.names], [len(group.names) for group in groups]
         times = ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
-        parts = [self._sums(*each, params) for each in zip(groups, times, strict=True)]
-        sums = joined(shard_sums(groups, parts, reduce))
+        sums = whole_sums(groups, self._sums(groups, times, params), reduce)
         factors = self.factors(theta, shapes)
         shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
         size = self.size(theta, shared, run)
         sizes = size * decided["factor"].exp() if decided else size
         scales = -self.scales(theta, sizes, sums.get("params", size), shapes)  # Adam's direction reads no squares
-        now = Now(theta, self.decays(theta), self.is_due(run), reduce)
+        now = Now(theta, decays_of(theta), self.is_due(run), reduce)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
         for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
@@ -223,10 +221,17 @@ class Steered(UpdateRule):
             slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
         return {name: updates[name] for name in grads}, OptState({name: slots[name] for name in grads}, shared)
 
-    def _sums(self, group: Group, age: Age | None, params: Params) -> dict[str, Sum]:
-        """Products of gradients and the step before, and squares, ``[k]``; those that somebody reads."""
-        before = None if self.controller == "none" else self._direction(group.slots, group, age and age.before)
-        return group_sums(group, before, params if self.direction != "adam" or self.decides else None, self.decides)
+    def _sums(self, groups: Sequence[Group], times: Sequence[Age | None], params: Params) -> Slots:
+        """Products of gradients and the step before, and squares, ``[tensors]``; those that somebody reads."""
+        seen: Slots = {}
+        if self.controller != "none":
+            pairs = zip(groups, times, strict=True)
+            seen = seen_of(groups, (self._direction(group.slots, group, age and age.before) for group, age in pairs))
+        if self.direction != "adam" or self.decides:
+            seen["params"] = square_sums(flat(stack([params[name] for name in group.names])) for group in groups)
+        if self.decides:
+            seen["momenta"] = square_sums(flat(group.slots["m"]) for group in groups)
+        return seen
 
     def _advance(self, now: Now, group: Group, age: Age | None) -> Slots:
         """New slots, ``[k, ...]``."""
@@ -234,13 +239,14 @@ class Steered(UpdateRule):
         if age is not None:
             m = mixed(slots["m"], grad, now.decays["beta1"])
             return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.count}
-        m, d = nesterov(slots["m"], grad, now.decays["momentum"])
         path = self.path(group.shape)
         if path == "normalized":
+            m = mixed(slots["m"], grad, now.decays["momentum"])
             complete = partial(matrix_sums, group, now.reduce)
             row, col = row_column_scales(matrices(m), as_matrix(group.shape), complete)
             return {"m": m, "row": row, "col": col}
-        d = matrices(d)
+        m, ahead = nesterov(slots["m"], grad, now.decays["momentum"])
+        d = matrices(ahead)
         basis: Slots = {}  # calling Slots would break a compiled step
         if "v" in slots:
             d, basis = self.whitened(now, d, matrices(grad), slots)
@@ -248,7 +254,7 @@ class Steered(UpdateRule):
             d = polar(d, self.iterations)
         d = torch.where(matrices(m) != 0, d, constant(0.0, d))  # an entry that never had a gradient rests
         if is_matrix(group.shape):
-            d = over_root(d, d.square().mean((-2, -1), keepdim=True))
+            d = unit(d, (-2, -1), math.prod(d.shape[-2:]) ** 0.5)
         return {"m": m, "d": d.view_as(grad), **basis}
 
     def _direction(self, slots: Slots, group: Group, correction: Tensor | None) -> Tensor:
@@ -263,12 +269,6 @@ class Steered(UpdateRule):
     def is_due(self, run: Run) -> Tensor | bool:
         """Say whether bases follow in this step: 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
         return self.direction == "eigenbasis" and is_due(run, self.period)
-
-    def decays(self, theta: Theta) -> dict[str, Shares]:
-        """Return those of the running means that a step has, 0-d, by name."""
-        names = [name for name in ("momentum", "beta1", "beta2", "memory") if f"logit_{name}" in theta]
-        found = shares(torch.stack([theta[f"logit_{name}"] for name in names]))
-        return {name: Shares(*each) for name, *each in zip(names, *found, strict=True)}
 
     def whitened(self, now: Now, momentum: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
