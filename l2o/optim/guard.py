@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from l2o.fused import HAD_GRADIENT as HAD_GRADIENT
-from l2o.ops.numeric import finite
+from l2o.ops.groups import bundles, is_same, stack
+from l2o.ops.numeric import constant, finite
 from l2o.optim.members import Member, label
 from l2o.types import Grads, OptState, Slots, Updates
 
@@ -50,8 +51,15 @@ def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
 
     seen: bool ``[*shape]`` by parameter, which had one before.
     """
-    seen = {key: old | (grads[key] != 0) for key, old in seen.items()}
-    return updates | {key: torch.where(had, updates[key], 0.0) for key, had in seen.items()}, seen
+    own = {(key, HAD_GRADIENT): grads[key] for key in seen}
+    updates, now = dict(updates), {}
+    for keys in bundles(own):
+        some = [key for key, _ in keys]
+        had = stack([seen[key] for key in some]) | (stack([grads[key] for key in some]) != 0)
+        moving = stack([updates[key] for key in some])
+        updates |= zip(some, torch.where(had, moving, constant(0.0, moving)).unbind(), strict=True)
+        now |= zip(some, had.unbind(), strict=True)
+    return updates, now
 
 
 def beside(state: OptState, seen: Slots) -> OptState:
@@ -64,11 +72,14 @@ def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[
     """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host.
 
     Tensors are replaced in the dicts that came, so that each is freed before the next is made: a second new state would
-    be memory of the state's size.
+    be memory of the state's size. An operation is for all that can be one tensor.
     """
-    for key, u in updates.items():
-        updates[key] = torch.where(ok, u, 0.0)
-    for slots, before in ((new.shared, old.shared), *((own, old.per_param[k]) for k, own in new.per_param.items())):
-        for name, t in slots.items():
-            slots[name] = torch.where(ok, t, before[name])
+    pairs = [(updates, {}), (new.shared, old.shared), *((own, old.per_param[k]) for k, own in new.per_param.items())]
+    every = {(i, name, name if i else ""): t for i, (own, _) in enumerate(pairs) for name, t in own.items()}
+    for keys in bundles(every):
+        now = stack([every.pop(key) for key in keys])
+        before = stack([pairs[i][1][name] for i, name, _ in keys]) if keys[0][0] else constant(0.0, now)
+        chosen = now if is_same(now, before) else torch.where(ok, now, before)
+        for (i, name, _), t in zip(keys, chosen.unbind(), strict=True):
+            pairs[i][0][name] = t
     return updates, new
