@@ -266,6 +266,9 @@ class Steered(UpdateRule):
         scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
         return scaled.view_as(group.grad)
 
+    def is_usual(self, called: int) -> bool:
+        return not (self.direction == "eigenbasis" and called % self.period == 0)
+
     def is_due(self, run: Run) -> Tensor | bool:
         """Say whether bases follow in this step: 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
         return self.direction == "eigenbasis" and is_due(run, self.period)
