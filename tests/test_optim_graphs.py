@@ -112,6 +112,19 @@ def test_parameters_without_gradients_are_left_out(captures):
     assert len(captures) == 3  # with all, without one, with all again
 
 
+def test_a_group_may_be_added(captures):
+    def happen(optimizer, i):
+        if i == 6:
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(6, 4))], "weight_decay": 1.0})
+        for p in optimizer.param_groups[-1]["params"] if i >= 6 else []:
+            p.grad = torch.full_like(p, 0.1 * i)
+        return {}
+
+    (got, _), (want, _) = both(CHOSEN["turned"], happen)
+    assert identical(got, want)
+    assert len(captures) == 2
+
+
 def test_a_snapshot_stays_and_can_be_loaded(captures):
     rule = CHOSEN["turned"]
     optimizer, params = made(rule, True)

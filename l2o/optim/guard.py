@@ -53,7 +53,7 @@ def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
     seen: bool ``[*shape]`` by parameter, which had one before.
     """
     own = {(key, HAD_GRADIENT): grads[key] for key in seen}
-    updates, now = dict(updates), {}
+    updates, now = dict(updates), dict[str, Tensor]()
     for keys in bundles(own):
         some = [key for key, _ in keys]
         had = stack([seen[key] for key in some]) | (stack([grads[key] for key in some]) != 0)
@@ -85,7 +85,7 @@ def _flat(state: OptState) -> dict[tuple[str, str], Tensor]:
 
 def _either(ok: Tensor, new: Mapping[tuple[str, str], Tensor], old: Mapping[tuple[str, str], Tensor]) -> Any:
     """``new`` where ``ok``, else ``old``, and 0 where there is none; an operation for all that can be one tensor."""
-    found = {}
+    found: dict[tuple[str, str], Tensor] = {}
     for keys in bundles(new):
         now = stack([new[key] for key in keys])
         before = stack([old[key] for key in keys]) if keys[0] in old else constant(0.0, now)

@@ -132,7 +132,7 @@ class Steered(UpdateRule):
         return self.controller in ("mlp", "lstm")
 
     @property
-    def needs_loss(self) -> bool:  # type: ignore[override]
+    def needs_loss(self) -> bool:
         return self.reads_loss
 
     @property
@@ -238,7 +238,7 @@ class Steered(UpdateRule):
         grad, slots = group.grad, group.slots
         if age is not None:
             m = mixed(slots["m"], grad, now.decays["beta1"])
-            return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.count}
+            return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.steps}
         path = self.path(group.shape)
         if path == "normalized":
             m = mixed(slots["m"], grad, now.decays["momentum"])
