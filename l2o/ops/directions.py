@@ -38,11 +38,11 @@ def decays_of(theta: Theta) -> dict[str, Shares]:
 class Age(NamedTuple):
     """How long moments have been running.
 
-    count: of steps, ``[k]``, with this one.     before, after: the step, ``[2, k]``, what first and second moments are
-    divided by (`l2o.ops.moments.bias_correction`).
+    steps: their number, ``[k]``, with this one.     before, after: the step, ``[2, k]``, what first and second moments
+    are divided by (`l2o.ops.moments.bias_correction`).
     """
 
-    count: Tensor
+    steps: Tensor
     before: Tensor
     after: Tensor
 

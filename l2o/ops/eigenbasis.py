@@ -62,8 +62,8 @@ def whiten(
     turned, seen = (_turned(x, bases).to(grad.dtype) for x in (m, g))
     v = torch.lerp(seen.square(), slots["v"].reshape(grad.shape), keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
-    least = (share * v.mean((-2, -1), keepdim=True)).clamp(min=torch.finfo(v.dtype).tiny)
-    squares = v + least  # before any gradient: 0 times a number
+    squares = v + share * v.mean((-2, -1), keepdim=True)
+    squares = squares.clamp(min=torch.finfo(v.dtype).tiny)  # before any gradient: 0 times a number
     roots = squares.rsqrt()
     scaled = turned * roots if weigh is None else weigh(turned * roots, seen * roots, squares)
     direction = _turned(scaled.to(dtype), {basis: t.mT for basis, t in bases.items()}).to(grad.dtype)

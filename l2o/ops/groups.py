@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -80,7 +80,7 @@ def _distance(tensors: Sequence[Tensor]) -> int:
         return 0
     if any(t.shape != first.shape or t.stride() != first.stride() or t.dtype != first.dtype for t in tensors):
         return 0
-    places = [t.storage_offset() for t in tensors]
+    places = [int(t.storage_offset()) for t in tensors]
     step, memory = places[1] - places[0], first.untyped_storage().data_ptr()
     regular = step > 0 and places == list(range(places[0], places[0] + len(places) * step, step))
     return step if regular and all(t.untyped_storage().data_ptr() == memory for t in tensors) else 0

@@ -52,7 +52,7 @@ def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
     seen: bool ``[*shape]`` by parameter, which had one before.
     """
     own = {(key, HAD_GRADIENT): grads[key] for key in seen}
-    updates, now = dict(updates), {}
+    updates, now = dict(updates), dict[str, Tensor]()
     for keys in bundles(own):
         some = [key for key, _ in keys]
         had = stack([seen[key] for key in some]) | (stack([grads[key] for key in some]) != 0)

@@ -238,7 +238,7 @@ class Steered(UpdateRule):
         grad, slots = group.grad, group.slots
         if age is not None:
             m = mixed(slots["m"], grad, now.decays["beta1"])
-            return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.count}
+            return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.steps}
         path = self.path(group.shape)
         if path == "normalized":
             m = mixed(slots["m"], grad, now.decays["momentum"])
@@ -265,6 +265,9 @@ class Steered(UpdateRule):
             return slots["d"]
         scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
         return scaled.view_as(group.grad)
+
+    def is_usual(self, called: int) -> bool:
+        return not (self.direction == "eigenbasis" and called % self.period == 0)
 
     def is_due(self, run: Run) -> Tensor | bool:
         """Say whether bases follow in this step: 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
