@@ -23,6 +23,7 @@ RULES = {
     "orthogonal": Steered(),
     "eigenbasis": Steered(direction="eigenbasis", period=2, widest=64),
     "turned": Steered(direction="eigenbasis", period=2, widest=64, turned=6),
+    "tall": Steered(direction="eigenbasis", period=2, widest=16, turned=6, tall=2, free_zeros=True),
     "normalized": Steered(direction="normalized", fan_in=0.3),
     "adam": Steered(direction="adam"),
     "uncontrolled": Steered(controller="none", schedule="constant"),

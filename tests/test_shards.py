@@ -192,6 +192,7 @@ def test_what_needs_whole_tensors_says_so() -> None:
         "Steered-diagonal",
         "Steered-network",
         "Steered-loss",
+        "Steered-tall",
         "Celo2",
         "Celo2-options",
     }

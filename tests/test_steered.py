@@ -269,3 +269,27 @@ def test_theta_holds_what_the_parts_need_and_no_more():
     full = Steered().init_theta(generator()).keys()
     for change in ({"direction": "adam"}, {"controller": "none"}, {"schedule": "constant"}):
         assert dataclasses.replace(Steered(), **change).init_theta(generator()).keys() < full
+
+
+def test_a_tall_matrix_moves_as_a_vector_does():
+    """Its rows are words, of which few have gradients: none of it goes by the size of the whole."""
+    rule = Steered(direction="eigenbasis", widest=8, tall=4, controller="none")
+    start, grads = torch.full((40, 3), 0.1), [torch.randn(40, 3, generator=generator(i)) for i in range(4)]
+    tall, _ = trajectory(rule, [{"x": g} for g in grads], params={"x": start})
+    flat, _ = trajectory(rule, [{"x": g.flatten()} for g in grads], params={"x": start.flatten()})
+    for a, b in zip(tall, flat, strict=True):
+        torch.testing.assert_close(a["x"].flatten(), b["x"])
+    assert rule.path((40, 3)) == "adam"
+    assert [rule.path(shape) for shape in ((40, 11), (8, 2), (3, 40))] == ["orthogonal", "eigenbasis", "adam"]
+
+
+@pytest.mark.parametrize(("began", "free"), [(0.0, True), (1e-3, False)])
+def test_a_matrix_that_begins_as_zeros_has_no_limit(began, free):
+    plain, loose, freed = (
+        Steered(controller="none", schedule="constant", warmup=1e-6, relative=relative, free_zeros=zeros)
+        for relative, zeros in ((0.03, False), (1e9, False), (0.03, True))
+    )
+    params, grads = {"x": torch.full((6, 9), began)}, [{"x": torch.randn(6, 9, generator=generator(3))}] * 3
+    held, far, got = (trajectory(rule, grads, params=params)[0][-1]["x"] for rule in (plain, loose, freed))
+    torch.testing.assert_close(got, far if free else held)
+    assert (far.norm() > 1.5 * held.norm()) and not torch.equal(got, held if free else far)

@@ -17,6 +17,7 @@ from l2o.ops.directions import Now, decays_of
 from l2o.ops.groups import stack
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
+from l2o.ops.scales import unheld
 from l2o.rules import Steered
 from l2o.types import LOCAL, OptState
 
@@ -29,7 +30,7 @@ def step(
 ) -> OptState | None:
     """See `l2o.fused.step`."""
     theta, grads, state, params, _, run = inputs
-    if rule.decides:
+    if rule.decides or rule.network or rule.direction == "diagonal":
         return None
     decays = decays_of(theta)
     keep = [decays[name].keep for name in ("momentum" if "momentum" in decays else "beta1", "beta1", "beta2")]
@@ -48,7 +49,8 @@ def step(
     if rule.controller == "alignment":
         norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
         shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
-    scales = rule.scales(theta, rule.size(theta, shared, run), squares, shapes)
+    held = unheld(squares, [(own, 1) for own in map(state.per_param.__getitem__, params)])
+    scales = rule.scales(theta, rule.size(theta, shared, run), held, shapes)
     usual = sums.isfinite().all() and gradients.sum().isfinite() and gradients.sum().sqrt() <= limit
     if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
@@ -71,7 +73,7 @@ def _entries(
 ) -> Entries:
     """What the kernel has to do with: of a tensor with a basis, what it does of an orthogonal matrix."""
     shape = as_matrix(param.shape)
-    if path == "eigenbasis":
+    if path in ("eigenbasis", "orthogonal"):
         path, slots = "orthogonal" if is_matrix(shape) else "sized", {name: slots[name] for name in ("m", "d")}
     return Entries(path, shape, grad, param, slots, factors)
 

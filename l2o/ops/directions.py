@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from l2o.ops.eigenbasis import init_basis
 from l2o.ops.groups import Group
 from l2o.ops.moments import Shares, bias_correction, shares
 from l2o.ops.numeric import over_root, square_sums
+from l2o.ops.orthogonal import as_matrix
 from l2o.types import Reduce, Slots, Theta
 
 
@@ -102,3 +104,21 @@ def seen_of(groups: Sequence[Group], directions: Iterable[Tensor]) -> Slots:
 def flat(tensors: Tensor) -> Tensor:
     """Return ``[k, entries]`` of ``[k, *shape]``."""
     return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))
+
+
+def init_direction(path: str, param: Tensor, shape: tuple[int, ...], squares: bool) -> Slots:
+    """Return the slots of a direction of `l2o.rules.Steered`, of a tensor of ``shape`` of which ``param`` is here.
+
+    squares: whether one that is orthogonal has second moments, too.
+    """
+    m = torch.zeros_like(param)
+    match path:
+        case "eigenbasis":
+            return {"m": m, "d": torch.zeros_like(m), **init_basis(param, shape)}
+        case "diagonal" | "orthogonal":
+            own = {"v": torch.zeros_like(m)} if squares or path == "diagonal" else {}
+            return {"m": m, "d": torch.zeros_like(m), **own}
+        case "normalized":
+            rows, columns = as_matrix(param.shape)
+            return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
+    return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from l2o.ops.numeric import constant, entries_of, of_shapes, safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix
-from l2o.types import Theta
+from l2o.types import Slots, Theta
 
 _FAN_IN = 64.0
 """Inputs of the matrix whose step has no factor."""
 _LEAST_LIMIT = 3e-4
 """Of the root mean square of a matrix' step, so that matrices of zeros get on."""
+_UNHELD = 1e30
+"""Sum of squares of what is not to be held to its size; not infinite, which has no derivatives."""
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -38,6 +40,17 @@ def limited(scales: Tensor, squares: Tensor, shapes: Shapes, relative: Tensor, b
     limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if by_gain else 1.0)
     found = scales / (1.0 + (scales / limits).square()).sqrt()
     return torch.where(_are_matrices(shapes, scales), found, scales)
+
+
+def unheld(squares: Tensor, parts: Sequence[tuple[Slots, int]]) -> Tensor:
+    """Return ``squares [tensors]``, beyond any limit for those that began as zeros.
+
+    parts: slots of tensors and how many they are of; ``free``, where there is one, says which of them did.
+    """
+    if not any("free" in slots for slots, _ in parts):
+        return squares
+    free = [slots["free"].reshape(count) if "free" in slots else squares.new_zeros(count) for slots, count in parts]
+    return torch.where(torch.cat(free) > 0, constant(_UNHELD, squares), squares)
 
 
 def _are_matrices(shapes: Shapes, like: Tensor) -> Tensor:

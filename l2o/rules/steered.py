@@ -14,14 +14,14 @@ from torch import Tensor
 from l2o.checks import check_float, check_int
 from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
-from l2o.ops.directions import Age, Now, adam, ages, decays_of, flat, nesterov, seen_of
-from l2o.ops.eigenbasis import init_basis, is_due, whiten
+from l2o.ops.directions import Age, Now, adam, ages, decays_of, flat, init_direction, nesterov, seen_of
+from l2o.ops.eigenbasis import is_due, whiten
 from l2o.ops.entries import init_entries, weigh
 from l2o.ops.groups import Group, by_shape, matrix_sums, split, stack, unstacked, whole_sums
 from l2o.ops.moments import mixed
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
-from l2o.ops.scales import limited, matrix_factors
+from l2o.ops.scales import limited, matrix_factors, unheld
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
@@ -65,6 +65,9 @@ class Steered(UpdateRule):
     network: whether a perceptron over entries weighs momentum and gradient (`l2o.ops.entries`): in the basis, of
         entries, or of entries before they are orthogonalised. The other two directions have none.
     reads_loss: whether the controller's network sees how the loss goes, besides.
+    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, as embeddings are, and moved as
+        vectors are: a direction of one size over all would go to the few rows with gradients. 0: none is.
+    free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps from one look at the basis to the next.
@@ -79,7 +82,8 @@ class Steered(UpdateRule):
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` where there is one, ``m, row, col``
-    (scales) of a normalized one, else ``m, v, count``; shared: ``log_step`` (z), ``fast, slow, square``.
+        (scales) of a normalized one, else ``m, v, count``; ``free``, whether it began as zeros; shared: ``log_step``
+        (z), ``fast, slow, square``.
     The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
 
@@ -103,6 +107,8 @@ class Steered(UpdateRule):
     by_gain: float = 0.0
     network: bool = False
     reads_loss: bool = False
+    tall: int = 0
+    free_zeros: bool = False
 
     learned_init = False
     rests = True
@@ -112,9 +118,8 @@ class Steered(UpdateRule):
             value, valid = getattr(self, name), get_args(literal)
             if value not in valid:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
-        for name in ("iterations", "period", "widest"):
-            check_int(name, getattr(self, name))
-        check_int("turned", self.turned, least=0)
+        for name, least in {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "tall": 0}.items():
+            check_int(name, getattr(self, name), least)
         for name in ("fan_in", "by_gain"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
@@ -160,21 +165,10 @@ class Steered(UpdateRule):
         return OptState(slots, shared | (init_shown(shared["slow"], self.reads_loss) if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
-        own = self._init_direction(param, info)
+        own = init_direction(self.path(info.shape), param, info.shape, self.network)
+        if self.free_zeros and self.needs_whole(info) and is_matrix(info.shape):
+            own["free"] = (param == 0).all().to(param.dtype)
         return own | init_seen(param, self.controller) if self.decides else own
-
-    def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
-        m = torch.zeros_like(param)
-        match self.path(info.shape):
-            case "eigenbasis":
-                return {"m": m, "d": torch.zeros_like(m), **init_basis(param, info.shape)}
-            case "diagonal" | "orthogonal" as path:
-                squares = {"v": torch.zeros_like(m)} if self.network or path == "diagonal" else {}
-                return {"m": m, "d": torch.zeros_like(m), **squares}
-            case "normalized":
-                rows, columns = as_matrix(param.shape)
-                return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
-        return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
 
     def needs_whole(self, info: ParamInfo) -> bool:
         return self.path(info.shape) in ("eigenbasis", "diagonal", "orthogonal")
@@ -185,10 +179,15 @@ class Steered(UpdateRule):
 
     def path(self, shape: tuple[int, ...]) -> Direction:
         """Return the direction of a tensor."""
-        if not is_matrix(shape):
+        if not is_matrix(self.form(shape)):
             return "eigenbasis" if self.direction == "eigenbasis" and 1 < math.prod(shape) <= self.turned else "adam"
         wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
         return "orthogonal" if wide else self.direction
+
+    def form(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that a tensor is moved as."""
+        short, long = sorted(as_matrix(shape))
+        return (short * long,) if self.tall and long > self.widest and long >= self.tall * short else shape
 
     def update(
         self,
@@ -208,13 +207,15 @@ class Steered(UpdateRule):
         shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
         size = self.size(theta, shared, run)
         sizes = size * decided["factor"].exp() if decided else size
-        scales = -self.scales(theta, sizes, sums.get("params", size), shapes)  # Adam's direction reads no squares
+        parts = [(group.slots, len(group.names)) for group in groups]
+        squares = unheld(sums["params"], parts) if "params" in sums else size  # Adam's direction reads none
+        scales = -self.scales(theta, sizes, squares, shapes)
         now = Now(theta, decays_of(theta), self.is_due(run), reduce)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
         for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
             scale = own.pop("scale")
-            new = self._advance(now, group, age) | own
+            new = self._advance(now, group, age) | own | {k: t for k, t in group.slots.items() if k == "free"}
             d = self._direction(new, group, age and age.after)
             steps = scale.view(-1, *[1] * (d.ndim - 1)) * d
             updates.update(zip(group.names, steps.unbind(), strict=True))
@@ -282,14 +283,14 @@ class Steered(UpdateRule):
         """Return those of the steps of tensors, ``[len(shapes)]``."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        return matrix_factors(theta, shapes)
+        return matrix_factors(theta, list(map(self.form, shapes)))
 
     def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Return those of the directions of tensors, ``[len(shapes)]``.  squares: as many sums over parameters."""
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
-        return limited(scales, squares, shapes, theta["log_relative"].exp(), self.by_gain)
+        return limited(scales, squares, list(map(self.form, shapes)), theta["log_relative"].exp(), self.by_gain)
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """Return that of the step of all tensors, 0-d."""
