@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from analytic import ANALYTIC, AUGMENTED
 from networks import NETWORKS
+from tables import generator
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,10 +45,6 @@ FAMILIES: dict[str, TaskFamily] = {
     "repeated": Repeated(module_task(net, EXAMPLES), copies=2),
 } | {**NETWORKS, **ANALYTIC, **AUGMENTED}
 SPLITS = ("train", "valid")
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(family: TaskFamily, split: str, seed: int = 0, lanes: int = LANES) -> tuple[dict[str, Tensor], ...]:

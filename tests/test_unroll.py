@@ -87,17 +87,20 @@ def test_normalisation_layers_have_right_second_derivatives(norm, rule):
     assert_equals_finite_differences(rule, Recorded(family))
 
 
+class Tied(nn.Module):
+    """Decodes by the matrix that it encodes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+        self.decoder.weight = self.encoder.weight
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * torch.tanh(self.encoder(x)) @ self.decoder.weight
+
+
 def test_tied_weights_of_a_module_are_one_parameter():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.decoder = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-            self.decoder.weight = self.encoder.weight
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x):
-            return self.scale * torch.tanh(self.encoder(x)) @ self.decoder.weight
-
     data = (torch.randn(30, 4, dtype=torch.float64),) * 2
     family = ModuleTask(lambda: Tied().double(), nn.functional.mse_loss, data, batch_size=5)
     params, _ = family.init(family.sample(generator(), 2), generator())

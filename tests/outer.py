@@ -1,0 +1,44 @@
+"""What tests of meta-training share: a run of `Backprop` on quadratics, and a rule whose initial state is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from tables import generator
+
+from l2o.estimators import Backprop
+from l2o.meta import MetaTraining
+from l2o.rules import MLP
+from l2o.rules.elementwise import ElementwiseRule
+from l2o.tasks import Quadratic
+
+
+def training(rule=None, seed=0, lr=1e-2, **settings):
+    rule = rule or MLP(hidden=(4,))
+    g = generator(seed)
+    settings = {"lanes": 4, "horizon": 12, "truncation": 4} | settings
+    estimator = Backprop(rule, settings.pop("family", Quadratic()), **settings)
+    return MetaTraining(estimator, rule.init_theta(g), functools.partial(torch.optim.Adam, lr=lr), g)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warm(ElementwiseRule):
+    """Momentum whose initial velocity is learned."""
+
+    def init_theta(self, generator):
+        return {"start": torch.tensor(0.3)}
+
+    def init(self, theta, params, infos):
+        state = super().init(theta, params, infos)
+        return state._replace(per_param={k: {"m": theta["start"].expand_as(p)} for k, p in params.items()})
+
+    def slots(self, param):
+        return {"m": torch.zeros_like(param)}
+
+    def advance(self, theta, grad, slots):
+        return {"m": 0.9 * slots["m"] + 0.1 * grad}
+
+    def step(self, theta, grad, slots):
+        return -0.01 * slots["m"]
