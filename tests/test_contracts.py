@@ -84,11 +84,7 @@ SLIPS: dict[str, tuple[str, Any, str]] = {
     "init without lanes": ("init", start_of(w=torch.zeros(5)), r"Mine.init: 'w' .*\[5\], expected .* leading axis"),
     "whole numbers": ("init", lambda self, data, g: ({"w": data["a"].long()}, {}), "Mine.init has parameters of int64"),
     "half precision": ("init", lambda self, data, g: ({"w": data["a"].half()}, {}), r"float16, expected .*\.float\(\)"),
-    "two dtypes": (
-        "init",
-        lambda self, data, g: ({"w": (w := data["a"]), "v": w.double()}, {}),
-        "float32 and float64, ",
-    ),
+    "two dtypes": ("init", lambda self, data, g: ({"w": data["a"], "v": data["a"].double()}, {}), "32 and float64"),
     "batch is a tensor": ("batch", lambda self, data, split, g: data["a"], "Mine.batch: a float32 tensor .*expected"),
     "batch without lanes": ("batch", lambda self, data, split, g: {"x": torch.zeros(7)}, "Mine.batch: 'x'"),
     "loss forgets buffers": ("loss", loss_of(lambda loss, buffers: loss), "Mine.loss: returned a float32 tensor"),

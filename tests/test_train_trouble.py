@@ -11,6 +11,8 @@ from training import SMALL, command, records
 
 from l2o.estimators import Backprop
 
+pytestmark = pytest.mark.usefixtures("here")
+
 
 def test_steps_that_lose_all_lanes_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("steps=4", "rule.lr=1e12", "log_every=1") == 0

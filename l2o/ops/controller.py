@@ -20,8 +20,9 @@ from l2o.ops.numeric import constant, over_root, safe_sqrt
 from l2o.types import Reduce, Run, Slots, Theta
 
 OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "begun")
+OF_LOSS = ("trend", "course")
 OF_TENSOR = ("signal", "size", "fan_in", "fan_out", "matrix", "near", "far", "factor")
-"""Inputs: what the tensors of a run share, and what each has of its own; see `decide`."""
+"""Inputs: what the tensors of a run share, also where the loss is read, and what each has of its own; see `decide`."""
 _PREFIX = "decide_"
 _SLOTS = ("near", "far", "factor", "h", "c")
 _HIDDEN = 16
@@ -34,6 +35,10 @@ _PACE = 0.1
 """Of a tensor's factor towards what the network says: a step is not to follow the noise of its inputs."""
 _RANGE = 1.5
 """Of the logarithm of a tensor's factor."""
+
+
+_LOSS = {"loss_fast": _NEAR, "loss_slow": _FAR, "loss_long": _LONG, "loss_square": _FAR}
+"""Means of the loss, and of the square of what it is off its slow one, with the steps that they go over."""
 
 
 class Seen(NamedTuple):
@@ -49,9 +54,9 @@ class Seen(NamedTuple):
     sizes: Tensor
 
 
-def init_decisions(generator: torch.Generator, kind: str) -> Theta:
+def init_decisions(generator: torch.Generator, kind: str, reads_loss: bool = False) -> Theta:
     """Return θ of the network, a perceptron (``mlp``) or ``lstm``: ``decide_w0, decide_b0``, a last layer of zeros."""
-    inputs = len(OF_TENSOR) + len(OF_RUN)
+    inputs = len(OF_TENSOR) + len(OF_RUN) + (len(OF_LOSS) if reads_loss else 0)
     theta = init_mlp(generator, (inputs, _HIDDEN, 2))
     if kind == "lstm":
         theta["w0"], theta["b0"] = init_linear(generator, inputs + _HIDDEN, 4 * _HIDDEN)
@@ -64,6 +69,11 @@ def init_seen(like: Tensor, kind: str) -> Slots:
     state ``h, c [hidden]`` of an ``lstm``."""
     slots = {name: like.new_zeros(()) for name in ("near", "far", "factor")}
     return slots | ({name: like.new_zeros(_HIDDEN) for name in ("h", "c")} if kind == "lstm" else {})
+
+
+def init_shown(like: Tensor, reads_loss: bool = False) -> Slots:
+    """Return the shared slots of the network, 0-d zeros: ``long``, and running means of the loss (``loss_*``)."""
+    return {name: like.new_zeros(()) for name in ("long", *(_LOSS if reads_loss else ()))}
 
 
 def steer(
@@ -96,10 +106,10 @@ def steer(
     growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), memory, shapes, run)
     votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth.split(sizes), products, strict=True)]
     push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
-    long = _follow(shared["long"], aligned, _LONG, run.step)
+    shown = {"long": _follow(shared["long"], aligned, _LONG, run.step), **_loss_means(shared, run)}
     parts = {name: t.split(sizes) for name, t in slots.items()}
     decided = [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
-    return control(theta, shared, aligned, run, push) | {"long": long}, decided
+    return control(theta, shared, aligned, run, push) | shown, decided
 
 
 def _products(group: Group, own: Slots, factor: Tensor) -> Tensor:
@@ -129,7 +139,8 @@ def decide(
     paces = {"near": _NEAR, "far": _FAR}
     new = {name: _follow(slots[name], seen.cosines, pace, step) for name, pace in paces.items()}
     inputs = torch.stack([*_of_tensors(seen, shapes), _UNIT * new["near"], _UNIT * new["far"], slots["factor"]])
-    (growth, factor), state = _network(theta, inputs, _of_run(shared, step, total), slots)
+    of_run = torch.cat([_of_run(shared, step, total), *_of_loss(shared)])
+    (growth, factor), state = _network(theta, inputs, of_run, slots)
     bounded = _RANGE * torch.tanh(factor / _RANGE)
     return growth, {**new, "factor": torch.lerp(slots["factor"], bounded, _PACE), **state}
 
@@ -162,6 +173,25 @@ def _of_run(shared: Slots, step: Tensor, total: Tensor) -> Tensor:
             torch.exp(-step / 20.0),
         ]
     )
+
+
+def _loss_means(shared: Slots, run: Run) -> Slots:
+    """Return the new means of the loss; nothing where it is not read.  The first loss is where they begin."""
+    if "loss_slow" not in shared or run.loss is None:
+        return {}
+    loss, first = run.loss.to(shared["loss_slow"].dtype), run.step == 0
+    seen = dict.fromkeys(_LOSS, loss) | {"loss_square": (loss - shared["loss_slow"]).square()}
+    means = {name: torch.lerp(seen[name], shared[name], math.exp(-1.0 / pace)) for name, pace in _LOSS.items()}
+    start = dict.fromkeys(_LOSS, loss) | {"loss_square": torch.zeros_like(loss)}
+    return {name: torch.where(first, start[name], mean) for name, mean in means.items()}
+
+
+def _of_loss(shared: Slots) -> list[Tensor]:
+    """Inputs of the loss, ``[2]``: how far its means of fewer steps lie from those of more, whatever its scale."""
+    if "loss_slow" not in shared:
+        return []
+    differences = [shared["loss_fast"] - shared["loss_slow"], shared["loss_slow"] - shared["loss_long"]]
+    return [torch.stack([over_root(x, x.square() + shared["loss_square"]) for x in differences])]
 
 
 def _of_tensors(seen: Seen, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from l2o.checks import check_float, check_int
 from l2o.ops.alignment import init_alignment, init_controller
-from l2o.ops.controller import init_decisions, init_seen, steer
+from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
 from l2o.ops.eigenbasis import init_basis, is_due, whiten
+from l2o.ops.entries import init_entries, weigh
 from l2o.ops.groups import Group, by_shape, matrix_sums, shard_sums, stack, unstacked
 from l2o.ops.moments import bias_correction, decay, ema
 from l2o.ops.numeric import log_of, logit_of, of_shapes, over_root, safe_sqrt, scalar_like
@@ -37,7 +38,7 @@ from l2o.types import (
     Updates,
 )
 
-Direction = Literal["eigenbasis", "orthogonal", "normalized", "adam"]
+Direction = Literal["eigenbasis", "diagonal", "orthogonal", "normalized", "adam"]
 Controller = Literal["alignment", "mlp", "lstm", "none"]
 Schedule = Literal["decay", "constant"]
 
@@ -58,11 +59,15 @@ class Steered(UpdateRule):
         ``eigenbasis``: Nesterov's momentum, over the root of second moments, in the eigenbasis of the products of
         gradients (SOAP, Vyas et al. 2024, arXiv 2409.11321); matrices with a side over ``widest`` are orthogonal.
         Vectors of up to ``turned`` entries follow it as well, at its own size, which is Adam's.
+        ``diagonal``: the same without a basis: second moments are those of entries.
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like scalars and all other vectors, Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
     controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp`` and
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
+    network: whether a perceptron over entries weighs momentum and gradient (`l2o.ops.entries`): in the basis, of
+        entries, or of entries before they are orthogonalised. The other two directions have none.
+    reads_loss: whether the controller's network sees how the loss goes, besides.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps from one look at the basis to the next.
@@ -99,6 +104,8 @@ class Steered(UpdateRule):
     widest: int = 1024
     turned: int = 0
     by_gain: float = 0.0
+    network: bool = False
+    reads_loss: bool = False
 
     learned_init = False
     rests = True
@@ -114,6 +121,12 @@ class Steered(UpdateRule):
         for name in ("fan_in", "by_gain"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
+        if self.network and self.direction in ("normalized", "adam"):
+            raise ConfigurationError(
+                f"network=True: expected direction=eigenbasis, diagonal or orthogonal, not {self.direction}"
+            )
+        if self.reads_loss and not self.decides:
+            raise ConfigurationError(f"reads_loss=True: expected controller=mlp or lstm, not {self.controller}")
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     @property
@@ -122,23 +135,32 @@ class Steered(UpdateRule):
         return self.controller in ("mlp", "lstm")
 
     @property
+    def needs_loss(self) -> bool:  # type: ignore[override]
+        return self.reads_loss
+
+    @property
     def stride(self) -> float:
         return self.lr
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
-        shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if self.direction == "eigenbasis" else []))
+        shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if self._has_squares else []))
         start |= {f"logit_{name}": logit_of(name, getattr(self, name)) for name in shares} | {"fan_in": self.fan_in}
         unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
         theta |= init_controller(generator) if self.controller != "none" else {}
-        return theta | (init_decisions(generator, self.controller) if self.decides else {})
+        theta |= init_decisions(generator, self.controller, self.reads_loss) if self.decides else {}
+        return theta | (init_entries(generator) if self.network else {})
+
+    @property
+    def _has_squares(self) -> bool:
+        return self.direction in ("eigenbasis", "diagonal") or self.network
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
         shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
-        return OptState(slots, shared | ({"long": shared["slow"].clone()} if self.decides else {}))
+        return OptState(slots, shared | (init_shown(shared["slow"], self.reads_loss) if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
         own = self._init_direction(param, info)
@@ -147,16 +169,18 @@ class Steered(UpdateRule):
     def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
         match self.path(info.shape):
-            case "eigenbasis" | "orthogonal" as path:
-                basis = init_basis(param, info.shape) if path == "eigenbasis" else {}
-                return {"m": m, "d": torch.zeros_like(m), **basis}
+            case "eigenbasis":
+                return {"m": m, "d": torch.zeros_like(m), **init_basis(param, info.shape)}
+            case "diagonal" | "orthogonal":
+                squares = {"v": torch.zeros_like(m)} if self._has_squares else {}
+                return {"m": m, "d": torch.zeros_like(m), **squares}
             case "normalized":
                 rows, columns = as_matrix(param.shape)
                 return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
         return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
 
     def needs_whole(self, info: ParamInfo) -> bool:
-        return self.path(info.shape) in ("eigenbasis", "orthogonal")
+        return self.path(info.shape) in ("eigenbasis", "diagonal", "orthogonal")
 
     def exact_slots(self, info: ParamInfo) -> frozenset[str]:
         # Where hardly a gradient lies second moments are small, and would make rounded momentum as long as any.
@@ -213,13 +237,13 @@ class Steered(UpdateRule):
         """New slots, ``[k, ...]``."""
         grad, slots = group.grad, group.slots
         match self.path(group.shape):
-            case "eigenbasis" | "orthogonal" as path:
+            case "eigenbasis" | "diagonal" | "orthogonal" as path:
                 m = ema(slots["m"], grad, theta["logit_momentum"])
                 d = matrices(ema(m, grad, theta["logit_momentum"]))
                 basis: Slots = {}  # calling Slots would break a compiled step
-                if path == "eigenbasis":
+                if self._has_squares and "v" in slots:
                     d, basis = self.whitened(theta, d, matrices(grad), slots, due)
-                else:
+                if path == "orthogonal":
                     d = polar(d, self.iterations)
                 d = torch.where(matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
                 if is_matrix(group.shape):
@@ -237,7 +261,7 @@ class Steered(UpdateRule):
     def _direction(self, theta: Theta, slots: Slots, group: Group) -> Tensor:
         """Of slots ``[k, *shape]``; 0 before the first gradient."""
         match self.path(group.shape):
-            case "eigenbasis" | "orthogonal":
+            case "eigenbasis" | "diagonal" | "orthogonal":
                 return slots["d"]
             case "normalized":
                 scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
@@ -254,7 +278,8 @@ class Steered(UpdateRule):
         self, theta: Theta, momentum: Tensor, grad: Tensor, slots: Slots, due: Tensor | bool
     ) -> tuple[Tensor, Slots]:
         """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
-        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), due)
+        network = partial(weigh, theta) if self.network else None
+        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), due, network)
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Return those of the steps of tensors, ``[len(shapes)]``."""
