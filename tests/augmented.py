@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from analytic import AUGMENTED
+from networks import LANES
 from tables import double, generator
 from torch import Tensor
 from torch.func import vmap
@@ -18,7 +19,6 @@ from l2o.tasks import (
 from l2o.types import Grads, InnerState, TaskFamily
 from l2o.unroll import expand_theta, sample_runs, unroll
 
-LANES = 4
 PLAIN = ImageMLP(width=4, batch_size=8)
 every_augmentation = pytest.mark.parametrize("family", AUGMENTED.values(), ids=AUGMENTED.keys())
 

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map
 import l2o.fused
 from l2o.estimators import Backprop, Evolution
 from l2o.meta import MetaTraining
-from l2o.random import LaneGenerator
 from l2o.rules import MLP, SGD
 from l2o.tasks import (
     Bfloat16Gradients,
@@ -97,20 +96,6 @@ def test_the_lanes_of_a_pair_are_identical(family: TaskFamily) -> None:
     assert identical(first, second)
     assert not losses[:, 0].equal(losses[:, 2])
     assert identical(run(family, lanes=3)[1], losses[:, 0::2])
-
-
-@every_augmentation
-def test_lanes_are_the_same_whichever_others_are_drawn(family: TaskFamily) -> None:
-    def draw(ids: Tensor) -> list[dict[str, Tensor]]:
-        g = LaneGenerator("cpu", 7, ids)
-        data = family.sample(g, len(ids))
-        params, buffers = family.init(data, g)
-        batch = family.batch(data, "train", g)
-        return [{k: t for k, t in each.items() if not k.endswith("lane")} for each in (data, params, buffers, batch)]
-
-    few = torch.tensor([3, 5])
-    for some, whole in zip(draw(few), draw(torch.arange(8)), strict=True):
-        assert all(some[name].equal(whole[name][few]) for name in whole)
 
 
 @every_augmentation

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SMALL, draw, lane
+from networks import LANES, SMALL, draw, lane
 from tables import generator
 from torch import nn
 
@@ -29,8 +29,6 @@ from l2o.tasks.layers import init_norm, norm
 from l2o.tasks.lora import linear_discriminant
 from l2o.tasks.text import VOCABULARY
 from l2o.tasks.words import word_split
-
-LANES = 3
 
 
 @pytest.mark.parametrize("axes", [(), (4,)])

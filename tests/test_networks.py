@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from augmented import LANES
 from conftest import ROOT
-from networks import NETWORKS, SMALL, draw
+from networks import LANES, NETWORKS, SMALL, draw
 from tables import generator
 from torch import Tensor
 from torch.func import vmap
 
 from l2o.evaluation.curves import run
-from l2o.random import LaneGenerator
 from l2o.rules import SGD, Adam
 from l2o.tasks import (
     CharRNN,
@@ -87,18 +85,6 @@ def test_two_differentiated_steps_agree_with_finite_differences(family: TaskFami
         differences = (total(log_lr + 1e-6) - total(log_lr - 1e-6)) / 2e-6
     assert by_backprop.abs().min() > 1e-7
     torch.testing.assert_close(by_backprop, differences, rtol=1e-4, atol=1e-8)
-
-
-@every_network
-def test_a_lane_is_drawn_the_same_beside_any_others(family: TaskFamily) -> None:
-    def drawn(ids: list[int]) -> list[Tensor]:
-        g = LaneGenerator(seed=7, ids=torch.tensor(ids))
-        data = family.sample(g, len(ids))
-        found = [data, *family.init(data, g), family.batch(data, "train", g), family.batch(data, "valid", g)]
-        return [t for each in found for name, t in each.items() if name != "lane"]  # which numbers those drawn
-
-    for whole, part in zip(drawn([0, 1, 2, 3, 4]), drawn([3, 1]), strict=True):
-        assert torch.equal(whole[[3, 1]], part)
 
 
 NETWORK_CLASSES = {type(family).__name__: type(family) for family in NETWORKS.values()}

@@ -149,13 +149,9 @@ def test_of_classifiers_accuracy_is_kept(tmp_path, family):
     assert kept.accuracy.shape == kept.valid.shape == (20, 2, 2)
     assert (kept.accuracy[-1, :, 0] < 0.4).all()
     assert (kept.accuracy[-1, :, 1] > kept.accuracy[-1, :, 0] + 0.2).all()
-    np.testing.assert_allclose(kept.accuracy * 4 * family_of(family).batch_size % 1, 0.0, atol=0.2)
+    np.testing.assert_allclose(kept.accuracy * 4 * getattr(family, "family", family).batch_size % 1, 0.0, atol=0.2)
     (found,) = comparisons(suite, entrants, Store(tmp_path))
     assert table_row(found, "adam")[4].endswith(f"({100 * kept.accuracy[-1, :, 1].mean():.1f}%)")
-
-
-def family_of(family):
-    return getattr(family, "family", family)
 
 
 def test_accuracy_does_not_touch_the_curves():
