@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from augmented import LANES, begin, every_augmentation, run
+from outer import assert_resumes, training
 from tables import TOTAL, Recorded, Shapes, double, generator, identical
 from test_unroll import assert_equals_finite_differences
 from torch import Tensor
@@ -15,7 +17,6 @@ from torch.utils._pytree import tree_map
 
 import l2o.fused
 from l2o.estimators import Backprop, Evolution
-from l2o.meta import MetaTraining
 from l2o.rules import MLP, SGD
 from l2o.tasks import (
     Bfloat16Gradients,
@@ -150,21 +151,10 @@ def test_closed_form_gradients_are_used_and_equal(wrap: Any) -> None:
 @every_augmentation
 def test_meta_training_goes_on_from_a_saved_state(family: TaskFamily) -> None:
     """With resets on the way, and pairs."""
-    settings = {"lanes": 4, "horizon": 3, "truncation": 2}
-    for estimator in (Backprop(SGD(lr=0.01), family, **settings), Evolution(SGD(lr=0.01), family, **settings)):
-
-        def made(estimator: Any = estimator) -> MetaTraining:
-            theta = SGD(lr=0.01).init_theta(generator())
-            return MetaTraining(estimator, theta, lambda p: torch.optim.Adam(p, lr=1e-2), generator(5))
-
-        whole, resumed = made(), made()
-        for _ in range(2):
-            assert whole.outer_step()["lanes_broken"] == 0
-        resumed.load_state_dict(whole.state_dict())
-        for training in (whole, resumed):
-            for _ in range(2):
-                training.outer_step()
-        assert identical(whole.state_dict(), resumed.state_dict())
+    for make in (Backprop, Evolution):
+        begun = partial(training, SGD(lr=0.01), make=make, family=family, horizon=3, truncation=2)
+        assert begun().outer_step()["lanes_broken"] == 0
+        assert_resumes(begun, 2, 2)
 
 
 class Other(Quadratic):

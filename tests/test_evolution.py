@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from tables import Recorded, Shapes, every_rule, generator, identical, random_theta
+from outer import assert_resumes, training
+from tables import Recorded, Shapes, generator, identical, random_theta
 
 from l2o.estimators import Backprop, Evolution
 from l2o.estimators.episodes import reduce_rows
@@ -191,18 +193,6 @@ def test_the_difference_of_a_pair_is_the_directional_derivative():
         torch.testing.assert_close(state.score[name] * 1e-12, state.noise[name])
 
 
-@every_rule
-def test_every_rule_gets_a_gradient_through_two_outer_steps_of_pes(rule):
-    g = generator()
-    estimator = Evolution(rule, Quadratic(dim=4), lanes=4, horizon=6, truncation=3)
-    run = MetaTraining(estimator, rule.init_theta(g), lambda p: torch.optim.SGD(p, lr=1e-6), g)
-    for _ in range(2):
-        metrics = run.outer_step()
-        assert metrics["lanes_masked"] == 0
-        assert all(t.grad.isfinite().all() for t in run.theta.values())
-        assert metrics["meta_grad_norm"] > 0
-
-
 @pytest.mark.parametrize("fitness", ["difference", "rank", "sign"])
 def test_meta_training_by_pes_learns_a_learning_rate(fitness):
     rule, g = SGD(lr=1e-3), generator()
@@ -216,21 +206,8 @@ def test_meta_training_by_pes_learns_a_learning_rate(fitness):
 
 @pytest.mark.parametrize("settings", [{}, {"noise_steps": "episode", "fitness": "rank", "horizon": (3, 9)}])
 def test_resuming_equals_never_having_stopped(settings):
-    def training(seed):
-        rule, g = MLP(hidden=(4,)), generator(seed)
-        settings_ = {"lanes": 4, "horizon": 9, "truncation": 3, "curriculum": 4} | settings
-        estimator = Evolution(rule, Quadratic(noise=0.1), **settings_)
-        return MetaTraining(estimator, rule.init_theta(g), lambda p: torch.optim.Adam(p, lr=1e-2), g)
-
-    whole, first, second = training(0), training(0), training(9)
-    for _ in range(3):
-        whole.outer_step()
-        first.outer_step()
-    second.load_state_dict(first.state_dict())
-    for _ in range(4):
-        whole.outer_step()
-        second.outer_step()
-    assert identical(whole.state_dict(), second.state_dict())
+    settings = {"horizon": 9, "truncation": 3, "curriculum": 4} | settings
+    assert_resumes(partial(training, make=Evolution, family=Quadratic(noise=0.1), **settings), 3, 4)
 
 
 @pytest.mark.parametrize(

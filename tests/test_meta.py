@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from outer import training
+from outer import assert_resumes, training
 from tables import every_rule, generator, identical
 
 from l2o import estimators
-from l2o.estimators import Backprop
+from l2o.estimators import Backprop, Evolution
 from l2o.meta import MetaTraining, warmup_cosine
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.tasks import Quadratic
@@ -19,8 +19,9 @@ from l2o.types import ConfigurationError, ResumeError
 
 
 @every_rule
-def test_every_rule_gets_a_gradient_through_two_outer_steps(rule):
-    run = training(rule)
+@pytest.mark.parametrize("make", [Backprop, Evolution])
+def test_every_rule_gets_a_gradient_through_two_outer_steps(make, rule):
+    run = training(rule, lr=1e-6, make=make)
     for _ in range(2):
         metrics = run.outer_step()
         assert metrics["lanes_masked"] == 0
@@ -32,16 +33,7 @@ def test_every_rule_gets_a_gradient_through_two_outer_steps(rule):
 @pytest.mark.parametrize("rule", [Adam(), MLP(hidden=(4,)), LSTM(hidden=(3,))], ids=["Adam", "MLP", "LSTM"])
 @pytest.mark.parametrize("stop", [1, 5])
 def test_resuming_equals_never_having_stopped(rule, stop):
-    whole, first = training(rule), training(rule)
-    logs = [[float(v) for v in whole.outer_step().values()] for _ in range(9)]
-    for _ in range(stop):
-        first.outer_step()
-    saved = torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, first.state_dict())
-    second = training(rule, seed=99)  # other θ, other generator: all of it must come from the state
-    second.load_state_dict(saved)
-    assert second.step == stop
-    assert [[float(v) for v in second.outer_step().values()] for _ in range(9 - stop)] == logs[stop:]
-    assert identical(whole.state_dict(), second.state_dict())
+    assert_resumes(functools.partial(training, rule), stop, 9 - stop)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another():

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
 
 import numpy as np
 import pytest
-import torch
-from suites import INF, MADE, NAN, TASKS, comparison, falling, kept_of
+from suites import INF, MADE, NAN, comparison, falling, kept_of
 
 from l2o.evaluation import (
-    Baseline,
     Comparison,
     Setting,
-    TorchEntrant,
     Trials,
     by_split,
-    condense,
     profile,
-    run_entrant,
     score,
     score_kept,
     speed_up,
     summaries,
 )
 from l2o.evaluation.aggregate import estimate, interquartile_mean, median
-from l2o.evaluation.baselines import torch_optimizer
 from l2o.evaluation.scores import best_trial, bootstrap_interval, diverged, final_losses, kept_steps, smooth, target
 from l2o.evaluation.tables import optimizers_table
 from l2o.evaluation.verdicts import overfits
-from l2o.rules import Adam
 from l2o.tasks import Quadratic
 
 
@@ -130,15 +122,6 @@ def test_the_points_that_are_kept_cover_a_run(length):
     assert len(steps) <= 130
     later = [b / a for a, b in itertools.pairwise(steps) if a >= 10]
     assert max(later, default=1.0) < 1.4
-
-
-def test_several_rows_of_one_rule_are_one_rule():
-    """A vectorised grid and the same rates run one by one, rule and torch optimizer: the same scores."""
-    grid = (0.01, 0.1)
-    vectorised = Baseline("Adam", Adam(), grid)
-    torchs = TorchEntrant("Adam", partial(torch_optimizer, torch.optim.Adam), None, grid)
-    ours, theirs = (condense(run_entrant(e, TASKS[1]), 1) for e in (vectorised, torchs))
-    np.testing.assert_allclose(ours.train, theirs.train, rtol=1e-4)
 
 
 def test_smoothing_looks_back_only():

@@ -224,8 +224,3 @@ def test_an_optimizer_that_raises_is_named_with_its_task_and_the_rest_is_kept(tm
 def test_tasks_have_names_of_their_own():
     with pytest.raises(ConfigurationError, match="expected a name of its own"):
         Suite("twice", 1, (TASKS[0], TASKS[0]))
-
-
-def test_scoring_a_store_again_gives_the_same_numbers(tmp_path):
-    first = numbers(run_suite(SUITE, ENTRANTS, Store(tmp_path)))
-    assert [numbers(comparisons(SUITE, ENTRANTS, Store(tmp_path))) for _ in range(2)] == [first] * 2
