@@ -12,7 +12,7 @@ from tables import every_rule, generator, identical
 
 from l2o import estimators
 from l2o.estimators import Backprop, Evolution
-from l2o.meta import MetaTraining, warmup_cosine
+from l2o.meta import MetaTraining
 from l2o.rules import LSTM, MLP, SGD, Adam
 from l2o.tasks import Quadratic
 from l2o.types import ConfigurationError, ResumeError
@@ -60,15 +60,6 @@ def test_meta_training_learns_a_learning_rate():
     assert run.theta["log_lr"] > -5.0
 
 
-def test_warmup_cosine():
-    factors = [warmup_cosine(step, total=10, warmup=4, floor=0.1) for step in range(15)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[4] == 1.0
-    assert factors[7] == pytest.approx(0.55)
-    assert factors[10:] == pytest.approx([0.1] * 5)
-    assert factors[4:] == sorted(factors[4:], reverse=True)
-
-
 def test_the_schedule_scales_the_outer_rate_and_a_resume_keeps_the_rate():
     rule, g = SGD(), generator()
     estimator = Backprop(rule, Quadratic(), lanes=2, horizon=4, truncation=2)
@@ -94,14 +85,6 @@ def test_the_schedule_scales_the_outer_rate_and_a_resume_keeps_the_rate():
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):
         Backprop(SGD(), Quadratic(), **settings)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"total": 3, "warmup": 3}, {"total": 3, "warmup": -1}, {"total": 3, "floor": -0.1}]
-)
-def test_schedules_that_make_no_sense_are_refused(settings):
-    with pytest.raises(ConfigurationError, match="expected"):
-        warmup_cosine(0, **settings)
 
 
 def test_states_are_snapshots_and_runs_share_nothing():
