@@ -153,6 +153,8 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
     sources = {name: load(name) for name in list_pretrained()}
     for (size, network), (name, source) in product(sizes.networks.items(), sources.items()):
         yield Step(f"optimizer: {name}, {size}", 3.0, partial(gpu.step, source, network, device))
+    for (size, network), name in product(sizes.networks.items(), ("default", "light")):
+        yield Step(f"optimizer: {name}, {size}, graph", 5.0, partial(gpu.graph_step, load(name), network, device))
     yield Step("main job", sizes.job + 5.0, partial(gpu.main_job, sizes.job, device))
     for name in language.OPTIMIZERS:
         work = partial(language.train, name, sizes.decoder, sizes.steps, sizes.sequences, device)

@@ -14,7 +14,7 @@ from meta_train.config.compose import config_path
 CONFIG = """
 common: ["estimator.horizon=[3,4]", estimator.lanes=2, logger=none]
 steps: 1
-validation: [experiment=meta_validation, steps=4, seeds=2, "only=[table,linear]"]
+validation: [evaluate/experiment=meta_validation, steps=4, seeds=2, "only=[table,linear]"]
 reference: start
 rows:
   start: {}

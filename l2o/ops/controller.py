@@ -16,7 +16,7 @@ from torch import Tensor
 from l2o.ops.alignment import control, cosine
 from l2o.ops.groups import Group, tensor_sum
 from l2o.ops.networks import init_linear, init_mlp, linear, lstm_cell, mlp
-from l2o.ops.numeric import constant, over_root, safe_sqrt
+from l2o.ops.numeric import constant, entries_of, of_shapes, over_root, safe_sqrt
 from l2o.types import Reduce, Run, Slots, Theta
 
 OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "begun")
@@ -80,50 +80,46 @@ def steer(
     theta: Theta,
     shared: Slots,
     groups: Sequence[Group],
-    sums: Sequence[Slots],
-    factors: Sequence[Tensor],
+    sums: Slots,
+    factors: Tensor,
     run: Run,
     reduce: Reduce,
-) -> tuple[Slots, Sequence[Slots]]:
-    """Return what is shared after a step, and what the network decided of each group, ``[k]``: nothing, without one.
+) -> tuple[Slots, Slots]:
+    """Return what is shared after a step, and what the network decided of each tensor: nothing, without one.
 
     shared: ``log_step`` and means of `l2o.ops.alignment`, or nothing, and for the network ``long``.
-    sums: of the whole tensors of each group, ``[k]``, of ``dots`` (gradient and step before), of squares ``grads,
-    directions, params``, and for the network ``momenta``.     factors: of their steps, ``[1]``.
+    sums: of whole tensors, ``[tensors]``, in the order of the groups: of ``dots`` (gradient and step before), of
+    squares ``grads, directions, params``, and for the network ``momenta``.     factors: of their steps, ``[tensors]``.
     """
-    nothing: list[Slots] = [{}] * len(groups)
     if not shared:
-        return shared, nothing
-    products = [_products(*each) for each in zip(groups, sums, factors, strict=True)]
-    aligned = cosine(*tensor_sum(groups, products, reduce))
-    if "long" not in shared:
-        return control(theta, shared, aligned, run), nothing
-    sizes = [len(group.names) for group in groups]
-    seen = [_seen(*each) for each in zip(groups, sums, products, strict=True)]
-    shapes = [group.shape for group in groups for _ in group.names]
+        return shared, {}
     # The network sees all tensors at once.
     memory = {name: torch.cat([group.slots[name] for group in groups]) for name in _SLOTS if name in groups[0].slots}
-    growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), memory, shapes, run)
-    votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth.split(sizes), products, strict=True)]
-    push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
+    products = _products(memory, sums, factors)
+    aligned = cosine(*tensor_sum(groups, products, reduce))
+    if "long" not in shared:
+        return control(theta, shared, aligned, run), {}
+    shapes = [group.shape for group in groups for _ in group.names]
+    growth, decided = decide(theta, shared, _seen(shapes, sums, products), memory, shapes, run)
+    weights = products[:, 1]
+    push = torch.tanh(cosine(*tensor_sum(groups, torch.stack([growth * weights, weights], 1), reduce)))
     shown = {"long": _follow(shared["long"], aligned, _LONG, run.step), **_loss_means(shared, run)}
-    parts = {name: t.split(sizes) for name, t in slots.items()}
-    decided = [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
     return control(theta, shared, aligned, run, push) | shown, decided
 
 
-def _products(group: Group, own: Slots, factor: Tensor) -> Tensor:
-    """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
-    norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
-    products = factor * torch.stack([own["dots"], norms], 1)
-    return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
+def _products(memory: Slots, sums: Slots, factors: Tensor) -> Tensor:
+    """``[tensors, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
+    norms = safe_sqrt(sums["grads"]) * safe_sqrt(sums["directions"])
+    products = factors.unsqueeze(1) * torch.stack([sums["dots"], norms], 1)
+    return products * memory["factor"].exp().unsqueeze(1) if "factor" in memory else products
 
 
-def _seen(group: Group, own: Slots, products: Tensor) -> Seen:
+def _seen(shapes: Sequence[tuple[int, ...]], sums: Slots, products: Tensor) -> Seen:
+    entries = of_shapes(entries_of, shapes, sums["params"])
     return Seen(
         cosine(*products.unbind(1)),
-        over_root(safe_sqrt(own["momenta"]), own["grads"]),
-        safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
+        over_root(safe_sqrt(sums["momenta"]), sums["grads"]),
+        safe_sqrt(sums["params"] / entries),
     )
 
 
