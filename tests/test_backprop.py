@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 from outer import Warm, training
-from tables import TOTAL, Recorded, Shapes, every_rule, generator, identical, random_theta
+from tables import TOTAL, Recorded, Shapes, every_rule, first_estimate, generator, identical, random_theta
 from torch import nn
 
 from l2o.estimators import Backprop
@@ -21,12 +22,8 @@ from l2o.unroll import expand_theta, running, sample_runs, unroll
 @every_rule
 def test_tbptt_at_full_length_is_bptt(rule):
     theta, family = random_theta(rule), Recorded(Shapes())
-    results = []
-    for truncation in (5, None):
-        estimator = Backprop(rule, family, lanes=TOTAL, horizon=5, truncation=truncation, stagger=False)
-        g = generator(1)
-        results.append(estimator.estimate(theta, estimator.init(theta, g), g))
-    assert identical(*results)
+    make = partial(Backprop, rule, family, lanes=TOTAL, horizon=5, stagger=False)
+    assert identical(*(first_estimate(make(truncation=steps), theta, 1) for steps in (5, None)))
 
 
 def test_staggered_lanes_end_at_different_times_and_go_on_with_whole_runs():
@@ -68,8 +65,7 @@ def test_a_sick_lane_is_masked_counted_and_reset(factor):
     results = []
     for lanes in ((0, 1, 2), (1, 2)):
         estimator = Backprop(rule, Recorded(family, lanes), lanes=len(lanes), horizon=8, truncation=4, stagger=False)
-        g = generator(4)
-        results.append(estimator.estimate(theta, estimator.init(theta, g), g))
+        results.append(first_estimate(estimator, theta, 4))
     (grads, state, metrics), (want, _, healthy) = results
     assert metrics["lanes_masked"] == 1
     assert healthy["lanes_masked"] == 0
@@ -93,8 +89,7 @@ def test_lanes_are_clipped_before_they_are_averaged():
     norms = {}
     for clip in (1e9, 1e-3):
         estimator = Backprop(SGD(), Quadratic(), lanes=5, horizon=8, truncation=4, clip=clip)
-        g = generator()
-        grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        grads, _, metrics = first_estimate(estimator, theta)
         norms[clip] = grads["log_lr"].abs().item(), metrics["lane_grad_norm"].item()
     assert norms[1e9][1] == norms[1e-3][1] > 1e-3
     assert norms[1e-3][0] <= 1e-3 * 1.0001 < norms[1e9][0]
@@ -172,8 +167,7 @@ SCRIPTS = [
 @pytest.mark.parametrize(("script", "masked"), SCRIPTS)
 def test_exploding_is_measured_against_the_first_loss(script, masked):
     estimator = Backprop(SGD(), Scripted(script=script), lanes=2, horizon=3, truncation=3, explosion=2.0, stagger=False)
-    theta, g = {"log_lr": torch.tensor(0.0)}, generator()
-    assert estimator.estimate(theta, estimator.init(theta, g), g)[2]["lanes_masked"] == masked
+    assert first_estimate(estimator, {"log_lr": torch.tensor(0.0)})[2]["lanes_masked"] == masked
 
 
 class Kinked(SGD):
@@ -196,8 +190,7 @@ class Flat(Quadratic):
 
 def test_a_gradient_that_is_not_finite_masks_its_lane_at_a_finite_loss():
     estimator = Backprop(Kinked(), Flat(), lanes=2, horizon=3, truncation=3, stagger=False)
-    theta, g = {"log_lr": torch.tensor(0.1)}, generator()
-    grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    grads, _, metrics = first_estimate(estimator, {"log_lr": torch.tensor(0.1)})
     assert metrics["lanes_masked"] == 1
     assert metrics["meta_loss"].isfinite()
     assert grads["log_lr"].isfinite()
@@ -228,14 +221,9 @@ def statistics():
 
 @pytest.mark.parametrize("family", [statistics(), DelayedGradients(Shapes(), delay=2)], ids=["statistics", "delayed"])
 def test_checkpointing_passes_buffers_on(family):
-    theta, results = random_theta(Adam()), []
-    for checkpoint in (False, True):
-        estimator = Backprop(
-            Adam(), family, lanes=4, horizon=9, truncation=None, checkpoint=checkpoint, valid_weight=0.5, clip=1e9
-        )
-        g = generator(1)
-        results.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
-    torch.testing.assert_close(*results)
+    make = partial(Backprop, Adam(), family, lanes=4, horizon=9, truncation=None, valid_weight=0.5, clip=1e9)
+    theta = random_theta(Adam())
+    torch.testing.assert_close(*(first_estimate(make(checkpoint=each), theta, 1)[0] for each in (False, True)))
 
 
 @pytest.mark.parametrize("steps", [2, 10, 100, 401])

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from outer import Warm
-from tables import Recorded, Shapes, generator, identical
+from tables import Recorded, Shapes, first_estimate, generator, identical
 from torch.utils._pytree import tree_map
 
 from l2o.estimators import Backprop, Evolution
@@ -89,12 +89,10 @@ class Scaled(Quadratic):
 @pytest.mark.parametrize("meta_loss", ["log", "relative"])
 @pytest.mark.parametrize("make", BOTH)
 def test_these_meta_losses_do_not_see_the_scale_of_a_task(make, meta_loss):
-    rule, grads = Adam(lr=0.1), []  # blind to the scale of gradients, but for its epsilon
-    theta = rule.init_theta(generator())
-    for family in (Quadratic(), Scaled()):
-        estimator = make(rule, family, lanes=4, horizon=4, truncation=4, meta_loss=meta_loss)
-        g = generator()
-        grads.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
+    rule = Adam(lr=0.1)  # blind to the scale of gradients, but for its epsilon
+    settings = {"lanes": 4, "horizon": 4, "truncation": 4, "meta_loss": meta_loss}
+    theta, families = rule.init_theta(generator()), (Quadratic(), Scaled())
+    grads = [first_estimate(make(rule, family, **settings), theta)[0] for family in families]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
     assert grads[0]["log_lr"].abs() > 1e-2
 
@@ -126,8 +124,7 @@ def test_no_meta_loss_rewards_a_rise_of_losses_of_whatever_sign(make, meta_loss,
     for kind in ("mean", meta_loss):
         family = Shifted(init_scale=0.0, shift=shift)
         estimator = make(rule, family, lanes=8, horizon=8, truncation=4, meta_loss=kind)
-        g = generator()
-        grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        grads, _, metrics = first_estimate(estimator, theta)
         assert metrics["lanes_masked"] == metrics["lanes_broken"] == 0
         found[kind] = grads["log_lr"]
     assert found[meta_loss] * found["mean"] > 0
@@ -174,8 +171,7 @@ def test_the_weight_of_validation_data(make):
     for weight in (0.0, 0.25, 1.0):
         settings = {"clip": 1e9} if make is Backprop else {}
         estimator = make(rule, Flat(), lanes=4, horizon=4, truncation=4, valid_weight=weight, **settings)
-        g = generator()
-        found, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        found, _, metrics = first_estimate(estimator, theta)
         losses[weight], grads[weight] = metrics["meta_loss"].item(), found["log_lr"].item()
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * 7.0, rel=1e-5)
     assert losses[1.0] == pytest.approx(7.0)
@@ -204,8 +200,7 @@ def test_learned_initial_states_get_a_gradient(make):
     family = Recorded(Shapes(), lanes=(0, 0))
     settings = {"horizon": 4, "truncation": 4, "stagger": False}
     estimator = make(rule, family, lanes=2, **settings)
-    g = generator(1)
-    grads = estimator.estimate(theta, estimator.init(theta, g), g)[0]
+    grads = first_estimate(estimator, theta, 1)[0]
     assert grads["start"].abs() > 1e-6
     if make is Backprop:
         h, around = 1e-5, []

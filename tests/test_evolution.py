@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from outer import assert_resumes, training
-from tables import Recorded, Shapes, generator, identical, random_theta
+from tables import Recorded, Shapes, first_estimate, generator, identical, random_theta
 
 from l2o.estimators import Backprop, Evolution
 from l2o.estimators.episodes import reduce_rows
@@ -166,14 +166,11 @@ def test_held_noise_varies_less_than_fresh_noise():
 
 def test_pes_of_one_truncation_is_es():
     rule, family = MLP(hidden=(4,)), Recorded(Shapes(), lanes=(0, 1))
-    theta = random_theta(rule)
-    results = []
-    for settings in ({}, {"accumulate": False}, {"noise_steps": "episode"}, {"truncation": None}):
-        estimator = Evolution(rule, family, lanes=4, **({"horizon": 6, "truncation": 6, "stagger": False} | settings))
-        g = generator(1)
-        results.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
-    assert all(identical(results[0], other) for other in results[1:])
-    assert all(grad.abs().max() > 0 for grad in results[0].values())
+    theta, make = random_theta(rule), partial(Evolution, rule, family, lanes=4, horizon=6, stagger=False)
+    settings = ({"accumulate": False}, {"noise_steps": "episode"}, {"truncation": None})
+    one, *others = (first_estimate(make(**{"truncation": 6, **each}), theta, 1)[0] for each in ({}, *settings))
+    assert all(identical(one, other) for other in others)
+    assert all(grad.abs().max() > 0 for grad in one.values())
 
 
 def test_the_difference_of_a_pair_is_the_directional_derivative():
@@ -182,11 +179,9 @@ def test_the_difference_of_a_pair_is_the_directional_derivative():
     theta = random_theta(rule, noise=0.0)
     settings = {"horizon": 5, "truncation": 5, "stagger": False}
     es = Evolution(rule, family, lanes=2, sigma=1e-6, **settings)
-    g = generator(2)
-    grads, state, _ = es.estimate(theta, es.init(theta, g), g)
+    grads, state, _ = first_estimate(es, theta, 2)
     bptt = Backprop(rule, family, lanes=1, clip=1e9, **settings)
-    g = generator(2)
-    exact = bptt.estimate(theta, bptt.init(theta, g), g)[0]
+    exact = first_estimate(bptt, theta, 2)[0]
     along = sum((exact[k] * state.noise[k][0]).sum() for k in theta)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, along * state.score[name][0], rtol=1e-6, atol=1e-9)
@@ -240,9 +235,8 @@ def test_a_deviation_of_a_tensor_that_does_not_exist_is_refused():
 def test_scaled_gradients_move_theta_as_if_in_units_of_its_deviations():
     def gradient(scaled):
         settings = {"sigma": 0.1, "sigma_of": {"log_lr": 0.02}, "scaled": scaled}
-        estimator, g = Evolution(SGD(), Quadratic(dim=2), lanes=4, horizon=5, truncation=None, **settings), generator()
-        theta = SGD().init_theta(g)
-        return estimator.estimate(theta, estimator.init(theta, g), g)[0]["log_lr"]
+        estimator = Evolution(SGD(), Quadratic(dim=2), lanes=4, horizon=5, truncation=None, **settings)
+        return first_estimate(estimator, SGD().init_theta(generator()))[0]["log_lr"]
 
     torch.testing.assert_close(gradient(True), gradient(False) * 0.04)
 

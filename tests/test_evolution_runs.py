@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tables import generator, identical
+from tables import first_estimate, generator, identical
 
 from l2o.estimators import Evolution
 from l2o.rules import SGD, Adam
@@ -27,8 +27,7 @@ def test_runs_of_a_pair_share_their_problem_and_pairs_differ():
         assert identical(first.first_loss, second.first_loss)
     # Noise in the gradients is shared too: without a perturbation the two runs are the same.
     calm = dataclasses.replace(estimator, sigma=1e-30)
-    g = generator(7)
-    _, state, _ = calm.estimate(theta, calm.init(theta, g), g)
+    _, state, _ = first_estimate(calm, theta, 7)
     assert state.inner.params["x"][::2].equal(state.inner.params["x"][1::2])
 
 
@@ -57,10 +56,9 @@ class Sick(Quadratic):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
 def test_losses_of_an_exploded_run_are_cut_off_and_its_pair_is_reset(value):
-    rule, g = SGD(lr=0.001), generator()
-    theta = rule.init_theta(g)
+    rule = SGD(lr=0.001)
     estimator = Evolution(rule, Sick(value=value), lanes=6, horizon=8, truncation=4, stagger=False)
-    grads, state, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    grads, state, metrics = first_estimate(estimator, rule.init_theta(generator()))
     assert metrics["lanes_masked"] == 2
     assert metrics["lanes_broken"] == 0
     assert state.inner.step.tolist() == [0, 0, 4, 4, 4, 4]
@@ -70,9 +68,8 @@ def test_losses_of_an_exploded_run_are_cut_off_and_its_pair_is_reset(value):
 
 def test_a_pair_is_reset_where_one_of_its_runs_explodes():
     """A rate that is far too large in one run of each pair, and far too small in the other."""
-    theta, g = {"log_lr": torch.tensor(-3.0)}, generator()
     estimator = Evolution(SGD(), Quadratic(), lanes=6, horizon=8, truncation=4, sigma=9.0, stagger=False)
-    _, state, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    _, state, metrics = first_estimate(estimator, {"log_lr": torch.tensor(-3.0)})
     assert metrics["lanes_masked"] == 3
     assert state.inner.step.tolist() == [0] * 6
     assert state.inner.data["y"][::2].equal(state.inner.data["y"][1::2])
@@ -95,10 +92,9 @@ def test_the_ages_of_pairs_are_spread_and_their_scores_begin_anew_with_each_run(
 
 def test_a_run_that_is_lost_counts_as_much_as_the_limit():
     """Both runs explode at different speeds: what they count lies between their first loss and five times that."""
-    g = generator()
     theta = {"log_lr": torch.tensor(3.0)}  # far too much for any quadratic here
     estimator = Evolution(SGD(), Quadratic(), lanes=2, horizon=4, truncation=4, sigma=9.0, explosion=5.0)
-    grads, after, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    grads, after, metrics = first_estimate(estimator, theta)
     half = (grads["log_lr"] / after.score["log_lr"][0]).abs()
     assert metrics["lanes_masked"] >= 1
     state = estimator.init(theta, generator())
@@ -114,9 +110,7 @@ def test_pairs_without_a_finite_first_loss_count_nothing():
     results = {}
     for since in (0, 99):
         estimator = Evolution(rule, Sick(since=since), lanes=6, horizon=8, truncation=4, stagger=False)
-        g = generator()
-        state = estimator.init(theta, g)
-        results[since] = estimator.estimate(theta, state, g)
+        results[since] = first_estimate(estimator, theta)
     broken, whole = results[0], results[99]
     assert broken[2]["lanes_broken"] == 2
     assert whole[2]["lanes_broken"] == 0
@@ -130,8 +124,7 @@ def test_pairs_without_a_finite_first_loss_are_no_measure_of_others(fitness, mon
     found, make = [], Evolution._fitness
     monkeypatch.setattr(Evolution, "_fitness", lambda self, x: found.append((x, make(self, x))) or found[-1][1])
     estimator = Evolution(SGD(), Sick(since=0), lanes=6, horizon=8, truncation=4, fitness=fitness)
-    theta, g = SGD(lr=0.001).init_theta(generator()), generator()
-    estimator.estimate(theta, estimator.init(theta, g), g)
+    first_estimate(estimator, SGD(lr=0.001).init_theta(generator()))
     ((objectives, got),) = found
     counted = ~objectives.isnan()
     assert counted.sum() == 4

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 from outer import assert_resumes
-from tables import generator
+from tables import first_estimate, generator
 
 from l2o.estimators import Evolution
 from l2o.meta import MetaTraining
@@ -67,9 +67,7 @@ def test_the_end_of_a_run_is_the_mean_of_its_last_twentieth_and_a_quarter_of_its
 def test_validation_counts_at_the_end_of_whole_runs_alone(monkeypatch):
     seen, draw = [], Quadratic.batch
     monkeypatch.setattr(Quadratic, "batch", lambda self, *given: seen.append(given[1]) or draw(self, *given))
-    estimator, g = whole(lanes=2, horizon=40, valid_weight=0.5), generator()
-    theta = Adam().init_theta(g)
-    estimator.estimate(theta, estimator.init(theta, g), g)
+    first_estimate(whole(lanes=2, horizon=40, valid_weight=0.5), Adam().init_theta(generator()))
     assert seen == ["train"] * 35 + ["train", "valid"] * 5
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from outer import assert_resumes
-from tables import generator, identical
+from tables import first_estimate, generator, identical
 
 from l2o.estimators import Backprop, Evolution, Mixed
 from l2o.meta import MetaTraining
@@ -29,15 +29,12 @@ def test_a_mixture_of_one_has_the_direction_of_its_member_and_norm_one():
     theta = rule.init_theta(generator())
     alone = members(rule)["small"]
     mixed = Mixed({"small": alone})
-    g, same = generator(), generator()
-    want = alone.estimate(theta, alone.init(theta, g), g)[0]
-    grads, _, metrics = mixed.estimate(theta, mixed.init(theta, same), same)
+    want = first_estimate(alone, theta)[0]
+    grads, _, metrics = first_estimate(mixed, theta)
     norm = sum(t.square().sum() for t in want.values()).sqrt()
     torch.testing.assert_close(grads, {k: t / norm for k, t in want.items()})
     assert metrics["meta_loss"] == metrics["meta_loss/small"]
-    plain = Mixed({"small": alone}, normalise=False)
-    same = generator()
-    assert identical(plain.estimate(theta, plain.init(theta, same), same)[0], want)
+    assert identical(first_estimate(Mixed({"small": alone}, normalise=False), theta)[0], want)
 
 
 def test_a_mixture_is_the_weighted_mean_of_gradients_of_norm_one():
@@ -48,8 +45,7 @@ def test_a_mixture_is_the_weighted_mean_of_gradients_of_norm_one():
     grads = {name: member.estimate(theta, states[name], g)[0] for name, member in own.items()}
     norms = {name: sum(t.square().sum() for t in grad.values()).sqrt() for name, grad in grads.items()}
     want = {k: (3 * grads["small"][k] / norms["small"] + grads["large"][k] / norms["large"]) / 4 for k in theta}
-    mixed, g = Mixed(own, {"small": 3.0}), generator()
-    found, _, metrics = mixed.estimate(theta, mixed.init(theta, g), g)
+    found, _, metrics = first_estimate(Mixed(own, {"small": 3.0}), theta)
     torch.testing.assert_close(found, want)
     torch.testing.assert_close(
         metrics["meta_loss"], 0.75 * metrics["meta_loss/small"] + 0.25 * metrics["meta_loss/large"]

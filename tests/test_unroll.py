@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tables import RULES, TOTAL, Recorded, Shapes, every_rule, generator, in_eigenbasis, random_theta
+from tables import RULES, TOTAL, Recorded, Shapes, every_rule, first_estimate, generator, in_eigenbasis, random_theta
 from torch import nn
 
 from l2o.bench.checks import HostReads
@@ -225,7 +225,6 @@ def test_bptt_is_the_mean_loss_differentiated():
     estimator.init(theta, same := generator(5))
     loss = meta_loss(rule, theta, family, steps=3, batches=estimator.streams(same).batches) / 9
     want = torch.autograd.grad(loss, list(theta.values()))
-    g = generator(5)
-    got, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    got, _, metrics = first_estimate(estimator, theta, 5)
     torch.testing.assert_close(dict(got), dict(zip(theta, want, strict=True)))
     torch.testing.assert_close(metrics["meta_loss"], loss.detach())
