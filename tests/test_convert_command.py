@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from originals import adafac, write
 from server import Page, Server
+from training import status
 
 import l2o
 from l2o.rules import AdafacMLP
 from meta_train.convert import main, run, setting
 
 
-def test_the_command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write(here / "theta.state", adafac(39, 4, 4, 2)))
     command = [file, "--to", "new", "--licence", "CC0-1.0", "--set", "step_mult=0.02"]
     run(command)
@@ -25,10 +26,7 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert l2o.load("new")[0] == AdafacMLP(step_mult=0.02)
     bad = {"a checkpoint is there already": command, "expected NAME=VALUE": [*command, "--set", "x"]}
     for message, arguments in bad.items():
-        monkeypatch.setattr("sys.argv", ["convert", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert caught.value.code == 2
+        assert status(main, *arguments) == 2
         assert message in capsys.readouterr().err
 
 
@@ -39,13 +37,10 @@ def test_true_and_false_may_be_written_as_in_python() -> None:
 
 
 @pytest.mark.parametrize("to", ["taken", "taken/new"])
-def test_a_folder_that_cannot_be_made_is_one_line(here: Path, capsys, monkeypatch, to: str) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(here: Path, capsys, to: str) -> None:
     (here / "taken").touch()
     file = str(write(here / "theta.state", adafac(39, 4, 4, 2)))
-    monkeypatch.setattr("sys.argv", ["convert", file, "--to", to, "--licence", "MIT"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
+    assert status(main, file, "--to", to, "--licence", "MIT") == 2
     said = capsys.readouterr().err
     assert re.fullmatch(rf"error: to='{to}' cannot be written \(.*name another\n", said)
 
@@ -104,10 +99,7 @@ def test_an_address_that_does_not_serve_is_said(
 ) -> None:
     server.pages["/other.state"] = Page(b"something else")
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr("sys.argv", ["convert", address.format(url=server.url), "--to", "new"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
+    assert status(main, address.format(url=server.url), "--to", "new") == 2
     assert message in capsys.readouterr().err
     assert not (here / "new").exists()
 
