@@ -18,6 +18,7 @@ from l2o.optim import LearnedOptimizer, learned
 from l2o.rules import MLP, SGD, AdaGrad, Adam, Momentum, RMSProp
 
 
+@torch.no_grad()
 def by_hand(rule, theta, params, steps: range) -> list[torch.Tensor]:
     """What the rule's own ``update`` makes of the parameters, of entries that have had a gradient."""
     names = {str(i): p for i, p in enumerate(params)}
