@@ -1,7 +1,5 @@
 """What the tests of the guard share: a bowl, runs down it, and what was done."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

@@ -1,7 +1,5 @@
 """What tests of meta-training share: a run of `Backprop` on quadratics, and a rule whose initial state is learned."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

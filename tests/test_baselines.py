@@ -1,7 +1,5 @@
 """Baselines: what they are, what they meet, and how optimizers of users may behave that are run beside them."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from functools import partial

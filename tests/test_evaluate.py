@@ -1,7 +1,5 @@
 """The command ``python -m meta_train.evaluate``: a whole small run, its settings, and bad input before any work."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

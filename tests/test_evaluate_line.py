@@ -1,7 +1,5 @@
 """What a command line of ``python -m meta_train.evaluate`` means; a bad one is one line before any work."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import os

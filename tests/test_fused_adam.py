@@ -1,7 +1,5 @@
 """Adam's step in place, by torch's kernel, is the rule's update, and torch's AdamW."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from plugin import copies, make, parameters, set_gradients, source, train, with_gaps

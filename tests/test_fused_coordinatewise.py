@@ -1,7 +1,5 @@
 """The step in place of rules with a network an element is the rule's update, or nothing is written."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from plugin import make, parameters, train, with_gaps

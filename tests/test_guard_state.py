@@ -1,7 +1,5 @@
 """State of guarded runs: they resume to the bit wherever they are, and pass between guarded and unguarded ones."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """What the guard of a plug-in sees and does in runs that go wrong, and that it costs a good run nothing."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

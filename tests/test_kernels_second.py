@@ -1,7 +1,5 @@
 """The kernel of a perceptron's second derivatives agrees with autograd's in float64 and with finite differences."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tables import first_estimate, generator, identical

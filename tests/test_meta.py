@@ -1,7 +1,5 @@
 """Estimators and the outer loop: truncation, masking, clipping, resume, and that meta-training works."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Mixtures of families: the weighted mean of gradients of norm one, whatever their scale, and what they refuse."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

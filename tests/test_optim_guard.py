@@ -1,7 +1,5 @@
 """What must not happen in a step: half of it, numbers that are not finite, entries that move without a gradient."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import warnings

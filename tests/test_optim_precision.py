@@ -1,7 +1,5 @@
 """Parameters and state of low precision: what is rounded, and that a run goes on from bfloat16 as from any other."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """Whose state a saved one is: of another rule, an older version, other code, parameters in another order."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """The plug-in's state: saved, loaded, copied and pickled, a run goes on as if nothing had happened, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import weakref

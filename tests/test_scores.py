@@ -1,7 +1,5 @@
 """What is made of curves: hand-made ones get the scores that they should, alone and over the tasks of a suite."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

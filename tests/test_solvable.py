@@ -1,7 +1,5 @@
 """Benchmarks of the field are as hard as they are known to be: solved, as fast as FISTA does, or not by descent."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

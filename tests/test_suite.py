@@ -1,7 +1,5 @@
 """Suites and their store: curves are run once, in any number of processes, and scored alike whenever."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
