@@ -13,7 +13,6 @@ import torch
 from suites import ENTRANTS, GRIDS, NOISY, TASKS, learned, theta_of
 from torch import nn
 
-import l2o.meta
 from l2o.bench.checks import HostReads
 from l2o.bench.cost import plug_in, usual
 from l2o.evaluation import (
@@ -108,33 +107,6 @@ def test_a_run_does_not_wait_for_the_device():
 def test_a_run_needs_positive_numbers(horizon, evaluations, names):
     with pytest.raises(ConfigurationError, match=names):
         run(SGD(), {"log_lr": torch.zeros(1)}, NOISY.family, horizon, torch.Generator(), evaluations)
-
-
-def one_by_one(name: str, rate: float, seed: int) -> list[float]:
-    """The losses of torch's optimizer on one problem of ``NOISY``, drawn as the vectorised run draws them."""
-    generator = torch.Generator().manual_seed(NOISY.seed)
-    data = NOISY.family.sample(generator, NOISY.seeds)
-    x = nn.Parameter(NOISY.family.init(data, generator)[0]["x"][seed].clone())
-    optimizer = TORCH[name]([x], lr=rate)
-    losses = []
-    for step in range(NOISY.steps):
-        batch = NOISY.family.batch(data, "train", generator)
-        loss, _ = NOISY.family.loss({"x": x}, {}, *({k: t[seed] for k, t in d.items()} for d in (data, batch)))
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        if GRIDS[name].cosine:
-            optimizer.param_groups[0]["lr"] = rate * l2o.meta.warmup_cosine(step, NOISY.steps, NOISY.steps // 20)
-        optimizer.step()
-    return losses
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_the_lanes_of_a_grid_are_single_runs_of_torch(name):
-    grid = (1e-3, 1e-2)
-    trials = run_baseline(dataclasses.replace(GRIDS[name], rates=grid), NOISY)
-    singly = [[one_by_one(name, rate, seed) for rate in grid] for seed in range(NOISY.seeds)]
-    np.testing.assert_allclose(trials.train, np.array(singly).transpose(2, 0, 1), rtol=2e-5)
 
 
 @pytest.mark.parametrize(
