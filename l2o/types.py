@@ -1,8 +1,6 @@
 """The contracts: what every module of l2o hands to every other.
 
-Data flows one way: task sample -> unroll -> meta-gradient -> outer step -> checkpoint -> plug-in.
-
-Five conventions hold everywhere.
+Data flows one way: task sample -> unroll -> meta-gradient -> outer step -> checkpoint -> plug-in. Conventions:
 
 * **One container.** Parameters, gradients, updates and meta-parameters θ are flat dicts of named tensors,
   which is what ``torch.func.functional_call``, ``torch.func.vmap`` and safetensors take.
@@ -81,10 +79,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """What is known of a parameter tensor without looking at it.
-
-    shape: of the whole tensor, also where a process holds a shard of it.    kind: what it is for.
-    """
+    """A parameter tensor, unseen.  shape: of the whole, also where a process holds a shard of it.  kind: its use."""
 
     shape: tuple[int, ...]
     kind: Kind

@@ -71,7 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     folders = [user_path(each) for each in given.golden] if given.golden is not None else _folders()
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigurationError(f"golden={str(folder)!r}: there is no such folder")
+            raise ConfigurationError(f"golden={str(folder)!r}: there is no such folder; name that of recorded runs")
     recorded = replays(folders) if folders else published()
     rows = [row(name, recorded) for name in names]
     if out:

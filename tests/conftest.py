@@ -40,6 +40,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def sgd(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in a folder of its own that has a checkpoint ``sgd``, and commands leave no trace."""
+    from l2o.checkpoints import store  # after `pytest_configure`
+    from l2o.rules import SGD
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    store.save("sgd", SGD(), SGD().init_theta(torch.Generator()))
+
+
 @pytest.fixture(params=[1, 2], ids="{}-threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """The test runs on one thread of torch, and on two."""

@@ -22,6 +22,8 @@ from l2o.tasks import (
 )
 from l2o.types import TaskFamily
 
+LANES = 4
+
 SMALL: dict[str, Any] = {"batch_size": 8, "pool": 2}
 SAMPLED: dict[str, Any] = {
     "effective_batch": (3, 7),
@@ -67,9 +69,9 @@ NETWORKS: dict[str, TaskFamily] = {
 }
 
 
-def draw(family: TaskFamily, split: str = "train", lanes: int = 3) -> list[dict[str, Tensor]]:
+def draw(family: TaskFamily, split: str = "train", lanes: int = LANES, seed: int = 0) -> list[dict[str, Tensor]]:
     """Parameters, buffers, data and batch: the arguments of ``loss``."""
-    g = generator()
+    g = generator(seed)
     data = family.sample(g, lanes)
     params, buffers = family.init(data, g)
     return [params, buffers, data, family.batch(data, split, g)]  # type: ignore[arg-type]

@@ -87,6 +87,13 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(t) for t in tensors]
 
 
+def with_gaps(t: Tensor) -> Tensor:
+    """The same numbers with as many between them."""
+    wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1])
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
 def set_gradients(params: Sequence[Tensor], step: int) -> None:
     """Gradients that are the same for every caller of this step, small, large and zero ones among them."""
     g = generator(100 + step)

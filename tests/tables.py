@@ -156,6 +156,12 @@ def one_update(rule, theta, grads, state, params, step=0, total=9, loss=None):
     return rule.update(theta, grads, state, params, infos_of(params), run)
 
 
+def first_estimate(estimator, theta, seed=0):
+    """Gradients, state and metrics of one truncation from fresh problems."""
+    g = generator(seed)
+    return estimator.estimate(theta, estimator.init(theta, g), g)
+
+
 def in_eigenbasis(rule) -> bool:
     """Whether matrices have a basis, which follows every so many steps."""
     return getattr(rule, "direction", "") == "eigenbasis"

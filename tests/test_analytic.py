@@ -13,7 +13,6 @@ from tables import double, generator
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from l2o.random import LaneGenerator
 from l2o.tasks import ConvexQuadratic, Lasso, Plateau, Rastrigin, Rosenbrock, Saddle
 from l2o.tasks.analytic import Landscape, rotations
 from l2o.types import ConfigurationError, TaskFamily
@@ -89,15 +88,6 @@ def test_entries_beyond_the_sampled_dimension_have_no_part(family: TaskFamily) -
     assert (grad[~inside] == 0).all()
     assert (grad[inside] != 0).all()
     assert losses(family, torch.where(inside, x, 17.0), drawn).equal(value)
-
-
-@every_family
-def test_lanes_are_the_same_whichever_others_are_drawn(family: TaskFamily) -> None:
-    few, ids = torch.tensor([3, 5]), torch.arange(8)
-    some, all_ = (draw(family, len(i), "train", LaneGenerator("cpu", 7, i)) for i in (few, ids))
-    for one, whole in zip(some, all_, strict=True):
-        assert one.keys() == whole.keys()
-        assert all(one[name].equal(whole[name][few]) for name in one)
 
 
 @every_landscape

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tables import generator, identical
+from tables import first_estimate, generator, identical
 from torch.func import vmap
 
 import l2o.unroll
@@ -44,15 +45,10 @@ def test_what_has_kernels_keeps_them(valid_weight: float, monkeypatch: pytest.Mo
     """Without validation losses no single step is taken, with them nothing is compiled."""
     monkeypatch.setenv("L2O_KERNELS", "1")
     monkeypatch.setattr(torch if valid_weight else l2o.unroll, "compile" if valid_weight else "inner_step", None)
-    rule, found = MLP(hidden=(4,)), []
-    for compiled in (False, True):
-        estimator = Evolution(
-            rule, IMAGES, lanes=4, horizon=4, truncation=4, valid_weight=valid_weight, compile=compiled
-        )
-        g = generator()
-        theta = rule.init_theta(g)
-        found.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
-    assert identical(*found)
+    rule = MLP(hidden=(4,))
+    make = partial(Evolution, rule, IMAGES, lanes=4, horizon=4, truncation=4, valid_weight=valid_weight)
+    theta = rule.init_theta(generator())
+    assert identical(*(first_estimate(make(compile=compiled), theta)[0] for compiled in (False, True)))
 
 
 def test_what_is_compiled_says_what_it_is() -> None:

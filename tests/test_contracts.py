@@ -79,20 +79,12 @@ SLIPS: dict[str, tuple[str, Any, str]] = {
     "sample gives no tensor": ("sample", lambda self, g, lanes: {}, "Mine.sample: no tensors"),
     "sample has no lanes": ("sample", lambda self, g, lanes: {"a": torch.zeros(5)}, r"Mine.sample: 'a' .*shape \[5\]"),
     "sample in numpy": ("sample", lambda self, g, lanes: {"a": torch.zeros(lanes).numpy()}, "'a' is a ndarray"),
-    "init without buffers": (
-        "init",
-        lambda self, data, g: {"w": data["a"]},
-        "Mine.init: returned a dict, expected",
-    ),
+    "init without buffers": ("init", lambda self, data, g: {"w": data["a"]}, "Mine.init: returned a dict, expected"),
     "init without parameters": ("init", start_of(), "Mine.init has no parameters"),
     "init without lanes": ("init", start_of(w=torch.zeros(5)), r"Mine.init: 'w' .*\[5\], expected .* leading axis"),
     "whole numbers": ("init", lambda self, data, g: ({"w": data["a"].long()}, {}), "Mine.init has parameters of int64"),
     "half precision": ("init", lambda self, data, g: ({"w": data["a"].half()}, {}), r"float16, expected .*\.float\(\)"),
-    "two dtypes": (
-        "init",
-        lambda self, data, g: ({"w": data["a"], "v": data["a"].double()}, {}),
-        "float32 and float64, expected all",
-    ),
+    "two dtypes": ("init", lambda self, data, g: ({"w": data["a"], "v": data["a"].double()}, {}), "32 and float64"),
     "batch is a tensor": ("batch", lambda self, data, split, g: data["a"], "Mine.batch: a float32 tensor .*expected"),
     "batch without lanes": ("batch", lambda self, data, split, g: {"x": torch.zeros(7)}, "Mine.batch: 'x'"),
     "loss forgets buffers": ("loss", loss_of(lambda loss, buffers: loss), "Mine.loss: returned a float32 tensor"),
@@ -105,11 +97,7 @@ SLIPS: dict[str, tuple[str, Any, str]] = {
     "loss branches": ("loss", loss_of(lambda loss, b: (loss if loss > 0 else -loss, b)), "Mine.loss .*torch.where"),
     "loss writes to its parameters": ("loss", shrunk, "Mine.loss writes to its inputs in place.*clones"),
     "gradients alone": ("transform_gradients", lambda self, grads, *rest: grads, "Mine.transform_gradients: returned"),
-    "gradients lost": (
-        "transform_gradients",
-        lambda self, grads, b, *rest: ({}, b),
-        "transform_gradients: tensors",
-    ),
+    "gradients lost": ("transform_gradients", lambda self, grads, b, *rest: ({}, b), "transform_gradients: tensors"),
 }
 
 
@@ -189,10 +177,7 @@ SPECTRAL = nn.utils.parametrizations.spectral_norm
 ONCE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no derivative in torch": (lambda: Between(lambda self, h: F.hardsigmoid(h)), "cannot be differentiated twice"),
     "rounding, straight through": (lambda: Between(lambda self, h: h + (h.round() - h).detach()), "wrong second"),
-    "a norm that is a constant": (
-        lambda: Between(lambda self, h: h / self.first.weight.norm().detach()),
-        "wrong second",
-    ),
+    "a constant norm": (lambda: Between(lambda self, h: h / self.first.weight.norm().detach()), "wrong second"),
     "a running mean": (lambda: Between(centred), "wrong second derivatives"),
     "spectral norm": (lambda: nn.Sequential(SPECTRAL(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1)), "wrong second"),
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from msgpack_writer import pack
-from server import Page, Server
+from originals import CASES, adafac, scheduler, stack, tree, write
 from tables import identical
 from test_foreign import linear, velo
 
@@ -26,66 +24,8 @@ from l2o.interop.pylo import DECAYS, GROUPS
 from l2o.interop.references import REFERENCES
 from l2o.interop.traces import read_trace, replay
 from l2o.ops.moments import decay
-from l2o.rules import AdafacMLP, Celo, Celo2, CeloAdam, VeLO
+from l2o.rules import AdafacMLP, Celo2, VeLO
 from l2o.types import CheckpointError, L2OError
-from meta_train.convert import main, run, setting
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def stack(units: int, *inits: int) -> Shapes:
-    """The networks of VeLO, Celo (``inits`` of them) and Celo2 (one)."""
-    shapes: Shapes = {f"ff_mod_stack/~/w0__{j}": (*inits, n, units) for j, n in enumerate(GROUPS)}
-    for i, (fan_in, fan_out) in enumerate(((0, units), (units, units), (units, 3))):
-        shapes |= {f"ff_mod_stack/~/w{i}": (*inits, fan_in, fan_out)} if i else {}
-        shapes |= {f"ff_mod_stack/~/b{i}": (*inits, fan_out)}
-    return shapes
-
-
-def scheduler(inputs: int, hidden: int, inits: int = 0) -> Shapes:
-    """The LSTM of VeLO and Celo, and what reads its state."""
-    shapes: Shapes = {f"lstm_init_state/{name}": (1, hidden) for name in ("hidden", "cell")}
-    layers = {"linear": (inputs, hidden), "linear_1": (inputs, hidden), "linear_2": (inputs, hidden)}
-    layers |= {"rnn/linear": (2 * hidden, 4 * hidden), "step_size": (hidden, 1)}
-    layers |= {"rnn_to_controls": (hidden, inits)} if inits else {}
-    for name, shape in layers.items():
-        shapes |= {f"rnn_params/{name}/w": shape, f"rnn_params/{name}/b": shape[1:]}
-    return shapes
-
-
-def adafac(*sizes: int) -> Shapes:
-    shapes: Shapes = {f"{name}_decays": (n,) for name, n in (("momentum", 3), ("rms", 1), ("adafactor", 3))}
-    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        shapes |= {f"nn/~/w{i}": (fan_in, fan_out), f"nn/~/b{i}": (fan_out,)}
-    return shapes
-
-
-CASES = {
-    "AdafacMLPLOpt": (adafac(39, 4, 4, 2), AdafacMLP(hidden=(4, 4))),
-    "AdafacMLPLOpt, three hidden layers": (adafac(39, 7, 7, 7, 2), AdafacMLP(hidden=(7, 7, 7))),
-    "HyperV2": ({**stack(4, 3), **scheduler(30, 8, 3)}, VeLO(lstm_hidden=8, inits=3)),
-    "celo.optimizers.celo.Celo": ({**stack(4, 1), **scheduler(18, 8, 1)}, Celo(lstm_hidden=8)),
-    "celo.optimizers.celo.Celo, a mixture": ({**stack(4, 5), **scheduler(18, 8, 5)}, Celo(lstm_hidden=8, inits=5)),
-    "celo.optimizers.celo_adam.Celo": (scheduler(18, 8), CeloAdam(lstm_hidden=8)),
-    "celo2_optax.scale_by_celo2": (stack(8), Celo2(hidden=(8, 8))),
-}
-
-
-def tree(shapes: Shapes) -> dict[str, Any]:
-    """Random arrays, nested as flax nests them."""
-    rng, nested = np.random.default_rng(0), {}
-    for path, shape in shapes.items():
-        *folders, leaf = path.replace("rnn/linear", "rnn|linear").split("/")
-        node = nested
-        for folder in folders:
-            node = node.setdefault(folder.replace("|", "/"), {})
-        node[leaf] = rng.standard_normal(shape, dtype=np.float32)
-    return nested
-
-
-def write(path: Path, shapes: Shapes) -> Path:
-    path.write_bytes(pack(tree(shapes)))
-    return path
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -257,109 +197,6 @@ def test_settings_that_are_none(here: Path, licence: str, settings: dict[str, An
     with pytest.raises(L2OError, match=message):
         convert([file], here / "new", licence, settings)
     assert not (here / "new").exists()
-
-
-def test_the_command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    file = str(write(here / "theta.state", adafac(39, 4, 4, 2)))
-    command = [file, "--to", "new", "--licence", "CC0-1.0", "--set", "step_mult=0.02"]
-    run(command)
-    said = capsys.readouterr().out
-    assert "AdafacMLPLOpt: AdafacMLP(hidden=(4, 4)" in said
-    assert "not in the files: step_mult = 0.02" in said
-    assert l2o.load("new")[0] == AdafacMLP(step_mult=0.02)
-    bad = {"a checkpoint is there already": command, "expected NAME=VALUE": [*command, "--set", "x"]}
-    for message, arguments in bad.items():
-        monkeypatch.setattr("sys.argv", ["convert", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert caught.value.code == 2
-        assert message in capsys.readouterr().err
-
-
-def test_true_and_false_may_be_written_as_in_python() -> None:
-    assert [setting(f"mup={text}") for text in ("True", "False", "true", "0")] == [
-        ("mup", True), ("mup", False), ("mup", True), ("mup", 0),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("to", ["taken", "taken/new"])
-def test_a_folder_that_cannot_be_made_is_one_line(here: Path, capsys, monkeypatch, to: str) -> None:
-    (here / "taken").touch()
-    file = str(write(here / "theta.state", adafac(39, 4, 4, 2)))
-    monkeypatch.setattr("sys.argv", ["convert", file, "--to", to, "--licence", "MIT"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(rf"error: to='{to}' cannot be written \(.*name another\n", said)
-
-
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-@pytest.mark.parametrize(
-    ("address", "page"),
-    [
-        (f"hf:owner/name@{COMMIT}", f"/owner/name/resolve/{COMMIT}/theta.state"),
-        (f"hf:owner/name@{COMMIT}", f"/owner/name/resolve/{COMMIT}/model.safetensors"),
-        (f"hf:owner/name@{COMMIT}/a/b.state", f"/owner/name/resolve/{COMMIT}/a/b.state"),
-        ("hf:owner/name@main#sha256={pin}", "/owner/name/resolve/main/theta.state"),
-        ("hf:owner/name#unpinned", "/owner/name/resolve/main/theta.state"),
-        ("{url}/some/theta.state#sha256={pin}", "/some/theta.state"),
-        ("{url}/some/theta.state?key=1#sha256={pin}", "/some/theta.state?key=1"),
-    ],
-)
-def test_weights_at_an_address_are_one_command(
-    here: Path, server: Server, capsys, monkeypatch, address: str, page: str
-) -> None:
-    """Fetched once, and then taken from the cache."""
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    content = write(here / "theta.state", adafac(39, 4, 4, 2)).read_bytes()
-    server.pages[page] = Page(content)
-    source = address.format(url=server.url, pin=hashlib.sha256(content).hexdigest())
-    for to in ("new", "again"):
-        run([source, "--to", to])
-        assert f"see {source}" in " ".join(capsys.readouterr().out.split())
-        server.pages.clear()
-    assert l2o.load("again")[0] == AdafacMLP()
-    (file,) = l2o.read_card("again")["origin"]["files"]
-    assert (file["address"], file["size"]) == (source, len(content))
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("hf:owner/name", "may serve something else tomorrow. Pin it with a full commit"),
-        ("hf:owner/name@main", "by the SHA-256 of the file, hf:owner/name@main#sha256"),
-        (f"hf:owner/name@{COMMIT[:7]}", "Pin it with a full commit"),
-        (f"hf:owner/name@{COMMIT}/../x", "expected hf:owner/name@commit, or with /FILE behind it"),
-        ("hf:owner", "expected hf:owner/name"),
-        ("{url}/theta.state", "Pin it with #sha256"),
-        ("{url}/#unpinned", "expected the address of a file of weights"),
-        ("{url}/theta.state#sha256=12", "64 hexadecimal digits, the SHA-256 of the file"),
-        ("{url}/other.state#sha256=" + "0" * 64, "expected " + "0" * 64),
-        ("{url}/none.state#sha256=" + "0" * 64, "404"),
-        (f"hf:owner/name@{COMMIT}", "pytorch_model.bin"),
-        ("http://example.org/theta.state#unpinned", "expected an address of https"),
-    ],
-)
-def test_an_address_that_does_not_serve_is_said(
-    here: Path, server: Server, capsys, monkeypatch, address: str, message: str
-) -> None:
-    server.pages["/other.state"] = Page(b"something else")
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr("sys.argv", ["convert", address.format(url=server.url), "--to", "new"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (here / "new").exists()
-
-
-def test_a_licence_has_to_be_stated(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(["theta.state", "--to", "new"])
-    assert "--licence" in capsys.readouterr().err
 
 
 RECORDED = sorted((Path(__file__).parent / "golden").glob("*.npz"))

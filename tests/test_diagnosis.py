@@ -1,7 +1,5 @@
 """Training runs whose trouble is known: what is said of them, and since which step."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

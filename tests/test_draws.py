@@ -7,16 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tables import generator
 from torch import Tensor
 
 from l2o import random
 from l2o.random import LaneGenerator
 
 N = 200_000
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def moments(x: Tensor) -> tuple[float, float, float, float]:

@@ -7,17 +7,15 @@ import math
 
 import pytest
 import torch
-from tables import TOTAL, Recorded, Shapes, generator, identical, random_theta
-from torch import nn
+from outer import Warm
+from tables import Recorded, Shapes, first_estimate, generator, identical
 from torch.utils._pytree import tree_map
 
-from l2o.estimators import Backprop, Evolution, Mixed
+from l2o.estimators import Backprop, Evolution
 from l2o.estimators.episodes import signed_log
-from l2o.meta import MetaTraining
-from l2o.rules import LSTM, MLP, SGD, Adam
-from l2o.rules.elementwise import ElementwiseRule
-from l2o.tasks import DelayedGradients, ImageMLP, ModuleTask, Quadratic
-from l2o.types import ConfigurationError, MetaGradient, Mixture
+from l2o.rules import SGD, Adam
+from l2o.tasks import Quadratic
+from l2o.types import ConfigurationError
 
 BOTH = [Backprop, Evolution]
 
@@ -82,20 +80,21 @@ def test_log_counts_the_logarithm_over_a_floor_in_units_of_the_first_loss():
     assert estimator.objective(losses, state, losses[0]).item() == pytest.approx(want)
 
 
-@pytest.mark.parametrize("make", BOTH)
-def test_relative_losses_do_not_see_the_scale_of_a_task(make):
-    class Scaled(Quadratic):
-        def loss(self, params, buffers, data, batch):
-            loss, buffers = super().loss(params, buffers, data, batch)
-            return 100.0 * loss, buffers
+class Scaled(Quadratic):
+    def loss(self, params, buffers, data, batch):
+        loss, buffers = super().loss(params, buffers, data, batch)
+        return 100.0 * loss, buffers
 
-    rule, grads = Adam(lr=0.1), []
-    theta = rule.init_theta(generator())
-    for family in (Quadratic(), Scaled()):
-        estimator = make(rule, family, lanes=4, horizon=4, truncation=4, meta_loss="relative")
-        g = generator()
-        grads.append(estimator.estimate(theta, estimator.init(theta, g), g)[0]["log_lr"])
+
+@pytest.mark.parametrize("meta_loss", ["log", "relative"])
+@pytest.mark.parametrize("make", BOTH)
+def test_these_meta_losses_do_not_see_the_scale_of_a_task(make, meta_loss):
+    rule = Adam(lr=0.1)  # blind to the scale of gradients, but for its epsilon
+    settings = {"lanes": 4, "horizon": 4, "truncation": 4, "meta_loss": meta_loss}
+    theta, families = rule.init_theta(generator()), (Quadratic(), Scaled())
+    grads = [first_estimate(make(rule, family, **settings), theta)[0] for family in families]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
+    assert grads[0]["log_lr"].abs() > 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +124,7 @@ def test_no_meta_loss_rewards_a_rise_of_losses_of_whatever_sign(make, meta_loss,
     for kind in ("mean", meta_loss):
         family = Shifted(init_scale=0.0, shift=shift)
         estimator = make(rule, family, lanes=8, horizon=8, truncation=4, meta_loss=kind)
-        g = generator()
-        grads, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        grads, _, metrics = first_estimate(estimator, theta)
         assert metrics["lanes_masked"] == metrics["lanes_broken"] == 0
         found[kind] = grads["log_lr"]
     assert found[meta_loss] * found["mean"] > 0
@@ -173,8 +171,7 @@ def test_the_weight_of_validation_data(make):
     for weight in (0.0, 0.25, 1.0):
         settings = {"clip": 1e9} if make is Backprop else {}
         estimator = make(rule, Flat(), lanes=4, horizon=4, truncation=4, valid_weight=weight, **settings)
-        g = generator()
-        found, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+        found, _, metrics = first_estimate(estimator, theta)
         losses[weight], grads[weight] = metrics["meta_loss"].item(), found["log_lr"].item()
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * 7.0, rel=1e-5)
     assert losses[1.0] == pytest.approx(7.0)
@@ -196,27 +193,6 @@ def test_what_comes_after_a_run_is_not_in_the_metrics(make):
     torch.testing.assert_close(found[0]["meta_loss"], found[1]["meta_loss"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Warm(ElementwiseRule):
-    """Momentum whose initial velocity is learned."""
-
-    def init_theta(self, generator):
-        return {"start": torch.tensor(0.3)}
-
-    def init(self, theta, params, infos):
-        state = super().init(theta, params, infos)
-        return state._replace(per_param={k: {"m": theta["start"].expand_as(p)} for k, p in params.items()})
-
-    def slots(self, param):
-        return {"m": torch.zeros_like(param)}
-
-    def advance(self, theta, grad, slots):
-        return {"m": 0.9 * slots["m"] + 0.1 * grad}
-
-    def step(self, theta, grad, slots):
-        return -0.01 * slots["m"]
-
-
 @pytest.mark.parametrize("make", BOTH)
 def test_learned_initial_states_get_a_gradient(make):
     rule = Warm()
@@ -224,8 +200,7 @@ def test_learned_initial_states_get_a_gradient(make):
     family = Recorded(Shapes(), lanes=(0, 0))
     settings = {"horizon": 4, "truncation": 4, "stagger": False}
     estimator = make(rule, family, lanes=2, **settings)
-    g = generator(1)
-    grads = estimator.estimate(theta, estimator.init(theta, g), g)[0]
+    grads = first_estimate(estimator, theta, 1)[0]
     assert grads["start"].abs() > 1e-6
     if make is Backprop:
         h, around = 1e-5, []
@@ -234,48 +209,6 @@ def test_learned_initial_states_get_a_gradient(make):
             moved = {"start": theta["start"] + sign * h}
             around.append(estimator.estimate(moved, estimator.init(moved, g), g)[2]["meta_loss"])
         torch.testing.assert_close(grads["start"], (around[0] - around[1]) / (2 * h), rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("rule", [Adam(), MLP(hidden=(4,)), LSTM(hidden=(3,)), Warm()], ids=lambda r: type(r).__name__)
-@pytest.mark.parametrize("steps", [2, 5, 9])
-def test_checkpointing_changes_nothing_but_memory(rule, steps):
-    theta, family = random_theta(rule), Recorded(Shapes())
-    results = []
-    for checkpoint in (False, True):
-        estimator = Backprop(rule, family, lanes=TOTAL, horizon=9, truncation=steps, checkpoint=checkpoint)
-        g = generator(1)
-        state = estimator.init(theta, g)
-        for _ in range(2):
-            grads, state, metrics = estimator.estimate(theta, state, g)
-        results.append((grads, state, metrics))
-    torch.testing.assert_close(results[0], results[1], equal_nan=True)
-
-
-def statistics():
-    """A network whose batch norm carries statistics along, which validation sees."""
-    data = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
-    network = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
-    return ModuleTask(network, nn.functional.mse_loss, data, data, batch_size=8)
-
-
-@pytest.mark.parametrize("family", [statistics(), DelayedGradients(Shapes(), delay=2)], ids=["statistics", "delayed"])
-def test_checkpointing_passes_buffers_on(family):
-    theta, results = random_theta(Adam()), []
-    for checkpoint in (False, True):
-        estimator = Backprop(
-            Adam(), family, lanes=4, horizon=9, truncation=None, checkpoint=checkpoint, valid_weight=0.5, clip=1e9
-        )
-        g = generator(1)
-        results.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("steps", [2, 10, 100, 401])
-def test_checkpointing_holds_the_graph_of_a_root_of_the_steps(steps):
-    lengths = Backprop(SGD(), Quadratic(), horizon=steps, truncation=None, checkpoint=True)._stretches()
-    assert sum(lengths) == steps
-    assert max(lengths) <= math.ceil(steps**0.5)
-    assert len(lengths) <= math.ceil(steps**0.5)
 
 
 @pytest.mark.parametrize("make", BOTH)
@@ -295,130 +228,6 @@ def test_checkpointing_holds_the_graph_of_a_root_of_the_steps(steps):
 def test_settings_that_make_no_sense_are_refused(make, settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):
         make(SGD(), Quadratic(), **settings)
-
-
-def members(rule, lanes=4, **settings):
-    settings = {"lanes": lanes, "horizon": 6, "truncation": 3} | settings
-    return {
-        "small": Backprop(rule, Quadratic(dim=2), **settings),
-        "large": Backprop(rule, Quadratic(dim=9), **settings),
-    }
-
-
-def test_a_mixture_of_one_has_the_direction_of_its_member_and_norm_one():
-    rule = MLP(hidden=(4,))
-    theta = rule.init_theta(generator())
-    alone = members(rule)["small"]
-    mixed = Mixed({"small": alone})
-    g, same = generator(), generator()
-    want = alone.estimate(theta, alone.init(theta, g), g)[0]
-    grads, _, metrics = mixed.estimate(theta, mixed.init(theta, same), same)
-    norm = sum(t.square().sum() for t in want.values()).sqrt()
-    torch.testing.assert_close(grads, {k: t / norm for k, t in want.items()})
-    assert metrics["meta_loss"] == metrics["meta_loss/small"]
-    plain = Mixed({"small": alone}, normalise=False)
-    same = generator()
-    assert identical(plain.estimate(theta, plain.init(theta, same), same)[0], want)
-
-
-def test_a_mixture_is_the_weighted_mean_of_gradients_of_norm_one():
-    rule = MLP(hidden=(4,))
-    theta, own = rule.init_theta(generator()), members(rule)
-    g = generator()
-    states = {name: member.init(theta, g) for name, member in own.items()}
-    grads = {name: member.estimate(theta, states[name], g)[0] for name, member in own.items()}
-    norms = {name: sum(t.square().sum() for t in grad.values()).sqrt() for name, grad in grads.items()}
-    want = {k: (3 * grads["small"][k] / norms["small"] + grads["large"][k] / norms["large"]) / 4 for k in theta}
-    mixed, g = Mixed(own, {"small": 3.0}), generator()
-    found, _, metrics = mixed.estimate(theta, mixed.init(theta, g), g)
-    torch.testing.assert_close(found, want)
-    torch.testing.assert_close(
-        metrics["meta_loss"], 0.75 * metrics["meta_loss/small"] + 0.25 * metrics["meta_loss/large"]
-    )
-
-
-def test_the_norm_of_a_mixture_is_a_running_one():
-    """Two estimates of one family: the second is divided by the root of the mean square of both norms."""
-    rule = MLP(hidden=(4,))
-    theta, alone = rule.init_theta(generator()), members(rule)["small"]
-    g, squares = generator(), []
-    state = alone.init(theta, g)
-    for _ in range(2):
-        grads, state, _ = alone.estimate(theta, state, g)
-        squares.append(sum(t.square().sum() for t in grads.values()))
-    mean = (0.5 * squares[0] + squares[1]) / 1.5
-    mixed, g = Mixed({"small": alone}, decay=0.5), generator()
-    state = mixed.init(theta, g)
-    for _ in range(2):
-        found, state, _ = mixed.estimate(theta, state, g)
-    torch.testing.assert_close(found, {k: t / mean.sqrt() for k, t in grads.items()})
-
-
-class Given(MetaGradient):
-    """The gradients ``values``, one an estimate."""
-
-    def __init__(self, *values):
-        self.rule, self.family, self.values = SGD(), Quadratic(), values
-
-    def init(self, theta, generator):
-        return torch.zeros((), dtype=torch.long)
-
-    def estimate(self, theta, state, generator):
-        metrics = dict.fromkeys(("meta_loss", "lanes_masked", "lanes_broken", "inner_steps"), torch.zeros(()))
-        return {"log_lr": torch.tensor(self.values[int(state)])}, state + 1, metrics
-
-
-def mixed_gradients(**values):
-    mixed, theta = Mixed({name: Given(*each) for name, each in values.items()}), SGD().init_theta(generator())
-    state, found = mixed.init(theta, generator()), []
-    for _ in next(iter(values.values())):
-        grads, state, _ = mixed.estimate(theta, state, generator())
-        assert grads["log_lr"].dtype == torch.float32
-        found.append(grads["log_lr"].item())
-    return found
-
-
-def test_no_scale_of_gradients_drowns_a_family_of_a_mixture():
-    """Their squares are beyond the numbers of float32; of a family that learns nothing yet the square is 0."""
-    assert mixed_gradients(large=(3e30,), small=(3e-30,)) == pytest.approx([1.0])
-    assert mixed_gradients(still=(0.0,), other=(3.0,)) == pytest.approx([0.5])
-
-
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_mixture_forgets_an_estimate_that_is_not_finite(broken):
-    first, lost, second = mixed_gradients(one=(2.0, broken, 4.0), other=(1.0, 7.0, 3.0))
-    assert math.isnan(lost)
-    assert [first, second] == pytest.approx(mixed_gradients(one=(2.0, 4.0), other=(1.0, 3.0)))
-
-
-def test_a_mixture_meta_trains_reports_and_resumes():
-    def training(seed):
-        rule, g = MLP(hidden=(4,)), generator(seed)
-        families = Mixture({"quadratic": Quadratic(dim=3), "digits": ImageMLP(width=4, batch_size=8)}, {"digits": 2.0})
-        mixed = Mixed.over(families, lambda f: Evolution(rule, f, lanes=4, horizon=(3, 9), truncation=3, curriculum=3))
-        return MetaTraining(mixed, rule.init_theta(g), lambda p: torch.optim.Adam(p, lr=1e-2), g)
-
-    whole, first, second = training(0), training(0), training(9)
-    for _ in range(3):
-        metrics = whole.outer_step()
-        first.outer_step()
-    assert {"meta_loss", "meta_loss/quadratic", "meta_loss/digits", "lanes_masked", "inner_steps"} <= metrics.keys()
-    second.load_state_dict(first.state_dict())
-    for _ in range(3):
-        whole.outer_step()
-        second.outer_step()
-    assert identical(whole.state_dict(), second.state_dict())
-
-
-def test_a_mixture_is_of_one_rule_and_its_weights_of_its_families():
-    one, other = members(SGD())["small"], members(Adam())["large"]
-    with pytest.raises(ConfigurationError, match="one rule"):
-        Mixed({"a": one, "b": other})
-    for weights in ({"c": 1.0}, {"a": 0.0}):
-        with pytest.raises(ConfigurationError, match="weights"):
-            Mixed({"a": one}, weights)
-    with pytest.raises(ConfigurationError, match="at least one"):
-        Mixed({})
 
 
 @pytest.mark.parametrize("make", BOTH)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from tables import Recorded, Shapes, every_rule, generator, identical, random_theta
+from outer import assert_resumes, training
+from tables import Recorded, Shapes, first_estimate, generator, identical, random_theta
 
 from l2o.estimators import Backprop, Evolution
 from l2o.estimators.episodes import reduce_rows
 from l2o.meta import MetaTraining
-from l2o.random import uniform
 from l2o.rules import MLP, SGD, Adam
 from l2o.tasks import Quadratic
 from l2o.types import (
@@ -165,14 +166,11 @@ def test_held_noise_varies_less_than_fresh_noise():
 
 def test_pes_of_one_truncation_is_es():
     rule, family = MLP(hidden=(4,)), Recorded(Shapes(), lanes=(0, 1))
-    theta = random_theta(rule)
-    results = []
-    for settings in ({}, {"accumulate": False}, {"noise_steps": "episode"}, {"truncation": None}):
-        estimator = Evolution(rule, family, lanes=4, **({"horizon": 6, "truncation": 6, "stagger": False} | settings))
-        g = generator(1)
-        results.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
-    assert all(identical(results[0], other) for other in results[1:])
-    assert all(grad.abs().max() > 0 for grad in results[0].values())
+    theta, make = random_theta(rule), partial(Evolution, rule, family, lanes=4, horizon=6, stagger=False)
+    settings = ({"accumulate": False}, {"noise_steps": "episode"}, {"truncation": None})
+    one, *others = (first_estimate(make(**{"truncation": 6, **each}), theta, 1)[0] for each in ({}, *settings))
+    assert all(identical(one, other) for other in others)
+    assert all(grad.abs().max() > 0 for grad in one.values())
 
 
 def test_the_difference_of_a_pair_is_the_directional_derivative():
@@ -181,188 +179,13 @@ def test_the_difference_of_a_pair_is_the_directional_derivative():
     theta = random_theta(rule, noise=0.0)
     settings = {"horizon": 5, "truncation": 5, "stagger": False}
     es = Evolution(rule, family, lanes=2, sigma=1e-6, **settings)
-    g = generator(2)
-    grads, state, _ = es.estimate(theta, es.init(theta, g), g)
+    grads, state, _ = first_estimate(es, theta, 2)
     bptt = Backprop(rule, family, lanes=1, clip=1e9, **settings)
-    g = generator(2)
-    exact = bptt.estimate(theta, bptt.init(theta, g), g)[0]
+    exact = first_estimate(bptt, theta, 2)[0]
     along = sum((exact[k] * state.noise[k][0]).sum() for k in theta)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, along * state.score[name][0], rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(state.score[name] * 1e-12, state.noise[name])
-
-
-@every_rule
-def test_every_rule_gets_a_gradient_through_two_outer_steps_of_pes(rule):
-    g = generator()
-    estimator = Evolution(rule, Quadratic(dim=4), lanes=4, horizon=6, truncation=3)
-    run = MetaTraining(estimator, rule.init_theta(g), lambda p: torch.optim.SGD(p, lr=1e-6), g)
-    for _ in range(2):
-        metrics = run.outer_step()
-        assert metrics["lanes_masked"] == 0
-        assert all(t.grad.isfinite().all() for t in run.theta.values())
-        assert metrics["meta_grad_norm"] > 0
-
-
-def test_runs_of_a_pair_share_their_problem_and_pairs_differ():
-    rule, g = Adam(), generator()
-    theta = rule.init_theta(g)
-    estimator = Evolution(rule, Quadratic(noise=0.5), lanes=6, horizon=4, truncation=2, sigma=1e-3)
-    state = estimator.init(theta, g)
-    for _ in range(5):
-        _, state, _ = estimator.estimate(theta, state, g)
-        first, second = (torch.utils._pytree.tree_map(lambda t, i=i: t[i::2], state.inner) for i in (0, 1))
-        assert identical(first.data, second.data)
-        assert identical((first.step, first.total_steps), (second.step, second.total_steps))
-        assert len({w.sum().item() for w in first.data["w"]}) == 3
-        assert identical(first.first_loss, second.first_loss)
-    # Noise in the gradients is shared too: without a perturbation the two runs are the same.
-    calm = dataclasses.replace(estimator, sigma=1e-30)
-    g = generator(7)
-    _, state, _ = calm.estimate(theta, calm.init(theta, g), g)
-    assert state.inner.params["x"][::2].equal(state.inner.params["x"][1::2])
-
-
-@dataclasses.dataclass(frozen=True)
-class Sick(Quadratic):
-    """Both runs of the pair ``sick`` have the loss ``value`` from step ``since`` on."""
-
-    sick: int = 0
-    value: float = float("nan")
-    since: int = 1
-
-    def init(self, data, generator):
-        params, _ = super().init(data, generator)
-        return params, {"step": torch.zeros(len(data["y"]))}
-
-    def sample(self, generator, lanes):
-        data = super().sample(generator, lanes)
-        ids = torch.arange(lanes) if generator.ids is None else generator.ids
-        return data | {"sick": ids == self.sick}
-
-    def loss(self, params, buffers, data, batch):
-        loss, _ = super().loss(params, {}, data, batch)
-        sick = data["sick"] & (buffers["step"] >= self.since)
-        return torch.where(sick, self.value, loss), {"step": buffers["step"] + 1}
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
-def test_losses_of_an_exploded_run_are_cut_off_and_its_pair_is_reset(value):
-    rule, g = SGD(lr=0.001), generator()
-    theta = rule.init_theta(g)
-    estimator = Evolution(rule, Sick(value=value), lanes=6, horizon=8, truncation=4, stagger=False)
-    grads, state, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
-    assert metrics["lanes_masked"] == 2
-    assert metrics["lanes_broken"] == 0
-    assert state.inner.step.tolist() == [0, 0, 4, 4, 4, 4]
-    assert metrics["meta_loss"].isfinite()
-    assert grads["log_lr"].isfinite()
-
-
-def test_a_pair_is_reset_where_one_of_its_runs_explodes():
-    """A rate that is far too large in one run of each pair, and far too small in the other."""
-    theta, g = {"log_lr": torch.tensor(-3.0)}, generator()
-    estimator = Evolution(SGD(), Quadratic(), lanes=6, horizon=8, truncation=4, sigma=9.0, stagger=False)
-    _, state, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
-    assert metrics["lanes_masked"] == 3
-    assert state.inner.step.tolist() == [0] * 6
-    assert state.inner.data["y"][::2].equal(state.inner.data["y"][1::2])
-
-
-def test_the_ages_of_pairs_are_spread_and_their_scores_begin_anew_with_each_run():
-    theta, g = SGD(lr=1e-3).init_theta(generator()), generator()
-    estimator = Evolution(SGD(), Quadratic(), lanes=6, horizon=12, truncation=4, sigma=0.1)
-    state = estimator.init(theta, g)
-    assert state.inner.total_steps.tolist() == [12, 12, 8, 8, 4, 4]
-    before = state.score["log_lr"]
-    for ages in ([0, 0, 0], [4, 4, 0], [8, 0, 4], [0, 4, 8]):
-        assert state.inner.step[::2].tolist() == ages
-        _, state, _ = estimator.estimate(theta, state, g)
-        added = state.noise["log_lr"] / 0.1**2
-        want = torch.where(torch.tensor(ages) > 0, before + added, added)
-        torch.testing.assert_close(state.score["log_lr"], want)
-        before = state.score["log_lr"]
-
-
-def test_a_run_that_is_lost_counts_as_much_as_the_limit():
-    """Both runs explode at different speeds: what they count lies between their first loss and five times that."""
-    g = generator()
-    theta = {"log_lr": torch.tensor(3.0)}  # far too much for any quadratic here
-    estimator = Evolution(SGD(), Quadratic(), lanes=2, horizon=4, truncation=4, sigma=9.0, explosion=5.0)
-    grads, after, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
-    half = (grads["log_lr"] / after.score["log_lr"][0]).abs()
-    assert metrics["lanes_masked"] >= 1
-    state = estimator.init(theta, generator())
-    first = Quadratic().loss(
-        *({k: v[0] for k, v in d.items()} for d in (state.inner.params, {}, state.inner.data)), {"noise": 0}
-    )[0]
-    assert 0 < half <= (5 - 1) / 2 * first
-
-
-def test_pairs_without_a_finite_first_loss_count_nothing():
-    rule = SGD(lr=0.001)
-    theta = rule.init_theta(generator())
-    results = {}
-    for since in (0, 99):
-        estimator = Evolution(rule, Sick(since=since), lanes=6, horizon=8, truncation=4, stagger=False)
-        g = generator()
-        state = estimator.init(theta, g)
-        results[since] = estimator.estimate(theta, state, g)
-    broken, whole = results[0], results[99]
-    assert broken[2]["lanes_broken"] == 2
-    assert whole[2]["lanes_broken"] == 0
-    assert broken[0]["log_lr"].isfinite()
-    assert not broken[0]["log_lr"].isclose(whole[0]["log_lr"])
-
-
-@pytest.mark.parametrize("fitness", ["standard", "rank"])
-def test_pairs_without_a_finite_first_loss_are_no_measure_of_others(fitness, monkeypatch):
-    """Of three pairs one is broken: the two others have the fitness that they would have alone."""
-    found, make = [], Evolution._fitness
-    monkeypatch.setattr(Evolution, "_fitness", lambda self, x: found.append((x, make(self, x))) or found[-1][1])
-    estimator = Evolution(SGD(), Sick(since=0), lanes=6, horizon=8, truncation=4, fitness=fitness)
-    theta, g = SGD(lr=0.001).init_theta(generator()), generator()
-    estimator.estimate(theta, estimator.init(theta, g), g)
-    ((objectives, got),) = found
-    counted = ~objectives.isnan()
-    assert counted.sum() == 4
-    torch.testing.assert_close(got[counted[::2]], make(estimator, objectives[counted]))
-
-
-def test_deviations_by_tensor_and_their_decay():
-    rule, g = Adam(), generator()
-    theta = rule.init_theta(g)
-    estimator = Evolution(
-        rule,
-        Quadratic(),
-        lanes=8000,
-        horizon=4,
-        truncation=2,
-        sigma=0.01,
-        sigma_of={"log_eps": 0.5},
-        sigma_final=0.001,
-        sigma_steps=2,
-        stagger=False,
-    )
-    state = estimator.init(theta, g)
-    found = []
-    for _ in range(4):
-        _, state, _ = estimator.estimate(theta, state, g)
-        found.append([state.noise[name].std().item() for name in ("log_lr", "log_eps")])
-    want = torch.tensor([[1.0, 50.0], [0.3162, 15.81], [0.1, 5.0], [0.1, 5.0]]) * 0.01
-    torch.testing.assert_close(torch.tensor(found), want, rtol=0.05, atol=0.0)
-
-
-def test_fitness_shapes():
-    half = torch.tensor([0.3, -4.0, 0.1, 0.0])
-    losses = torch.stack([1.0 + half, 1.0 - half], 1).flatten()
-    shape = {
-        kind: Evolution(SGD(), Quadratic(), lanes=8, sigma=0.5, fitness=kind)._fitness(losses)
-        for kind in ("difference", "sign", "rank")
-    }
-    torch.testing.assert_close(shape["difference"], half)
-    torch.testing.assert_close(shape["sign"], 0.5 * torch.tensor([1.0, -1.0, 1.0, 0.0]))
-    torch.testing.assert_close(shape["rank"], 0.5 * torch.tensor([2 / 3, -1.0, 1 / 3, 0.0]))
 
 
 @pytest.mark.parametrize("fitness", ["difference", "rank", "sign"])
@@ -378,21 +201,8 @@ def test_meta_training_by_pes_learns_a_learning_rate(fitness):
 
 @pytest.mark.parametrize("settings", [{}, {"noise_steps": "episode", "fitness": "rank", "horizon": (3, 9)}])
 def test_resuming_equals_never_having_stopped(settings):
-    def training(seed):
-        rule, g = MLP(hidden=(4,)), generator(seed)
-        settings_ = {"lanes": 4, "horizon": 9, "truncation": 3, "curriculum": 4} | settings
-        estimator = Evolution(rule, Quadratic(noise=0.1), **settings_)
-        return MetaTraining(estimator, rule.init_theta(g), lambda p: torch.optim.Adam(p, lr=1e-2), g)
-
-    whole, first, second = training(0), training(0), training(9)
-    for _ in range(3):
-        whole.outer_step()
-        first.outer_step()
-    second.load_state_dict(first.state_dict())
-    for _ in range(4):
-        whole.outer_step()
-        second.outer_step()
-    assert identical(whole.state_dict(), second.state_dict())
+    settings = {"horizon": 9, "truncation": 3, "curriculum": 4} | settings
+    assert_resumes(partial(training, make=Evolution, family=Quadratic(noise=0.1), **settings), 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -422,103 +232,13 @@ def test_a_deviation_of_a_tensor_that_does_not_exist_is_refused():
         Evolution(rule, Quadratic(), sigma_of={"log_rate": 0.1}).init(rule.init_theta(generator()), generator())
 
 
-def whole(**settings):
-    settings = {
-        "lanes": 8,
-        "horizon": (10, 40),
-        "truncation": None,
-        "meta_loss": "end",
-        "fitness": "standard",
-    } | settings
-    return Evolution(Adam(), Quadratic(dim=3), **settings)
-
-
-def test_whole_runs_have_one_length_an_estimate_drawn_from_the_range():
-    estimator, g, lengths = whole(), generator(), []
-    state = estimator.init(Adam().init_theta(g), g)
-    for _ in range(30):
-        (length,) = set(state.inner.total_steps.tolist())
-        before = state.inner.step
-        _, state, metrics = estimator.estimate(Adam().init_theta(g), state, g)
-        assert not before.any()
-        assert metrics["inner_steps"] == 8 * length
-        lengths.append(length)
-    assert 10 <= min(lengths) < 18 < 26 < max(lengths) <= 40
-
-
-def test_the_length_of_whole_runs_says_nothing_of_their_tasks():
-    @dataclasses.dataclass(frozen=True)
-    class Drawn(Quadratic):
-        def sample(self, generator, lanes):
-            return {"first": uniform(generator, lanes), **super().sample(generator, lanes)}
-
-    rule = Adam()
-    estimator = Evolution(rule, Drawn(dim=2), lanes=4, horizon=(1, 1000), truncation=None)
-    theta, runs = rule.init_theta(generator()), []
-    for seed in range(40):
-        state = estimator.init(theta, generator(seed)).inner
-        runs.append([float(state.total_steps[0].log()), float(state.data["first"][0])])
-    assert torch.corrcoef(torch.tensor(runs).T)[0, 1].abs() < 0.5
-
-
-def test_the_end_of_a_run_is_the_mean_of_its_last_twentieth_and_a_quarter_of_its_middle():
-    losses = torch.linspace(3.0, 1.0, 200, dtype=torch.float64).unsqueeze(1)
-    first = losses[0]
-    state = dataclasses.make_dataclass("State", ["step", "total_steps"])(torch.tensor([0]), torch.tensor([200]))
-    expected = (losses[-10:].mean() + 3e-3).log() + 0.25 * (losses[66:86].mean() + 3e-3).log()
-    torch.testing.assert_close(whole(log_floor=1e-3).objective(losses, state, first)[0], expected)
-
-
-def test_validation_counts_at_the_end_of_whole_runs_alone():
-    seen = []
-
-    @dataclasses.dataclass(frozen=True)
-    class Watched(Quadratic):
-        def batch(self, data, split, generator):
-            seen.append(split)
-            return super().batch(data, split, generator)
-
-    estimator = Evolution(
-        SGD(), Watched(dim=2), lanes=2, horizon=40, truncation=None, meta_loss="end", valid_weight=0.5
-    )
-    g = generator()
-    theta = SGD().init_theta(g)
-    estimator.estimate(theta, estimator.init(theta, g), g)
-    assert seen == ["train"] * 35 + ["train", "valid"] * 5
-
-
-def test_standard_fitness_has_unit_mean_square_and_no_scale():
-    g = torch.tensor([3.0, 1.0, -1.0, 2.0])
-    fitness = whole(sigma=0.1)._fitness(g)
-    torch.testing.assert_close(fitness, 0.1 * torch.tensor([1.0, -1.5]) / (1.0 + 2.25) ** 0.5 * 2**0.5)
-    torch.testing.assert_close(whole(sigma=0.1)._fitness(1e6 * g), fitness)
-    assert not whole()._fitness(torch.ones(4)).any()
-
-
 def test_scaled_gradients_move_theta_as_if_in_units_of_its_deviations():
     def gradient(scaled):
         settings = {"sigma": 0.1, "sigma_of": {"log_lr": 0.02}, "scaled": scaled}
-        estimator, g = Evolution(SGD(), Quadratic(dim=2), lanes=4, horizon=5, truncation=None, **settings), generator()
-        theta = SGD().init_theta(g)
-        return estimator.estimate(theta, estimator.init(theta, g), g)[0]["log_lr"]
+        estimator = Evolution(SGD(), Quadratic(dim=2), lanes=4, horizon=5, truncation=None, **settings)
+        return first_estimate(estimator, SGD().init_theta(generator()))[0]["log_lr"]
 
     torch.testing.assert_close(gradient(True), gradient(False) * 0.04)
-
-
-def test_whole_runs_of_a_range_resume_bit_for_bit():
-    def training(seed):
-        g = generator(seed)
-        return MetaTraining(whole(scaled=True), Adam().init_theta(g), lambda p: torch.optim.SGD(p, lr=1e-2), g)
-
-    run, first, second = training(0), training(0), training(9)
-    for _ in range(2):
-        run.outer_step()
-        first.outer_step()
-    second.load_state_dict(first.state_dict())
-    for _ in range(2):
-        run.outer_step()
-        second.outer_step()
-    assert identical(run.state_dict(), second.state_dict())
 
 
 def test_compiled_estimates_are_those_of_the_engine():

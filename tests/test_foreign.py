@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from msgpack_writer import pack
+from originals import linear, velo
 from torch import Tensor
 
 from l2o.interop.files import read_foreign
@@ -226,11 +227,6 @@ def test_files_that_are_missing_or_too_large(path: Path, monkeypatch: pytest.Mon
         read_foreign(path)
 
 
-def linear(name: str, fan_in: int, fan_out: int) -> dict[str, Tensor]:
-    """A ``torch.nn.Linear`` of a state dict."""
-    return {f"{name}.weight": torch.randn(fan_out, fan_in), f"{name}.bias": torch.randn(fan_out)}
-
-
 def run(theta: dict[str, Tensor], root: str, x: Tensor) -> Tensor:
     """The original's MLP: matrices ``[in, out]``, the first one in groups or whole."""
     groups = [theta[name] for j in range(len(GROUPS)) if (name := f"{root}/w0__{j}") in theta]
@@ -266,20 +262,6 @@ def test_the_mlps_of_pylo_compute_what_the_originals_layout_does() -> None:
     again = original_names(celo2)
     assert again.keys() == found.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
-
-
-def velo(hidden: int = 6, inits: int = 2) -> dict[str, Tensor]:
-    """The state dicts of both networks of PyLO's VeLO."""
-    state = linear("lstm.linear", 2 * hidden, 4 * hidden) | linear("rnn_to_controls", hidden, inits)
-    state |= linear("step_size", hidden, 1)
-    for layer in ("mix_layer1", "mix_layer2", "final_mix_layer"):
-        state |= linear(layer, 30, hidden)
-    state |= {f"lstm_init_state.{i}": torch.randn(1, hidden) for i in range(2)}
-    for layer, end, fan_in, fan_out in (("input", "", 30, 4), ("hidden", ".0", 4, 4), ("output", "", 4, 3)):
-        for kind, shape in (("weights", (fan_out, fan_in)), ("bias", (fan_out,))):
-            state[f"{layer}_{kind}_{end}"] = torch.randn(inits, *shape)
-            state[f"{layer}_{kind}{end}"] = torch.randn(shape)  # the mixture in use, which is no meta-parameter
-    return state
 
 
 def test_velo_of_pylo_is_the_originals() -> None:

@@ -1,10 +1,8 @@
 """Adam's step in place, by torch's kernel, is the rule's update, and torch's AdamW."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from plugin import copies, make, parameters, set_gradients, source, train
+from plugin import copies, make, parameters, set_gradients, source, train, with_gaps
 from tables import generator, identical
 
 import l2o.fused
@@ -57,12 +55,6 @@ def test_a_long_run_is_torchs_adamw_to_the_bit():
     betas = [1.0 - torch.sigmoid(-optimizer.theta[f"logit_beta{i}"].double()).item() for i in (1, 2)]
     torchs = torch.optim.AdamW(others, **group, betas=betas, weight_decay=0.0, fused=True)
     assert identical(train(optimizer, range(4)), train(torchs, range(4)))
-
-
-def with_gaps(t):
-    wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1])
-    wide[..., ::2] = t
-    return wide[..., ::2]
 
 
 REFUSED = {

@@ -1,10 +1,8 @@
 """The step in place of rules with a network an element is the rule's update, or nothing is written."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from plugin import make, parameters, train
+from plugin import make, parameters, train, with_gaps
 from tables import generator, identical
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -75,12 +73,6 @@ def test_it_steps_as_update_does(rule):
         expected = {name: keep * expected[name] + lr * updates[name] for name, (lr, keep) in factors.items()}
     torch.testing.assert_close(params, expected, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close((state.per_param, state.shared), (other.per_param, other.shared), rtol=1e-5, atol=1e-7)
-
-
-def with_gaps(t):
-    wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1])
-    wide[..., ::2] = t
-    return wide[..., ::2]
 
 
 def nothing(t):

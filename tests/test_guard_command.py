@@ -1,7 +1,5 @@
 """``python -m meta_train.guard``: each case with each optimizer, and a page that says which missed."""
 
-from __future__ import annotations
-
 import math
 import sys
 

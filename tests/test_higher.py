@@ -3,6 +3,7 @@
 import higher
 import pytest
 import torch
+from plugin import Mixing, source
 from tables import generator, random_theta
 from torch import nn
 
@@ -135,11 +136,8 @@ def test_rules_whose_tensors_share_state_unroll_too(direction):
 
 
 def test_rules_that_read_the_loss_are_refused():
-    class Reads(SGD):
-        needs_loss = True
-
     module = network()
-    optimizer = l2o.LearnedOptimizer(module.parameters(), (Reads(), Reads().init_theta(generator())), total_steps=9)
+    optimizer = l2o.LearnedOptimizer(module.parameters(), source(Mixing()), total_steps=9)
     with pytest.raises(ConfigurationError, match="loss"), higher.innerloop_ctx(module, optimizer):
         pass
 

@@ -13,6 +13,7 @@ import torch
 from tables import SMALL, generator, random_theta
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from training import status
 
 import l2o
 from l2o import rules
@@ -253,11 +254,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_one_line(here, capsys, monkeypatch, message: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["inspect", *BAD[message]])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    assert stopped.value.code == 2
+def test_bad_input_is_one_line(here, capsys, message: str) -> None:
+    assert status(command.main, *BAD[message]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -266,8 +264,5 @@ def test_bad_input_is_one_line(here, capsys, monkeypatch, message: str) -> None:
 
 def test_without_matplotlib_the_extra_is_named(here, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(sys, "argv", ["inspect", "SGD"])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    assert stopped.value.code == 2
+    assert status(command.main, "SGD") == 2
     assert "pip install 'l2o[train]'" in capsys.readouterr().err

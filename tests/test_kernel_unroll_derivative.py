@@ -1,7 +1,5 @@
 """The derivative of whole unrolls by one kernel agrees with the engine's, in float64 and step by step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tables import generator, identical

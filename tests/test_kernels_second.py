@@ -1,10 +1,8 @@
 """The kernel of a perceptron's second derivatives agrees with autograd's in float64 and with finite differences."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from tables import generator, identical
+from tables import first_estimate, generator, identical
 from test_kernels import as_double, assert_close, derivatives_twice
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
@@ -189,9 +187,8 @@ def test_first_order_takes_gradients_in_closed_form_as_constants_too(monkeypatch
     theta, family = rule.init_theta(generator()), ImageMLP(width=4, batch_size=8)
     for closed in (True, False):
         for second_order in (True, False):
-            g = generator(1)
             estimator = Backprop(rule, family, lanes=2, horizon=6, truncation=6, second_order=second_order, clip=1e9)
-            found[closed, second_order] = estimator.estimate(theta, estimator.init(theta, g), g)[0]
+            found[closed, second_order] = first_estimate(estimator, theta, 1)[0]
         monkeypatch.delitem(l2o.fused.GRADIENTS, ImageMLP, raising=False)
     for second_order in (True, False):
         torch.testing.assert_close(found[True, second_order], found[False, second_order], rtol=1e-3, atol=1e-6)

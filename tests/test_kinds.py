@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tables import generator
+from tables import first_estimate, generator
 from torch import nn
 
 import l2o
@@ -106,9 +107,7 @@ def test_a_trial_of_second_derivatives_knows_them(rule: Any) -> None:
 
 
 def test_they_are_routed_where_rules_are_compiled() -> None:
-    rule, found = ByKind({"embedding": Adam()}, SGD()), []
-    for compiled in (False, True):
-        g, estimator = generator(), Evolution(rule, MODULE, lanes=2, horizon=4, truncation=4, compile=compiled)
-        theta = rule.init_theta(g)
-        found.append(estimator.estimate(theta, estimator.init(theta, g), g)[0])
+    rule = ByKind({"embedding": Adam()}, SGD())
+    theta, make = rule.init_theta(generator()), partial(Evolution, rule, MODULE, lanes=2, horizon=4, truncation=4)
+    found = (first_estimate(make(compile=compiled), theta)[0] for compiled in (False, True))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import generator
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils import parametrizations
@@ -147,10 +148,6 @@ NORMS = [name for name in MODULES if "Norm" in name]
 
 def energy(output: Tensor, target: Tensor) -> Tensor:
     return (output - 0.3).square().mean() + 0.0 * target.mean()
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def examples(shape: tuple[int, ...], n: int = 20) -> tuple[Tensor, Tensor]:

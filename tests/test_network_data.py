@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, SAMPLED, SMALL, draw, lane
+from networks import LANES, NETWORKS, SAMPLED, SMALL, draw, lane
 from tables import generator
 from torch.func import vmap
 
@@ -20,9 +20,6 @@ from l2o.tasks.pictures import PICTURES, pictures, pixel_split
 from l2o.tasks.text import BLOCK, VOCABULARY, _load_topics, encode, text_split
 from l2o.types import DataError
 from l2o.unroll import expand_theta, sample_runs, unroll
-
-LANES = 3
-
 
 NORMED = [name for name in NETWORKS if "sampled" in name]
 

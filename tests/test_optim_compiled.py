@@ -1,7 +1,5 @@
 """A step under `torch.compile`: one graph, few breaks, compiled once, and the steps of one that is not compiled."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """What the plug-in refuses, with which words, and that nothing has changed then."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

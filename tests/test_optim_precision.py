@@ -1,18 +1,29 @@
-"""State in bfloat16: which slots, how they are rounded, and that a run goes on from them as from any other."""
-
-from __future__ import annotations
+"""Parameters and state of low precision: what is rounded, and that a run goes on from bfloat16 as from any other."""
 
 import copy
+import math
 
 import pytest
 import torch
-from plugin import TOTAL, Mixing, copies, every_rule, make, parameters, through_a_file, train
+from plugin import (
+    TOTAL,
+    Mixing,
+    copies,
+    counts,
+    every_rule,
+    make,
+    parameters,
+    set_gradients,
+    through_a_file,
+    train,
+)
 from tables import generator, identical
+from torch import nn
 
 import l2o
 from l2o.optim import LearnedOptimizer, apply
 from l2o.optim.precision import stored
-from l2o.rules import SGD, Adam, Steered
+from l2o.rules import MLP, SGD, Adam, Steered
 from l2o.types import ConfigurationError, OptState, ParamInfo
 
 BF16 = torch.bfloat16
@@ -152,3 +163,46 @@ def test_the_kernel_steps_in_place_on_it(source, monkeypatch):
         assert BF16 in {t.dtype for t in optimizer.state[optimizer.param_groups[0]["params"][2]].values()}
     for kernel, torchs in zip(*ends, strict=True):
         torch.testing.assert_close(kernel, torchs, rtol=1e-2, atol=1e-4)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_are_rounded_on_writing_alone(rule, dtype):
+    params = parameters(dtype)
+    wide = [nn.Parameter(p.detach().float()) for p in params]
+    optimizer, reference = make(params, rule), make(wide, rule)
+    for step in range(3):
+        for p, w in zip(params, wide, strict=True):
+            w.data.copy_(p)
+        set_gradients(params, step)
+        for p, w in zip(params, wide, strict=True):
+            w.grad = p.grad.float()
+        optimizer.step(loss=1.0)
+        reference.step(loss=1.0)
+        assert identical([p.data for p in params], [w.detach().to(dtype) for w in wide])
+    slots = [t for p in params for t in optimizer.state[p].values()]
+    assert {t.dtype for t in slots} <= {torch.float32, torch.bool}
+
+
+def test_one_float64_parameter_makes_all_arithmetic_float64():
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+    optimizer = make(params[:1], MLP())
+    train(optimizer, range(1))
+    assert optimizer.state[params[0]]["m"].dtype == torch.float32
+    optimizer.add_param_group({"params": params[1:]})
+    train(optimizer, range(1, 3))
+    assert [optimizer.state[p]["m"].dtype for p in params] == [torch.float64, torch.float64]
+    assert [p.dtype for p in params] == [torch.float32, torch.float64]
+
+
+def test_grad_scaler_skips_steps_with_infinite_gradients():
+    p = nn.Parameter(torch.ones(1))
+    optimizer = make([p], SGD(lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(p.sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert p.item() == pytest.approx(0.8)
+    assert counts(optimizer)["step"] == 2

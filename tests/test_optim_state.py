@@ -1,9 +1,8 @@
 """The plug-in's state: saved, loaded, copied and pickled, a run goes on as if nothing had happened, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -26,9 +25,9 @@ from torch import nn
 
 import l2o.checkpoints.store
 from l2o.checkpoints.pretrained import aliases
-from l2o.optim import LearnedOptimizer
+from l2o.optim import LearnedOptimizer, guard
 from l2o.rules import MLP, SGD, Adam
-from l2o.types import ResumeError
+from l2o.types import OptState, ResumeError
 
 
 def pickled(value):
@@ -223,3 +222,19 @@ def test_a_rule_of_ones_own_is_loaded_when_its_class_is_given(tmp_path):
     l2o.checkpoints.store.save(tmp_path, *source(Mixing(memory=5)))
     optimizer = LearnedOptimizer(parameters(), tmp_path, total_steps=TOTAL, rules=[Mixing])
     assert optimizer.rule == Mixing(memory=5)
+
+
+def test_a_masked_state_takes_the_place_of_the_new_one(monkeypatch):
+    """Tensor by tensor: never are there two of both."""
+    old, new = (OptState({"p": {"m": torch.full((3,), x), "v": torch.full((3,), 2 * x)}}, {}) for x in (1.0, 5.0))
+    made = [weakref.ref(t) for t in new.per_param["p"].values()]
+    where, left = torch.where, []
+
+    def counting(*arguments):
+        left.append(sum(t() is not None for t in made))
+        return where(*arguments)
+
+    monkeypatch.setattr(torch, "where", counting)
+    _, got = guard.masked(torch.tensor(False), {}, new, old)
+    assert left == [2, 1]
+    assert identical(list(got.per_param["p"].values()), list(old.per_param["p"].values()))

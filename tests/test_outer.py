@@ -13,7 +13,7 @@ import torch
 from tables import generator, identical
 from torch import Tensor
 
-from l2o import LearnedOptimizer, MetaTraining, warmup_exponential, warmup_linear
+from l2o import LearnedOptimizer, MetaTraining, warmup_cosine, warmup_exponential, warmup_linear
 from l2o.disk import load_tree, save_tree
 from l2o.estimators import Backprop
 from l2o.rules import MLP, Celo
@@ -235,12 +235,12 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
         run(**settings)
 
 
-@pytest.mark.parametrize("schedule", [warmup_linear, warmup_exponential])
+@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear, warmup_exponential])
 def test_schedules_warm_up_and_decay_to_their_floor(schedule: Callable[..., float]) -> None:
     factors = [schedule(step, total=10, warmup=4, floor=0.04) for step in range(15)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    middle = {warmup_linear: 0.52, warmup_exponential: 0.2}[schedule]
-    assert factors[7] == pytest.approx(middle)
+    assert factors[7] == pytest.approx(0.2 if schedule is warmup_exponential else 0.52)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
     assert factors[10:] == pytest.approx([0.04] * 5)
     assert schedule(0, total=10, floor=0.04) == 1.0
     for wrong in ({"total": 3, "warmup": 3}, {"total": 3, "warmup": -1}, {"total": 3, "floor": -0.1}):

@@ -1,7 +1,5 @@
 """``python -m meta_train.precision``: the curves of each precision of state, and a page and a picture of them."""
 
-from __future__ import annotations
-
 import torch
 
 from l2o.optim import precision as rounded

@@ -1,4 +1,4 @@
-"""What is made of the curves: hand-made ones get the scores they should, and reports say what happened."""
+"""Reports of settings say what happened: in words, tables, pictures, numbers, and at a terminal."""
 
 from __future__ import annotations
 
@@ -13,114 +13,27 @@ import numpy as np
 import pytest
 import rich.console
 import torch
+from suites import INF, NAN, NOISY, kept_of, learned
 from torch import nn
 
 from l2o.evaluation import (
     Baseline,
     Comparison,
-    Kept,
     Report,
-    RuleEntrant,
     Setting,
-    Trials,
     compare,
-    condense,
     plots,
     print_tables,
-    score,
     score_kept,
-    speed_up,
     step_cost,
     write,
 )
 from l2o.evaluation.compare import LEARNED
 from l2o.evaluation.plots import curves_png
 from l2o.evaluation.report import as_markdown, prepare_folder
-from l2o.evaluation.scores import best_trial, bootstrap_interval, diverged, final_losses, smooth
 from l2o.evaluation.verdicts import misses_first, overall, overall_text, summary_table, table_row, verdict
-from l2o.rules import SGD, Adam
-from l2o.tasks import Quadratic
+from l2o.rules import Adam
 from l2o.types import ConfigurationError
-
-NOISY = Setting("noisy", Quadratic(dim=3, noise=0.1), steps=21, seeds=3, window=1)
-INF, NAN = math.inf, math.nan
-
-
-def trials_of(curve: list[float], label: str = "made up", window: int = 1) -> Kept:
-    """One seed, one trial."""
-    losses = np.array(curve).reshape(-1, 1, 1)
-    return condense(Trials(label, (None,), losses, losses[-1:], [len(curve)], 0.0), window)
-
-
-# Scores ---------------------------------------------------------------------------------------------------------------
-
-
-def test_smoothing_looks_back_only():
-    np.testing.assert_array_equal(smooth(np.array([4.0, 2.0, 0.0, 0.0]), 2, [1, 2, 3, 4]), [4.0, 3.0, 1.0, 0.0])
-    np.testing.assert_array_equal(smooth(np.array([4.0, 2.0, 0.0, 0.0]), 3, [2, 4]), [3.0, 2 / 3])
-
-
-@pytest.mark.parametrize(
-    ("curve", "final", "lost"),
-    [
-        ([4.0, 3.0, 1.0], 2.0, False),
-        ([4.0, 1.0, 7.0], 4.0, False),
-        ([4.0, 3.0, 5.1], 4.05, True),
-        ([4.0, NAN, 1.0, 1.0], INF, True),
-        ([4.0, 1.0, INF], INF, True),
-        ([NAN, NAN, NAN], INF, True),
-        ([-4.0, -3.0, -7.0], -5.0, False),
-        ([-4.0, -3.0, -2.0], -2.5, True),
-        ([0.0, 0.1, 0.3], 0.2, False),  # of what begins at zero nothing is above the beginning
-        ([0.0, 0.1, INF], INF, True),
-    ],
-)
-def test_final_loss_and_divergence(curve, final, lost):
-    kept = trials_of(curve, window=2)
-    assert final_losses(kept).item() == pytest.approx(final)
-    assert diverged(kept).item() is lost
-
-
-def test_the_best_trial_has_the_lowest_seed_mean_and_has_lost_no_seed():
-    assert best_trial(np.array([[3.0, 0.0, 2.0], [3.0, INF, 2.0]])) == 2
-
-
-def test_a_score_is_that_of_the_best_trial_and_says_where_it_lies():
-    train = np.array([[[9.0, 9.0, 9.0]], [[3.0, 1.0, 2.0]]])
-    trials = Trials("three", (0.1, 1.0, 10.0), train, 10 * train[1:], [2], 0.0)
-    best = score(trials, smoothing=1)
-    assert (best.rate, best.mean, best.valid.tolist(), best.trials, best.at_edge) == (1.0, 1.0, [10.0], 3, False)
-    assert score(trials._replace(train=train[..., ::-1].cumsum(2)), smoothing=1).at_edge
-
-
-@pytest.mark.parametrize(
-    ("candidate", "reference", "expected"),
-    [
-        ([4.0, 2.0, 1.0, 0.5], [4.0, 3.0, 2.0, 2.0], 2.0),
-        ([4.0, 3.0, 2.5, 2.0], [4.0, 3.0, 2.0, 2.0], 1.0),
-        ([4.0, 3.0, 2.5, 2.1], [4.0, 3.0, 2.0, 2.0], 0.0),
-        ([4.0, 2.0, 3.0, 3.0], [4.0, 3.0, 2.0, 2.0], 2.0),  # it was there and left again
-        ([4.0, NAN, NAN, NAN], [4.0, 3.0, 2.0, 2.0], 0.0),
-        ([4.0, 3.0, 2.0, 2.0], [4.0, NAN, NAN, NAN], NAN),
-    ],
-)
-def test_speed_up(candidate, reference, expected):
-    ours, theirs = (score_kept(trials_of(curve)) for curve in (candidate, reference))
-    assert speed_up(ours, theirs) == pytest.approx(expected, nan_ok=True)
-
-
-def test_the_bootstrap_interval():
-    values = np.random.default_rng(0).normal(5.0, 1.0, 400)
-    low, high = bootstrap_interval(values)
-    assert bootstrap_interval(values) == (low, high)
-    standard_error = values.std() / math.sqrt(400)
-    assert (values.mean() - low, high - values.mean()) == pytest.approx((1.96 * standard_error,) * 2, rel=0.1)
-    assert bootstrap_interval(np.full(3, 2.0)) == (2.0, 2.0)
-    assert bootstrap_interval(np.array([1.0, INF])) == (1.0, INF)
-
-
-def theta_of(rule):
-    return rule.init_theta(torch.Generator())
 
 
 def figure_of(result: Comparison) -> list:
@@ -130,15 +43,8 @@ def figure_of(result: Comparison) -> list:
     return figure.axes
 
 
-# Reports --------------------------------------------------------------------------------------------------------------
-
-
 def comparison(lr: float, grid: tuple[float, ...] = (1e-3, 1e-2, 1e-1), setting: Setting = NOISY) -> Comparison:
     return compare(setting, {LEARNED: learned(lr), "adam": Baseline("Adam", Adam(), grid)})
-
-
-def learned(lr: float) -> RuleEntrant:
-    return RuleEntrant("mine", SGD(lr=lr), theta_of(SGD(lr=lr)))
 
 
 def report(*comparisons: Comparison) -> Report:
@@ -232,7 +138,7 @@ def test_one_lost_seed_is_a_lost_run_in_the_picture_too():
 
 @pytest.mark.parametrize("curve", [[0.0, 0.0, 0.0], [0.0, 0.1, 0.4], [-1.0, -1.0, -1.0]])
 def test_a_loss_that_begins_at_its_lowest_is_in_the_picture(curve):
-    made_up = score_kept(trials_of(curve))
+    made_up = score_kept(kept_of([curve]))
     setting = dataclasses.replace(NOISY, steps=3, seeds=1)
     (panel,) = figure_of(Comparison(setting, {}, {LEARNED: made_up, "adam": made_up}))
     low, high = panel.get_ylim()
@@ -243,7 +149,7 @@ def made(name: str, **finals: tuple[float, float]) -> Comparison:
     """A setting of 4 steps: final training and validation loss of each optimizer, to which it gets by halves of 8."""
     curves = {key: [8.0, max(4.0, train), max(2.0, train), train] for key, (train, _) in finals.items()}
     trials = {
-        key.replace("_", " "): trials_of(curve, key)._replace(valid=np.full((1, 1, 1), finals[key][1]))
+        key.replace("_", " "): kept_of([curve], label=key)._replace(valid=np.full((1, 1, 1), finals[key][1]))
         for key, curve in curves.items()
     }
     setting = dataclasses.replace(NOISY, name=name, steps=4, seeds=1)

@@ -63,7 +63,8 @@ def test_every_optimizer_takes_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "text"), [([nn.Linear(2, 2)], "model is a list"), (nn.ReLU(), "ReLU has no parameter that requires")]
+    ("model", "text"),
+    [([nn.Linear(2, 2)], "model is a list"), (nn.ReLU(), "ReLU has no parameter with requires_grad; unfreeze one")],
 )
 def test_bad_input(model: object, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):

@@ -215,30 +215,6 @@ def test_hyperparameters_of_nn_adam_stay_within_their_ranges(raw, lr, eps, left,
         torch.testing.assert_close(slots[name], torch.as_tensor(value, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_mlp_is_mlplopt_of_the_field(seed):
-    """The update of FORMULAS' MLPLOpt, written out a tensor at a time with the features of an entry in a row."""
-    rule = MLP(time="steps", step_mult=0.001, exp_mult=0.001)
-    theta, params = random_theta(rule, seed), problem(seed=seed)
-    params.pop("empty")
-    grads = [{k: g for k, g in problem(seed=s).items() if k in params} for s in (5, 6, 7)]
-    trajectory, _ = steps(rule, theta, params, grads)
-    momenta = {k: [torch.zeros_like(p)] * 6 for k, p in params.items()}
-    for t, g in enumerate(grads):
-        for name, p in params.items():
-            momenta[name] = [d * m + (1 - d) * g[name] for d, m in zip(rule.decays, momenta[name], strict=True)]
-            x = torch.stack([g[name], p, *momenta[name]], -1).reshape(-1, 8)
-            x = x * torch.rsqrt(1e-5 + x.square().mean(0))
-            time = torch.tanh(t / torch.tensor([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5]).double() - 1)
-            x = torch.cat([x, time.expand(len(x), 11)], 1)
-            x = (
-                torch.relu(torch.relu(x @ theta["w0"] + theta["b0"]) @ theta["w1"] + theta["b1"]) @ theta["w2"]
-                + theta["b2"]
-            )
-            params[name] = p - (x[:, 0] * torch.exp(x[:, 1] * 0.001) * 0.001).reshape(p.shape)
-            torch.testing.assert_close(trajectory[t][name], params[name], rtol=1e-12, atol=1e-14)
-
-
 @pytest.mark.parametrize(
     ("rule", "name", "values"),
     [

@@ -207,15 +207,19 @@ UNREAD = {
 }
 
 
+class Watching(Reduce):
+    """Notes what is summed."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
+        self.asked.update(*sums.values())
+        return super().shards(sums)
+
+
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_nobody_reads_is_not_summed(name: str) -> None:
-    asked: set[str] = set()
-
-    class Watching(Reduce):
-        def shards(self, sums: Mapping[str, Mapping[str, Sum]]) -> dict[str, Slots]:
-            asked.update(*sums.values())
-            return super().shards(sums)
-
-    trained(EVERY[name], dict, Watching())
-    assert asked
-    assert not asked & UNREAD[name]
+    trained(EVERY[name], dict, watching := Watching())
+    assert watching.asked
+    assert not watching.asked & UNREAD[name]

@@ -1,7 +1,5 @@
 """The share of an optimizer's step: operations as counted by hand, and a record of a small model."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -102,15 +103,10 @@ def test_docstrings_become_markdown(text: str, expected: str) -> None:
 
 
 def test_links_to_files_of_the_repository_lead_to_pages_or_are_named() -> None:
-    class File:
-        src_uri = "pretrained/index.md"
-
-    class Page:
-        file = File
-
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="pretrained/index.md"))
     text = "[a](steered/README.md) [b](../docs/rules.md#x) [c](../l2o/types.py) [d](https://x.y) found[0](lr=1)"
     made = "[a](steered.md) [b](../rules.md#x) c (`l2o/types.py`) [d](https://x.y) found[0](lr=1)"
-    assert on_page_markdown(text, Page) == made
+    assert on_page_markdown(text, page) == made
 
 
 def test_a_notebook_becomes_a_page_without_outputs() -> None:

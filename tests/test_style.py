@@ -1,20 +1,25 @@
-"""What the style asks of sources and can be counted: lengths, arguments, nesting, and how a docstring begins."""
+"""What the style asks of sources and tests and can be counted: lengths, nesting, arguments, how docstrings begin."""
 
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 
 import pytest
 from conftest import ROOT
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-ROOMS = ("l2o", "meta_train", "examples")
-SOURCES = {path.relative_to(ROOT).as_posix(): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in SOURCES.items()}
+ROOMS = ("l2o", "meta_train", "examples", "tests")
+PATHS = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in PATHS}
+TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
+SOURCES = [name for name in TREES if not name.startswith("tests/")]
 FUNCTIONS = {(name, x.name, x.lineno): x for name, t in TREES.items() for x in ast.walk(t) if isinstance(x, Function)}
+KERNELS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "l2o" / "kernels").glob("*.*"))}
 
 TRITON = "l2o/kernels/mlp_triton.py"
 """Its kernels are handed pointers and sizes one by one, as Triton wants them."""
@@ -54,17 +59,29 @@ def test_functions_are_short(room: str) -> None:
 
 
 def test_files_are_short() -> None:
-    lengths = {name: len(path.read_text("utf-8").splitlines()) for name, path in SOURCES.items()}
-    assert {name: n for name, n in lengths.items() if n > 300} == {}
+    assert {name: n for name, text in {**TEXTS, **KERNELS}.items() if (n := len(text.splitlines())) > 300} == {}
 
 
 def test_functions_take_at_most_eight_arguments() -> None:
-    assert {key for key, x in FUNCTIONS.items() if arguments(x) > 8 and key[0] != TRITON} == set()
+    assert {key for key, x in FUNCTIONS.items() if key[0] in SOURCES and arguments(x) > 8 and key[0] != TRITON} == set()
 
 
 def test_no_class_lies_in_a_class_or_a_function() -> None:
     owners = (x for tree in TREES.values() for x in ast.walk(tree) if isinstance(x, Function | ast.ClassDef))
     assert [x.name for owner in owners for x in ast.walk(owner) if isinstance(x, ast.ClassDef) and x is not owner] == []
+
+
+def included(name: str) -> str:
+    """Joins the text of a kernel with that of what it includes."""
+    return KERNELS[name] + "".join(map(included, re.findall(r'#include "(\w+\.h)"', KERNELS[name])))
+
+
+@pytest.mark.parametrize("name", [*(name for name in KERNELS if name.endswith(".cpp")), Path(TRITON).name])
+def test_kernels_name_the_definitions_whose_formulas_they_restate(name: str) -> None:
+    """By path or by name, and there are such things."""
+    found = set(re.findall(r"l2o/[\w/]+\.py|l2o\.(?:rules|tasks|ops)\.\w+", included(name)))
+    assert found
+    assert all((ROOT / x).is_file() if "/" in x else pkgutil.resolve_name(x) for x in found)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not CLAIMS.search(name)])

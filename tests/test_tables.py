@@ -1,7 +1,5 @@
 """Families on tables: which rows are whose, and bad input; what they share with other families is tested with them."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -10,17 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from analytic import ANALYTIC, AUGMENTED
-from networks import NETWORKS
+from networks import LANES, NETWORKS, draw, lane
+from tables import generator
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from l2o.bench.checks import HostReads
+from l2o.random import LaneGenerator
 from l2o.tasks import DiabetesMLP, ImageMLP, ModuleTask, Quadratic, Repeated, TableClassifier
 from l2o.tasks.data import image_split
 from l2o.types import ConfigurationError, TaskFamily, UnknownNameError
 
-LANES = 4
 DRAW = torch.Generator().manual_seed(1)
 EXAMPLES = (torch.randn(24, 3, generator=DRAW), torch.randint(5, (24,), generator=DRAW))
 
@@ -46,23 +47,7 @@ FAMILIES: dict[str, TaskFamily] = {
 SPLITS = ("train", "valid")
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(family: TaskFamily, split: str, seed: int = 0, lanes: int = LANES) -> tuple[dict[str, Tensor], ...]:
-    """Parameters, buffers, data and batch: the arguments of ``loss``."""
-    g = generator(seed)
-    data = family.sample(g, lanes)
-    params, buffers = family.init(data, g)
-    return params, buffers, data, family.batch(data, split, g)  # type: ignore[arg-type]
-
-
-def lane(arguments: tuple[dict[str, Tensor], ...], k: int) -> list[dict[str, Tensor]]:
-    return [{name: t[k] for name, t in each.items()} for each in arguments]
-
-
-def flat(arguments: tuple[dict[str, Tensor], ...]) -> list[Tensor]:
+def flat(arguments: list[dict[str, Tensor]]) -> list[Tensor]:
     return [t for each in arguments for t in each.values()]
 
 
@@ -84,7 +69,7 @@ def test_every_tensor_has_a_lane_axis_and_lies_where_the_generator_does(family: 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_generator_decides_everything(family: TaskFamily, split: str) -> None:
-    one, same, other = draw(family, split, 5), draw(family, split, 5), draw(family, split, 6)
+    one, same, other = (draw(family, split, seed=seed) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(flat(one), flat(same), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one[0].values(), other[0].values(), strict=True))
 
@@ -126,6 +111,18 @@ def test_a_lane_among_many_equals_that_lane_alone(family: TaskFamily, split: str
         loss, alone = family.loss(*lane(arguments, k))
         torch.testing.assert_close(losses[k], loss)
         torch.testing.assert_close({name: t[k] for name, t in buffers.items()}, alone)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.keyed and name != "repeated"])
+def test_a_lane_is_drawn_the_same_beside_any_others(name: str) -> None:
+    def drawn(ids: list[int]) -> list[Tensor]:
+        g, family = LaneGenerator("cpu", 7, torch.tensor(ids)), FAMILIES[name]
+        data = family.sample(g, len(ids))
+        found = [data, *family.init(data, g), *(family.batch(data, split, g) for split in SPLITS)]
+        return [t for each in found for key, t in each.items() if not key.endswith("lane")]  # which numbers those drawn
+
+    for whole, part in zip(drawn([0, 1, 2, 3, 4]), drawn([3, 1]), strict=True):
+        assert torch.equal(whole[[3, 1]], part)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tables import RULES, TOTAL, Recorded, Shapes, every_rule, generator, in_eigenbasis, random_theta
+from tables import RULES, TOTAL, Recorded, Shapes, every_rule, first_estimate, generator, in_eigenbasis, random_theta
 from torch import nn
 
 from l2o.bench.checks import HostReads
@@ -87,17 +87,20 @@ def test_normalisation_layers_have_right_second_derivatives(norm, rule):
     assert_equals_finite_differences(rule, Recorded(family))
 
 
+class Tied(nn.Module):
+    """Decodes by the matrix that it encodes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+        self.decoder.weight = self.encoder.weight
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * torch.tanh(self.encoder(x)) @ self.decoder.weight
+
+
 def test_tied_weights_of_a_module_are_one_parameter():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.decoder = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-            self.decoder.weight = self.encoder.weight
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x):
-            return self.scale * torch.tanh(self.encoder(x)) @ self.decoder.weight
-
     data = (torch.randn(30, 4, dtype=torch.float64),) * 2
     family = ModuleTask(lambda: Tied().double(), nn.functional.mse_loss, data, batch_size=5)
     params, _ = family.init(family.sample(generator(), 2), generator())
@@ -222,7 +225,6 @@ def test_bptt_is_the_mean_loss_differentiated():
     estimator.init(theta, same := generator(5))
     loss = meta_loss(rule, theta, family, steps=3, batches=estimator.streams(same).batches) / 9
     want = torch.autograd.grad(loss, list(theta.values()))
-    g = generator(5)
-    got, _, metrics = estimator.estimate(theta, estimator.init(theta, g), g)
+    got, _, metrics = first_estimate(estimator, theta, 5)
     torch.testing.assert_close(dict(got), dict(zip(theta, want, strict=True)))
     torch.testing.assert_close(metrics["meta_loss"], loss.detach())

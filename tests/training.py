@@ -49,6 +49,11 @@ def command(*arguments: str, base: list[str] = SMALL, main: Callable[[], None] =
     return 0
 
 
+def status(main: Callable[[], None], *arguments: str) -> int:
+    """The exit status of another command."""
+    return command(*arguments, base=[], main=main)
+
+
 def outcome(run: str = "run") -> dict[str, bytes]:
     """What has to be equal bit for bit."""
     files = {name: Path(run, name).read_bytes() for name in ("metrics.jsonl", "checkpoint/theta.safetensors")}

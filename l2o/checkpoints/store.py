@@ -192,7 +192,9 @@ def _hyperparameters(rule: UpdateRule) -> dict[str, Any]:
     try:
         again = type(rule)(**_from_json(type(rule), json.loads(json.dumps(fields))))
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"rule={rule!r}: its hyperparameters do not fit into JSON ({error})") from error
+        raise ConfigurationError(
+            f"rule={rule!r}: its hyperparameters do not fit into JSON ({error}); use numbers, strings and tuples"
+        ) from error
     if again != rule:
         raise ConfigurationError(f"rule={rule!r} would be read back as {again!r}; use numbers, strings and tuples")
     return fields

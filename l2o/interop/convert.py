@@ -86,7 +86,7 @@ def _names(theta: Theta, settings: Mapping[str, Any], name: str | None) -> list[
             _rebuild(name, theta, settings)  # raises
         raise
     if name not in (None, *names):
-        raise CheckpointError(f"name={name!r}: the tensors are of {' or '.join(names)}")
+        raise CheckpointError(f"name={name!r}: the tensors are of {' or '.join(names)}; name that, or none")
     return names
 
 
@@ -100,9 +100,8 @@ def _rebuild(name: str, theta: Theta, settings: Mapping[str, Any]) -> tuple[Upda
 def _together(sources: Sequence[Foreign]) -> Theta:
     tensors: Theta = {}
     for source in sources:
-        twice = tensors.keys() & source.tensors.keys()
-        if twice:
-            raise CheckpointError(f"{source.facts['file']}: {sorted(twice)[0]!r} is in another of the files, too")
+        for name in sorted(tensors.keys() & source.tensors.keys()):
+            raise CheckpointError(f"{source.facts['file']}: {name!r} is in another of the files, too; leave one out")
         for name, tensor in source.tensors.items():
             if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
                 raise CheckpointError(

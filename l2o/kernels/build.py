@@ -64,7 +64,7 @@ def available(*sources: str) -> bool:
     if not reasons:
         return True
     if setting() == "1":
-        raise L2OError(f"L2O_KERNELS=1, but the CPU kernels cannot be used: {reasons[0]}")
+        raise L2OError(f"L2O_KERNELS=1, but the CPU kernels cannot be used (0: without them): {reasons[0]}")
     if reasons[0] not in _said:
         _said.add(reasons[0])  # before the warning, which may be raised as an error
         warnings.warn(

@@ -20,19 +20,19 @@ class Shares(NamedTuple):
 
 
 def shares(logit: Tensor) -> Shares:
-    """Return those of the decay ``sigmoid(logit)``: near 1, where decays are, the nearest number, unlike
+    """Return those of the decay ``sigmoid(logit)``, of any shape: near 1, where decays are, the nearest number, unlike
     `torch.sigmoid`."""
     new = torch.sigmoid(-logit)
     return Shares(1.0 - new, new)
 
 
 def decay(logit: Tensor) -> Tensor:
-    """Return what `shares` keep."""
+    """Return what the `shares` of ``logit`` keep, in its shape."""
     return shares(logit).keep
 
 
 def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
-    """Return `mixed` by the decay ``sigmoid(logit_decay)``, 0-d."""
+    """Return ``average`` and ``value``, of one shape, `mixed` by the decay ``sigmoid(logit_decay)``, 0-d."""
     return mixed(average, value, shares(logit_decay))
 
 

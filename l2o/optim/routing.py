@@ -37,7 +37,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0, verbose: bool = Fa
     for name, p in trained.items():
         groups.setdefault(kinds[name], []).append((name, p))
     if not groups:
-        raise ConfigurationError(f"model {type(model).__name__} has no parameter that requires a gradient")
+        raise ConfigurationError(f"model {type(model).__name__} has no parameter with requires_grad; unfreeze one")
     if verbose:
         print("\n".join(f"{kind:<10} {name} {tuple(p.shape)}" for kind, own in groups.items() for name, p in own))
     return [

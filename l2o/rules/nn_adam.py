@@ -23,6 +23,7 @@ from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Params, Reduce, 
 _CLIP = 1000.0
 """Of the gradient, on both sides."""
 _INPUTS = 19
+"""Of the network over tensors: `_features`."""
 
 
 def _positive(low: float, high: float) -> Callable[[Tensor], Tensor]:

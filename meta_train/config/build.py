@@ -100,7 +100,7 @@ def import_classes(paths: Iterable[str], what: str, base: type) -> tuple[type, .
         except Exception as error:  # whatever importing a user's module raises, the answer is the same
             raise UnknownNameError(_not_importable(path, what, error)) from error
         if not (isinstance(classes[-1], type) and issubclass(classes[-1], base)):
-            raise ConfigurationError(f"{what}: {path!r} is not a subclass of {base.__name__}")
+            raise ConfigurationError(f"{what}: {path!r} is no subclass of {base.__name__}; derive it")
     return tuple(classes)
 
 
