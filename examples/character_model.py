@@ -38,7 +38,7 @@ def cross_entropy(model, starts):
 
 
 def run(make, steps):
-    """Batches of 16 sequences."""
+    """Train on batches of 16 sequences."""
     model = CharacterModel()
 
     def training_loss():

@@ -16,7 +16,7 @@ KEPT = 400
 
 
 def run(make, steps):
-    """Batches of 64; 10 thousand parameters."""
+    """Train on batches of 64; 10 thousand parameters."""
     model = nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(512, 10)),

@@ -16,7 +16,7 @@ KEPT = 400
 
 
 def loss_of(model, images, rows):
-    """Cross-entropy of `images[rows]`."""
+    """Return the cross-entropy of `images[rows]`."""
     return nn.functional.cross_entropy(model(images[rows].flatten(1)), y[rows])
 
 
@@ -32,7 +32,7 @@ def pretrained():
 
 
 def run(make, steps):
-    """Batches of 64; the adapters have 4 thousand parameters, and nothing else is trained."""
+    """Train on batches of 64; the adapters have 4 thousand parameters, and nothing else is trained."""
     model = get_peft_model(pretrained(), LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2", "4"]))
     turned = x.flip(1, 2)
 

@@ -16,7 +16,7 @@ KEPT = 100
 
 
 def run(make, steps):
-    """Batches of 32; the squared error is in variances of the target, so that 1 is what a constant gets."""
+    """Train on batches of 32; the squared error is in variances of the target, so that 1 is what a constant gets."""
     order = torch.randperm(len(x))
     kept, used = order[:KEPT], order[KEPT:]
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))

@@ -174,6 +174,10 @@ class UpdateRule(abc.ABC):
         """The root mean square of a usual step, in the unit of parameters; 1e-3, that of Adam at its usual rate."""
         return 1e-3
 
+    def is_usual(self, called: int) -> bool:
+        """Say whether the update that `Run` calls so does what most do, so that a CUDA graph of one is one of all."""
+        return True
+
     def needs_whole(self, info: ParamInfo) -> bool:
         """Say whether ``update`` takes such a tensor as a whole only (Newton-Schulz, say), not in shards."""
         return False

@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from l2o.bench import gpu
+from l2o.bench import gpu, language
 from l2o.bench.checks import CHECKS
+from l2o.bench.share import Decoder
 from l2o.bench.steps import Shapes
 from l2o.checkpoints.store import list_pretrained, load
 from l2o.disk import atomic_write
@@ -51,16 +52,30 @@ class Step(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """networks: of `measure_steps`, by size.     seconds: of a block of calls.     job: seconds of meta-training."""
+    """networks: of `measure_steps`, by size.     seconds: of a block of calls.     job: seconds of meta-training.
+
+    decoder: of the language model, which is trained for ``steps`` steps of ``sequences``, see `language.train`.
+    """
 
     networks: dict[str, str | Shapes]
     lanes: tuple[int, ...]
     seconds: float
     job: float
+    decoder: Decoder
+    steps: int
+    sequences: tuple[int, int]
 
 
-FULL = Sizes({"1M": "transformer", "25M": "transformer-512", "124M": "gpt2-small"}, (64, 512, 4096), 0.3, 60.0)
-SMALL = Sizes({"small": [(16, 8), (8,)]}, (2, 4), 0.01, 1.0)
+FULL = Sizes(
+    {"1M": "transformer", "25M": "transformer-512", "124M": "gpt2-small"},
+    (64, 512, 4096),
+    0.3,
+    60.0,
+    Decoder(),
+    100,
+    (16, 4),
+)
+SMALL = Sizes({"small": [(16, 8), (8,)]}, (2, 4), 0.01, 1.0, Decoder(64, 8, 16, 1, 2), 10, (2, 2))
 
 
 class Run:
@@ -138,7 +153,12 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
     sources = {name: load(name) for name in list_pretrained()}
     for (size, network), (name, source) in product(sizes.networks.items(), sources.items()):
         yield Step(f"optimizer: {name}, {size}", 3.0, partial(gpu.step, source, network, device))
+    for (size, network), name in product(sizes.networks.items(), ("default", "light")):
+        yield Step(f"optimizer: {name}, {size}, graph", 5.0, partial(gpu.graph_step, load(name), network, device))
     yield Step("main job", sizes.job + 5.0, partial(gpu.main_job, sizes.job, device))
+    for name in language.OPTIMIZERS:
+        work = partial(language.train, name, sizes.decoder, sizes.steps, sizes.sequences, device)
+        yield Step(f"language model: {name}", 20.0, work)
     for lanes, setup in product(sizes.lanes, ("pes", "tbptt")):
         yield Step(f"engine: {setup}, {lanes} lanes", 10.0, partial(gpu.engine, setup, lanes, sizes.seconds, device))
     for variant, lanes in product(gpu.VARIANTS, sizes.lanes):
@@ -185,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto", help="cuda, cpu, or auto: the GPU where there is one")
     made.add_argument("--small", action="store_true", help="small sizes, which a CPU always gets")
     made.add_argument("--minutes", type=float, default=MINUTES, help="what does not fit is left out (default 8)")
+    made.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="of names of steps")
     made.add_argument("--out", type=Path, metavar="FILE", help="the record (default benchmarks/gpu-<name>.json)")
     return made
 
@@ -201,7 +222,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     made = Run(given.out or Path(f"benchmarks/gpu-{name}.json"), about(device, small), deadline)
     for step in steps(device, SMALL if small else FULL):
-        made.step(step, device)
+        if given.only.search(step.name):
+            made.step(step, device)
     failed = made.finish()
     print(f"{made.path}: {len(made.record['steps'])} steps, {failed} failed")
     return 1 if failed else 0

@@ -36,27 +36,45 @@ def test_the_deepest_that_fits():
     assert_close(l2o.fused.update(rule, *args), reference(rule, *as_double(args)), 1e-4)
 
 
-COMPILE = """
-from triton import compile
+# `forward` as on a GPU, up to the launch: arguments are bound, specialised and compiled for by Triton itself.
+LAUNCH = """
+import sys, torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from l2o.kernels.mlp_triton import _apply, _look
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from l2o.kernels import mlp_triton
+from l2o.kernels.mlp_rule import Constants, Tensors
 
-settings = {"DECAYS": 6, "CHANNELS": 16, "WIDTH": 32, "MIDDLE": 1, "BLOCK": 128}
-for kernel in (_look, _apply):
-    constants = {name: n for name, n in settings.items() if name in kernel.arg_names}
-    types = {name: "*fp32" for name in kernel.arg_names} | {"n": "i32"} | {name: "constexpr" for name in constants}
-    types |= {name: "fp32" for name in ("step_mult", "exp_mult") if name in types}
-    for architecture in (80, 90):
-        assert compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", architecture, 32)).asm["cubin"]
+class Driver:
+    get_current_device = get_current_stream = lambda self, *device: 0
+    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
+
+def without_launch(kernel, *args, grid, warmup, **kwargs):
+    compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+    assert compiled.asm["cubin"] and compiled.metadata.shared <= 160 << 10  # of Ampere; Hopper has more
+    launched.append((kernel.__name__, *grid))
+
+driver.set_active(Driver())
+run, JITFunction.run, launched = JITFunction.run, without_launch, []
+for widths, decays in ([32, 32], (0.1, 0.9)), ([8], ()), ([7, 20, 3], (0.5,)):
+    sizes = [2 + len(decays) + 1, *widths, 2]
+    theta = [torch.ones(3, *s) for i, o in zip(sizes, sizes[1:]) for s in ((i, o), (o,))]
+    shapes = [(), (7,), (9, 40)]
+    values = [torch.ones(3, *s) for s in shapes]
+    momenta = [torch.ones(3, len(decays), *s) for s in shapes]
+    tensors = Tensors(theta, values, values, momenta)
+    mlp_triton.forward(Constants(decays, 0.001, 0.01, 1e-5), tensors, torch.ones(3, 1))
+assert launched == [(name, blocks, 3) for blocks in (1, 1, 3) for name in ("_look", "_apply")] * 3, launched
 """
 
 
-def test_they_compile_for_gpus(monkeypatch, tmp_path):
-    """Ampere and Hopper; in a process that does not interpret them."""
+@pytest.mark.parametrize("architecture", ["80", "90"], ids=["Ampere", "Hopper"])
+def test_gpus_are_handed_what_they_take(architecture, monkeypatch, tmp_path):
+    """In a process that does not interpret the kernels."""
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", LAUNCH, architecture]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

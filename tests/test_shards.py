@@ -189,6 +189,9 @@ def test_what_needs_whole_tensors_says_so() -> None:
         "Steered-mlp",
         "Steered-lstm",
         "Steered-uncontrolled",
+        "Steered-diagonal",
+        "Steered-network",
+        "Steered-loss",
         "Celo2",
         "Celo2-options",
     }

@@ -16,7 +16,7 @@ from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
 from l2o.types import ConfigurationError
 
-DIRECTIONS = ("eigenbasis", "orthogonal", "normalized", "adam")
+DIRECTIONS = ("eigenbasis", "diagonal", "orthogonal", "normalized", "adam")
 SHAPES = {
     "scalar": (),
     "one": (1,),
@@ -50,7 +50,7 @@ def trajectory(rule, grads, total=20, params=None, theta=None):
 @pytest.mark.parametrize("scale", [1e-6, 1e6, 1e-15])
 def test_the_scale_of_gradients_does_not_matter(direction, scale):
     """Beyond rounding, which in float32 has a say in what the basis of a few gradients is."""
-    dtype = torch.float64 if direction == "eigenbasis" else torch.float32
+    dtype = torch.float64 if direction in ("eigenbasis", "diagonal") else torch.float32
     grads = [tensors(seed, dtype) for seed in range(1, 7)]
     scaled = [{k: scale * g for k, g in each.items()} for each in grads]
     start = tensors(0, dtype)
@@ -249,13 +249,15 @@ def test_every_dtype_descends(dtype, direction):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"direction": "muon"}, "direction='muon': expected one of eigenbasis, orthogonal, normalized, adam"),
+        ({"direction": "muon"}, "direction='muon': expected one of eigenbasis, diagonal, orthogonal, normalized, adam"),
         ({"controller": None}, "controller=None: expected one of alignment, mlp, lstm, none"),
         ({"schedule": "cosine"}, "schedule='cosine': expected one of decay, constant"),
         ({"iterations": 0}, "iterations=0"),
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"fan_in": math.nan}, "fan_in=nan"),
+        ({"network": True, "direction": "adam"}, "network=True: expected direction=eigenbasis, diagonal or orthogonal"),
+        ({"reads_loss": True}, "reads_loss=True: expected controller=mlp or lstm, not alignment"),
     ],
 )
 def test_bad_settings_are_refused(setting, message):

@@ -10,19 +10,22 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from l2o import fused
 from l2o.bench.checks import COMPILERS, Figures, distance
+from l2o.bench.cost import plug_in, step_cost
 from l2o.bench.engine import FAMILY, HORIZON, RULES, Engine, measure, seconds_a_call
 from l2o.bench.memory import peak_memory_mb
-from l2o.bench.steps import Shapes, measure_steps
+from l2o.bench.steps import Shapes, checked_shapes, measure_steps
 from l2o.estimators import Backprop
 from l2o.evaluation.scores import score
 from l2o.evaluation.trials import Setting, run_learned
 from l2o.fused import mlp
 from l2o.meta import MetaTraining
-from l2o.ops import networks
+from l2o.ops import coordinatewise, networks
+from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
 from l2o.types import InnerState, OptState, Theta, UpdateRule, Updates
@@ -33,6 +36,8 @@ class LeftOut(Exception):
     """Why something is not measured, which is no fault."""
 
 
+_SAME = 1e-6
+"""How far apart steps with and without a graph may be."""
 Advance = Callable[[], InnerState]
 """One inner step of all lanes: the state after it."""
 
@@ -79,7 +84,7 @@ def with_kernels(work: Callable[[], Figures]) -> Figures:
 
 def with_large_blocks(work: Callable[[], Figures]) -> Figures:
     """Do ``work`` with 2^20 entries at once through the networks of rules, 16 times as many as on a CPU."""
-    with patch.object(networks, "BLOCK", 1 << 20):
+    with patch.object(networks, "BLOCK", 1 << 20), patch.object(coordinatewise, "BLOCK", 1 << 20):
         return work()
 
 
@@ -161,6 +166,31 @@ def step(source: tuple[UpdateRule, Theta], network: str | Shapes, device: torch.
     own, *others = measure_steps({"own": source}, network, 0.0, str(device))
     beside = {other["rule"]: other["wall_ns_per_parameter"] for other in others}
     return {**own, "ms": own["wall_ns_per_parameter"] * own["parameters"] / 1e6, "beside": beside}
+
+
+def graph_step(source: tuple[UpdateRule, Theta], network: str | Shapes, device: torch.device) -> Figures:
+    """Measure a step as a CUDA graph beside the same without: milliseconds, and how far parameters are apart after 27.
+
+    Raises AssertionError where that is more than a millionth of the largest.
+    """
+    if device.type != "cuda":
+        raise LeftOut("CUDA graphs are of CUDA")
+    made: dict[str, list[nn.Parameter]] = {}
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = checked_shapes("network", network)
+    module = nn.ParameterList(0.02 * torch.randn(*s, generator=generator, device=device) for s in shapes)
+
+    def make(name: str, params: list[nn.Parameter]) -> LearnedOptimizer:
+        made[name], optimizer = params, plug_in(*source, params)
+        optimizer.cuda_graph = name == "graph"
+        return optimizer
+
+    costs = step_cost({name: partial(make, name) for name in ("eager", "graph")}, module, rounds=25)
+    error = distance(made["graph"], made["eager"])
+    assert error <= _SAME, f"{error:.2g} apart after 27 steps, expected at most {_SAME:g}"
+    own, entries = costs["graph"], sum(p.numel() for p in module)
+    scratch = None if own.scratch_bytes is None else own.scratch_bytes * entries
+    return {"ms": 1e3 * own.seconds, "eager_ms": 1e3 * costs["eager"].seconds, "error": error, "scratch_bytes": scratch}
 
 
 def main_job(seconds: float, device: torch.device) -> Figures:

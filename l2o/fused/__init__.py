@@ -60,7 +60,7 @@ UNROLLS |= dict.fromkeys([(AdafacMLP, Batches), (STAR, Batches)], coordinatewise
 def update(
     rule: UpdateRule, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
 ) -> tuple[Updates, OptState] | None:
-    """`UpdateRule.update` of all lanes at once, every tensor ``[lanes, ...]``."""
+    """Return `UpdateRule.update` of all lanes at once, every tensor ``[lanes, ...]``."""
     kernel = _entry(UPDATES, rule, "update")
     found: tuple[Updates, OptState] | None = kernel and kernel(rule, theta, grads, state, params, run)
     return found
@@ -69,7 +69,7 @@ def update(
 def step(
     rule: UpdateRule, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
-    """``p <- keep p + lr update`` in place, also of the slots, without lanes; the new state.
+    """Do ``p <- keep p + lr update`` in place, also of the slots, without lanes; return the new state.
 
     inputs: with `HAD_GRADIENT` among the slots where the rule does not rest.     factors: ``lr, keep`` by parameter.
     None also where the kernel finds numbers that are not finite, or a norm of all gradients above ``limit``.
@@ -82,14 +82,14 @@ def step(
 def gradient(
     family: TaskFamily, params: Params, buffers: Buffers, data: TaskData, batch: Batch
 ) -> tuple[Tensor, Buffers, Grads] | None:
-    """Losses ``[lanes]``, new buffers and gradients of all lanes at once, by a kernel or in closed form."""
+    """Return losses ``[lanes]``, new buffers and gradients of all lanes at once, by a kernel or in closed form."""
     kernel = _entry(GRADIENTS, family, "loss")
     found: tuple[Tensor, Buffers, Grads] | None = kernel and kernel(family, params, buffers, data, batch)
     return found
 
 
 def batches(family: TaskFamily, data: TaskData, like: torch.Generator) -> Any:
-    """The kind of batches that ``family`` draws for training where ``like`` is, or None; nothing is drawn."""
+    """Say what kind of batches ``family`` would draw for training where ``like`` is, or None."""
     kind = _entry(BATCHES, family, "batch", "loss", "transform_gradients")
     return kind and kind(family, data, like)
 
@@ -97,7 +97,7 @@ def batches(family: TaskFamily, data: TaskData, like: torch.Generator) -> Any:
 def unroll(
     rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, steps: int, generator: torch.Generator
 ) -> tuple[InnerState, Tensor] | None:
-    """``steps`` inner steps of all lanes on fresh training batches: the new state and losses ``[steps, lanes]``."""
+    """Take ``steps`` inner steps of all lanes on fresh training batches: new state and losses ``[steps, lanes]``."""
     if not any(isinstance(rule, cls) for cls, _ in UNROLLS):
         return None
     found = batches(family, state.data, generator)
@@ -115,7 +115,7 @@ def unroll_on(
 
 
 def has(table: Table, thing: UpdateRule | TaskFamily) -> bool:
-    """Whether there may be a kernel for ``thing`` in one of the tables of rules, or of families."""
+    """Say whether there may be a kernel for ``thing`` in one of the tables of rules, or of families."""
     return _entry(table, thing, "update" if isinstance(thing, UpdateRule) else "loss") is not None
 
 

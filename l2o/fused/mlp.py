@@ -56,7 +56,7 @@ def unroll(
 def reference(
     rule: MLP, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
 ) -> tuple[Updates, OptState]:
-    """``update`` of all lanes by the rule itself."""
+    """Return ``update`` of all lanes by the rule itself."""
     infos = lane_infos(params)
 
     def one(theta: Theta, g: Grads, opt: OptState, p: Params, step: Tensor, total: Tensor) -> Any:

@@ -13,12 +13,12 @@ from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine
+from l2o.ops.directions import Now, decays_of
 from l2o.ops.groups import stack
-from l2o.ops.moments import decay
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.rules import Steered
-from l2o.types import OptState, Theta
+from l2o.types import LOCAL, OptState
 
 _LARGE = 512
 """Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
@@ -31,13 +31,13 @@ def step(
     theta, grads, state, params, _, run = inputs
     if rule.decides:
         return None
-    decays = [decay(theta[name]) for name in ("logit_beta1", "logit_beta2")]
-    momentum = decay(theta["logit_momentum"]) if rule.direction != "adam" else decays[0]
+    decays = decays_of(theta)
+    keep = [decays[name].keep for name in ("momentum" if "momentum" in decays else "beta1", "beta1", "beta2")]
     groups = _by_shape(params)
     paths = {shape: rule.path(shape) for shape in groups}
     grads = {n: laid_out_as(grads[n], p) for n, p in params.items()}
     tensors = [_entries(paths[p.shape], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
-    steps = fused_steps(tensors, [momentum, *decays])
+    steps = fused_steps(tensors, keep)
     if steps is None:
         return None
     seen = steps.look()
@@ -53,13 +53,13 @@ def step(
     if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
     steps.advance(-scales)
-    due = rule.is_due(run)
+    now = Now(theta, decays, rule.is_due(run), LOCAL)
     for shape, names in groups.items():
         of = [state.per_param[name] for name in names]
         if paths[shape] == "orthogonal":
             _orthogonalise([own["d"] for own in of], rule.iterations)
         elif paths[shape] == "eigenbasis":
-            _whiten(rule, theta, [grads[name] for name in names], of, due)
+            _whiten(rule, now, [grads[name] for name in names], of)
     steps.finish()
     slots = [t for name in params for t in state.per_param[name].values()]
     torch.autograd.graph.increment_version([*params.values(), *slots])
@@ -76,14 +76,12 @@ def _entries(
     return Entries(path, shape, grad, param, slots, factors)
 
 
-def _whiten(
-    rule: Steered, theta: Theta, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]], due: Tensor | bool
-) -> None:
+def _whiten(rule: Steered, now: Now, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]) -> None:
     """In place, the momentum in the slot ``d`` of tensors of one shape, and the slots of their bases."""
     for part in _parts(grads):
         some = slots[part]
         own = {name: stack([each[name] for each in some]) for name in some[0] if name != "m"}
-        d, new = rule.whitened(theta, matrices(own["d"]), matrices(stack(grads[part])), own, due)
+        d, new = rule.whitened(now, matrices(own["d"]), matrices(stack(grads[part])), own)
         for name, t in {"d": d, **new}.items():
             if t is not own[name]:
                 _copy(t, [each[name] for each in some])

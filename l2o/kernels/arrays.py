@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from l2o.ops.numeric import watched
 
 Int64s, Floats, Pointers = (ctypes.POINTER(t) for t in (ctypes.c_int64, ctypes.c_float, ctypes.c_void_p))
 """Fields of a structure that keep the array they are given."""
@@ -20,8 +21,7 @@ def plain(tensors: Iterable[Tensor], anywhere: bool = False) -> bool:
 
     anywhere: on any device, not on the CPU alone.
     """
-    watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if torch.compiler.is_compiling() or watched:
+    if watched():
         return False
     ordinary = (Tensor, torch.nn.Parameter)
     kinds = {(type(t), t.dtype, t.is_cpu) for t in tensors}  # few, of a thousand tensors

@@ -48,7 +48,7 @@ class Tensors(NamedTuple):
     row_means: Mapping[str, Tensor | None] = {}
 
     def only(self, names: Iterable[str]) -> Tensors:
-        """Some of them."""
+        """Keep some of them."""
         return self._replace(grads={name: self.grads[name] for name in names})
 
     def sources(self, recipe: Recipe) -> list[Tensor]:
@@ -67,7 +67,7 @@ class Tensors(NamedTuple):
 
 
 def feature_sums(recipe: Recipe, tensors: Tensors) -> dict[str, Sum]:
-    """Sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name."""
+    """Return sums of squares of each tensor's channels, ``[channels, *recipe.sums_shape(shape)]``, by name."""
     if not tensors.grads:
         return {}
     own_axes, sources = tensors.axes, tensors.sources(recipe)
@@ -96,12 +96,12 @@ def network(
     gains: Tensor,
     means: Tensor | None = None,
 ) -> tuple[Updates, Tensor]:
-    """The update of each tensor, by name, none without a head; and the sums over its elements of the network's outputs.
+    """Return the update of each tensor, by name, none without a head; and sums over its elements of the outputs.
 
     weights: ``w0, b0, w1, ...``; each ``[in, out]`` or ``[out]``, or one for every tensor, ``[tensors, ...]``.
     sums: of `feature_sums`, completed over all shards.
     gains: ``[tensors]``, on the updates.     means: ``[tensors, outputs]``, of the outputs, where the head reads them.
-    Returns updates, and sums ``[tensors, outputs]``; both in the order of the gradients.
+    Sums are ``[tensors, outputs]``; both are in the order of the gradients.
     """
     names, layers = list(tensors.grads), layers_of(weights)
     if not names:
@@ -123,7 +123,7 @@ def network(
 
 
 def completed_means(totals: Tensor, infos: Infos, names: Iterable[str], reduce: Reduce) -> Tensor:
-    """Means over whole tensors of the network's outputs, ``[tensors, outputs]``, of their sums in `network`."""
+    """Return means over whole tensors, ``[tensors, outputs]``, of the outputs that `network` summed in ``totals``."""
     sums = {
         name: {"outputs": Sum(own, tuple(range(len(infos[name].shape))))}
         for name, own in zip(names, totals, strict=True)
@@ -198,6 +198,6 @@ _coordinatewise.register_autograd(_d_network, setup_context=_keep_network)
 
 
 def split(flat: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Lists of these sizes that were put one after the other."""
+    """Return lists of these sizes that were put one after the other."""
     rest = iter(flat)
     return [list(itertools.islice(rest, n)) for n in sizes]

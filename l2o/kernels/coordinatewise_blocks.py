@@ -155,7 +155,7 @@ class _Whole(NamedTuple):
         return cls(leaves, broadcast, shared, sources["grad"].shape[bool(lanes) :])
 
     def through_broadcast(self, totals: Slots) -> dict[str, Tensor | None]:
-        """From the gradients of what is broadcast, and of the rest, to those of ``leaves`` and the rest."""
+        """Return the gradients of ``leaves`` and the rest, of those of what is broadcast and the rest."""
         made = [name for name in totals if name in self.broadcast and self.broadcast[name].grad_fn is not None]
         moving = [n for n, leaf in self.leaves.items() if leaf.requires_grad and self.broadcast.get(n) is not leaf]
         grads: dict[str, Tensor | None] = {**dict.fromkeys([*self.leaves, "sums"]), **totals}

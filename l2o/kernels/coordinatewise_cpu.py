@@ -119,7 +119,7 @@ def _filled(
 
 
 def threads_for(elements: int) -> int:
-    """How many threads share so much work: waiting for one another takes longer than a few thousand elements do."""
+    """Say how many threads share so much work: waiting for one another takes longer than a few thousand elements do."""
     return min(torch.get_num_threads(), 1 + elements // 4096)
 
 

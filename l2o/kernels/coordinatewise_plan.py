@@ -69,7 +69,7 @@ class Plan:
 def plan_of(
     recipe: Recipe, lanes: int, flat_axes: tuple[int, ...], shapes: Shapes, counts: tuple[int, ...] | None
 ) -> Plan | None:
-    """Of the sources; None where the kernel would not stay inside its arrays.
+    """Return the plan of the sources, or None where the kernel would not stay inside its arrays.
 
     flat_axes: two of each tensor, see `l2o.kernels.coordinatewise`.     counts: see ``Field.count``; of each tensor.
     """
@@ -158,7 +158,7 @@ def _field(recipe: Recipe, shape: torch.Size, axes: tuple[int, int], count: int)
 
 
 def geometry(shape: torch.Size, axes: tuple[int, int] | None) -> Field:
-    """How a tensor lies, with rows and columns where it has ``axes`` (`l2o.ops.factored.factored_axes`)."""
+    """Say how a tensor lies, with rows and columns where it has ``axes`` (`l2o.ops.factored.factored_axes`)."""
     field = Field(entries=math.prod(shape))
     if axes is not None:
         first, last = sorted(axes)

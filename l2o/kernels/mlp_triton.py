@@ -4,7 +4,8 @@ In Triton's interpreter (``TRITON_INTERPRET=1`` when this module is imported) th
 tested. The formulas restated here are those of l2o/rules/mlp.py and, in it, of `momenta` and `mlp` in l2o/ops.
 """
 
-# No `from __future__ import annotations`: Triton reads the annotations of its kernels.
+# No `from __future__ import annotations`: Triton reads the annotations of its kernels. Nor may a kernel's argument be
+# called `params`, `specialization` or `options`: Triton's launcher has variables of these names, which hide it.
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,7 +33,7 @@ _BLOCK = 128
 @triton.jit
 def _look(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     grads,
-    params,
+    values,
     m_old,
     m_new,
     decays,
@@ -46,7 +47,7 @@ def _look(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     entry = block * BLOCK + tl.arange(0, BLOCK)
     inside = entry < n
     g = tl.load(grads + lane * n + entry, inside, other=0.0)
-    p = tl.load(params + lane * n + entry, inside, other=0.0)
+    p = tl.load(values + lane * n + entry, inside, other=0.0)
     sums += (lane * tl.num_programs(0) + block) * (2 + DECAYS)
     tl.store(sums, tl.sum(g * g))
     tl.store(sums + 1, tl.sum(p * p))
@@ -62,7 +63,7 @@ def _look(  # type: ignore[no-untyped-def]  # noqa: PLR0913
 @triton.jit
 def _apply(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     grads,
-    params,
+    values,
     m,
     scales,
     first,
@@ -89,7 +90,7 @@ def _apply(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     own = (c >= 2) & (c < 2 + DECAYS)
     x = tl.load(m + (lane * DECAYS + c[None, :] - 2) * n + entry[:, None], inside[:, None] & own[None, :], other=0.0)
     g = tl.load(grads + lane * n + entry, inside, other=0.0)
-    p = tl.load(params + lane * n + entry, inside, other=0.0)
+    p = tl.load(values + lane * n + entry, inside, other=0.0)
     x = tl.where(c[None, :] == 0, g[:, None], tl.where(c[None, :] == 1, p[:, None], x))
     x *= tl.load(scales + lane * CHANNELS + c)[None, :]
     # ieee: PES takes differences of runs that are nearly the same, for which the 10 bits of TF32 are few.
@@ -140,16 +141,18 @@ def forward(constants: "Constants", tensors: "Tensors", time: Tensor) -> tuple[l
         grid = (triton.cdiv(n, block), len(g))  # CUDA takes 65,535 programs on any axis but the first
         if n:
             sums = g.new_empty(*reversed(grid), own)
-            _look[grid](g, p, old, m, decays, sums, n, DECAYS=len(decays), BLOCK=block)
+            with torch.cuda.device_of(g):  # Triton launches on the current device, whose tensors these need not be
+                _look[grid](g, p, old, m, decays, sums, n, DECAYS=len(decays), BLOCK=block)
             scales = pad(second_moment_scale(sums.sum(1), n, constants.eps), (0, channels - own))
-            _apply[grid](
-                *(g, p, m, scales, *network, update, n, constants.step_mult, constants.exp_mult),
-                DECAYS=len(decays),
-                CHANNELS=channels,
-                WIDTH=network.first.shape[-1],
-                MIDDLE=network.middle.shape[1],
-                BLOCK=block,
-            )
+            with torch.cuda.device_of(g):
+                _apply[grid](
+                    *(g, p, m, scales, *network, update, n, constants.step_mult, constants.exp_mult),
+                    DECAYS=len(decays),
+                    CHANNELS=channels,
+                    WIDTH=network.first.shape[-1],
+                    MIDDLE=network.middle.shape[1],
+                    BLOCK=block,
+                )
         updates.append(update)
         momenta.append(m)
     return updates, momenta

@@ -51,7 +51,7 @@ class _Moments(ctypes.Structure):
 def advance_statistics(
     slots: Mapping[str, Slots], grads: Grads, infos: Infos, decays: Decays, reduce: Reduce, clip: float = math.inf
 ) -> dict[str, Slots]:
-    """The slots of `l2o.ops.statistics.init_statistics` of each tensor with its gradient averaged in.
+    """Return slots of `l2o.ops.statistics.init_statistics` of each tensor with its gradient averaged in.
 
     decays: those of factored moments are brought into 0 to 1.     clip: gradients are clipped to ± this.
     Within `l2o.kernels.deferred`, only rows and columns are new.
@@ -110,7 +110,7 @@ def write(
 
 
 def advance_moments(slots: Mapping[str, Slots], grads: Grads, decays: Decays) -> dict[str, Slots]:
-    """``m`` and ``v`` of each tensor with its gradient averaged in."""
+    """Return ``m`` and ``v`` of each tensor with its gradient averaged in."""
     return _advance(slots, grads, decays, [_NO_FACTORS] * (2 * len(grads)), math.inf)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from l2o.ops.numeric import log_of, over_root, scalar_like
+from l2o.ops.numeric import constant, log_of, over_root, scalar_like
 from l2o.types import Run, Slots, Theta
 
 _START = {
@@ -32,22 +32,22 @@ _VARIANCE = 1e-8
 
 
 def init_controller(generator: torch.Generator) -> Theta:
-    """θ of the controller, ``log_*``, 0-d."""
+    """Return θ of the controller, ``log_*``, 0-d."""
     return {f"log_{name}": scalar_like(log_of(name, value), generator) for name, value in _START.items()}
 
 
 def init_alignment(like: Tensor) -> Slots:
-    """Shared slots, 0-d zeros: ``log_step``, and running means of the cosine (``fast, slow``) and its square."""
+    """Return shared slots, 0-d zeros: ``log_step``, running means of the cosine (``fast, slow``) and its square."""
     return {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square")}
 
 
 def cosine(dot: Tensor, norm: Tensor) -> Tensor:
-    """``dot / norm``, 0 without norm.  Both 0-d: sums over tensors of products of gradient and step, and of norms."""
-    return dot / torch.where(norm > 0, norm, 1.0)
+    """Return ``dot / norm``, 0 without norm.  Both 0-d, summed over tensors: products of gradient and step, norms."""
+    return dot / torch.where(norm > 0, norm, constant(1.0, norm))
 
 
 def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run, more: Tensor | float = 0.0) -> Slots:
-    """The slots once the 0-d ``cosine`` of the gradient at ``run.step`` and the step before is known.
+    """Return the slots once the 0-d ``cosine`` of the gradient at ``run.step`` and the step before is known.
 
     more: push from elsewhere, from -1 to 1 as the signal's own.
 
@@ -55,19 +55,22 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run,
     its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
     which noise does not show to be too much, leaks away.
     """
-    value = {name: theta[f"log_{name}"].exp() for name in _START}
+    values = torch.stack([theta[f"log_{name}"] for name in _START]).exp()
+    value = dict(zip(_START, values.unbind(), strict=True))
     step, total = (t.to(cosine.dtype) for t in run[:2])
+    begun, steps = step > 0, step.clamp(min=1.0)
     keep = {name: torch.exp(-1.0 / value[name]) for name in ("fast", "slow")}
+    ages = {name: 1.0 - kept**steps for name, kept in keep.items()}
     seen = {"fast": ("fast", cosine), "slow": ("slow", cosine), "square": ("slow", cosine.square())}
     new = {name: torch.lerp(x, slots[name], keep[pace]) for name, (pace, x) in seen.items()}
-    mean = {name: new[name] / (1.0 - keep[pace] ** step.clamp(min=1.0)) for name, (pace, _) in seen.items()}
+    mean = {name: new[name] / ages[pace] for name, (pace, _) in seen.items()}
     deviation = (mean["square"] - mean["slow"].square()).clamp(min=0.0) + _VARIANCE
     error = 0.5 * (mean["fast"] + mean["slow"])
     error = torch.relu(error - value["band_up"]) - torch.relu(-error - value["band_down"])
     sure = (over_root(-mean["slow"], deviation) - value["sure"]).clamp(0.0, 1.0)
-    push = torch.tanh(value["slope"] * error) * torch.where(error < 0, sure, 1.0)
+    push = torch.tanh(value["slope"] * error) * torch.where(error < 0, sure, constant(1.0, sure))
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
     leak = (value["leak"] / total).clamp(max=_FASTEST)
     log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -value["range"], value["range"])
     moved = {"log_step": log_step, **new}
-    return {name: torch.where(step > 0, x, slots[name]) for name, x in moved.items()}
+    return {name: torch.where(begun, x, slots[name]) for name, x in moved.items()}

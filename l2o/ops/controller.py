@@ -16,12 +16,13 @@ from torch import Tensor
 from l2o.ops.alignment import control, cosine
 from l2o.ops.groups import Group, tensor_sum
 from l2o.ops.networks import init_linear, init_mlp, linear, lstm_cell, mlp
-from l2o.ops.numeric import constant, over_root, safe_sqrt
+from l2o.ops.numeric import constant, entries_of, of_shapes, over_root, safe_sqrt
 from l2o.types import Reduce, Run, Slots, Theta
 
 OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "begun")
+OF_LOSS = ("trend", "course")
 OF_TENSOR = ("signal", "size", "fan_in", "fan_out", "matrix", "near", "far", "factor")
-"""Inputs: what the tensors of a run share, and what each has of its own; see `decide`."""
+"""Inputs: what the tensors of a run share, also where the loss is read, and what each has of its own; see `decide`."""
 _PREFIX = "decide_"
 _SLOTS = ("near", "far", "factor", "h", "c")
 _HIDDEN = 16
@@ -34,6 +35,10 @@ _PACE = 0.1
 """Of a tensor's factor towards what the network says: a step is not to follow the noise of its inputs."""
 _RANGE = 1.5
 """Of the logarithm of a tensor's factor."""
+
+
+_LOSS = {"loss_fast": _NEAR, "loss_slow": _FAR, "loss_long": _LONG, "loss_square": _FAR}
+"""Means of the loss, and of the square of what it is off its slow one, with the steps that they go over."""
 
 
 class Seen(NamedTuple):
@@ -49,9 +54,9 @@ class Seen(NamedTuple):
     sizes: Tensor
 
 
-def init_decisions(generator: torch.Generator, kind: str) -> Theta:
-    """θ of the network, a perceptron (``mlp``) or ``lstm``: ``decide_w0, decide_b0``, and a last layer of zeros."""
-    inputs = len(OF_TENSOR) + len(OF_RUN)
+def init_decisions(generator: torch.Generator, kind: str, reads_loss: bool = False) -> Theta:
+    """Return θ of the network, a perceptron (``mlp``) or ``lstm``: ``decide_w0, decide_b0``, a last layer of zeros."""
+    inputs = len(OF_TENSOR) + len(OF_RUN) + (len(OF_LOSS) if reads_loss else 0)
     theta = init_mlp(generator, (inputs, _HIDDEN, 2))
     if kind == "lstm":
         theta["w0"], theta["b0"] = init_linear(generator, inputs + _HIDDEN, 4 * _HIDDEN)
@@ -60,67 +65,68 @@ def init_decisions(generator: torch.Generator, kind: str) -> Theta:
 
 
 def init_seen(like: Tensor, kind: str) -> Slots:
-    """Slots of a tensor: running means of its cosine (``near, far``) and the logarithm of its ``factor``, 0-d; and the
+    """Return slots of a tensor: running means of its cosine (``near, far``), the logarithm of its ``factor``, 0-d; the
     state ``h, c [hidden]`` of an ``lstm``."""
     slots = {name: like.new_zeros(()) for name in ("near", "far", "factor")}
     return slots | ({name: like.new_zeros(_HIDDEN) for name in ("h", "c")} if kind == "lstm" else {})
+
+
+def init_shown(like: Tensor, reads_loss: bool = False) -> Slots:
+    """Return the shared slots of the network, 0-d zeros: ``long``, and running means of the loss (``loss_*``)."""
+    return {name: like.new_zeros(()) for name in ("long", *(_LOSS if reads_loss else ()))}
 
 
 def steer(
     theta: Theta,
     shared: Slots,
     groups: Sequence[Group],
-    sums: Sequence[Slots],
-    factors: Sequence[Tensor],
+    sums: Slots,
+    factors: Tensor,
     run: Run,
     reduce: Reduce,
-) -> tuple[Slots, Sequence[Slots]]:
-    """What is shared after a step, and what the network has decided of each group, ``[k]``: nothing, without one.
+) -> tuple[Slots, Slots]:
+    """Return what is shared after a step, and what the network decided of each tensor: nothing, without one.
 
     shared: ``log_step`` and means of `l2o.ops.alignment`, or nothing, and for the network ``long``.
-    sums: of the whole tensors of each group, ``[k]``, of ``dots`` (gradient and step before), of squares ``grads,
-    directions, params``, and for the network ``momenta``.     factors: of their steps, ``[1]``.
+    sums: of whole tensors, ``[tensors]``, in the order of the groups: of ``dots`` (gradient and step before), of
+    squares ``grads, directions, params``, and for the network ``momenta``.     factors: of their steps, ``[tensors]``.
     """
-    nothing: list[Slots] = [{}] * len(groups)
     if not shared:
-        return shared, nothing
-    products = [_products(*each) for each in zip(groups, sums, factors, strict=True)]
-    aligned = cosine(*tensor_sum(groups, products, reduce))
-    if "long" not in shared:
-        return control(theta, shared, aligned, run), nothing
-    sizes = [len(group.names) for group in groups]
-    seen = [_seen(*each) for each in zip(groups, sums, products, strict=True)]
-    shapes = [group.shape for group in groups for _ in group.names]
+        return shared, {}
     # The network sees all tensors at once.
     memory = {name: torch.cat([group.slots[name] for group in groups]) for name in _SLOTS if name in groups[0].slots}
-    growth, slots = decide(theta, shared, Seen(*map(torch.cat, zip(*seen, strict=True))), memory, shapes, run)
-    votes = [torch.stack([g * w[:, 1], w[:, 1]], 1) for g, w in zip(growth.split(sizes), products, strict=True)]
-    push = torch.tanh(cosine(*tensor_sum(groups, votes, reduce)))
-    long = _follow(shared["long"], aligned, _LONG, run.step)
-    parts = {name: t.split(sizes) for name, t in slots.items()}
-    decided = [{name: t[i] for name, t in parts.items()} for i in range(len(groups))]
-    return control(theta, shared, aligned, run, push) | {"long": long}, decided
+    products = _products(memory, sums, factors)
+    aligned = cosine(*tensor_sum(groups, products, reduce))
+    if "long" not in shared:
+        return control(theta, shared, aligned, run), {}
+    shapes = [group.shape for group in groups for _ in group.names]
+    growth, decided = decide(theta, shared, _seen(shapes, sums, products), memory, shapes, run)
+    weights = products[:, 1]
+    push = torch.tanh(cosine(*tensor_sum(groups, torch.stack([growth * weights, weights], 1), reduce)))
+    shown = {"long": _follow(shared["long"], aligned, _LONG, run.step), **_loss_means(shared, run)}
+    return control(theta, shared, aligned, run, push) | shown, decided
 
 
-def _products(group: Group, own: Slots, factor: Tensor) -> Tensor:
-    """``[k, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
-    norms = safe_sqrt(own["grads"]) * safe_sqrt(own["directions"])
-    products = factor * torch.stack([own["dots"], norms], 1)
-    return products * group.slots["factor"].exp().unsqueeze(1) if "factor" in group.slots else products
+def _products(memory: Slots, sums: Slots, factors: Tensor) -> Tensor:
+    """``[tensors, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
+    norms = safe_sqrt(sums["grads"]) * safe_sqrt(sums["directions"])
+    products = factors.unsqueeze(1) * torch.stack([sums["dots"], norms], 1)
+    return products * memory["factor"].exp().unsqueeze(1) if "factor" in memory else products
 
 
-def _seen(group: Group, own: Slots, products: Tensor) -> Seen:
+def _seen(shapes: Sequence[tuple[int, ...]], sums: Slots, products: Tensor) -> Seen:
+    entries = of_shapes(entries_of, shapes, sums["params"])
     return Seen(
         cosine(*products.unbind(1)),
-        over_root(safe_sqrt(own["momenta"]), own["grads"]),
-        safe_sqrt(own["params"] / max(math.prod(group.shape), 1)),
+        over_root(safe_sqrt(sums["momenta"]), sums["grads"]),
+        safe_sqrt(sums["params"] / entries),
     )
 
 
 def decide(
     theta: Theta, shared: Slots, seen: Seen, slots: Slots, shapes: Sequence[tuple[int, ...]], run: Run
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What each tensor says of the growth of the step of all, and its new slots, all ``[tensors]``.
+    """Return what each tensor says of the growth of the step of all, and its new slots, all ``[tensors]``.
 
     shared: of `l2o.ops.alignment`, and ``long``, before this step.     slots: see `init_seen`, ``[tensors, ...]``.
     shapes: of the tensors.
@@ -129,7 +135,8 @@ def decide(
     paces = {"near": _NEAR, "far": _FAR}
     new = {name: _follow(slots[name], seen.cosines, pace, step) for name, pace in paces.items()}
     inputs = torch.stack([*_of_tensors(seen, shapes), _UNIT * new["near"], _UNIT * new["far"], slots["factor"]])
-    (growth, factor), state = _network(theta, inputs, _of_run(shared, step, total), slots)
+    of_run = torch.cat([_of_run(shared, step, total), *_of_loss(shared)])
+    (growth, factor), state = _network(theta, inputs, of_run, slots)
     bounded = _RANGE * torch.tanh(factor / _RANGE)
     return growth, {**new, "factor": torch.lerp(slots["factor"], bounded, _PACE), **state}
 
@@ -162,6 +169,25 @@ def _of_run(shared: Slots, step: Tensor, total: Tensor) -> Tensor:
             torch.exp(-step / 20.0),
         ]
     )
+
+
+def _loss_means(shared: Slots, run: Run) -> Slots:
+    """Return the new means of the loss; nothing where it is not read.  The first loss is where they begin."""
+    if "loss_slow" not in shared or run.loss is None:
+        return {}
+    loss, first = run.loss.to(shared["loss_slow"].dtype), run.step == 0
+    seen = dict.fromkeys(_LOSS, loss) | {"loss_square": (loss - shared["loss_slow"]).square()}
+    means = {name: torch.lerp(seen[name], shared[name], math.exp(-1.0 / pace)) for name, pace in _LOSS.items()}
+    start = dict.fromkeys(_LOSS, loss) | {"loss_square": torch.zeros_like(loss)}
+    return {name: torch.where(first, start[name], mean) for name, mean in means.items()}
+
+
+def _of_loss(shared: Slots) -> list[Tensor]:
+    """Inputs of the loss, ``[2]``: how far its means of fewer steps lie from those of more, whatever its scale."""
+    if "loss_slow" not in shared:
+        return []
+    differences = [shared["loss_fast"] - shared["loss_slow"], shared["loss_slow"] - shared["loss_long"]]
+    return [torch.stack([over_root(x, x.square() + shared["loss_square"]) for x in differences])]
 
 
 def _of_tensors(seen: Seen, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

@@ -131,28 +131,28 @@ class Recipe:
     raw: bool = False
 
     def sources(self, ndim: int) -> tuple[str, ...]:
-        """The names of what is read of a tensor with ``ndim`` axes, in their order."""
+        """Name what is read of a tensor with ``ndim`` axes, in order."""
         seconds = ("v",) if _SECONDS & {*self.groups} or (self.head and self.head.seconds) else ()
         factored = ("row", "col", "row_mean") if ndim >= 2 else ("diag",)
         needed = factored if _FACTORED & {*self.groups} else ()
         return "grad", "param", "m", *seconds, *needed, *(f"raw_{name}" for name in needed if self.raw)
 
     def scaled_axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes, from behind, over which the channels of a tensor with ``ndim`` axes have mean square one."""
+        """Return the axes, from behind, over which the channels of a tensor with ``ndim`` axes have mean square one."""
         return tuple(range(-min(ndim, 2) if self.matrices else -ndim, 0))
 
     def sums_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """``*shape`` with 1 for the axes summed over."""
+        """Return ``*shape`` with 1 for the axes summed over."""
         own = set(self.scaled_axes(len(shape)))
         return tuple(1 if axis - len(shape) in own else size for axis, size in enumerate(shape))
 
     def count(self, shape: Sequence[int]) -> int:
-        """Elements of a whole tensor that share their scales, at least 1: what `second_moment_scale` divides by."""
+        """Count elements of a whole tensor with the same scales, at least 1, what `second_moment_scale` divides by."""
         return max(math.prod([shape[axis] for axis in self.scaled_axes(len(shape))]), 1)
 
 
 def feature_sums(recipe: Recipe, axes: Axes, sources: Slots) -> Tensor:
-    """Sums of squares of the channels, ``[channels, *recipe.sums_shape(shape)]``."""
+    """Return sums of squares of the channels, ``[channels, *recipe.sums_shape(shape)]``."""
     whole, shape = broadcast(axes, sources), sources["grad"].shape
     sums = None
     for index in blocks(shape):
@@ -181,7 +181,7 @@ def network(
     gain: Tensor,
     means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The update ``[*shape]``, and the sums over elements of the network's outputs, ``[outputs]``.
+    """Return the update ``[*shape]``, and the sums over elements of the network's outputs, ``[outputs]``.
 
     weights: ``w0, b0, w1, ...``, of a network with the recipe's channels.
     sums: of `feature_sums`, completed over all shards.     count: what they are divided by.
@@ -199,8 +199,10 @@ def network(
 def block(
     recipe: Recipe, weights: Theta, x: Slots, sums: Tensor, count: int, gain: Tensor, means: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return `network` of one block, updates ``[...]`` and sums ``[outputs]``; ``x`` and ``sums`` as `broadcast` and
-    `cut` have them."""
+    """Return `network` of one block, updates ``[...]`` and sums ``[outputs]``.
+
+    x, sums: as `broadcast` and `cut` have them.     gain, means: as in `network`.
+    """
     seen = _statistics(recipe, x)
     features = channels(seen, recipe.groups) * second_moment_scale(sums, count, recipe.scale_eps)
     shape = features.shape[1:]
@@ -210,7 +212,7 @@ def block(
 
 
 def broadcast(axes: Axes, sources: Slots) -> Slots:
-    """The sources, what is a row's or a column's with 1 for the axis that it is without; see `factors`."""
+    """Give a row's or a column's sources 1 for the axis that they are without; see `factors`."""
     if axes is None or "row" not in sources:
         return sources
     found = {name: t for name, t in sources.items() if not name.endswith(("row", "col", "row_mean"))}
@@ -222,15 +224,15 @@ def broadcast(axes: Axes, sources: Slots) -> Slots:
 
 
 def raw_factors(slots: Slots, row_mean: Tensor | None) -> Slots:
-    """Return the sources that `Recipe.raw` needs besides, of the slots of `l2o.ops.factored` and their `row_means`, in
-    their shapes."""
+    """Return the sources that `Recipe.raw` needs besides, of the slots of `l2o.ops.factored` and their `row_means`
+    (``row_mean``), in their shapes."""
     every = {**slots, "row_mean": row_mean}
     names = ("diag",) if row_mean is None else ("row", "col", "row_mean")
     return {f"raw_{name}": t for name in names if (t := every[name]) is not None}
 
 
 def blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Slices of a tensor that have at most `BLOCK` elements each, in the order of its elements; one at least."""
+    """Yield slices of a tensor that have at most `BLOCK` elements each, in the order of its elements; one at least."""
     axis = len(shape) if math.prod(shape) > BLOCK else 0
     while axis and math.prod(shape[axis - 1 :]) <= BLOCK:
         axis -= 1
@@ -245,12 +247,12 @@ def blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
 
 
 def joined(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """What `blocks` took apart, ``[*shape]``."""
+    """Put together what `blocks` took apart, ``[*shape]``."""
     return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts]).view(*shape)
 
 
 def cut(sources: Slots, index: tuple[slice, ...]) -> Slots:
-    """One block of each: ``[*shape]``, or with an axis before those of the tensor; axes of size 1 stay."""
+    """Return one block of each: ``[*shape]``, or with an axis before those of the tensor; axes of size 1 stay."""
 
     def one(t: Tensor) -> Tensor:
         for axis, part in enumerate(index, t.ndim - len(index)):

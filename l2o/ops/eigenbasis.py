@@ -6,12 +6,16 @@ brings it to size, so that second moments need no bias correction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
 
 from l2o.ops.orthogonal import as_matrix, product_dtype
 from l2o.types import Run, Slots
+
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _STAY = 1e-6
 """Beside the largest entry of a product: directions in which no gradient lies yet stay, and do not follow rounding."""
@@ -35,14 +39,19 @@ def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
     return {"v": param.new_zeros(param.shape), **products, **bases}
 
 
-def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tensor | bool) -> tuple[Tensor, Slots]:
+def whiten(
+    momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tensor | bool, weigh: Weigh | None = None
+) -> tuple[Tensor, Slots]:
     """Return the direction of ``momentum``, of any size, and the new slots of `init_basis`, ``[k, ...]``.
 
     momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
     due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
+    weigh: makes the direction of momentum and gradient in the basis, over the root of second moments, and these.
+    Without a basis in ``slots``, entries are what second moments are of.
     """
     narrow = product_dtype(grad)
-    dtype = narrow if product_dtype(grad.mT) == narrow else grad.dtype
+    turns = any(basis in slots for _, basis in _SIDES)
+    dtype = narrow if turns and product_dtype(grad.mT) == narrow else grad.dtype
     g, m = grad.to(dtype), momentum.to(dtype)
     new: Slots = {}
     for (product, basis), x in zip(_SIDES, (g, g.mT), strict=True):
@@ -54,13 +63,15 @@ def whiten(momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tens
     v = torch.lerp(seen.square(), slots["v"].reshape(grad.shape), keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
     squares = v + share * v.mean((-2, -1), keepdim=True)
-    scaled = turned * squares.clamp(min=torch.finfo(v.dtype).tiny).rsqrt()  # before any gradient: 0 times a number
+    squares = squares.clamp(min=torch.finfo(v.dtype).tiny)  # before any gradient: 0 times a number
+    roots = squares.rsqrt()
+    scaled = turned * roots if weigh is None else weigh(turned * roots, seen * roots, squares)
     direction = _turned(scaled.to(dtype), {basis: t.mT for basis, t in bases.items()}).to(grad.dtype)
     return direction, {"v": v.view(slots["v"].shape), **new}
 
 
 def is_due(run: Run, period: int) -> Tensor | bool:
-    """Whether a step is one of every ``period``: a bool where it is one for all lanes and is not compiled, else 0-d.
+    """Say whether a step is one of every ``period``: a bool where that is so for all lanes, uncompiled, else 0-d.
 
     Waits for the device in unrolls, but not in the plug-in, which says what the host knows.
     """

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from l2o.ops.numeric import watched
 from l2o.types import LOCAL, Grads, Infos, OptState, Reduce, Slots, Sum
 
 SMALL = 1 << 14
 """Entries up to which stacking tensors costs less than an operation for each of them, where copies are all it saves."""
+
+Key = TypeVar("Key", bound=Sequence[Hashable])
 
 Step = Callable[[Tensor, Slots], tuple[Tensor, Slots]]
 """From the gradient and the slots of one tensor to its update and its new slots."""
@@ -59,14 +62,58 @@ def by_shape(grads: Grads, state: OptState, infos: Infos, together: float = math
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack ``[k, *shape]``; a large tensor that is the only one of its shape is not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    """Stack ``[k, *shape]``; not copied where there is one tensor alone, or where they lie stacked in memory, as slots
+    do that `unstacked` gave, and nothing is differentiated."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.unsqueeze(0)
+    distance = _distance(tensors)
+    if not distance:
+        return torch.stack(list(tensors))
+    return first.as_strided((len(tensors), *first.shape), (distance, *first.stride()))
+
+
+def _distance(tensors: Sequence[Tensor]) -> int:
+    """Entries from each tensor in memory to the next of the same kind, 0 where they do not lie so."""
+    first = tensors[0]
+    if torch.is_grad_enabled() or not all(type(t) is Tensor for t in tensors) or watched():
+        return 0
+    if any(t.shape != first.shape or t.stride() != first.stride() or t.dtype != first.dtype for t in tensors):
+        return 0
+    places = [int(t.storage_offset()) for t in tensors]
+    step, memory = places[1] - places[0], first.untyped_storage().data_ptr()
+    regular = step > 0 and places == list(range(places[0], places[0] + len(places) * step, step))
+    return step if regular and all(t.untyped_storage().data_ptr() == memory for t in tensors) else 0
+
+
+def bundles(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:
+    """Return the keys, ``(…, slot)``, of tensors to `stack` for one operation: those of one slot and shape that share
+    memory, and small ones that have their own."""
+    if torch.is_grad_enabled() or watched():
+        return [[key] for key in tensors]
+    found: dict[tuple[object, ...], list[Key]] = defaultdict(list)
+    for key, t in tensors.items():
+        memory = t.untyped_storage()
+        own = memory.nbytes() == t.nbytes and t.numel() <= SMALL
+        found[key[-1], t.shape, t.dtype, None if own else memory.data_ptr()].append(key)
+    return list(found.values())
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors of one shape and dtype are known to be one in memory."""
+    return not watched() and (a.shape, a.stride(), a.data_ptr()) == (b.shape, b.stride(), b.data_ptr())
 
 
 def unstacked(slots: Slots, count: int) -> list[Slots]:
     """Return the slots of each of ``count`` tensors, of which ``slots`` has ``[count, ...]``."""
     parts = {slot: t.unbind() for slot, t in slots.items()}
     return [{slot: each[i] for slot, each in parts.items()} for i in range(count)]
+
+
+def split(whole: Slots, counts: Sequence[int]) -> list[Slots]:
+    """Return what each group has, ``[k, ...]``, of ``[tensors, ...]``.  counts: of the groups' tensors."""
+    parts = {name: t.split(counts) for name, t in whole.items()}
+    return [{name: each[i] for name, each in parts.items()} for i in range(len(counts))]
 
 
 def shard_sums(groups: Sequence[Group], sums: Sequence[Mapping[str, Sum]], reduce: Reduce) -> list[Slots]:
@@ -86,12 +133,22 @@ def shard_sums(groups: Sequence[Group], sums: Sequence[Mapping[str, Sum]], reduc
     ]
 
 
-def tensor_sum(groups: Sequence[Group], values: Sequence[Tensor], reduce: Reduce) -> Tensor:
-    """Return what ``reduce.tensors`` makes of the values of each group, ``[k, ...]``."""
+def whole_sums(groups: Sequence[Group], sums: Slots, reduce: Reduce) -> Slots:
+    """Return what ``reduce.shards`` makes of sums over all entries, ``[tensors]``, in the order of the groups."""
     if reduce is LOCAL:
-        return torch.cat(list(values)).sum(0)
-    pairs = zip(groups, values, strict=True)
-    return reduce.tensors({name: x[i] for group, x in pairs for i, name in enumerate(group.names)})
+        return sums
+    tensors = [(name, tuple(range(len(group.shape)))) for group in groups for name in group.names]
+    single = {name: {key: Sum(x[i], axes) for key, x in sums.items()} for i, (name, axes) in enumerate(tensors)}
+    found = reduce.shards(single)
+    return {key: torch.stack([found[name][key] for name, _ in tensors]) for key in sums}
+
+
+def tensor_sum(groups: Sequence[Group], values: Tensor, reduce: Reduce) -> Tensor:
+    """Return what ``reduce.tensors`` makes of ``values [tensors, ...]``, of the groups' tensors in their order."""
+    if reduce is LOCAL:
+        return values.sum(0)
+    names = [name for group in groups for name in group.names]
+    return reduce.tensors(dict(zip(names, values.unbind(), strict=True)))
 
 
 def matrix_sums(group: Group, reduce: Reduce, sums: dict[str, Tensor]) -> list[Tensor]:

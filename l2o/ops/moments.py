@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +12,33 @@ from torch.nn.functional import logsigmoid
 from l2o.ops.numeric import constant
 
 
+class Shares(NamedTuple):
+    """What a running mean keeps and what is new in it, which make one; of any shape, both to full precision."""
+
+    keep: Tensor
+    new: Tensor
+
+
+def shares(logit: Tensor) -> Shares:
+    """Return those of the decay ``sigmoid(logit)``: near 1, where decays are, the nearest number, unlike
+    `torch.sigmoid`."""
+    new = torch.sigmoid(-logit)
+    return Shares(1.0 - new, new)
+
+
 def decay(logit: Tensor) -> Tensor:
-    """Return ``sigmoid(logit)``, of any shape; near 1, where decays are, the nearest number, unlike `torch.sigmoid`."""
-    return 1.0 - torch.sigmoid(-logit)
+    """Return what `shares` keep."""
+    return shares(logit).keep
 
 
 def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
-    """Return ``d * average + (1 - d) * value``, ``[*shape]``, ``d = sigmoid(logit_decay)``, 0-d; factors to full
-    precision."""
-    return decay(logit_decay) * average + torch.sigmoid(-logit_decay) * value
+    """Return `mixed` by the decay ``sigmoid(logit_decay)``, 0-d."""
+    return mixed(average, value, shares(logit_decay))
+
+
+def mixed(average: Tensor, value: Tensor, shares: Shares) -> Tensor:
+    """Return ``keep * average + new * value``, ``[*shape]``."""
+    return shares.keep * average + shares.new * value
 
 
 def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from l2o.checks import check_float
 
 
-def constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return ``values`` as a 1-d tensor of the dtype and device of ``like``, copied to the device once and then
-    cached."""
+def constant(values: Sequence[float] | float, like: Tensor) -> Tensor:
+    """Return ``values`` as a 1-d tensor, or one as a 0-d tensor, of the dtype and device of ``like``, copied to the
+    device once and then cached. (Of a number that is no tensor, `torch.where` makes one each time.)"""
     # A compiler, which makes it a constant of its own, looks through caches and warns of them.
     make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
-    return make(tuple(values), like.dtype, like.device)
+    return make(values if isinstance(values, float) else tuple(values), like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(values: tuple[float, ...] | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor born in inference mode could never be used in a differentiated unroll
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -31,6 +32,11 @@ def of_shapes(fact: Callable[[tuple[int, ...]], float], shapes: Sequence[tuple[i
     are."""
     known = {shape: fact(shape) for shape in dict.fromkeys(shapes)}
     return constant([known[shape] for shape in shapes], like)
+
+
+def entries_of(shape: tuple[int, ...]) -> float:
+    """Return how many entries a tensor of ``shape`` has, at least one, for means of what may be empty."""
+    return float(max(math.prod(shape), 1))
 
 
 def scalar_like(value: float, generator: torch.Generator) -> Tensor:
@@ -68,20 +74,49 @@ def safe_sqrt(x: Tensor) -> Tensor:
     A dead unit's gradient is exactly 0, its second moment too, and ``inf * 0`` would make the meta-gradient NaN. Where
     the root stands in ``m / (sqrt(v) + eps)`` with ``v`` a sum of squares, 0 is also what finite differences give.
     """
+    if not _is_differentiated():
+        return x.sqrt().nan_to_num(0.0, math.inf)
     positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    return torch.where(positive, torch.where(positive, x, constant(1.0, x)).sqrt(), constant(0.0, x))
 
 
 def over_root(x: Tensor, squares: Tensor) -> Tensor:
     """Return ``x / sqrt(squares)``, of shapes that broadcast; 0, with derivative 0, where ``squares`` is 0: no epsilon,
     so no scale is too small."""
+    if not _is_differentiated():
+        return x * squares.rsqrt().nan_to_num(0.0, 0.0, 0.0)
     positive = squares > 0
-    return x * torch.where(positive, torch.where(positive, squares, 1.0).rsqrt(), 0.0)
+    roots = torch.where(positive, squares, constant(1.0, squares)).rsqrt()
+    return x * torch.where(positive, roots, constant(0.0, squares))
 
 
-def unit(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Return ``x [*shape]`` over its norm along ``axes``; zeros stay zero."""
-    return over_root(x, x.square().sum(axes, keepdim=True))
+def _is_differentiated() -> bool:
+    """Whether a derivative may be asked for, or a compiler joins operations; else one does for what takes three."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
+
+
+def watched() -> bool:
+    """Say whether a compiler or a transform of torch, forward mode included, sees what is done to tensors, which then
+    have no memory to look at."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def unit(x: Tensor, axes: tuple[int, ...], size: float = 1.0) -> Tensor:
+    """Return ``x [*shape]`` at the norm ``size`` along axes; zeros stay zero."""
+    if _is_differentiated():
+        return over_root(x, x.square().sum(axes, keepdim=True) / size**2)
+    norms = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    return x * (constant(size, norms) / norms).nan_to_num(0.0, 0.0, 0.0)
+
+
+def square_sums(parts: Iterable[Tensor]) -> Tensor:
+    """Return sums of squares of all rows, ``[k, entries]`` a part: where nothing is differentiated, without writing
+    all squares."""
+    if _is_differentiated():
+        return torch.cat([x.square().sum(1) for x in parts])
+    return torch.cat([torch.linalg.vector_norm(x, dim=1) for x in parts]).square()
 
 
 def safe_rsqrt(x: Tensor) -> Tensor:

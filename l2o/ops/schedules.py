@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from l2o.ops.numeric import constant
+
 
 def warmup_cosine(step: Tensor, total: Tensor, warmup: Tensor, floor: float = 0.0) -> Tensor:
     """Rise linearly from 0 over ``warmup`` steps, then half a cosine down to ``floor`` at ``total`` steps; then
@@ -29,4 +31,6 @@ def power_decay(step: Tensor, total: Tensor, power: Tensor, floor: float) -> Ten
     """Fall as ``(1 - step / total) ** power`` from 1 down to ``floor`` at ``total`` steps; then ``floor``.  All 0-d."""
     left = 1.0 - step / total
     ahead = left > 0.0  # the power of 0 has no derivative
-    return floor + (1.0 - floor) * torch.where(ahead, torch.where(ahead, left, 1.0) ** power, 0.0)
+    return floor + (1.0 - floor) * torch.where(
+        ahead, torch.where(ahead, left, constant(1.0, left)) ** power, constant(0.0, left)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,18 @@ from l2o.types import ConfigurationError, OptState, Params, UpdateRule, Updates
 
 WORTH_A_KERNEL = 10**8
 """Updates of single entries in a run, which torch's operations take some 10 s longer for than a kernel, on a CPU."""
+
+
+class Ready(NamedTuple):
+    """Who makes a step, and what it gets.
+
+    factors: ``lr, keep`` by the id of the group.    limit: of the norm of all gradients.
+    """
+
+    rule: UpdateRule
+    inputs: Inputs
+    factors: Mapping[int, tuple[float, float]]
+    limit: float
 
 
 def updated(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState]:

@@ -63,7 +63,7 @@ def _begun(optimizer: Any, closure: Callable[[], Any] | None, loss: Any) -> tupl
 
 
 def _task(members: Sequence[Member], ready: Any, seen: Slots | None) -> Task:
-    """See `Task`.  ready: `l2o.optim.learned.Ready`."""
+    """See `Task`.  ready: `l2o.optim.apply.Ready`."""
     like = next(iter(ready.inputs.params.values()))
     keys = {group: [m.key for m in members if id(m.group) == group] for group in ready.factors}
     rates = [(*(like.new_full((), x) for x in ready.factors[group]), some) for group, some in keys.items()]

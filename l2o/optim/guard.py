@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from l2o.fused import HAD_GRADIENT as HAD_GRADIENT
-from l2o.ops.numeric import finite
+from l2o.ops.groups import bundles, is_same, stack
+from l2o.ops.numeric import constant, finite
 from l2o.optim.members import Member, label
 from l2o.types import Grads, OptState, Slots, Updates
 
@@ -50,8 +51,15 @@ def rest(updates: Updates, grads: Grads, seen: Slots) -> tuple[Updates, Slots]:
 
     seen: bool ``[*shape]`` by parameter, which had one before.
     """
-    seen = {key: old | (grads[key] != 0) for key, old in seen.items()}
-    return updates | {key: torch.where(had, updates[key], 0.0) for key, had in seen.items()}, seen
+    own = {(key, HAD_GRADIENT): grads[key] for key in seen}
+    updates, now = dict(updates), dict[str, Tensor]()
+    for keys in bundles(own):
+        some = [key for key, _ in keys]
+        had = stack([seen[key] for key in some]) | (stack([grads[key] for key in some]) != 0)
+        moving = stack([updates[key] for key in some])
+        updates |= zip(some, torch.where(had, moving, constant(0.0, moving)).unbind(), strict=True)
+        now |= zip(some, had.unbind(), strict=True)
+    return updates, now
 
 
 def beside(state: OptState, seen: Slots) -> OptState:
@@ -61,11 +69,17 @@ def beside(state: OptState, seen: Slots) -> OptState:
 
 
 def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[Updates, OptState]:
-    """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host."""
-    updates = {key: torch.where(ok, u, 0.0) for key, u in updates.items()}
-    per_param = {key: _either(ok, slots, old.per_param[key]) for key, slots in new.per_param.items()}
-    return updates, OptState(per_param, _either(ok, new.shared, old.shared))
+    """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host.
 
-
-def _either(ok: Tensor, new: Slots, old: Mapping[str, Tensor]) -> Slots:
-    return {name: torch.where(ok, t, old[name]) for name, t in new.items()}
+    Tensors are replaced in the dicts that came, so that each is freed before the next is made: a second new state would
+    be memory of the state's size. An operation is for all that can be one tensor.
+    """
+    pairs = [(updates, {}), (new.shared, old.shared), *((own, old.per_param[k]) for k, own in new.per_param.items())]
+    every = {(i, name, name if i else ""): t for i, (own, _) in enumerate(pairs) for name, t in own.items()}
+    for keys in bundles(every):
+        now = stack([every.pop(key) for key in keys])
+        before = stack([pairs[i][1][name] for i, name, _ in keys]) if keys[0][0] else constant(0.0, now)
+        chosen = now if is_same(now, before) else torch.where(ok, now, before)
+        for (i, name, _), t in zip(keys, chosen.unbind(), strict=True):
+            pairs[i][0][name] = t
+    return updates, new

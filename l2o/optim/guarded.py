@@ -54,7 +54,7 @@ def _adamw() -> tuple[UpdateRule, Theta]:
 
 
 def acting(run: Facts, rule: UpdateRule, theta: Theta) -> tuple[UpdateRule, Theta]:
-    """Who makes the steps: the rule with its θ, or AdamW."""
+    """Say who makes the steps: the rule with its θ, or AdamW."""
     return _adamw() if _stage(run) == "adamw" else (rule, theta)
 
 
@@ -65,20 +65,20 @@ def check(run: Facts, guard: bool) -> None:
 
 
 def saved(run: Facts) -> str:
-    """What the guard knows as text: distributed checkpoints take nested structures apart and lose empty ones."""
+    """Return what the guard knows as text: distributed checkpoints take nested structures apart and lose empty ones."""
     guard = run.get("guard")
     return json.dumps({**guard, "losses": [float(x) for x in guard["losses"]]}) if guard else ""
 
 
 def loaded(run: Facts) -> Facts:
-    """``run`` with what was `saved` of the guard."""
+    """Return ``run`` with what was `saved` of the guard."""
     text = run.get("guard")
     rest = {name: fact for name, fact in run.items() if name != "guard"}
     return {**rest, "guard": json.loads(text)} if text else rest
 
 
 def rate(run: Facts, lr: float, total_steps: int) -> float:
-    """The factor on updates where a group has ``lr``; AdamW takes no larger steps than its own."""
+    """Return the factor on updates where a group has ``lr``; AdamW takes no larger steps than its own."""
     match _stage(run):
         case "small":
             return _SMALL * lr
@@ -94,14 +94,14 @@ def _schedule(done: float, began: float) -> float:
 
 
 def limit(run: Facts, members: Sequence[Member]) -> float:
-    """The norm of all gradients from which on a step is skipped; infinite where others had gradients before."""
+    """Return the norm of all gradients from which on a step is skipped; infinite where others had gradients before."""
     guard = run.get("guard") or ladder.begin()
     known = guard["memory"] and guard.get("entries", [0])[0] == _entries(members)
     return watch.limit(guard["memory"]) if known else math.inf
 
 
 def report(run: Facts) -> dict[str, Any]:
-    """``stage`` and ``events``; the stage is "unguarded" where there is no guard."""
+    """Return ``stage`` and ``events``; the stage is "unguarded" where there is no guard."""
     guard = run.get("guard") or {"stage": "unguarded", "events": []}
     return {"stage": guard["stage"], "events": [dict(event) for event in guard["events"]]}
 

@@ -67,25 +67,25 @@ class Event(NamedTuple):
 
 
 def begin() -> Guard:
-    """What is known before the first step."""
+    """Return what is known before the first step."""
     stage = {"stage": "rule", "since": 0, "good": 0, "entries": [0, 0], "alarm": -math.inf, "again": -1}
     return {**stage, "losses": [], "skipped": 0, "memory": {}, "events": []}
 
 
 def foreign() -> Guard:
-    """What is known before the first step of a rule that is not for such parameters: AdamW acts."""
+    """Return what is known before the first step of a rule that is not for such parameters: AdamW acts."""
     return _noted({**begin(), "stage": "adamw", "foreign": True}, Event(0, "kind", "AdamW"))
 
 
 def skips(guard: Guard, step: int, skipped: int) -> Guard:
-    """With the number of skipped steps, in the report if there are new ones."""
+    """Return it with the number of skipped steps, in the report if there are new ones."""
     if skipped == guard["skipped"]:
         return guard
     return _noted({**guard, "skipped": skipped}, Event(step, "gradient", "skipped"))
 
 
 def calm(guard: Guard, step: int, total: int) -> tuple[Guard, Event | None]:
-    """After a look that found nothing."""
+    """Return what is so after a look that found nothing."""
     if guard["stage"] == "small" and step - guard["since"] >= max(_PROBATION * total, _LEAST_PROBATION):
         stage, event = "rule", Event(step, "calm", "returned")
     elif guard["stage"] == "adamw" and step >= guard["again"] > 0:
@@ -96,7 +96,7 @@ def calm(guard: Guard, step: int, total: int) -> tuple[Guard, Event | None]:
 
 
 def alarmed(guard: Guard, kind: str, seen: watch.Seen, step: int, total: int) -> tuple[Guard, Event]:
-    """After one that found trouble."""
+    """Return what is so after a look that found trouble."""
     stage, since = guard["stage"], guard["since"]
     if kind == "rise" and step - since <= 2 * watch.EVERY and seen.loss >= _SAME * guard["alarm"] > -math.inf:
         new = {"stage": "rule" if stage == "small" else stage, "memory": watch.rebased(guard["memory"], seen.loss)}

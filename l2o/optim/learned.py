@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from l2o.distributed import ranks
 from l2o.fused import Inputs
 from l2o.ops.numeric import finite
 from l2o.optim import guarded, resume, slots
-from l2o.optim.apply import apart, in_place, write
+from l2o.optim.apply import Ready, apart, in_place, write
 from l2o.optim.guard import beside, culprit, masked, plain, readable, rest
 from l2o.optim.inputs import check_scalar, evaluated, known_kinds, length, resolved, scalar
 from l2o.optim.locate import check_flat, zero_group
@@ -29,18 +29,6 @@ from l2o.types import ConfigurationError, L2OError, Run, Theta, UpdateRule
 _LOOK = 1000
 """Steps between two looks at the number of skipped ones, on devices that have to be waited for."""
 _COUNTED = "nothing has changed by it. optimizer.skipped_steps counts such steps, of which no more is said"
-
-
-class Ready(NamedTuple):
-    """Who makes a step, and what it gets.
-
-    factors: ``lr, keep`` by the id of the group.    limit: of the norm of all gradients.
-    """
-
-    rule: UpdateRule
-    inputs: Inputs
-    factors: Mapping[int, tuple[float, float]]
-    limit: float
 
 
 class LearnedOptimizer(RuleState):
@@ -63,6 +51,9 @@ class LearnedOptimizer(RuleState):
         AdamW acts from the start where the checkpoint's card says that its rule has met no such ``kinds``.
     state_dtype: ``torch.bfloat16`` to keep slots of their parameter's shape so between steps, rounded at random: half
         the memory (`l2o.optim.precision`). Other slots, those of no single parameter, and all arithmetic stay.
+
+    ``optimizer.cuda_graph = True``, on a GPU: steps that are alike are captured once and replayed (`l2o.optim.graphs`),
+    one launch instead of hundreds, for a copy of gradients and state, and what a step computes stays allocated.
 
     Arithmetic and state are float64 if any parameter is, else float32, whatever the parameters' precision and
     autocast. All groups go through the rule together; parameters without a gradient stay as they are, and so do entries
@@ -185,6 +176,8 @@ class LearnedOptimizer(RuleState):
 
     def _step(self, members: Sequence[Member], ready: Ready) -> None:
         rule, inputs, factors, limit = ready
+        if self.cuda_graph and self._graphs.step(self, members, ready):
+            return
         if self._stepped_in_place(rule, members, inputs, factors, limit):
             return
         grads, old, loss = inputs.grads, inputs.state, inputs.run.loss
@@ -193,8 +186,8 @@ class LearnedOptimizer(RuleState):
             seen = self._seen(members)
             updates, now = rest(updates, grads, seen)
             old, new = beside(old, seen), beside(new, now)
-        others = [*updates.values(), *([] if loss is None else [loss])]
-        ok = self._place.agree(finite(list(grads.values()), others, limit))
+        told = [] if loss is None else [loss]
+        ok = self._place.agree(finite(list(grads.values()), [*updates.values(), *told], limit))
         if not readable(ok.device):
             updates, new = masked(ok, updates, new, old)
         elif not ok:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l2o.distributed import ranks
-from l2o.optim import guarded, precision, resume, slots
+from l2o.optim import graphs, guarded, precision, resume, slots
 from l2o.optim.apply import apart
 from l2o.optim.guard import beside, plain
 from l2o.optim.locate import placed
@@ -33,6 +33,8 @@ class RuleState(torch.optim.Optimizer):
     total_steps: int
     guard: bool
     state_dtype: torch.dtype | None = None
+    cuda_graph: bool = False
+    """Whether steps are captured as CUDA graphs (`l2o.optim.graphs`); to be set at any time."""
     _origin: dict[str, str]
     _warned: set[str]
     _kinds: guarded.Kinds | None = None
@@ -46,6 +48,7 @@ class RuleState(torch.optim.Optimizer):
         self._all: list[Member] = []
         self._layouts: dict[str, resume.Layout] = {}
         self._entrywise: dict[tuple[int, ParamInfo], frozenset[str]] = {}
+        self._graphs = graphs.Graphs()
         self._lent = True  # others may hold the state's tensors, which steps in place would write to
 
     def _members(self) -> list[Member]:
@@ -223,7 +226,7 @@ class RuleState(torch.optim.Optimizer):
         self._layouts = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "theta", "total_steps", "guard", "state_dtype", "_origin", "_warned", "_kinds")
+        names = ("rule", "theta", "total_steps", "guard", "state_dtype", "cuda_graph", "_origin", "_warned", "_kinds")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ class Seen(NamedTuple):
 
 
 def begun(seen: Seen, memory: Mapping[str, float] = MappingProxyType({})) -> Memory:
-    """What is kept of the first look at parameters; of losses, what ``memory`` of others knows."""
+    """Return what is kept of the first look at parameters; of losses, what ``memory`` of others knows."""
     size = max(seen.size, _SMALL * math.sqrt(seen.entries))
     level = seen.gradient if math.isfinite(seen.gradient) else 0.0
     norms = {"looks": 0.0, "size": size, "gradient": 0.0, "level": level, "largest": 0.0}
@@ -88,26 +88,26 @@ def begun(seen: Seen, memory: Mapping[str, float] = MappingProxyType({})) -> Mem
 
 
 def rebased(memory: Mapping[str, float], loss: float) -> Memory:
-    """``memory`` of a problem that has become another one, of such a loss; of none yet, if that is not finite."""
+    """Return ``memory`` of a problem that has become another one, of such a loss; of none, if that is not finite."""
     if not math.isfinite(loss):
         return {name: x for name, x in memory.items() if name not in (*_LOSSES, "noise", "heard")}
     return {"noise": 0.0, "heard": 0.0, **memory, **dict.fromkeys(_LOSSES, loss)}
 
 
 def kept(memory: Mapping[str, float]) -> Memory:
-    """``memory`` where parameters are found good."""
+    """Return ``memory`` where parameters are found good."""
     return {**memory, "kept": memory["best"]} if "best" in memory else dict(memory)
 
 
 def back(memory: Mapping[str, float], seen: Seen) -> Memory:
-    """``memory`` at those parameters again; what gradients came to on the way is no spike any more."""
+    """Return ``memory`` at those parameters again; what gradients came to on the way is no spike any more."""
     largest = max(memory["largest"], seen.gradient) if math.isfinite(seen.gradient) else memory["largest"]
     losses = {"best": memory["kept"], "last": memory["kept"]} if "best" in memory else {}
     return {**memory, **losses, "largest": largest}
 
 
 def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
-    """By kind, how near to an alarm each sign of trouble is: from 1 on it is one."""
+    """Say by kind how near to an alarm each sign of trouble is: from 1 on it is one."""
     signs = {"leap": _leap(seen), "growth": _growth(memory, seen), "skips": seen.skips / (_SKIPS * EVERY)}
     if not (seen.losses and "first" in memory):
         return signs
@@ -115,19 +115,19 @@ def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
 
 
 def trouble(signs: Mapping[str, float]) -> str | None:
-    """The kind of the gravest alarm, if there is one."""
+    """Return the kind of the gravest alarm, if there is one."""
     kind = max(signs, key=lambda kind: signs[kind])
     return kind if signs[kind] >= 1.0 else None
 
 
 def good(signs: Mapping[str, float], memory: Mapping[str, float]) -> bool:
-    """Whether parameters are worth going back to: better than those of the start, as far as losses are known."""
+    """Say whether parameters are worth going back to: better than those of the start, as far as losses are known."""
     progress = "first" not in memory or memory["first"] - memory["best"] >= _PROGRESS * abs(memory["first"])
     return progress and all(sign < _UNSURE for sign in signs.values())
 
 
 def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
-    """``memory`` after a look without an alarm."""
+    """Return ``memory`` after a look without an alarm."""
     looks = memory["looks"] + 1
     usual = math.isfinite(seen.gradient) and seen.gradient <= limit(memory)
     gradient = seen.gradient if usual else memory["level"]
@@ -146,7 +146,7 @@ def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
 
 
 def limit(memory: Mapping[str, float]) -> float:
-    """The norm from which on a gradient is a spike."""
+    """Return the norm from which on a gradient is a spike."""
     known = memory["looks"] >= _WARM and memory["largest"] > 0.0
     return _SPIKE * memory["largest"] if known else math.inf
 

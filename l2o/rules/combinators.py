@@ -50,6 +50,9 @@ class Wrapped(UpdateRule):
     def stride(self) -> float:
         return self.rule.stride
 
+    def is_usual(self, called: int) -> bool:
+        return self.rule.is_usual(called)
+
     def needs_whole(self, info: ParamInfo) -> bool:
         return self.rule.needs_whole(info)
 
@@ -141,6 +144,9 @@ class ByKind(UpdateRule):
     @property
     def stride(self) -> float:
         return max(rule.stride for rule in self._parts.values())
+
+    def is_usual(self, called: int) -> bool:
+        return all(rule.is_usual(called) for rule in self._parts.values())
 
     def needs_whole(self, info: ParamInfo) -> bool:
         return self._parts[self._part(info)].needs_whole(info)

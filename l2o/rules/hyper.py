@@ -57,17 +57,17 @@ class HyperRule(UpdateRule):
     def schedule(
         self, theta: Theta, state: OptState, params: Params, infos: Infos, run: Run, reduce: Reduce
     ) -> tuple[dict[str, Slots], Slots]:
-        """One step of the scheduler: the slots that it changes of each tensor of ``params``, and all shared ones."""
+        """Take one step of the scheduler; return slots that it changes of each of ``params``, and all shared ones."""
 
     @abc.abstractmethod
     def mixed(self, theta: Theta, state: OptState, names: Sequence[str]) -> tuple[Theta, Tensor]:
-        """The network, one or one for each tensor (see `l2o.kernels.coordinatewise.network`), and rates ``[tensors]``.
+        """Return the network, one or one a tensor (see `l2o.kernels.coordinatewise.network`), and rates ``[tensors]``.
 
         state: after `schedule`.     names: of the tensors that have entries, one at least.
         """
 
     def init_theta_of(self, generator: torch.Generator, inputs: int, heads: Mapping[str, int]) -> Theta:
-        """A scheduler with ``inputs`` and ``heads``, and a stack of MLPs."""
+        """Return a scheduler with ``inputs`` and ``heads``, and a stack of MLPs."""
         theta = init_scheduler(generator, inputs, self.lstm_hidden, heads)
         sizes = [6 + 8 * len(self.decays), *self.hidden, 2]
         stack = [init_mlp(generator, sizes) for _ in range(self.inits)]

@@ -102,5 +102,5 @@ class MLP(UpdateRule):
         return network(recipe, weights, tensors, sums, gains)[0], OptState(slots, {})
 
     def time_embedding(self, run: Run, like: Tensor) -> Tensor:
-        """``[k]``, the last inputs of each entry, in the dtype of ``like``."""
+        """Return the last inputs of each entry, ``[k]``, in the dtype of ``like``."""
         return _TIME[self.time][1](run, like)

@@ -169,7 +169,7 @@ class _Means(NamedTuple):
     variances: list[Tensor]
 
     def features(self, loss: list[Tensor], info: ParamInfo) -> Tensor:
-        """``[18]``."""
+        """Return the ``[18]`` inputs of the tensor's network."""
         signed = [feature for mean in self.means for feature in (clip_log(mean), torch.sign(mean))]
         lengths = [math.log(max(length, 1)) - 1.0 for length in [*info.shape, *[1] * _AXES][:_AXES]]
         is_scalar = [-1.0 if info.shape else 1.0]

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from l2o.checks import check_float, check_int
 from l2o.ops.alignment import init_alignment, init_controller
-from l2o.ops.controller import init_decisions, init_seen, steer
+from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
+from l2o.ops.directions import Age, Now, adam, ages, decays_of, flat, nesterov, seen_of
 from l2o.ops.eigenbasis import init_basis, is_due, whiten
-from l2o.ops.groups import Group, by_shape, matrix_sums, shard_sums, stack, unstacked
-from l2o.ops.moments import bias_correction, decay, ema
-from l2o.ops.numeric import log_of, logit_of, of_shapes, over_root, safe_sqrt, scalar_like
+from l2o.ops.entries import init_entries, weigh
+from l2o.ops.groups import Group, by_shape, matrix_sums, split, stack, unstacked, whole_sums
+from l2o.ops.moments import mixed
+from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
+from l2o.ops.scales import limited, matrix_factors
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
@@ -31,20 +34,15 @@ from l2o.types import (
     Reduce,
     Run,
     Slots,
-    Sum,
     Theta,
     UpdateRule,
     Updates,
 )
 
-Direction = Literal["eigenbasis", "orthogonal", "normalized", "adam"]
+Direction = Literal["eigenbasis", "diagonal", "orthogonal", "normalized", "adam"]
 Controller = Literal["alignment", "mlp", "lstm", "none"]
 Schedule = Literal["decay", "constant"]
 
-_FAN_IN = 64.0
-"""Inputs of the matrix whose step has no factor."""
-_LEAST_LIMIT = 3e-4
-"""Of the root mean square of a matrix' step, so that matrices of zeros get on."""
 _FLOOR = 0.01
 """Share of the step that is left at the end of the run, and after it."""
 
@@ -58,11 +56,15 @@ class Steered(UpdateRule):
         ``eigenbasis``: Nesterov's momentum, over the root of second moments, in the eigenbasis of the products of
         gradients (SOAP, Vyas et al. 2024, arXiv 2409.11321); matrices with a side over ``widest`` are orthogonal.
         Vectors of up to ``turned`` entries follow it as well, at its own size, which is Adam's.
+        ``diagonal``: the same without a basis: second moments are those of entries.
         ``orthogonal``: Nesterov's momentum, singular values brought near one by Newton-Schulz (Muon, Jordan 2024).
         ``normalized``: momentum, its rows, then its columns, of one size (Scetbon et al. 2025, arXiv 2502.06742).
         ``adam``: like scalars and all other vectors, Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
     controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp`` and
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
+    network: whether a perceptron over entries weighs momentum and gradient (`l2o.ops.entries`): in the basis, of
+        entries, or of entries before they are orthogonalised. The other two directions have none.
+    reads_loss: whether the controller's network sees how the loss goes, besides.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps from one look at the basis to the next.
@@ -99,6 +101,8 @@ class Steered(UpdateRule):
     widest: int = 1024
     turned: int = 0
     by_gain: float = 0.0
+    network: bool = False
+    reads_loss: bool = False
 
     learned_init = False
     rests = True
@@ -114,6 +118,12 @@ class Steered(UpdateRule):
         for name in ("fan_in", "by_gain"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
+        if self.network and self.direction in ("normalized", "adam"):
+            raise ConfigurationError(
+                f"network=True: expected direction=eigenbasis, diagonal or orthogonal, not {self.direction}"
+            )
+        if self.reads_loss and not self.decides:
+            raise ConfigurationError(f"reads_loss=True: expected controller=mlp or lstm, not {self.controller}")
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     @property
@@ -122,23 +132,32 @@ class Steered(UpdateRule):
         return self.controller in ("mlp", "lstm")
 
     @property
+    def needs_loss(self) -> bool:
+        return self.reads_loss
+
+    @property
     def stride(self) -> float:
         return self.lr
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
-        shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if self.direction == "eigenbasis" else []))
+        shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if self._has_squares else []))
         start |= {f"logit_{name}": logit_of(name, getattr(self, name)) for name in shares} | {"fan_in": self.fan_in}
         unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
         theta |= init_controller(generator) if self.controller != "none" else {}
-        return theta | (init_decisions(generator, self.controller) if self.decides else {})
+        theta |= init_decisions(generator, self.controller, self.reads_loss) if self.decides else {}
+        return theta | (init_entries(generator) if self.network else {})
+
+    @property
+    def _has_squares(self) -> bool:
+        return self.direction in ("eigenbasis", "diagonal") or self.network
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
         shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
-        return OptState(slots, shared | ({"long": shared["slow"].clone()} if self.decides else {}))
+        return OptState(slots, shared | (init_shown(shared["slow"], self.reads_loss) if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
         own = self._init_direction(param, info)
@@ -147,23 +166,25 @@ class Steered(UpdateRule):
     def _init_direction(self, param: Tensor, info: ParamInfo) -> Slots:
         m = torch.zeros_like(param)
         match self.path(info.shape):
-            case "eigenbasis" | "orthogonal" as path:
-                basis = init_basis(param, info.shape) if path == "eigenbasis" else {}
-                return {"m": m, "d": torch.zeros_like(m), **basis}
+            case "eigenbasis":
+                return {"m": m, "d": torch.zeros_like(m), **init_basis(param, info.shape)}
+            case "diagonal" | "orthogonal" as path:
+                squares = {"v": torch.zeros_like(m)} if self.network or path == "diagonal" else {}
+                return {"m": m, "d": torch.zeros_like(m), **squares}
             case "normalized":
                 rows, columns = as_matrix(param.shape)
                 return {"m": m, "row": param.new_zeros(rows), "col": param.new_zeros(columns)}
         return {"m": m, "v": torch.zeros_like(m), "count": param.new_zeros(())}
 
     def needs_whole(self, info: ParamInfo) -> bool:
-        return self.path(info.shape) in ("eigenbasis", "orthogonal")
+        return self.path(info.shape) in ("eigenbasis", "diagonal", "orthogonal")
 
     def exact_slots(self, info: ParamInfo) -> frozenset[str]:
         # Where hardly a gradient lies second moments are small, and would make rounded momentum as long as any.
         return frozenset({"m"} if self.path(info.shape) == "eigenbasis" else ())
 
     def path(self, shape: tuple[int, ...]) -> Direction:
-        """The direction of a tensor."""
+        """Return the direction of a tensor."""
         if not is_matrix(shape):
             return "eigenbasis" if self.direction == "eigenbasis" and 1 < math.prod(shape) <= self.turned else "adam"
         wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
@@ -180,121 +201,100 @@ class Steered(UpdateRule):
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
         groups = by_shape(grads, state, infos)
-        sums = shard_sums(groups, [self._sums(theta, group, params) for group in groups], reduce)
-        factors = [self.factors(theta, [group.shape]) for group in groups]
+        shapes, counts = [group.shape for group in groups for _ in group.names], [len(group.names) for group in groups]
+        times = ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
+        sums = whole_sums(groups, self._sums(groups, times, params), reduce)
+        factors = self.factors(theta, shapes)
         shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
-        size, due = self.size(theta, shared, run), self.is_due(run)
+        size = self.size(theta, shared, run)
+        sizes = size * decided["factor"].exp() if decided else size
+        scales = -self.scales(theta, sizes, sums.get("params", size), shapes)  # Adam's direction reads no squares
+        now = Now(theta, decays_of(theta), self.is_due(run), reduce)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
-        for group, own, more in zip(groups, sums, decided, strict=True):
-            new = self._advance(theta, group, due, reduce) | more
-            d = self._direction(theta, new, group)
-            own_size = size * more["factor"].exp() if more else size
-            squares = own.get("params", own_size)  # Adam's direction does not read them
-            scales = self.scales(theta, own_size, squares, [group.shape] * len(d))
-            steps = -scales.view(-1, *[1] * (d.ndim - 1)) * d
+        for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
+            scale = own.pop("scale")
+            new = self._advance(now, group, age) | own
+            d = self._direction(new, group, age and age.after)
+            steps = scale.view(-1, *[1] * (d.ndim - 1)) * d
             updates.update(zip(group.names, steps.unbind(), strict=True))
             slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
         return {name: updates[name] for name in grads}, OptState({name: slots[name] for name in grads}, shared)
 
-    def _sums(self, theta: Theta, group: Group, params: Params) -> dict[str, Sum]:
-        """Products of gradients and the step before, and squares, ``[k]``; those that somebody reads."""
-        seen = {}
+    def _sums(self, groups: Sequence[Group], times: Sequence[Age | None], params: Params) -> Slots:
+        """Products of gradients and the step before, and squares, ``[tensors]``; those that somebody reads."""
+        seen: Slots = {}
         if self.controller != "none":
-            g, d = _flat(group.grad), _flat(self._direction(theta, group.slots, group))
-            seen = {"dots": g * d, "grads": g.square(), "directions": d.square()}
+            pairs = zip(groups, times, strict=True)
+            seen = seen_of(groups, (self._direction(group.slots, group, age and age.before) for group, age in pairs))
         if self.direction != "adam" or self.decides:
-            seen["params"] = _flat(stack([params[name] for name in group.names])).square()
+            seen["params"] = square_sums(flat(stack([params[name] for name in group.names])) for group in groups)
         if self.decides:
-            seen["momenta"] = _flat(group.slots["m"]).square()
-        return {name: Sum(x.sum(1), tuple(range(len(group.shape)))) for name, x in seen.items()}
+            seen["momenta"] = square_sums(flat(group.slots["m"]) for group in groups)
+        return seen
 
-    def _advance(self, theta: Theta, group: Group, due: Tensor | bool, reduce: Reduce) -> Slots:
+    def _advance(self, now: Now, group: Group, age: Age | None) -> Slots:
         """New slots, ``[k, ...]``."""
         grad, slots = group.grad, group.slots
-        match self.path(group.shape):
-            case "eigenbasis" | "orthogonal" as path:
-                m = ema(slots["m"], grad, theta["logit_momentum"])
-                d = matrices(ema(m, grad, theta["logit_momentum"]))
-                basis: Slots = {}  # calling Slots would break a compiled step
-                if path == "eigenbasis":
-                    d, basis = self.whitened(theta, d, matrices(grad), slots, due)
-                else:
-                    d = polar(d, self.iterations)
-                d = torch.where(matrices(m) != 0, d, 0.0)  # an entry that never had a gradient rests
-                if is_matrix(group.shape):
-                    d = over_root(d, d.square().mean((-2, -1), keepdim=True))
-                return {"m": m, "d": d.view_as(grad), **basis}
-            case "normalized":
-                m = ema(slots["m"], grad, theta["logit_momentum"])
-                complete = partial(matrix_sums, group, reduce)
-                row, col = row_column_scales(matrices(m), as_matrix(group.shape), complete)
-                return {"m": m, "row": row, "col": col}
-        m = ema(slots["m"], grad, theta["logit_beta1"])
-        v = ema(slots["v"], grad.square(), theta["logit_beta2"])
-        return {"m": m, "v": v, "count": slots["count"] + 1.0}
+        if age is not None:
+            m = mixed(slots["m"], grad, now.decays["beta1"])
+            return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.steps}
+        path = self.path(group.shape)
+        if path == "normalized":
+            m = mixed(slots["m"], grad, now.decays["momentum"])
+            complete = partial(matrix_sums, group, now.reduce)
+            row, col = row_column_scales(matrices(m), as_matrix(group.shape), complete)
+            return {"m": m, "row": row, "col": col}
+        m, ahead = nesterov(slots["m"], grad, now.decays["momentum"])
+        d = matrices(ahead)
+        basis: Slots = {}  # calling Slots would break a compiled step
+        if "v" in slots:
+            d, basis = self.whitened(now, d, matrices(grad), slots)
+        if path == "orthogonal":
+            d = polar(d, self.iterations)
+        d = torch.where(matrices(m) != 0, d, constant(0.0, d))  # an entry that never had a gradient rests
+        if is_matrix(group.shape):
+            d = unit(d, (-2, -1), math.prod(d.shape[-2:]) ** 0.5)
+        return {"m": m, "d": d.view_as(grad), **basis}
 
-    def _direction(self, theta: Theta, slots: Slots, group: Group) -> Tensor:
-        """Of slots ``[k, *shape]``; 0 before the first gradient."""
-        match self.path(group.shape):
-            case "eigenbasis" | "orthogonal":
-                return slots["d"]
-            case "normalized":
-                scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
-                return scaled.view_as(group.grad)
-        count = slots["count"].view(-1, *[1] * (group.grad.ndim - 1)).clamp(min=1.0)
-        m = slots["m"] / bias_correction(theta["logit_beta1"], count)
-        return over_root(m, slots["v"] / bias_correction(theta["logit_beta2"], count))
+    def _direction(self, slots: Slots, group: Group, correction: Tensor | None) -> Tensor:
+        """Of slots ``[k, *shape]``; 0 before the first gradient.  correction: of Adam's moments."""
+        if correction is not None:
+            return adam(slots, correction)
+        if "row" not in slots:
+            return slots["d"]
+        scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
+        return scaled.view_as(group.grad)
+
+    def is_usual(self, called: int) -> bool:
+        return not (self.direction == "eigenbasis" and called % self.period == 0)
 
     def is_due(self, run: Run) -> Tensor | bool:
-        """Whether bases follow in this step; 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
+        """Say whether bases follow in this step: 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
         return self.direction == "eigenbasis" and is_due(run, self.period)
 
-    def whitened(
-        self, theta: Theta, momentum: Tensor, grad: Tensor, slots: Slots, due: Tensor | bool
-    ) -> tuple[Tensor, Slots]:
-        """`whiten`, with the slots of tensors ``[k, *shape]`` and the constants of θ."""
-        return whiten(momentum, grad, slots, decay(theta["logit_memory"]), due)
+    def whitened(self, now: Now, momentum: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
+        network = partial(weigh, now.theta) if self.network else None
+        return whiten(momentum, grad, slots, now.decays["memory"].keep, now.due, network)
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        """``[len(shapes)]``, of the steps of tensors."""
+        """Return those of the steps of tensors, ``[len(shapes)]``."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        fans = of_shapes(lambda shape: math.log(_fan_in(shape) / _FAN_IN), shapes, theta["log_lr"])
-        factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
-        return torch.where(_are_matrices(shapes, theta["log_lr"]), factors, 1.0)
+        return matrix_factors(theta, shapes)
 
     def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        """``[len(shapes)]``, of the directions of tensors.  squares: ``[len(shapes)]``, sums over their parameters."""
+        """Return those of the directions of tensors, ``[len(shapes)]``.  squares: as many sums over parameters."""
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
-        entries = of_shapes(lambda shape: float(max(math.prod(shape), 1)), shapes, squares)
-        sizes = safe_sqrt(squares / entries)
-        roots = of_shapes(lambda shape: _fan_in(shape) ** 0.5, shapes, squares)
-        share = theta["log_relative"].exp() * (sizes * roots).clamp(max=1.0) ** self.by_gain
-        limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if self.by_gain else 1.0)
-        limited = scales / (1.0 + (scales / limits).square()).sqrt()
-        return torch.where(_are_matrices(shapes, size), limited, scales)
+        return limited(scales, squares, shapes, theta["log_relative"].exp(), self.by_gain)
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
-        """0-d, of the step of all tensors."""
+        """Return that of the step of all tensors, 0-d."""
         step, total = (t.to(theta["log_lr"].dtype) for t in run[:2])
         schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"]))
         if self.schedule == "decay":
             schedule = schedule * power_decay(step, total, theta["log_power"].exp(), _FLOOR)
         return schedule * (theta["log_lr"] + shared.get("log_step", 0.0)).exp()
-
-
-def _are_matrices(shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
-    """Bool ``[len(shapes)]``."""
-    return of_shapes(lambda shape: float(is_matrix(shape)), shapes, like) > 0.0
-
-
-def _fan_in(shape: tuple[int, ...]) -> int:
-    return max(as_matrix(shape)[1], 1)
-
-
-def _flat(tensors: Tensor) -> Tensor:
-    """``[k, entries]`` of ``[k, *shape]``."""
-    return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))

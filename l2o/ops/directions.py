@@ -1,0 +1,104 @@
+"""Directions of tensors ``[k, *shape]`` that have one step: Adam's, whose counts are those of many groups at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2o.ops.groups import Group
+from l2o.ops.moments import Shares, bias_correction, shares
+from l2o.ops.numeric import over_root, square_sums
+from l2o.types import Reduce, Slots, Theta
+
+
+class Now(NamedTuple):
+    """What a step has for all groups.
+
+    theta: meta-parameters.      decays: of running means, by name.
+    due: whether bases follow (`l2o.ops.eigenbasis.is_due`).     reduce: completes sums over entries.
+    """
+
+    theta: Theta
+    decays: Mapping[str, Shares]
+    due: Tensor | bool
+    reduce: Reduce
+
+
+def decays_of(theta: Theta) -> dict[str, Shares]:
+    """Return those of the running means that a step may have, 0-d, by name."""
+    names = [name for name in ("momentum", "beta1", "beta2", "memory") if f"logit_{name}" in theta]
+    found = shares(torch.stack([theta[f"logit_{name}"] for name in names]))
+    return {name: Shares(*each) for name, *each in zip(names, *found, strict=True)}
+
+
+class Age(NamedTuple):
+    """How long moments have been running.
+
+    steps: their number, ``[k]``, with this one.     before, after: the step, ``[2, k]``, what first and second moments
+    are divided by (`l2o.ops.moments.bias_correction`).
+    """
+
+    steps: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def ages(groups: Sequence[Group], logits: Sequence[Tensor]) -> list[Age | None]:
+    """Return the age of the moments of each group; None where no steps are counted.
+
+    logits: of the decays of first and second moments, 0-d.
+    """
+    counts = [group.slots["count"] for group in groups if "count" in group.slots]
+    if not counts:
+        return [None] * len(groups)
+    old = torch.cat(counts)
+    new = old + 1.0
+    times = torch.stack([old.clamp(min=1.0), new])  # no moments are read before there is one
+    before, after = bias_correction(torch.stack(list(logits)).view(2, 1, 1), times).unbind(1)
+    sizes = [len(count) for count in counts]
+    found = map(Age, new.split(sizes), before.split(sizes, 1), after.split(sizes, 1))
+    return [next(found) if "count" in group.slots else None for group in groups]
+
+
+def adam(slots: Slots, correction: Tensor) -> Tensor:
+    """Return Adam's direction, ``[k, *shape]``, without eps; 0 before the first gradient.
+
+    slots: ``m, v``.     correction: see `Age`.
+    """
+    m, v = slots["m"], slots["v"]
+    first, second = correction.view(2, -1, *[1] * (m.ndim - 1)).unbind()
+    return over_root(m / first, v / second)
+
+
+def nesterov(m: Tensor, grad: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
+    """Return the new running mean of gradients, ``[k, *shape]``, and what it would be after one more like ``grad``."""
+    fresh = shares.new * grad
+    m = shares.keep * m + fresh
+    return m, shares.keep * m + fresh
+
+
+def seen_of(groups: Sequence[Group], directions: Iterable[Tensor]) -> Slots:
+    """Return sums over tensors, ``[tensors]``: ``dots`` of gradients and directions, and squares of both, ``grads,
+    directions``.
+
+    directions: of the steps before, ``[k, *shape]`` of each group; one at a time, where it is no list.
+    """
+    dots: list[Tensor] = []
+
+    def steps() -> Iterator[Tensor]:
+        for group, each in zip(groups, directions, strict=True):
+            d = flat(each)
+            dots.append((flat(group.grad) * d).sum(1))
+            yield d
+
+    squares = square_sums(steps())
+    return {"dots": torch.cat(dots), "grads": square_sums(flat(group.grad) for group in groups), "directions": squares}
+
+
+def flat(tensors: Tensor) -> Tensor:
+    """Return ``[k, entries]`` of ``[k, *shape]``."""
+    return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))
