@@ -54,7 +54,7 @@ def unroll(
     if not plain(moved) or (torch.is_grad_enabled() and any(t.requires_grad for t in moved)):
         return None
     found = prepared(_learner(rule, theta, state, batches.names, steps), state, batches)
-    return found and found.run(batches.drawn(steps, len(state.step), generator))
+    return None if found is None else found.run(batches.drawn(steps, len(state.step), generator))
 
 
 def _learner(rule: AdafacMLP, theta: Theta, state: InnerState, names: Sequence[str], steps: int) -> Learner:

@@ -76,7 +76,7 @@ def prepared(learner: Learner, state: InnerState, batches: Batches) -> Prepared 
     means = {name: own["row"].mean(-1, keepdim=True) for name, own in slots.items() if "row" in own}
     tensors = Tensors(grads, params, slots, lane_infos(params), means)
     problem = batches.problem(list(params.values()), list(grads.values()))
-    found = problem and _described(learner, tensors, len(state.step))
+    found = _described(learner, tensors, len(state.step))
     if problem is None or found is None or not available("coordinatewise_unroll"):
         return None
     return Prepared(state, params, slots, problem, found[0], (learner, tensors, found))
