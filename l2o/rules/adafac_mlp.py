@@ -52,6 +52,7 @@ class AdafacMLP(UpdateRule):
     exp_mult: float = 0.001
     mup: bool = False
 
+    learned_init = False
     outputs: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
