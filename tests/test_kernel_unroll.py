@@ -9,7 +9,7 @@ from tables import generator, identical
 import l2o.fused
 from l2o.estimators import Evolution
 from l2o.random import LaneGenerator
-from l2o.rules import MLP, Adam
+from l2o.rules import MLP, STAR, AdafacMLP, Adam
 from l2o.tasks import DelayedGradients, ImageMLP, Reparametrized, Repeated
 from l2o.types import InnerState
 from l2o.unroll import expand_theta, sample_runs, unroll
@@ -17,12 +17,19 @@ from l2o.unroll import expand_theta, sample_runs, unroll
 LANES, STEPS = 6, 7
 FAMILY = ImageMLP(width=12, batch_size=20)
 RULE = MLP(hidden=(8, 6))
+RULES = [RULE, AdafacMLP(hidden=(8, 6))]
 CASES = {
     "plain": (RULE, FAMILY),
     "steps": (MLP(hidden=(8, 6), time="steps", decays=(0.9,)), FAMILY),
     "deep": (RULE, ImageMLP(width=9, depth=3, activation="tanh", batch_size=5)),
     "linear": (MLP(hidden=()), ImageMLP(depth=0, batch_size=33)),
     "gelu-scaled": (RULE, ImageMLP(width=7, activation="gelu", batch_size=8, init_scale=(0.5, 2.0))),
+}
+FORWARD = {
+    "channels": (AdafacMLP(step_mult=0.1), FAMILY),
+    "channels, linear": (AdafacMLP(hidden=(), step_mult=0.1), FAMILY),
+    "channels, wide": (AdafacMLP(hidden=(32, 8), mup=True, step_mult=0.1), ImageMLP(width=100, depth=2, batch_size=5)),
+    "channels, nominal": (STAR(nominal_lr=0.01, weight_decay=0.01, nominal_controller=True), FAMILY),
 }
 
 
@@ -40,7 +47,7 @@ def batches() -> LaneGenerator:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("rule", "family"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("rule", "family"), (CASES | FORWARD).values(), ids=(CASES | FORWARD).keys())
 def test_the_kernel_agrees_with_the_engine(monkeypatch, rule, family):
     theta, problems, state = problem(rule, family)
     with torch.no_grad():
@@ -58,27 +65,30 @@ def test_the_kernel_agrees_with_the_engine(monkeypatch, rule, family):
     assert identical(after.first_loss, want.first_loss)
 
 
-def test_nothing_that_came_in_is_written_to():
-    theta, problems, state = problem(RULE, FAMILY)
+@pytest.mark.parametrize("rule", RULES, ids=type)
+def test_nothing_that_came_in_is_written_to(rule):
+    theta, problems, state = problem(rule, FAMILY)
     copy = torch.utils._pytree.tree_map(torch.clone, state)
     with torch.no_grad():
-        unroll(RULE, theta, problems, state, STEPS, batches())
+        unroll(rule, theta, problems, state, STEPS, batches())
     assert identical(state, copy)
 
 
-def test_a_run_in_two_parts_is_the_same_run():
-    theta, problems, state = problem(RULE, FAMILY)
+@pytest.mark.parametrize("rule", RULES, ids=type)
+def test_a_run_in_two_parts_is_the_same_run(rule):
+    theta, problems, state = problem(rule, FAMILY)
     with torch.no_grad():
-        whole, losses = unroll(RULE, theta, problems, state, STEPS, batches())
+        whole, losses = unroll(rule, theta, problems, state, STEPS, batches())
         g = batches()
-        half, first = unroll(RULE, theta, problems, state, 3, g)
-        rest, second = unroll(RULE, theta, problems, half, STEPS - 3, g)
+        half, first = unroll(rule, theta, problems, state, 3, g)
+        rest, second = unroll(rule, theta, problems, half, STEPS - 3, g)
     assert identical(whole, rest)
     assert losses.equal(torch.cat([first, second]))
 
 
 REFUSED = {
     "another rule": (Adam(), FAMILY),
+    "means over tensors": (STAR(mean_magnitude=True), FAMILY),
     "width multipliers": (MLP(hidden=(8, 6), mup=True), FAMILY),
     "a norm": (RULE, ImageMLP(width=12, norm="layer", batch_size=20)),
     "another criterion": (RULE, ImageMLP(width=12, criterion="mse", batch_size=20)),
@@ -98,6 +108,12 @@ def test_what_the_kernel_does_not_know_is_left_to_the_engine(rule, family):
     assert g.get_state().equal(before)
 
 
+def test_a_derivative_that_the_kernel_has_not_is_left_to_the_engine():
+    theta, problems, state = problem(RULES[1], FAMILY)
+    theta["b0"].requires_grad_()
+    assert l2o.fused.unroll(RULES[1], theta, problems, state, STEPS, batches()) is None
+
+
 @pytest.mark.parametrize("settings", [{"second_order": False}, {"valid_weight": 0.5}], ids=str)
 def test_first_order_and_validation_data_are_the_engines(monkeypatch, settings):
     def refuse(*_):
@@ -110,23 +126,25 @@ def test_first_order_and_validation_data_are_the_engines(monkeypatch, settings):
     assert torch.autograd.grad(losses.sum(), list(leaves.values()))[0].abs().max() > 0
 
 
-def test_a_diverged_lane_shows_and_harms_no_other():
-    theta, problems, state = problem(RULE, FAMILY)
+@pytest.mark.parametrize("rule", RULES, ids=type)
+def test_a_diverged_lane_shows_and_harms_no_other(rule):
+    theta, problems, state = problem(rule, FAMILY)
     sick = {name: t.clone() for name, t in theta.items()}
     sick["b2"][0] = float("nan")
     with torch.no_grad():
-        well, losses = unroll(RULE, theta, problems, state, STEPS, batches())
-        ill, lost = unroll(RULE, sick, problems, state, STEPS, batches())
+        well, losses = unroll(rule, theta, problems, state, STEPS, batches())
+        ill, lost = unroll(rule, sick, problems, state, STEPS, batches())
     assert lost[1:, 0].isnan().all()
     assert lost[:, 1:].equal(losses[:, 1:])
     for name, p in ill.params.items():
         assert p[1:].equal(well.params[name][1:])
 
 
-def test_pes_is_the_same_with_and_without_kernels(monkeypatch):
+@pytest.mark.parametrize("rule", RULES, ids=type)
+def test_pes_is_the_same_with_and_without_kernels(monkeypatch, rule):
     g = generator()
-    theta = RULE.init_theta(g)
-    estimator = Evolution(RULE, FAMILY, lanes=4, horizon=8, truncation=4)
+    theta = rule.init_theta(g)
+    estimator = Evolution(rule, FAMILY, lanes=4, horizon=8, truncation=4)
     results = []
     for kernels in ("1", "0"):
         monkeypatch.setenv("L2O_KERNELS", kernels)

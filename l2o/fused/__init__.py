@@ -24,7 +24,7 @@ from torch import Tensor
 from l2o.fused import adam, coordinatewise, mlp, perceptrons, steered
 from l2o.fused.inputs import Inputs as Inputs
 from l2o.kernels.moments import HAD_GRADIENT as HAD_GRADIENT
-from l2o.kernels.perceptron_unroll import Batches as Batches
+from l2o.kernels.unroll import Batches as Batches
 from l2o.rules import MLP, STAR, AdafacMLP, Adam, Celo, Celo2, Steered, VeLO
 from l2o.tasks.augment import Augmented, Reparametrized
 from l2o.tasks.image import ImageMLP
@@ -53,6 +53,7 @@ GRADIENTS: Table = {ImageMLP: perceptrons.gradient}
 BATCHES: Table = {ImageMLP: perceptrons.batches}
 """What a family's training batches are to unrolls that know their kind."""
 UNROLLS: dict[tuple[type, type], Callable[..., Any]] = {(MLP, Batches): mlp.unroll}
+UNROLLS |= dict.fromkeys([(AdafacMLP, Batches), (STAR, Batches)], coordinatewise.unroll)
 """By rule and kind of batches."""
 
 

@@ -10,7 +10,7 @@ from torch.func import vmap
 
 from l2o.kernels import mlp_gpu, mlp_rule, perceptron_unroll
 from l2o.kernels.arrays import plain
-from l2o.kernels.perceptron_unroll import Batches
+from l2o.kernels.unroll import Batches
 from l2o.ops.features import EPS
 from l2o.ops.kinds import lane_infos
 from l2o.rules import MLP

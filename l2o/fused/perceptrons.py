@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from l2o.kernels import perceptron
-from l2o.kernels.perceptron_unroll import Batches
+from l2o.kernels.unroll import Batches
 from l2o.tasks.image import ImageMLP
 from l2o.types import Batch, Buffers, Grads, Params, TaskData
 

@@ -57,7 +57,7 @@ class Tensors(NamedTuple):
         for name, grad in self.grads.items():
             own: Any = {"row_mean": self.row_means.get(name), **self.slots[name], "grad": grad}
             own["param"] = self.params[name]
-            flat += [own[source] for source in recipe.sources(grad.ndim)]
+            flat += [own[source] for source in recipe.sources(len(self.infos[name].shape))]
         return flat
 
     @property
@@ -103,10 +103,11 @@ def network(
     gains: ``[tensors]``, on the updates.     means: ``[tensors, outputs]``, of the outputs, where the head reads them.
     Sums are ``[tensors, outputs]``; both are in the order of the gradients.
     """
-    names, layers = list(tensors.grads), _layers(weights)
+    names, layers = list(tensors.grads), layers_of(weights)
     if not names:
         return {}, gains.new_zeros(0, layers[-1].shape[-1])
     counts = [recipe.count(tensors.infos[name].shape) for name in names]
+    layers = [t if t.ndim == 3 - i % 2 else t.unsqueeze(0) for i, t in enumerate(layers)]  # with an axis for tensors
     own_gains = [gains] if means is None else [gains, means]
     inputs: list[Any] = [layers, own_gains, [sums[name] for name in names], tensors.sources(recipe)]
     axes = tensors.axes
@@ -130,11 +131,10 @@ def completed_means(totals: Tensor, infos: Infos, names: Iterable[str], reduce: 
     return torch.stack([own["outputs"] / size(infos[name]) for name, own in reduce.shards(sums).items()])
 
 
-def _layers(weights: Theta) -> list[Tensor]:
-    """``w0, b0, w1, ...`` of what may hold more, each with an axis for tensors."""
+def layers_of(weights: Theta) -> list[Tensor]:
+    """Return ``w0, b0, w1, ...``, ``[..., in, out]`` and ``[..., out]``, of what may hold more."""
     count = sum(name[0] == "w" and name[1:].isdecimal() for name in weights)
-    found = [(weights[f"{kind}{i}"], axes) for i in range(count) for kind, axes in (("w", 3), ("b", 2))]
-    return [t if t.ndim == axes else t.unsqueeze(0) for t, axes in found]
+    return [weights[f"{kind}{i}"] for i in range(count) for kind in "wb"]
 
 
 @torch.library.custom_op("l2o::feature_sums", mutates_args=())

@@ -71,24 +71,34 @@ def coordinatewise(
     if not ordinary([*weights, gains, *sums, *sources, *(() if means is None else (means,))]):
         return None
     plan = plan_of(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), tuple(counts))
-    if plan is None or not (_fits(recipe, lanes, plan, inputs, decays) and available("coordinatewise")):
+    if plan is None or not (fits(recipe, lanes, plan, inputs, decays) and available("coordinatewise")):
         return None
-    sources, sums = [t.contiguous() for t in sources], [t.contiguous() for t in sums]
-    weights = [dense_lanes(t) if lanes else t.contiguous() for t in weights]
-    gains, means = gains.contiguous(), None if means is None else means.contiguous()
     updates = [torch.empty_like(sources[i]) for i in plan.first] if recipe.head else []
     totals = gains.new_empty(*gains.shape, weights[-1].shape[-1])
-    work, _kept = _filled(plan, sources, sums, updates)
+    weights = [dense_lanes(t) if lanes else t.contiguous() for t in weights]
+    sources, sums = [t.contiguous() for t in sources], [t.contiguous() for t in sums]
+    gains, means = gains.contiguous(), None if means is None else means.contiguous()
+    work, _kept = described(plan, lanes, Inputs(weights, gains, means, sums, sources), updates)
+    work.output_sums, work.decays = totals.data_ptr(), None if decays is None else decays.data_ptr()
+    run("coordinatewise", "l2o_coordinatewise", work)
+    return [*updates, totals]
+
+
+def described(plan: Plan, lanes: int, inputs: Inputs, updates: Sequence[Tensor]) -> tuple[Work, object]:
+    """Describe a network for the kernel, but for sums of outputs and decays; and what has to live as long.
+
+    inputs: each lane contiguous, ``[lanes, ...]``.     updates: like the gradients, or none.
+    """
+    weights, gains, means, sums, sources = inputs
+    work, kept = _filled(plan, sources, sums, updates)
     axis = 1 if lanes else 0
     work.layers = len(weights) // 2
     work.widths = whole_numbers([sums[0].shape[axis], *(b.shape[-1] for b in weights[1::2])])
     work.lane_strides = whole_numbers([t.stride(0) if lanes else 0 for t in weights])
     work.net_strides = whole_numbers([t.stride(axis) if t.shape[axis] > 1 else 0 for t in weights])
-    work.weights, work.gains, work.output_sums = pointers(weights), gains.data_ptr(), totals.data_ptr()
+    work.weights, work.gains = pointers(weights), gains.data_ptr()
     work.means = None if means is None else means.data_ptr()
-    work.decays = None if decays is None else decays.data_ptr()
-    run("coordinatewise", "l2o_coordinatewise", work)
-    return [*updates, totals]
+    return work, kept
 
 
 def _filled(
@@ -139,7 +149,11 @@ def _decays_fit(plan: Plan, lanes: int, decays: Tensor | None) -> bool:
     return decays is None or (lanes == 0 and ordinary([decays]) and decays.shape == (expected,))
 
 
-def _fits(recipe: Recipe, lanes: int, plan: Plan, inputs: Inputs, decays: Tensor | None) -> bool:
+def fits(recipe: Recipe, lanes: int, plan: Plan, inputs: Inputs, decays: Tensor | None) -> bool:
+    """Say whether a network fits its plan, so that the kernel stays inside its arrays; see `coordinatewise`.
+
+    decays: see `feature_sums`, ``[all]``.
+    """
     tensors, first = len(plan.first), (lanes,) if lanes else ()
     axis, head = len(first), recipe.head
     widths = [plan.sums[0][axis], *(b.shape[-1] for b in inputs.weights[1::2])]

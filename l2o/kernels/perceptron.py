@@ -18,7 +18,7 @@ from l2o.kernels.build import available, run
 ACTIVATIONS = ("relu", "tanh", "gelu")
 
 
-class _Perceptron(ctypes.Structure):
+class Perceptron(ctypes.Structure):
     """``Perceptron`` of perceptron.cpp. Keeps the arrays it points to, but not the tensors."""
 
     _fields_ = (
@@ -146,7 +146,9 @@ SLOPES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"relu": _relu, "
 """Activations with their derivatives."""
 
 
-def describe(activation: str, params: list[Tensor], grads: list[Tensor], shape: Sequence[int]) -> _Perceptron | None:
+def describe(
+    activation: str, params: Sequence[Tensor], grads: Sequence[Tensor], shape: Sequence[int]
+) -> Perceptron | None:
     """Describe the problem for the kernel, but for its images, labels and losses; None where it does not fit.
 
     params, grads: weights and biases by layer, contiguous.     shape: of a batch, ``[batch, in]``.
@@ -157,7 +159,7 @@ def describe(activation: str, params: list[Tensor], grads: list[Tensor], shape: 
     fits = plain(params) and [t.shape for t in params] == shapes and lanes > 0 < min(batch, *widths)
     if activation not in ACTIVATIONS or not fits:
         return None
-    return _Perceptron(
+    return Perceptron(
         lanes=lanes,
         batch=batch,
         layers=len(params) // 2,

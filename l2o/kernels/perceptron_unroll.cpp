@@ -56,9 +56,7 @@ void unroll(const Unroll& u, const Step& s, const Perceptron& p) {
 
 // 1: no memory to work in.  2: a label is no class, or a row not of the table.
 extern "C" int l2o_perceptron_unroll(const Unroll* u, const Step* s, const Perceptron* p) {
-    const auto end = u->rows + u->steps * (s->lanes / u->copies) * p->batch;
-    if (!are_classes(*p, u->y, u->n) || !std::all_of(u->rows, end, [=](int64_t row) { return 0 <= row && row < u->n; }))
-        return 2;
+    if (!is_readable(*u, *p)) return 2;
     try {
         unroll(*u, *s, *p);
     } catch (const std::bad_alloc&) {

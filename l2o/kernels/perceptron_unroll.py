@@ -11,49 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2o.kernels import mlp_rule, perceptron
-from l2o.kernels.arrays import Pointers, derivative_of, plain, pointers
+from l2o.kernels.arrays import Pointers, derivative_of, pointers
 from l2o.kernels.build import available, run
-from l2o.random import hashed_integers, several_keys
+from l2o.kernels.unroll import Batches, Unroll, after
 from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, Updates
-
-
-class Batches(NamedTuple):
-    """The training batches of several steps, of perceptrons with cross-entropy, as rows of a table.
-
-    activation: ``relu``, ``tanh`` or ``gelu``.     layers: names of each layer's weight and bias among the parameters.
-    x: float32 ``[n, in]``.     y: int64 classes ``[n]``, all below ``classes``.
-    size: rows a batch.     copies: how many adjacent lanes share a problem.
-    rows: int64 ``[steps, lanes / copies, size]``; none before they are drawn.
-    """
-
-    activation: str
-    layers: tuple[tuple[str, str], ...]
-    x: Tensor
-    y: Tensor
-    classes: int
-    size: int
-    copies: int = 1
-    rows: Tensor | None = None
-
-    def repeated(self, copies: int) -> Batches:
-        """Return those of lanes that share each problem ``copies`` times."""
-        return self._replace(copies=copies * self.copies)
-
-    def drawn(self, steps: int, lanes: int, generator: torch.Generator) -> Batches:
-        """Return these with the rows that ``steps`` calls of `TaskFamily.batch` would draw."""
-        keys = several_keys(generator, lanes // self.copies, steps)
-        return self._replace(rows=hashed_integers(keys, len(self.x), self.size))
-
-
-class _Unroll(ctypes.Structure):
-    """``Unroll`` of perceptron_unroll.h. Keeps the arrays it points to, but not the tensors."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("steps", "copies", "n", "kept")),
-        *((name, ctypes.c_void_p) for name in ("x", "y", "rows", "left")),
-        ("params", Pointers),
-        ("losses", ctypes.c_void_p),
-    )
 
 
 class _UnrollDerivative(ctypes.Structure):
@@ -95,25 +56,14 @@ def fits(constants: mlp_rule.Constants, theta: Theta, state: InnerState, batches
     """Say whether `unroll` takes these, and its kernel can be had; the rows of ``batches`` need not be drawn yet.
 
     time: ``[steps, lanes, times]``.
-
-    A thread takes whole lanes, so there have to be as many.
     """
-    names, lanes = _names(batches), len(state.step)
-    if lanes < torch.get_num_threads() or lanes % batches.copies or set(names) != state.params.keys():
+    if {*batches.names} != state.params.keys():
         return False
-    inputs = _inputs(names, theta, state)
-    if not (mlp_rule.fits(constants, inputs, time[0]) and _table_fits(batches)):
-        return False
-    shape = batches.size, batches.x.shape[1]
+    inputs = _inputs(batches.names, theta, state)
     params = [t.contiguous() for t in inputs.params]
-    classes: int = params[-1].shape[-1]
-    if perceptron.describe(batches.activation, params, params, shape) is None or batches.classes > classes:
+    if not mlp_rule.fits(constants, inputs, time[0]) or batches.problem(params, params) is None:
         return False
     return available("perceptron_unroll", *(["perceptron_unroll_derivative"] if inputs.differentiable else []))
-
-
-def _names(batches: Batches) -> list[str]:
-    return [name for layer in batches.layers for name in layer]
 
 
 def _inputs(names: Sequence[str], theta: Theta, state: InnerState) -> mlp_rule.Tensors:
@@ -139,7 +89,7 @@ def unroll(
     Differentiable where grad mode is on, by theta, parameters and momenta; all steps' are then kept.
     The same bits whatever the number of threads.
     """
-    names = _names(batches)
+    names = batches.names
     inputs = _inputs(names, theta, state)
     params, momenta, differentiable = inputs.params, inputs.momenta, inputs.differentiable
     arrays = _arrays(inputs, batches, time, state.total_steps - state.step, differentiable)
@@ -155,13 +105,15 @@ def unroll(
             return _step_by_step(update, theta, state._replace(params=params, opt=opt), batches)
 
         results = _Derivative.apply(settings, arrays, results, again, *inputs.theta, *params, *momenta)
-    losses, params, momenta = results[0], results[1 : 1 + len(names)], results[1 + len(names) :]
-    return _after(state, names, params, momenta, losses), losses
+    losses, moved = results[0], dict(zip(names, results[1:], strict=False))
+    slots = dict(zip(names, results[1 + len(names) :], strict=True))
+    opt = OptState({name: {"m": slots[name]} for name in state.params}, {})
+    return after(state, moved, opt, losses), losses
 
 
 def _step_by_step(update: Update, theta: Theta, state: InnerState, batches: Batches) -> list[Tensor]:
     """What the kernel does, in torch's operations: losses, then parameters and momenta in the end, by layers."""
-    names = _names(batches)
+    names = batches.names
     assert batches.rows is not None
     params, opt, step, losses = state.params, state.opt, state.step, []
     for rows in batches.rows.repeat_interleave(batches.copies, 1):
@@ -175,12 +127,6 @@ def _step_by_step(update: Update, theta: Theta, state: InnerState, batches: Batc
         params = {k: p + torch.where(ahead.view(-1, *[1] * (p.ndim - 1)), moves[k], 0.0) for k, p in params.items()}
         step = step + ahead
     return [torch.stack(losses), *(params[n] for n in names), *(opt.per_param[n]["m"] for n in names)]
-
-
-def _table_fits(batches: Batches) -> bool:
-    """Whether the table is what the kernel reads."""
-    x, y = batches.x, batches.y
-    return y.dtype == torch.int64 and y.is_cpu and plain([x]) and x.ndim == 2 and y.shape == x.shape[:1] and len(y) > 0
 
 
 def _arrays(inputs: mlp_rule.Tensors, batches: Batches, time: Tensor, left: Tensor, keep: bool) -> _Arrays:
@@ -205,7 +151,7 @@ def _arrays(inputs: mlp_rule.Tensors, batches: Batches, time: Tensor, left: Tens
 
 def _describe(
     settings: _Settings, arrays: _Arrays, updates: list[Tensor]
-) -> tuple[_Unroll, mlp_rule._Step, perceptron._Perceptron]:
+) -> tuple[Unroll, mlp_rule._Step, perceptron.Perceptron]:
     """The unroll for the kernel, but for its losses."""
     params, momenta, grads = ([t[0] for t in group] for group in (arrays.params, arrays.momenta, arrays.grads))
     problem = perceptron.describe(settings.activation, params, grads, (arrays.rows.shape[-1], arrays.x.shape[-1]))
@@ -214,7 +160,7 @@ def _describe(
     step = mlp_rule.describe(
         settings.constants, inputs, arrays.time[0], mlp_rule.Results(updates, momenta, arrays.scales)
     )
-    work = _Unroll(
+    work = Unroll(
         steps=len(arrays.time),
         copies=settings.copies,
         n=len(arrays.x),
@@ -269,15 +215,3 @@ class _Derivative(torch.autograd.Function):
         work = _UnrollDerivative(d_losses.data_ptr(), *map(pointers, (d_params, d_momenta, d_theta)))
         run("perceptron_unroll_derivative", "l2o_perceptron_unroll_derivative", *described, work)
         return (None, None, None, None, *d_theta, *d)
-
-
-def _after(
-    state: InnerState, names: list[str], params: Sequence[Tensor], momenta: Sequence[Tensor], losses: Tensor
-) -> InnerState:
-    by_name, slots = dict(zip(names, params, strict=True)), dict(zip(names, momenta, strict=True))
-    return state._replace(
-        params={name: by_name[name] for name in state.params},
-        opt=OptState({name: {"m": slots[name]} for name in state.params}, {}),
-        step=torch.minimum(state.step + len(losses), state.total_steps),
-        first_loss=torch.where(state.step == 0, losses[0].detach(), state.first_loss),
-    )

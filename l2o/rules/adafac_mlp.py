@@ -52,6 +52,7 @@ class AdafacMLP(UpdateRule):
     exp_mult: float = 0.001
     mup: bool = False
 
+    learned_init = False
     outputs: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
@@ -93,30 +94,41 @@ class AdafacMLP(UpdateRule):
         run: Run,
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
-        new = advance_statistics(state.per_param, grads, infos, self._decays(theta), reduce)
-        recipe, tensors = self._recipe(), Tensors(grads, params, new, infos, row_means(new, infos, reduce))
+        new = advance_statistics(state.per_param, grads, infos, self.decays(theta), reduce)
+        recipe, tensors = self.recipe(), Tensors(grads, params, new, infos, row_means(new, infos, reduce))
         sums = completed_sums(recipe, tensors, reduce)
-        weights = with_shared(theta, theta["w0"].shape[0] - len(TIMESCALES), step_embedding(run, theta["b0"]))
-        gains = constant([-self._gain] * len(grads), theta["b0"])
-        if self.mup:
-            gains = gains * torch.stack([own["width"] for own in state.per_param.values()])
+        weights, gains = self.weights(theta, run), self.gains(state.per_param, theta["b0"])
         means = self._means(recipe, weights, tensors, sums, gains, reduce)
         updates, _ = network(recipe, weights, tensors, sums, gains, means)
         return updates, OptState({name: {**state.per_param[name], **own} for name, own in new.items()}, {})
 
-    def _decays(self, theta: Theta) -> Decays:
+    def decays(self, theta: Theta) -> Decays:
+        """Return those of moments as they were learned, also ``[lanes, decays]`` of ``theta [lanes, ...]``."""
         return Decays(
             learned_decays(self.momentum_decays, theta["momentum_decays"]),
             learned_decays((self.rms_decay,), theta["rms_decays"]).clamp(0.0, 1.0),
             learned_decays(self.adafactor_decays, theta["adafactor_decays"]),
         )
 
+    def weights(self, theta: Theta, run: Run) -> Theta:
+        """Return the network's for channels alone, the time being a part of ``b0``.
+
+        Of lanes with ``run.step [lanes, 1, 1]`` and ``b0 [lanes, 1, units]``, which is then the result's shape.
+        """
+        return with_shared(theta, theta["w0"].shape[-2] - len(TIMESCALES), step_embedding(run, theta["b0"]))
+
+    def gains(self, slots: Mapping[str, Slots], like: Tensor) -> Tensor:
+        """Return factors of the head's outputs, ``[tensors]``; ``[lanes, tensors]`` where the widths are of lanes."""
+        gains = constant([-self._gain] * len(slots), like)
+        return gains * torch.stack([own["width"] for own in slots.values()], -1) if self.mup else gains
+
     @property
     def _gain(self) -> float:
         """What the head's output is multiplied with, but for the sign and ``mup``."""
         return self.step_mult
 
-    def _recipe(self) -> Recipe:
+    def recipe(self) -> Recipe:
+        """Return what the network sees of each entry, and what is made of its outputs."""
         return Recipe(SMALL_FC_GROUPS, Product(self.exp_mult))
 
     def _means(

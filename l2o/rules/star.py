@@ -62,7 +62,7 @@ class STAR(AdafacMLP):
     def _gain(self) -> float:
         return 1.0
 
-    def _recipe(self) -> Recipe:
+    def recipe(self) -> Recipe:
         head = Nominal(
             direction=self.nominal,
             step_mult=self.step_mult,
