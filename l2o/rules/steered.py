@@ -65,8 +65,8 @@ class Steered(UpdateRule):
     network: whether a perceptron over entries weighs momentum and gradient (`l2o.ops.entries`): in the basis, of
         entries, or of entries before they are orthogonalised. The other two directions have none.
     reads_loss: whether the controller's network sees how the loss goes, besides.
-    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, as embeddings are, and moved as
-        vectors are: a direction of one size over all would go to the few rows with gradients. 0: none is.
+    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, as embeddings are, and moves as
+        vectors do: a direction of one size over all would go to the few rows with gradients. 0: none is.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
