@@ -1,7 +1,7 @@
 """``python -m meta_train.ablation``: what each part of `default` is worth on meta-validation; a table and its records.
 
-Rows are those of ``configs/ablation.yaml``. What is to be meta-trained takes half an hour a row on a core, in a folder
-that the same command continues; ``--train-only`` ends there, so that several processes can share the rows.
+Rows are those of ``configs/ablation.yaml``, or of a file of yours. What is to be meta-trained takes minutes a row on a
+core, in a folder that the same command continues; ``--train-only`` ends there, so that processes can share the rows.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from l2o.checkpoints.store import save
+from l2o.checkpoints.store import load, save
 from l2o.checks import lookup
 from l2o.disk import atomic_write
+from l2o.evaluation import Comparison, RuleEntrant, Store, baselines, comparisons, missing, run_jobs
+from l2o.evaluation.scores import Score
 from l2o.types import L2OError, UpdateRule
-from meta_train import evaluate, train
 from meta_train.config.build import make
 from meta_train.config.compose import config_path, main_guard, open_settings, writing
 from meta_train.run.card import commit, hardware
+from meta_train.suites import make_suite
 
 if TYPE_CHECKING:
-    from l2o.evaluation import Comparison, Report
-    from l2o.evaluation.scores import Score
+    from omegaconf import DictConfig
 
 Config = Mapping[str, Any]
-CONFIG = "ablation.yaml"
 _FLOOR = 1e-3
 """Share of a run's first loss under which a loss says nothing more."""
 _MUCH = 0.05
@@ -72,7 +72,7 @@ def prepare(row: Row, config: Config) -> None:
     rule = {"controller": "alignment"} | row.settings.get("rule", {})
     said = ["experiment=default", *(f"rule.{key}={json.dumps(value)}" for key, value in rule.items())]
     if "train" not in row.settings:
-        start = make(_compose("train", open_settings(said, train.OPEN))["rule"], row.name, UpdateRule)
+        start = make(_compose("train", open_settings(said, ["rule"]))["rule"], row.name, UpdateRule)
         save(row.source, start, start.init_theta(torch.Generator().manual_seed(0)))
         return
     length = row.settings.get("steps", config["steps"])
@@ -83,13 +83,11 @@ def prepare(row: Row, config: Config) -> None:
         raise L2OError(f"meta-training of the row {row.name!r} ended with {status}; the same command goes on with it")
 
 
-def _compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     with initialize_config_dir(config_path(), version_base="1.3"):
-        found: Any = OmegaConf.to_container(compose(name, list(overrides)))
-    return found
+        return compose(name, list(overrides))
 
 
 def compute(row: Row) -> dict[str, float]:
@@ -103,21 +101,20 @@ def compute(row: Row) -> dict[str, float]:
     return numbers
 
 
-def validate(found: Sequence[Row], config: Config, out: Path, command: str) -> Report:
-    """Run all rows on meta-validation, but for curves that are stored, beside Adam at its best rate."""
-    from hydra import compose, initialize_config_dir
+def validate(found: Sequence[Row], config: Config, folder: Path) -> list[Comparison]:
+    """Run all rows on meta-validation beside Adam at its best rate; curves are kept in ``folder``."""
+    suite = make_suite(_compose("evaluate", config["validation"]))
+    entrants = {f"learned {row.name}": RuleEntrant(row.name, *load(row.source)) for row in found}
+    every, store = {**entrants, **baselines(["adam"])}, Store(folder)
+    for done in run_jobs(missing(suite, every, store), store, torch.device("cpu"), 1, lambda steps: None):
+        print(f"{done.job}: {done.seconds:.0f} s", flush=True)
+    return comparisons(suite, every, store)
 
-    sources = json.dumps([row.source for row in found])
-    said = [*config["validation"], f"source={sources}", f"out={out}", f"store={out}/store", "cost=false"]
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        return evaluate.evaluate(compose("evaluate", evaluate.read(said)), command)
 
-
-def records(found: Sequence[Row], report: Report, reference: str) -> list[dict[str, Any]]:
+def records(found: Sequence[Row], made: Sequence[Comparison], reference: str) -> list[dict[str, Any]]:
     """Return a record a row: its figures beside those of the row ``reference``."""
-    names = dict(zip((row.name for row in found), report.comparisons[0].judged, strict=True))
-    base = names[reference]
-    return [{"row": row.name, **compute(row), **_figures(report.comparisons, names[row.name], base)} for row in found]
+    base = f"learned {reference}"
+    return [{"row": row.name, **compute(row), **_figures(made, f"learned {row.name}", base)} for row in found]
 
 
 def _figures(comparisons: Sequence[Comparison], name: str, base: str) -> dict[str, Any]:
@@ -127,15 +124,15 @@ def _figures(comparisons: Sequence[Comparison], name: str, base: str) -> dict[st
     valid = [c.scores[name].valid.mean() / c.scores["adam"].valid.mean() for c in comparisons]
     return {
         "problems": len(comparisons),
-        "reached": sum(x > 0.0 for x in speed_ups),
+        "reached": int(np.sum(np.array(speed_ups) > 0.0)),
         "speed_up": float(np.median(speed_ups)),
         "score": float(apart.mean()),
         "error": float(apart.std(ddof=1) / len(apart) ** 0.5),
         "better": int((apart < -_MUCH).sum()),
         "worse": int((apart > _MUCH).sum()),
         "validation": float(np.median(valid)),
-        "as_good": sum(x <= _USUAL for x in valid),
-        "finals": {c.setting.name: c.scores[name].mean for c in comparisons},
+        "as_good": int(np.sum(np.array(valid) <= _USUAL)),
+        "finals": {c.setting.name: float(c.scores[name].mean) for c in comparisons},
     }
 
 
@@ -192,6 +189,7 @@ def parser() -> argparse.ArgumentParser:
     said = (__doc__ or "").partition(": ")[2]
     made = argparse.ArgumentParser(prog="python -m meta_train.ablation", description=said)
     made.add_argument("rows", nargs="*", metavar="ROW", help="of the table; all of them by default")
+    made.add_argument("--config", type=Path, metavar="FILE", help="of rows (default configs/ablation.yaml)")
     made.add_argument("--runs", type=Path, default=Path("runs/ablation"), metavar="FOLDER", help="what is trained")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="for README.md and results.json (default RUNS/table)")
     made.add_argument("--train-only", action="store_true", help="meta-train the rows, and make no table")
@@ -203,7 +201,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     from omegaconf import OmegaConf
 
     given = parser().parse_args(arguments)
-    config: Any = OmegaConf.to_container(OmegaConf.load(Path(config_path()) / CONFIG))
+    config: Any = OmegaConf.to_container(OmegaConf.load(given.config or Path(config_path()) / "ablation.yaml"))
     every = rows(config, given.runs)
     chosen = {lookup("row", name, {row.name: row for row in every}).name for name in given.rows}
     found = [row for row in every if not chosen or row.name in {*chosen, config["reference"]}]
@@ -213,12 +211,11 @@ def run(arguments: Sequence[str] | None = None) -> None:
         return
     out = given.out or given.runs / "table"
     command = shlex.join(["python", "-m", "meta_train.ablation", *(sys.argv[1:] if arguments is None else arguments)])
-    report = validate(found, config, given.runs / "validation", command)
-    setting = report.comparisons[0].setting
-    made = records(found, report, config["reference"])
-    about = {"command": command, "date": datetime.date.today().isoformat(), "commit": commit()}
+    done = validate(found, config, given.runs / "validation")
+    setting, made = done[0].setting, records(found, done, config["reference"])
+    about: dict[str, Any] = {"command": command, "date": datetime.date.today().isoformat(), "commit": commit()}
     about |= {"hardware": hardware(torch.device("cpu")), "reference": config["reference"]}
-    about |= {"problems": len(report.comparisons), "steps": setting.steps, "seeds": setting.seeds}
+    about |= {"problems": len(done), "steps": setting.steps, "seeds": setting.seeds}
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / "results.json", (json.dumps([about, *made], indent=1) + "\n").encode())

@@ -16,10 +16,22 @@ from conftest import ROOT
 from torch import nn
 
 import l2o.fused
-from l2o.bench.checks import CHECKS, FAMILY, RULES, Drawn, distance, meta_gradient, no_waiting
+from l2o.bench.checks import (
+    CHECKS,
+    FAMILY,
+    RULES,
+    UNROLL,
+    Drawn,
+    distance,
+    meta_gradient,
+    no_waiting,
+    smooth_family,
+)
+from l2o.bench.gpu import with_large_blocks
 from l2o.bench.steps import NETWORKS
 from l2o.checkpoints.store import list_pretrained
 from l2o.kernels import mlp_gpu, mlp_triton
+from l2o.ops.coordinatewise import blocks
 from l2o.ops.kinds import infos_of, lane_infos
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP, Steered
@@ -75,6 +87,26 @@ def test_a_check_fails_where_a_rule_is_another_on_the_device(kind: str, monkeypa
     monkeypatch.setattr("l2o.bench.checks.UNROLL", {torch.float32: 1e-5})
     with pytest.raises(AssertionError, match="apart from the CPU"):
         CHECKS[f"{kind}: SGD, float32"](DEVICE)
+
+
+class Nudged(Drawn):
+    """Starts some units in the last place beside where `Drawn` does."""
+
+    def init(self, data: Any, generator: torch.Generator) -> Any:
+        params, buffers = super().init(data, generator)
+        signs = torch.Generator().manual_seed(1)
+        unit = 8.0 * torch.finfo(self.dtype).eps
+        nudges = {k: unit * torch.randn(p.shape, generator=signs, dtype=p.dtype).sign() for k, p in params.items()}
+        return {k: p * (1.0 + nudges[k]) for k, p in params.items()}, buffers
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_rounding_does_not_decide_what_is_compared(rule: UpdateRule) -> None:
+    family = smooth_family(rule)
+    got, want = (
+        meta_gradient(rule, kind(family, CPU, torch.float64), CPU, torch.Generator()) for kind in (Nudged, Drawn)
+    )
+    assert 0.0 < distance(got, want) <= UNROLL[torch.float64]
 
 
 META = torch.device("meta")
@@ -169,6 +201,13 @@ def test_no_time_at_all_is_a_whole_record(tmp_path: Path) -> None:
 def test_the_sizes_are_those_of_their_names() -> None:
     sizes = {name: sum(map(math.prod, NETWORKS[network])) for name, network in FULL.networks.items()}
     assert sizes == {name: pytest.approx(1e6 * int(name.removesuffix("M")), rel=0.15) for name in sizes}
+
+
+def test_large_blocks_are_fewer() -> None:
+    def work() -> dict[str, Any]:
+        return {"blocks": len(list(blocks((1 << 20,))))}
+
+    assert (work(), with_large_blocks(work)) == ({"blocks": 16}, {"blocks": 1})
 
 
 class Launches:

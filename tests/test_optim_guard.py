@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+import weakref
 from collections.abc import Mapping
 
 import plugin
@@ -14,9 +15,9 @@ from plugin import Mixing, copies, every_rule, make, parameters, snapshot, sourc
 from tables import identical, in_eigenbasis
 from torch import nn
 
-from l2o.optim import LearnedOptimizer, learned
+from l2o.optim import LearnedOptimizer, guard, learned
 from l2o.rules import MLP, SGD, Adam
-from l2o.types import ConfigurationError, ParameterError
+from l2o.types import ConfigurationError, OptState, ParameterError
 
 
 @pytest.fixture(params=["readable", "device"])
@@ -298,3 +299,19 @@ def test_moved_parameters_of_a_group_are_seen():
     optimizer.param_groups[0]["params"][0] = second
     train(optimizer, range(1, 2))
     assert optimizer.state[second]["m"].shape == (6, 3)
+
+
+def test_a_masked_state_takes_the_place_of_the_new_one(monkeypatch):
+    """Tensor by tensor: never are there two of both."""
+    old, new = (OptState({"p": {"m": torch.full((3,), x), "v": torch.full((3,), 2 * x)}}, {}) for x in (1.0, 5.0))
+    made = [weakref.ref(t) for t in new.per_param["p"].values()]
+    where, left = torch.where, []
+
+    def counting(*arguments):
+        left.append(sum(t() is not None for t in made))
+        return where(*arguments)
+
+    monkeypatch.setattr(torch, "where", counting)
+    _, got = guard.masked(torch.tensor(False), {}, new, old)
+    assert left == [2, 1]
+    assert identical(list(got.per_param["p"].values()), list(old.per_param["p"].values()))

@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +23,7 @@ from l2o import fused, rules
 from l2o.fused.mlp import reference
 from l2o.kernels import mlp_gpu, mlp_rule
 from l2o.optim import LearnedOptimizer, learned
-from l2o.rules import MLP, Steered, VeLO
+from l2o.rules import MLP, RNNMLP, NNAdam, Steered, VeLO
 from l2o.tasks import ImageMLP
 from l2o.types import Batch, Buffers, Grads, OptState, Params, Run, Split, TaskData, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta, init_state, sample_runs, unroll
@@ -38,7 +38,7 @@ RULES = {name: getattr(rules, name)() for name in rules.__all__} | {
 }
 """Of each, what its paper has, but for VeLO, whose size would take seconds and show nothing more."""
 PLUG_IN = {torch.float64: 1e-7, torch.float32: 2e-4, torch.bfloat16: 2e-2}
-UNROLL = {torch.float64: 1e-7, torch.float32: 5e-2}
+UNROLL = {torch.float64: 1e-7, torch.float32: 2e-3}
 """By dtype, how far apart tensors may be, relative to their largest entry. Ten and three times as much as float32 is
 from float64 on the CPU, where some meta-gradients are small differences of large terms; bfloat16 has 8 bits."""
 _REFERENCES = {torch.bfloat16: torch.bfloat16}
@@ -175,10 +175,20 @@ def _lanes(data: TaskData) -> int:
     return len(next(iter(data.values())))
 
 
+def smooth_family(rule: UpdateRule) -> TaskFamily:
+    """Return tasks on which rounding does not decide what ``rule`` sees.
+
+    RNNMLP and NNAdam see the sign of the mean of each tensor's gradient. With cross-entropy, whose gradients sum to 0
+    over the classes, the last layer's mean is a rounding error, and the sign random: parameters moved by a unit in the
+    last place change the meta-gradient by a twentieth, on the CPU alone.
+    """
+    return replace(FAMILY, criterion="mse") if isinstance(rule, RNNMLP | NNAdam) else FAMILY
+
+
 def unrolled(rule: UpdateRule, dtype: torch.dtype, device: torch.device) -> Figures:
     """Losses and meta-gradient of three lanes are those of the CPU."""
     got, want = (
-        meta_gradient(rule, Drawn(FAMILY, where, to), where, torch.Generator())
+        meta_gradient(rule, Drawn(smooth_family(rule), where, to), where, torch.Generator())
         for where, to in ((device, dtype), (_CPU, torch.float64))
     )
     return _agreement(got, want, UNROLL[dtype])

@@ -24,7 +24,7 @@ from l2o.evaluation.scores import score
 from l2o.evaluation.trials import Setting, run_learned
 from l2o.fused import mlp
 from l2o.meta import MetaTraining
-from l2o.ops import networks
+from l2o.ops import coordinatewise, networks
 from l2o.optim import LearnedOptimizer
 from l2o.rules import MLP
 from l2o.tasks import ImageMLP
@@ -84,7 +84,7 @@ def with_kernels(work: Callable[[], Figures]) -> Figures:
 
 def with_large_blocks(work: Callable[[], Figures]) -> Figures:
     """Do ``work`` with 2^20 entries at once through the networks of rules, 16 times as many as on a CPU."""
-    with patch.object(networks, "BLOCK", 1 << 20):
+    with patch.object(networks, "BLOCK", 1 << 20), patch.object(coordinatewise, "BLOCK", 1 << 20):
         return work()
 
 

@@ -23,8 +23,8 @@ _SHARE = 0.05
 
 
 def text(tokens: int, vocabulary: int) -> Tensor:
-    """Return ``tokens`` pairs of bytes of the sources of Python's standard library, int64 below ``vocabulary``; anew
-    from the start where the library is shorter."""
+    """Return ``tokens`` pairs of bytes of the sources of Python's standard library, int64 ``[tokens]`` below
+    ``vocabulary``; anew from the start where the library is shorter."""
     found = bytearray()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if len(found) >= 2 * tokens:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,25 +69,17 @@ def beside(state: OptState, seen: Slots) -> OptState:
 
 
 def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[Updates, OptState]:
-    """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host."""
-    moved = _either(ok, {(key, ""): u for key, u in updates.items()}, {})
-    kept = _either(ok, _flat(new), _flat(old))
-    per_param = {key: {slot: kept[key, slot] for slot in slots} for key, slots in new.per_param.items()}
-    shared = {slot: kept[slot, ""] for slot in new.shared}
-    return {key: moved[key, ""] for key in updates}, OptState(per_param, shared)
+    """Return ``updates`` and ``new`` where ``ok`` (bool, 0-d), else zeros and ``old``; nothing is read on the host.
 
-
-def _flat(state: OptState) -> dict[tuple[str, str], Tensor]:
-    own = {(key, slot): t for key, slots in state.per_param.items() for slot, t in slots.items()}
-    return own | {(slot, ""): t for slot, t in state.shared.items()}
-
-
-def _either(ok: Tensor, new: Mapping[tuple[str, str], Tensor], old: Mapping[tuple[str, str], Tensor]) -> Any:
-    """``new`` where ``ok``, else ``old``, and 0 where there is none; an operation for all that can be one tensor."""
-    found: dict[tuple[str, str], Tensor] = {}
-    for keys in bundles(new):
-        now = stack([new[key] for key in keys])
-        before = stack([old[key] for key in keys]) if keys[0] in old else constant(0.0, now)
+    Tensors are replaced in the dicts that came, so that each is freed before the next is made: a second new state would
+    be memory of the state's size. An operation is for all that can be one tensor.
+    """
+    pairs = [(updates, {}), (new.shared, old.shared), *((own, old.per_param[k]) for k, own in new.per_param.items())]
+    every = {(i, name, name if i > 1 else i): t for i, (own, _) in enumerate(pairs) for name, t in own.items()}
+    for keys in bundles(every):
+        now = stack([every.pop(key) for key in keys])
+        before = stack([pairs[i][1][name] for i, name, _ in keys]) if keys[0][0] else constant(0.0, now)
         chosen = now if is_same(now, before) else torch.where(ok, now, before)
-        found |= zip(keys, chosen.unbind(), strict=True)
-    return found
+        for (i, name, _), t in zip(keys, chosen.unbind(), strict=True):
+            pairs[i][0][name] = t
+    return updates, new

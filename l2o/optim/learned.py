@@ -186,8 +186,8 @@ class LearnedOptimizer(RuleState):
             seen = self._seen(members)
             updates, now = rest(updates, grads, seen)
             old, new = beside(old, seen), beside(new, now)
-        others = [*updates.values(), *([] if loss is None else [loss])]
-        ok = self._place.agree(finite(list(grads.values()), others, limit))
+        told = [] if loss is None else [loss]
+        ok = self._place.agree(finite(list(grads.values()), [*updates.values(), *told], limit))
         if not readable(ok.device):
             updates, new = masked(ok, updates, new, old)
         elif not ok:
