@@ -75,7 +75,10 @@ def adam(slots: Slots, correction: Tensor) -> Tensor:
 
 
 def nesterov(m: Tensor, grad: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
-    """Return the new running mean of gradients, ``[k, *shape]``, and what it would be after one more like ``grad``."""
+    """Return the running mean ``m`` with ``grad``, both ``[k, *shape]``, and what it would be after one more like it.
+
+    shares: of the mean.
+    """
     fresh = shares.new * grad
     m = shares.keep * m + fresh
     return m, shares.keep * m + fresh
@@ -100,5 +103,5 @@ def seen_of(groups: Sequence[Group], directions: Iterable[Tensor]) -> Slots:
 
 
 def flat(tensors: Tensor) -> Tensor:
-    """Return ``[k, entries]`` of ``[k, *shape]``."""
+    """Return ``tensors [k, *shape]`` as ``[k, entries]``."""
     return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))

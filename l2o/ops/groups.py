@@ -100,7 +100,7 @@ def bundles(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors of one shape and dtype are known to be one in memory."""
+    """Say whether ``a`` and ``b``, of one shape and dtype, are known to be one in memory."""
     return not watched() and (a.shape, a.stride(), a.data_ptr()) == (b.shape, b.stride(), b.data_ptr())
 
 

@@ -20,24 +20,24 @@ class Shares(NamedTuple):
 
 
 def shares(logit: Tensor) -> Shares:
-    """Return those of the decay ``sigmoid(logit)``: near 1, where decays are, the nearest number, unlike
+    """Return those of the decay ``sigmoid(logit)``, of any shape: near 1, where decays are, the nearest number, unlike
     `torch.sigmoid`."""
     new = torch.sigmoid(-logit)
     return Shares(1.0 - new, new)
 
 
 def decay(logit: Tensor) -> Tensor:
-    """Return what `shares` keep."""
+    """Return what `shares` of ``logit``, of any shape, keep."""
     return shares(logit).keep
 
 
 def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
-    """Return `mixed` by the decay ``sigmoid(logit_decay)``, 0-d."""
+    """Return `mixed` of ``average`` and ``value``, ``[*shape]``, by the decay ``sigmoid(logit_decay)``, 0-d."""
     return mixed(average, value, shares(logit_decay))
 
 
 def mixed(average: Tensor, value: Tensor, shares: Shares) -> Tensor:
-    """Return ``keep * average + new * value``, ``[*shape]``."""
+    """Return ``keep * average + new * value``, ``[*shape]``, of ``shares``."""
     return shares.keep * average + shares.new * value
 
 
