@@ -50,7 +50,7 @@ def trajectory(rule, grads, total=20, params=None, theta=None):
 @pytest.mark.parametrize("scale", [1e-6, 1e6, 1e-15])
 def test_the_scale_of_gradients_does_not_matter(direction, scale):
     """Beyond rounding, which in float32 has a say in what the basis of a few gradients is."""
-    dtype = torch.float64 if direction == "eigenbasis" else torch.float32
+    dtype = torch.float64 if direction in ("eigenbasis", "diagonal") else torch.float32
     grads = [tensors(seed, dtype) for seed in range(1, 7)]
     scaled = [{k: scale * g for k, g in each.items()} for each in grads]
     start = tensors(0, dtype)

@@ -43,9 +43,15 @@ def _cosine(steps: int, warmup: float = 0.05, least: float = 0.1) -> Callable[[i
     return factor
 
 
-def learned(source: Any) -> Callable[[nn.Module, int], Scheduled]:
-    """Return a maker of the plug-in with a checkpoint."""
-    return lambda model, steps: ([LearnedOptimizer(model.parameters(), source, total_steps=steps)], lambda step: 1.0)
+def learned(source: Any, graph: bool = False) -> Callable[[nn.Module, int], Scheduled]:
+    """Return a maker of the plug-in with a checkpoint.  graph: replay its steps as a CUDA graph, on CUDA."""
+
+    def make(model: nn.Module, steps: int) -> Scheduled:
+        optimizer = LearnedOptimizer(model.parameters(), source, total_steps=steps)
+        optimizer.cuda_graph = graph and next(model.parameters()).is_cuda
+        return [optimizer], lambda step: 1.0
+
+    return make
 
 
 def adamw(lr: float, cosine: bool) -> Callable[[nn.Module, int], Scheduled]:
@@ -68,6 +74,7 @@ def muon(model: nn.Module, steps: int) -> Scheduled:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, int], Scheduled]] = {
     "default": learned("default"),
+    "default, CUDA graph": learned("default", graph=True),
     "light": learned("light"),
     "AdamW 6e-4, warm-up + cosine": adamw(6e-4, cosine=True),
     "AdamW 3e-3, warm-up + cosine": adamw(3e-3, cosine=True),

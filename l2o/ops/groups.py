@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from l2o.types import LOCAL, Grads, Infos, OptState, Reduce, Slots, Sum
 SMALL = 1 << 14
 """Entries up to which stacking tensors costs less than an operation for each of them, where copies are all it saves."""
 
-Key = TypeVar("Key", bound=Sequence[object])
+Key = TypeVar("Key", bound=Sequence[Hashable])
 
 Step = Callable[[Tensor, Slots], tuple[Tensor, Slots]]
 """From the gradient and the slots of one tensor to its update and its new slots."""
