@@ -158,7 +158,7 @@ def test_the_whole_run(tmp_path: Path) -> None:
     left_out = {name for name, step in steps.items() if step["status"] == "left out"}
     assert left_out == {name for name in steps if "graph" in name}  # the only thing that a CPU has not
     assert {step["status"] for step in record["steps"]} == {"ok", "left out"}
-    costs = {name: step for name, step in steps.items() if name.startswith("optimizer")}
+    costs = {name: step for name, step in steps.items() if name.startswith("optimizer") and name not in left_out}
     assert costs.keys() >= {f"optimizer: {name}, small" for name in list_pretrained()}
     assert all(cost["ms"] > 0 < cost["ratio_to_fused_adamw"] and len(cost["beside"]) == 3 for cost in costs.values())
     assert steps["main job"]["held_out_loss_after"] < steps["main job"]["held_out_loss_before"]

@@ -37,7 +37,7 @@ def ema(average: Tensor, value: Tensor, logit_decay: Tensor) -> Tensor:
 
 
 def mixed(average: Tensor, value: Tensor, shares: Shares) -> Tensor:
-    """Return ``keep * average + new * value``, ``[*shape]``."""
+    """Return ``keep * average + new * value``, ``[*shape]``, of ``shares``."""
     return shares.keep * average + shares.new * value
 
 

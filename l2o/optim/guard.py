@@ -75,7 +75,7 @@ def masked(ok: Tensor, updates: Updates, new: OptState, old: OptState) -> tuple[
     be memory of the state's size. An operation is for all that can be one tensor.
     """
     pairs = [(updates, {}), (new.shared, old.shared), *((own, old.per_param[k]) for k, own in new.per_param.items())]
-    every = {(i, name, name if i else ""): t for i, (own, _) in enumerate(pairs) for name, t in own.items()}
+    every = {(i, name, name if i > 1 else i): t for i, (own, _) in enumerate(pairs) for name, t in own.items()}
     for keys in bundles(every):
         now = stack([every.pop(key) for key in keys])
         before = stack([pairs[i][1][name] for i, name, _ in keys]) if keys[0][0] else constant(0.0, now)

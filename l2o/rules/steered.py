@@ -64,7 +64,7 @@ class Steered(UpdateRule):
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
     network: whether a perceptron over entries weighs momentum and gradient (`l2o.ops.entries`): in the basis, of
         entries, or of entries before they are orthogonalised. The other two directions have none.
-    reads_loss: whether the controller's network sees how the loss goes, besides.
+    reads_loss: whether the controller's network sees how the loss goes.
     tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, as embeddings are, and moves as
         vectors do: a direction of one size over all would go to the few rows with gradients. 0: none is.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
