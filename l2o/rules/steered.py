@@ -62,11 +62,10 @@ class Steered(UpdateRule):
         ``adam``: like scalars and all other vectors, Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
     controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp`` and
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
-    network: whether a perceptron over entries weighs momentum and gradient (`l2o.ops.entries`): in the basis, of
-        entries, or of entries before they are orthogonalised. The other two directions have none.
-    reads_loss: whether the controller's network sees how the loss goes.
-    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, as embeddings are, and moves as
-        vectors do: a direction of one size over all would go to the few rows with gradients. 0: none is.
+    network: whether a perceptron weighs momentum and gradient (`l2o.ops.entries`): in the basis, of entries, or of
+        entries before they are orthogonalised.     reads_loss: whether the controller's network sees how the loss goes.
+    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, as embeddings are, and moves
+        as vectors do: a direction of one size over all would go to the few rows with gradients. 0: none is.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
