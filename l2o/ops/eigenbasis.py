@@ -70,14 +70,15 @@ def whiten(
     return direction, {"v": v.view(slots["v"].shape), **new}
 
 
-def is_due(run: Run, period: int) -> Tensor | bool:
-    """Say whether a step is one of every ``period``: a bool where that is so for all lanes, uncompiled, else 0-d.
+def is_due(run: Run, period: int, early: int) -> Tensor | bool:
+    """Say whether a step is one of every ``period``, or of the first ``early``: 0-d, and a bool where that is so for all
+    lanes and nothing is compiled.
 
     Waits for the device in unrolls, but not in the plug-in, which says what the host knows.
     """
     if run.called is not None:
-        return run.called % period == 0
-    known = due = torch.remainder(run.step, period) == 0
+        return run.called % period == 0 or run.called < early
+    known = due = (torch.remainder(run.step, period) == 0) | (run.step < early)
     if torch.compiler.is_compiling():
         return due
     while _functorch.is_functorch_wrapped_tensor(known):

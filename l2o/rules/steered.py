@@ -69,7 +69,8 @@ class Steered(UpdateRule):
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
-    iterations: of Newton-Schulz.    period: steps from one look at the basis to the next.
+    iterations: of Newton-Schulz.    period: steps from one look at the basis to the next; in each of the first ``early``
+        there is one, too, for a basis is found by looking again and again.
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.
     memory: share of the means of products and second moments of a basis that a step keeps.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
@@ -101,6 +102,7 @@ class Steered(UpdateRule):
     power: float = 1.0
     memory: float = 0.95
     period: int = 10
+    early: int = 0
     widest: int = 1024
     turned: int = 0
     by_gain: float = 0.0
@@ -117,7 +119,7 @@ class Steered(UpdateRule):
             value, valid = getattr(self, name), get_args(literal)
             if value not in valid:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
-        for name, least in {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "tall": 0}.items():
+        for name, least in {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "early": 0, "tall": 0}.items():
             check_int(name, getattr(self, name), least)
         for name in ("fan_in", "by_gain"):
             check_float(name, getattr(self, name))
@@ -267,11 +269,11 @@ class Steered(UpdateRule):
         return scaled.view_as(group.grad)
 
     def is_usual(self, called: int) -> bool:
-        return not (self.direction == "eigenbasis" and called % self.period == 0)
+        return not (self.direction == "eigenbasis" and (called % self.period == 0 or called < self.early))
 
     def is_due(self, run: Run) -> Tensor | bool:
         """Say whether bases follow in this step: 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
-        return self.direction == "eigenbasis" and is_due(run, self.period)
+        return self.direction == "eigenbasis" and is_due(run, self.period, self.early)
 
     def whitened(self, now: Now, momentum: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
