@@ -292,4 +292,4 @@ def test_a_matrix_that_begins_as_zeros_has_no_limit(began, free):
     params, grads = {"x": torch.full((6, 9), began)}, [{"x": torch.randn(6, 9, generator=generator(3))}] * 3
     held, far, got = (trajectory(rule, grads, params=params)[0][-1]["x"] for rule in (plain, loose, freed))
     torch.testing.assert_close(got, far if free else held)
-    assert (far.norm() > 1.5 * held.norm()) and not torch.equal(got, held if free else far)
+    assert far.norm() > 1.5 * held.norm()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from l2o.bench.cost import YARDSTICK, step_cost
 from l2o.ops.eigenbasis import init_basis, whiten
@@ -69,6 +68,8 @@ def product_flops(rule: Steered, shapes: Sequence[tuple[int, ...]], dtype: torch
 
     dtype: of the products, on which their form depends. Decompositions, once in ``rule.period`` steps, do not count.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton, before it is known how that is to run
+
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         for shape in shapes:

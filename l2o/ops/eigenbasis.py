@@ -71,7 +71,7 @@ def whiten(
 
 
 def is_due(run: Run, period: int, early: int) -> Tensor | bool:
-    """Say whether a step is one of every ``period``, or of the first ``early``: 0-d, and a bool where that is so for all
+    """Say whether a step is one of every ``period``, or of the first ``early``: 0-d, or a bool where it is so for all
     lanes and nothing is compiled.
 
     Waits for the device in unrolls, but not in the plug-in, which says what the host knows.

@@ -69,8 +69,7 @@ class Steered(UpdateRule):
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
-    iterations: of Newton-Schulz.    period: steps from one look at the basis to the next; in each of the first ``early``
-        there is one, too, for a basis is found by looking again and again.
+    iterations: of Newton-Schulz.    period: steps between looks at the basis, after ``early`` first ones that all look.
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.
     memory: share of the means of products and second moments of a basis that a step keeps.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
@@ -82,8 +81,8 @@ class Steered(UpdateRule):
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` where there is one, ``m, row, col``
-        (scales) of a normalized one, else ``m, v, count``; ``free``, whether it began as zeros; shared: ``log_step``
-        (z), ``fast, slow, square``.
+        (scales) of a normalized one, else ``m, v, count``; ``free`` (began as zeros); shared: ``log_step`` (z), ``fast,
+        slow, square``.
     The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
 
