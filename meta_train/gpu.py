@@ -165,12 +165,13 @@ def steps(device: torch.device, sizes: Sizes) -> Iterator[Step]:
         work = partial(gpu.inner_steps, variant, lanes, sizes.seconds, device)
         yield Step(f"inner steps: {variant}, {lanes} lanes", 5.0, work)
     for lanes in sizes.lanes:
-        work = partial(gpu.with_kernels, partial(gpu.engine, "pes", lanes, sizes.seconds, device))
-        yield Step(f"engine: pes, {lanes} lanes, kernels", 10.0, work)
+        work = partial(gpu.without_kernels, partial(gpu.engine, "pes", lanes, sizes.seconds, device))
+        yield Step(f"engine: pes, {lanes} lanes, without kernels", 10.0, work)
     for size, network in sizes.networks.items():
-        work = partial(gpu.step, sources["mlp-digits"], network, device)
-        yield Step(f"optimizer: mlp-digits, {size}, large blocks", 5.0, partial(gpu.with_large_blocks, work))
-        yield Step(f"optimizer: mlp-digits, {size}, kernels", 5.0, partial(gpu.with_kernels, work))
+        work = partial(gpu.without_kernels, partial(gpu.step, sources["mlp-digits"], network, device))
+        yield Step(f"optimizer: mlp-digits, {size}, without kernels", 5.0, work)
+        large = partial(gpu.with_large_blocks, work)
+        yield Step(f"optimizer: mlp-digits, {size}, without kernels, large blocks", 5.0, large)
 
 
 def about(device: torch.device, small: bool) -> dict[str, Any]:

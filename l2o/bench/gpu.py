@@ -76,9 +76,9 @@ def _five_steps(variant: str, lanes: int, device: torch.device) -> tuple[InnerSt
     return tree_map(torch.clone, states[-1]), advance
 
 
-def with_kernels(work: Callable[[], Figures]) -> Figures:
-    """Do ``work`` with kernels also where they have to be asked for: those in Triton, on a GPU."""
-    with patch.dict(os.environ, L2O_KERNELS="1"):
+def without_kernels(work: Callable[[], Figures]) -> Figures:
+    """Do ``work`` in torch's operations alone."""
+    with patch.dict(os.environ, L2O_KERNELS="0"):
         return work()
 
 
