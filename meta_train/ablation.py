@@ -63,11 +63,11 @@ def rows(config: Config, runs: Path) -> list[Row]:
 
 
 def prepare(row: Row, config: Config) -> None:
-    """Make the checkpoint of a row: meta-train it, or go on, or save what it starts from.
+    """Make the checkpoint of a row, but for one that is trained: meta-train it, or go on, or save what it starts from.
 
     Raises `L2OError` where meta-training fails or was stopped.
     """
-    if "source" in row.settings:
+    if "source" in row.settings or ("train" in row.settings and Path(row.source).exists()):
         return
     rule = {"controller": "alignment"} | row.settings.get("rule", {})
     said = ["experiment=default", *(f"rule.{key}={json.dumps(value)}" for key, value in rule.items())]
