@@ -41,7 +41,9 @@ VARIANTS = {
     "Steered-adam": Steered(direction="adam"),
     "Steered-diagonal": Steered(direction="diagonal"),
     "Steered-network": Steered(direction="eigenbasis", period=2, turned=64, network=True),
-    "Steered-tall": Steered(direction="eigenbasis", period=2, turned=64, widest=6, tall=2, free_zeros=True),
+    "Steered-tall": Steered(
+        direction="eigenbasis", period=2, turned=64, widest=6, tall=2, tables=True, free_zeros=True
+    ),
     "Steered-loss": Steered(controller="mlp", reads_loss=True),
     "Steered-mlp": Steered(controller="mlp"),
     "Steered-lstm": Steered(controller="lstm"),

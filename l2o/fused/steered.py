@@ -14,7 +14,7 @@ from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine
 from l2o.ops.directions import Now, decays_of
-from l2o.ops.groups import stack
+from l2o.ops.groups import is_table, stack
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import unheld
@@ -29,21 +29,21 @@ def step(
     rule: Steered, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
     """See `l2o.fused.step`."""
-    theta, grads, state, params, _, run = inputs
+    theta, grads, state, params, infos, run = inputs
     if rule.decides or rule.network or rule.direction == "diagonal":
         return None
     decays = decays_of(theta)
     keep = [decays[name].keep for name in ("momentum" if "momentum" in decays else "beta1", "beta1", "beta2")]
-    groups = _by_shape(params)
-    paths = {shape: rule.path(shape) for shape in groups}
+    tables = {n: is_table(infos[n]) for n in params}
+    paths = {n: rule.path(p.shape, tables[n]) for n, p in params.items()}
     grads = {n: laid_out_as(grads[n], p) for n, p in params.items()}
-    tensors = [_entries(paths[p.shape], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
+    tensors = [_entries(paths[n], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
     steps = fused_steps(tensors, keep)
     if steps is None:
         return None
     seen = steps.look()
     dots, gradients, directions, squares = sums = seen.to(theta["log_lr"].dtype)
-    shapes = [p.shape for p in params.values()]
+    shapes = [rule.form(p.shape, tables[n]) for n, p in params.items()]
     weights = rule.factors(theta, shapes)
     shared = state.shared
     if rule.controller == "alignment":
@@ -56,11 +56,11 @@ def step(
         return None  # nothing is written yet, and `update` shows what is wrong
     steps.advance(-scales)
     now = Now(theta, decays, rule.is_due(run), LOCAL)
-    for shape, names in groups.items():
+    for (path, _), names in _alike(params, paths).items():
         of = [state.per_param[name] for name in names]
-        if paths[shape] == "orthogonal":
+        if path == "orthogonal":
             _orthogonalise([own["d"] for own in of], rule.iterations)
-        elif paths[shape] == "eigenbasis":
+        elif path == "eigenbasis":
             _whiten(rule, now, [grads[name] for name in names], of)
     steps.finish()
     slots = [t for name in params for t in state.per_param[name].values()]
@@ -105,8 +105,9 @@ def _copy(stacked: Tensor, to: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(to), list(stacked.reshape(-1, *to[0].shape).unbind()))
 
 
-def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:
-    names: dict[torch.Size, list[str]] = defaultdict(list)
-    for name, t in tensors.items():
-        names[t.shape].append(name)
+def _alike(params: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[tuple[str, torch.Size], list[str]]:
+    """Return the names of the tensors of each path and shape."""
+    names: dict[tuple[str, torch.Size], list[str]] = defaultdict(list)
+    for name, p in params.items():
+        names[paths[name], p.shape].append(name)
     return names

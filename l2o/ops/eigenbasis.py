@@ -70,7 +70,7 @@ def whiten(
     return direction, {"v": v.view(slots["v"].shape), **new}
 
 
-def is_due(run: Run, period: int, early: int) -> Tensor | bool:
+def is_due(run: Run, period: int, early: int = 0) -> Tensor | bool:
     """Say whether a step is one of every ``period``, or of the first ``early``: 0-d, or a bool where it is so for all
     lanes and nothing is compiled.
 

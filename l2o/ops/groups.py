@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from l2o.ops.numeric import watched
-from l2o.types import LOCAL, Grads, Infos, OptState, Reduce, Slots, Sum
+from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Reduce, Slots, Sum
 
 SMALL = 1 << 14
 """Entries up to which stacking tensors costs less than an operation for each of them, where copies are all it saves."""
@@ -27,13 +27,14 @@ class Group(NamedTuple):
     """Tensors of one shape, whole and here.
 
     names: of ``k`` tensors.    shape: of each as a whole.
-    grad: ``[k, *shape]``, of what is here.    slots: ``[k, ...]``.
+    grad: ``[k, *shape]``, of what is here.    slots: ``[k, ...]``.    table: whether they are embeddings.
     """
 
     names: Sequence[str]
     shape: tuple[int, ...]
     grad: Tensor
     slots: Slots
+    table: bool = False
 
     def each(self, step: Step) -> Iterator[tuple[str, Tensor, Slots]]:
         """Give what ``step`` makes of each tensor, by name: updates and slots, in ``step``'s shapes."""
@@ -49,16 +50,22 @@ def by_shape(grads: Grads, state: OptState, infos: Infos, together: float = math
     """Return groups of all tensors.  together: entries up to which tensors share a group."""
     names: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, g in grads.items():
-        names[g.shape, infos[name].shape, None if g.numel() <= together else name].append(name)
+        names[g.shape, infos[name].shape, is_table(infos[name]), None if g.numel() <= together else name].append(name)
     return [
         Group(
             some,
             infos[some[0]].shape,
             stack([grads[name] for name in some]),
             {slot: stack([state.per_param[name][slot] for name in some]) for slot in state.per_param[some[0]]},
+            is_table(infos[some[0]]),
         )
         for some in names.values()
     ]
+
+
+def is_table(info: ParamInfo) -> bool:
+    """Say whether a tensor is an embedding: two axes, of which the first is that of rows looked up."""
+    return info.kind == "embedding" and len(info.shape) == 2
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
 from l2o.ops.directions import Age, Now, adam, ages, decays_of, flat, init_direction, nesterov, seen_of
 from l2o.ops.eigenbasis import is_due, whiten
 from l2o.ops.entries import init_entries, weigh
-from l2o.ops.groups import Group, by_shape, matrix_sums, split, stack, unstacked, whole_sums
+from l2o.ops.groups import Group, by_shape, is_table, matrix_sums, split, stack, unstacked, whole_sums
 from l2o.ops.moments import mixed
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
@@ -64,8 +64,8 @@ class Steered(UpdateRule):
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
     network: whether a perceptron weighs momentum and gradient (`l2o.ops.entries`): in the basis, of entries, or of
         entries before they are orthogonalised.     reads_loss: whether the controller's network sees how the loss goes.
-    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, as embeddings are, and moves
-        as vectors do: a direction of one size over all would go to the few rows with gradients. 0: none is.
+    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, and moves as vectors do: a
+        direction of one size over all would go to the rows with gradients. 0: none.     tables: so are embeddings.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
@@ -81,8 +81,7 @@ class Steered(UpdateRule):
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` where there is one, ``m, row, col``
-        (scales) of a normalized one, else ``m, v, count``; ``free`` (began as zeros); shared: ``log_step`` (z), ``fast,
-        slow, square``.
+        (scales) of a normalized one, else ``m, v, count``; ``free`` (began as zeros); shared: those of the controller.
     The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
 
@@ -108,6 +107,7 @@ class Steered(UpdateRule):
     network: bool = False
     reads_loss: bool = False
     tall: int = 0
+    tables: bool = False
     free_zeros: bool = False
 
     learned_init = False
@@ -123,10 +123,8 @@ class Steered(UpdateRule):
         for name in ("fan_in", "by_gain"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
-        if self.network and self.direction in ("normalized", "adam"):
-            raise ConfigurationError(
-                f"network=True: expected direction=eigenbasis, diagonal or orthogonal, not {self.direction}"
-            )
+        if self.network and (came := self.direction) in ("normalized", "adam"):
+            raise ConfigurationError(f"network=True: expected direction=eigenbasis, diagonal or orthogonal, not {came}")
         if self.reads_loss and not self.decides:
             raise ConfigurationError(f"reads_loss=True: expected controller=mlp or lstm, not {self.controller}")
         self.init_theta(torch.Generator())  # the transforms know what they take
@@ -146,7 +144,8 @@ class Steered(UpdateRule):
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
-        shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if self._has_squares else []))
+        squares = self.direction in ("eigenbasis", "diagonal") or self.network
+        shares = ("momentum", "beta1", "beta2", "warmup", *(["memory"] if squares else []))
         start |= {f"logit_{name}": logit_of(name, getattr(self, name)) for name in shares} | {"fan_in": self.fan_in}
         unused = ["log_matrix", "log_relative", "logit_momentum", "fan_in"] if self.direction == "adam" else []
         unused += ["log_power"] if self.schedule == "constant" else []
@@ -155,39 +154,38 @@ class Steered(UpdateRule):
         theta |= init_decisions(generator, self.controller, self.reads_loss) if self.decides else {}
         return theta | (init_entries(generator) if self.network else {})
 
-    @property
-    def _has_squares(self) -> bool:
-        return self.direction in ("eigenbasis", "diagonal") or self.network
-
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
         shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
         return OptState(slots, shared | (init_shown(shared["slow"], self.reads_loss) if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
-        own = init_direction(self.path(info.shape), param, info.shape, self.network)
+        own = init_direction(self.path(info.shape, is_table(info)), param, info.shape, self.network)
         if self.free_zeros and self.needs_whole(info) and is_matrix(info.shape):
             own["free"] = (param == 0).all().to(param.dtype)
         return own | init_seen(param, self.controller) if self.decides else own
 
     def needs_whole(self, info: ParamInfo) -> bool:
-        return self.path(info.shape) in ("eigenbasis", "diagonal", "orthogonal")
+        return self.path(info.shape, is_table(info)) in ("eigenbasis", "diagonal", "orthogonal")
 
     def exact_slots(self, info: ParamInfo) -> frozenset[str]:
         # Where hardly a gradient lies second moments are small, and would make rounded momentum as long as any.
-        return frozenset({"m"} if self.path(info.shape) == "eigenbasis" else ())
+        return frozenset({"m"} if self.path(info.shape, is_table(info)) == "eigenbasis" else ())
 
-    def path(self, shape: tuple[int, ...]) -> Direction:
-        """Return the direction of a tensor."""
-        if not is_matrix(self.form(shape)):
+    def path(self, shape: tuple[int, ...], table: bool = False) -> Direction:
+        """Return the direction of a tensor.  table: whether it is an embedding."""
+        if not is_matrix(shape):
             return "eigenbasis" if self.direction == "eigenbasis" and 1 < math.prod(shape) <= self.turned else "adam"
+        if self.form(shape, table) != shape:
+            return "adam"
         wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
         return "orthogonal" if wide else self.direction
 
-    def form(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape that a tensor is moved as."""
+    def form(self, shape: tuple[int, ...], table: bool) -> tuple[int, ...]:
+        """Return the shape that a tensor is sized as."""
         short, long = sorted(as_matrix(shape))
-        return (short * long,) if self.tall and long > self.widest and long >= self.tall * short else shape
+        tall = self.tall and long > self.widest and long >= self.tall * short
+        return (short * long,) if tall or (table and self.tables) else shape
 
     def update(
         self,
@@ -200,7 +198,8 @@ class Steered(UpdateRule):
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
         groups = by_shape(grads, state, infos)
-        shapes, counts = [group.shape for group in groups for _ in group.names], [len(group.names) for group in groups]
+        shapes = [self.form(group.shape, group.table) for group in groups for _ in group.names]
+        counts = [len(group.names) for group in groups]
         times = ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
         sums = whole_sums(groups, self._sums(groups, times, params), reduce)
         factors = self.factors(theta, shapes)
@@ -240,7 +239,7 @@ class Steered(UpdateRule):
         if age is not None:
             m = mixed(slots["m"], grad, now.decays["beta1"])
             return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.steps}
-        path = self.path(group.shape)
+        path = self.path(group.shape, group.table)
         if path == "normalized":
             m = mixed(slots["m"], grad, now.decays["momentum"])
             complete = partial(matrix_sums, group, now.reduce)
@@ -283,14 +282,14 @@ class Steered(UpdateRule):
         """Return those of the steps of tensors, ``[len(shapes)]``."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        return matrix_factors(theta, list(map(self.form, shapes)))
+        return matrix_factors(theta, shapes)
 
     def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Return those of the directions of tensors, ``[len(shapes)]``.  squares: as many sums over parameters."""
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
-        return limited(scales, squares, list(map(self.form, shapes)), theta["log_relative"].exp(), self.by_gain)
+        return limited(scales, squares, shapes, theta["log_relative"].exp(), self.by_gain)
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """Return that of the step of all tensors, 0-d."""
