@@ -92,12 +92,12 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
 
 def compute(row: Row) -> dict[str, float]:
     """Return outer steps, inner steps and hours of a row's meta-training; zeros where there was none."""
-    numbers = {}
+    numbers = {"outer_steps": 0.0, "inner_steps": 0.0, "seconds": 0.0}
     for file, key in (("metrics", "inner_steps"), ("timing", "seconds")):
         path = row.folder / f"{file}.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        numbers["outer_steps"] = float(len(lines))
-        numbers[key] = float(sum(json.loads(line)[key] for line in lines))
+        if path.exists():
+            last = json.loads(path.read_text("utf-8").splitlines()[-1])
+            numbers |= {"outer_steps": float(last["step"]), key: float(last[key])}
     return numbers
 
 
