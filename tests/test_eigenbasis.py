@@ -155,7 +155,9 @@ def test_the_limit_of_a_step_falls_with_the_gain_of_its_matrix(power, factor):
     """A matrix of root mean square 0.05 and four inputs has a gain of 0.1; large ones have no more than one."""
     rule = Steered(by_gain=power, relative=1e-3)
     theta = rule.init_theta(generator())
-    small, large = (rule.scales(theta, torch.tensor(1e9), torch.tensor([40 * x**2]), [(10, 4)]) for x in (0.05, 5.0))
+    small, large = (
+        rule.scales(theta, torch.tensor(1e9), torch.tensor([40 * x**2]), [(10, 4)], [False]) for x in (0.05, 5.0)
+    )
     least = 3e-4 * (4.0 if power else 1.0)  # four inputs, not 64
     torch.testing.assert_close(small.item(), 1e-3 * 0.05 * factor + least, rtol=1e-4, atol=0.0)
     torch.testing.assert_close(large.item(), 1e-3 * 5.0 + least, rtol=1e-4, atol=0.0)

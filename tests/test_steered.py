@@ -279,7 +279,7 @@ def test_a_tall_matrix_moves_as_a_vector_does():
     flat, _ = trajectory(rule, [{"x": g.flatten()} for g in grads], params={"x": start.flatten()})
     for a, b in zip(tall, flat, strict=True):
         torch.testing.assert_close(a["x"].flatten(), b["x"])
-    assert rule.path((40, 3)) == "adam" == Steered(tables=True).path((8, 6), table=True)
+    assert rule.path((40, 3)) == "adam"
     assert [rule.path(shape) for shape in ((40, 11), (8, 2), (3, 40))] == ["orthogonal", "eigenbasis", "adam"]
 
 

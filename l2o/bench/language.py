@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l2o.bench.share import Decoder, Language
 from l2o.ops.orthogonal import is_matrix
-from l2o.optim import LearnedOptimizer
+from l2o.optim import LearnedOptimizer, param_groups
 
 Scheduled = tuple[list[torch.optim.Optimizer], Callable[[int], float]]
 """Optimizers that step together, and the factor of their rates at a step."""
@@ -47,7 +47,7 @@ def learned(source: Any, graph: bool = False) -> Callable[[nn.Module, int], Sche
     """Return a maker of the plug-in with a checkpoint.  graph: replay its steps as a CUDA graph, on CUDA."""
 
     def make(model: nn.Module, steps: int) -> Scheduled:
-        optimizer = LearnedOptimizer(model.parameters(), source, total_steps=steps)
+        optimizer = LearnedOptimizer(param_groups(model), source, total_steps=steps)
         optimizer.cuda_graph = graph and next(model.parameters()).is_cuda
         return [optimizer], lambda step: 1.0
 

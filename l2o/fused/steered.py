@@ -34,8 +34,7 @@ def step(
         return None
     decays = decays_of(theta)
     keep = [decays[name].keep for name in ("momentum" if "momentum" in decays else "beta1", "beta1", "beta2")]
-    tables = {n: is_table(infos[n]) for n in params}
-    paths = {n: rule.path(p.shape, tables[n]) for n, p in params.items()}
+    paths = {n: rule.path(p.shape) for n, p in params.items()}
     grads = {n: laid_out_as(grads[n], p) for n, p in params.items()}
     tensors = [_entries(paths[n], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
     steps = fused_steps(tensors, keep)
@@ -43,14 +42,14 @@ def step(
         return None
     seen = steps.look()
     dots, gradients, directions, squares = sums = seen.to(theta["log_lr"].dtype)
-    shapes = [rule.form(p.shape, tables[n]) for n, p in params.items()]
+    shapes = [rule.form(p.shape) for p in params.values()]
     weights = rule.factors(theta, shapes)
     shared = state.shared
     if rule.controller == "alignment":
         norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
         shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
     held = unheld(squares, [(own, 1) for own in map(state.per_param.__getitem__, params)])
-    scales = rule.scales(theta, rule.size(theta, shared, run), held, shapes)
+    scales = rule.scales(theta, rule.size(theta, shared, run), held, shapes, [is_table(infos[n]) for n in params])
     usual = sums.isfinite().all() and gradients.sum().isfinite() and gradients.sum().sqrt() <= limit
     if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong

@@ -29,14 +29,19 @@ def matrix_factors(theta: Theta, shapes: Shapes) -> Tensor:
     return torch.where(_are_matrices(shapes, factors), factors, constant(1.0, factors))
 
 
-def limited(scales: Tensor, squares: Tensor, shapes: Shapes, relative: Tensor, by_gain: float) -> Tensor:
+def limited(
+    scales: Tensor, squares: Tensor, shapes: Shapes, relative: Tensor, by_gain: float, tables: Sequence[bool]
+) -> Tensor:
     """Return ``scales [len(shapes)]``, softly limited for matrices: see ``relative`` of `l2o.rules.Steered`, 0-d here.
 
-    squares: ``[len(shapes)]``, sums over their parameters.
+    squares: ``[len(shapes)]``, sums over their parameters.     tables: whose gain is left out.
     """
     sizes = safe_sqrt(squares / of_shapes(entries_of, shapes, squares))
     roots = of_shapes(lambda shape: _fan_in(shape) ** 0.5, shapes, squares)
-    share = relative * (sizes * roots).clamp(max=1.0) ** by_gain
+    gains = (sizes * roots).clamp(max=1.0)
+    if by_gain and any(tables):
+        gains = torch.where(constant([float(table) for table in tables], gains) > 0, constant(1.0, gains), gains)
+    share = relative * gains**by_gain
     limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if by_gain else 1.0)
     found = scales / (1.0 + (scales / limits).square()).sqrt()
     return torch.where(_are_matrices(shapes, scales), found, scales)

@@ -17,7 +17,7 @@ from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
 from l2o.ops.directions import Age, Now, adam, ages, decays_of, flat, init_direction, nesterov, seen_of
 from l2o.ops.eigenbasis import is_due, whiten
 from l2o.ops.entries import init_entries, weigh
-from l2o.ops.groups import Group, by_shape, is_table, matrix_sums, split, stack, unstacked, whole_sums
+from l2o.ops.groups import Group, by_shape, matrix_sums, split, stack, unstacked, whole_sums
 from l2o.ops.moments import mixed
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
@@ -64,20 +64,17 @@ class Steered(UpdateRule):
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
     network: whether a perceptron weighs momentum and gradient (`l2o.ops.entries`): in the basis, of entries, or of
         entries before they are orthogonalised.     reads_loss: whether the controller's network sees how the loss goes.
-    tall: ratio of sides from which a matrix with one over ``widest`` is a table of rows, and moves as vectors do: a
-        direction of one size over all would go to the rows with gradients. 0: none.     tables: so are embeddings.
+    tall: ratio of sides from which a matrix with one over ``widest`` moves as vectors do, for few rows have gradients.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps between looks at the basis, after ``early`` first ones that all look.
-    lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.
-    memory: share of the means of products and second moments of a basis that a step keeps.
+    lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.    memory: of a basis.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
-        Sine networks, whose weights are small for what they do, need it; to most others it makes no difference.
     by_gain: power of the matrix' gain, its root mean square times the root of its fan-in, at most one, that is a factor
-        of ``relative``: what a matrix with inputs of size one puts out. A sine network's is a twentieth of others'.
-        Unless it is 0, the 3e-4 are times ``(64 / fan-in) ** 0.5``, too, for adapters of low rank that start at zero.
+        of ``relative``: a sine network's is a twentieth. Unless it is 0, the 3e-4 are times ``(64 / fan-in) ** 0.5``.
+    tables: leave the gain out for embeddings (`ParamInfo.kind`), whose inputs are one entry and not as many as columns.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` where there is one, ``m, row, col``
@@ -160,32 +157,31 @@ class Steered(UpdateRule):
         return OptState(slots, shared | (init_shown(shared["slow"], self.reads_loss) if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
-        own = init_direction(self.path(info.shape, is_table(info)), param, info.shape, self.network)
+        own = init_direction(self.path(info.shape), param, info.shape, self.network)
         if self.free_zeros and self.needs_whole(info) and is_matrix(info.shape):
             own["free"] = (param == 0).all().to(param.dtype)
         return own | init_seen(param, self.controller) if self.decides else own
 
     def needs_whole(self, info: ParamInfo) -> bool:
-        return self.path(info.shape, is_table(info)) in ("eigenbasis", "diagonal", "orthogonal")
+        return self.path(info.shape) in ("eigenbasis", "diagonal", "orthogonal")
 
     def exact_slots(self, info: ParamInfo) -> frozenset[str]:
         # Where hardly a gradient lies second moments are small, and would make rounded momentum as long as any.
-        return frozenset({"m"} if self.path(info.shape, is_table(info)) == "eigenbasis" else ())
+        return frozenset({"m"} if self.path(info.shape) == "eigenbasis" else ())
 
-    def path(self, shape: tuple[int, ...], table: bool = False) -> Direction:
-        """Return the direction of a tensor.  table: whether it is an embedding."""
+    def path(self, shape: tuple[int, ...]) -> Direction:
+        """Return the direction of a tensor."""
         if not is_matrix(shape):
             return "eigenbasis" if self.direction == "eigenbasis" and 1 < math.prod(shape) <= self.turned else "adam"
-        if self.form(shape, table) != shape:
+        if self.form(shape) != shape:
             return "adam"
         wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
         return "orthogonal" if wide else self.direction
 
-    def form(self, shape: tuple[int, ...], table: bool) -> tuple[int, ...]:
+    def form(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that a tensor is sized as."""
         short, long = sorted(as_matrix(shape))
-        tall = self.tall and long > self.widest and long >= self.tall * short
-        return (short * long,) if tall or (table and self.tables) else shape
+        return (short * long,) if self.tall and long > self.widest and long >= self.tall * short else shape
 
     def update(
         self,
@@ -198,7 +194,7 @@ class Steered(UpdateRule):
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
         groups = by_shape(grads, state, infos)
-        shapes = [self.form(group.shape, group.table) for group in groups for _ in group.names]
+        shapes, tables = zip(*((self.form(g.shape), g.table) for g in groups for _ in g.names), strict=True)
         counts = [len(group.names) for group in groups]
         times = ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
         sums = whole_sums(groups, self._sums(groups, times, params), reduce)
@@ -208,7 +204,7 @@ class Steered(UpdateRule):
         sizes = size * decided["factor"].exp() if decided else size
         parts = [(group.slots, len(group.names)) for group in groups]
         squares = unheld(sums["params"], parts) if "params" in sums else size  # Adam's direction reads none
-        scales = -self.scales(theta, sizes, squares, shapes)
+        scales = -self.scales(theta, sizes, squares, shapes, tables)
         now = Now(theta, decays_of(theta), self.is_due(run), reduce)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
@@ -239,7 +235,7 @@ class Steered(UpdateRule):
         if age is not None:
             m = mixed(slots["m"], grad, now.decays["beta1"])
             return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.steps}
-        path = self.path(group.shape, group.table)
+        path = self.path(group.shape)
         if path == "normalized":
             m = mixed(slots["m"], grad, now.decays["momentum"])
             complete = partial(matrix_sums, group, now.reduce)
@@ -284,12 +280,15 @@ class Steered(UpdateRule):
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
         return matrix_factors(theta, shapes)
 
-    def scales(self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return those of the directions of tensors, ``[len(shapes)]``.  squares: as many sums over parameters."""
+    def scales(
+        self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]], tables: Sequence[bool]
+    ) -> Tensor:
+        """Return those of the directions, ``[len(shapes)]``; of as many sums ``squares``, and which are embeddings."""
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
-        return limited(scales, squares, shapes, theta["log_relative"].exp(), self.by_gain)
+        relative = theta["log_relative"].exp()
+        return limited(scales, squares, shapes, relative, self.by_gain, tables if self.tables else ())
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """Return that of the step of all tensors, 0-d."""
