@@ -73,10 +73,10 @@ def coordinatewise(
     plan = plan_of(recipe, lanes, tuple(axes), tuple(t.shape for t in sources), tuple(counts))
     if plan is None or not (fits(recipe, lanes, plan, inputs, decays) and available("coordinatewise")):
         return None
-    updates = [torch.empty_like(sources[i]) for i in plan.first] if recipe.head else []
-    totals = gains.new_empty(*gains.shape, weights[-1].shape[-1])
     weights = [dense_lanes(t) if lanes else t.contiguous() for t in weights]
     sources, sums = [t.contiguous() for t in sources], [t.contiguous() for t in sums]
+    updates = [torch.empty_like(sources[i]) for i in plan.first] if recipe.head else []  # laid out as the kernel writes
+    totals = gains.new_empty(*gains.shape, weights[-1].shape[-1])
     gains, means = gains.contiguous(), None if means is None else means.contiguous()
     work, _kept = described(plan, lanes, Inputs(weights, gains, means, sums, sources), updates)
     work.output_sums, work.decays = totals.data_ptr(), None if decays is None else decays.data_ptr()
