@@ -14,11 +14,11 @@ from l2o.types import Run
 KEEP = torch.tensor(0.9, dtype=torch.float64)
 
 
-def whitened(grads, due=True):
+def whitened(grads, due=True, carried=False):
     """The last direction, and the slots; gradients ``[rows, columns]`` are their own momentum."""
     slots = {name: t.unsqueeze(0) for name, t in init_basis(grads[0], grads[0].shape).items()}
     for g in grads:
-        direction, slots = whiten(g.unsqueeze(0), g.unsqueeze(0), slots, KEEP, due)
+        direction, slots = whiten(g.unsqueeze(0), g.unsqueeze(0), slots, KEEP, due, carried=carried)
     return direction[0], {name: t[0] for name, t in slots.items()}
 
 
@@ -62,6 +62,21 @@ def test_a_basis_that_is_not_due_stays():
     _, follows = whitened([g] * 3, due=torch.tensor(True))
     _, always = whitened([g] * 3)
     torch.testing.assert_close(follows, always)
+
+
+def test_second_moments_follow_the_basis():
+    """One that turns by an eighth: the moment of an axis is shared by both; one that stays changes nothing."""
+    turn, same = torch.tensor([[0.5, -0.5], [0.5, 0.5]]).mul(2**0.5), torch.eye(2)
+    product = turn @ torch.diag(torch.tensor([1.0, 0.0])) @ turn.mT
+    slots = {"v": torch.tensor([[4.0, 1.0], [0.0, 2.0]]), "left": product, "right": same, "rows": same, "columns": same}
+    slots = {name: t.double().unsqueeze(0) for name, t in slots.items()}
+    nothing = torch.zeros(1, 2, 2, dtype=torch.float64)
+    keep = torch.tensor(1.0, dtype=torch.float64)
+    _, stays = whiten(nothing, nothing, slots, keep, torch.tensor(False), carried=True)
+    assert torch.equal(stays["v"], slots["v"])
+    _, follows = whiten(nothing, nothing, slots, keep, True, carried=True)
+    expected = torch.tensor([[[2.0, 1.5], [2.0, 1.5]]], dtype=torch.float64)
+    torch.testing.assert_close(follows["v"], expected, rtol=0.0, atol=1e-5)
 
 
 def test_due_is_what_the_host_knows_or_what_all_lanes_say():
@@ -161,3 +176,11 @@ def test_the_limit_of_a_step_falls_with_the_gain_of_its_matrix(power, factor):
     least = 3e-4 * (4.0 if power else 1.0)  # four inputs, not 64
     torch.testing.assert_close(small.item(), 1e-3 * 0.05 * factor + least, rtol=1e-4, atol=0.0)
     torch.testing.assert_close(large.item(), 1e-3 * 5.0 + least, rtol=1e-4, atol=0.0)
+
+
+def test_steps_fall_with_the_root_of_many_inputs():
+    """Of matrices with their fan-in, of tables that move as vectors with a row's length."""
+    few, many = (Steered(direction="eigenbasis", fan_in=0.0, tall=8, wide=wide) for wide in (0.0, 0.5))
+    shapes = [(10, 64), (10, 256), (8, 16, 4, 4), (1100, 256), (5000, 256), (300,), ()]
+    ratios = many.factors(many.init_theta(generator()), shapes) / few.factors(few.init_theta(generator()), shapes)
+    torch.testing.assert_close(ratios, torch.tensor([1.0, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0]))

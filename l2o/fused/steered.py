@@ -42,7 +42,7 @@ def step(
         return None
     seen = steps.look()
     dots, gradients, directions, squares = sums = seen.to(theta["log_lr"].dtype)
-    shapes = [rule.form(p.shape) for p in params.values()]
+    shapes = [tuple(p.shape) for p in params.values()]
     weights = rule.factors(theta, shapes)
     shared = state.shared
     if rule.controller == "alignment":

@@ -13,7 +13,7 @@ from l2o.ops.eigenbasis import init_basis
 from l2o.ops.groups import Group
 from l2o.ops.moments import Shares, bias_correction, shares
 from l2o.ops.numeric import over_root, square_sums
-from l2o.ops.orthogonal import as_matrix
+from l2o.ops.orthogonal import as_matrix, matrices
 from l2o.types import Reduce, Slots, Theta
 
 
@@ -74,6 +74,19 @@ def adam(slots: Slots, correction: Tensor) -> Tensor:
     m, v = slots["m"], slots["v"]
     first, second = correction.view(2, -1, *[1] * (m.ndim - 1)).unbind()
     return over_root(m / first, v / second)
+
+
+def direction_of(slots: Slots, group: Group, correction: Tensor | None) -> Tensor:
+    """Return the direction of slots ``[k, *shape]``; 0 before the first gradient.
+
+    correction: of Adam's moments, None for what counts no steps, see `Age`.
+    """
+    if correction is not None:
+        return adam(slots, correction)
+    if "row" not in slots:
+        return slots["d"]
+    scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
+    return scaled.view_as(group.grad)
 
 
 def nesterov(m: Tensor, grad: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:

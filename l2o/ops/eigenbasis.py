@@ -40,12 +40,19 @@ def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
 
 
 def whiten(
-    momentum: Tensor, grad: Tensor, slots: Slots, keep: Tensor, due: Tensor | bool, weigh: Weigh | None = None
+    momentum: Tensor,
+    grad: Tensor,
+    slots: Slots,
+    keep: Tensor,
+    due: Tensor | bool,
+    weigh: Weigh | None = None,
+    carried: bool = False,
 ) -> tuple[Tensor, Slots]:
     """Return the direction of ``momentum``, of any size, and the new slots of `init_basis`, ``[k, ...]``.
 
     momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
     due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
+    carried: whether second moments follow it, as those of entries that do not correlate would; in SOAP they stay.
     weigh: makes the direction of momentum and gradient in the basis, over the root of second moments, and these.
     Without a basis in ``slots``, entries are what second moments are of.
     """
@@ -60,7 +67,8 @@ def whiten(
             new[basis] = _followed(slots[basis], new[product], due)
     bases = {basis: new[basis].to(dtype) for _, basis in _SIDES if basis in new}
     turned, seen = (_turned(x, bases).to(grad.dtype) for x in (m, g))
-    v = torch.lerp(seen.square(), slots["v"].reshape(grad.shape), keep)
+    before = slots["v"].reshape(grad.shape)
+    v = torch.lerp(seen.square(), _carried(before, slots, new, due) if carried else before, keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
     squares = v + share * v.mean((-2, -1), keepdim=True)
     squares = squares.clamp(min=torch.finfo(v.dtype).tiny)  # before any gradient: 0 times a number
@@ -102,3 +110,12 @@ def _followed(basis: Tensor, product: Tensor, due: Tensor | bool) -> Tensor:
         scaled = product / torch.where(largest > 0, largest, 1.0)
         new, _ = torch.linalg.qr(scaled @ basis + _STAY * basis)
         return new.contiguous() if due is True else torch.where(due, new, basis).contiguous()
+
+
+def _carried(v: Tensor, slots: Slots, new: Slots, due: Tensor | bool) -> Tensor:
+    """Second moments ``[k, rows, columns]`` in the bases of ``new``: shares of those before, by squares of cosines."""
+    if due is False:
+        return v
+    turns = {basis: (slots[basis].mT @ new[basis]).square() for _, basis in _SIDES if basis in new}
+    carried = _turned(v, turns)
+    return carried if due is True else torch.where(due, carried, v)

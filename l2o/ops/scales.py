@@ -29,6 +29,11 @@ def matrix_factors(theta: Theta, shapes: Shapes) -> Tensor:
     return torch.where(_are_matrices(shapes, factors), factors, constant(1.0, factors))
 
 
+def width_factors(inputs: Sequence[int], power: float, like: Tensor) -> Tensor:
+    """Return ``(inputs / 64) ** -power`` of tensors, ``[len(inputs)]``; 1 for 64 inputs and fewer."""
+    return constant([max(count / _FAN_IN, 1.0) ** -power for count in inputs], like)
+
+
 def limited(
     scales: Tensor, squares: Tensor, shapes: Shapes, relative: Tensor, by_gain: float, tables: Sequence[bool]
 ) -> Tensor:

@@ -14,14 +14,14 @@ from torch import Tensor
 from l2o.checks import check_float, check_int
 from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
-from l2o.ops.directions import Age, Now, adam, ages, decays_of, flat, init_direction, nesterov, seen_of
+from l2o.ops.directions import Age, Now, ages, decays_of, direction_of, flat, init_direction, nesterov, seen_of
 from l2o.ops.eigenbasis import is_due, whiten
 from l2o.ops.entries import init_entries, weigh
 from l2o.ops.groups import Group, by_shape, matrix_sums, split, stack, unstacked, whole_sums
 from l2o.ops.moments import mixed
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
-from l2o.ops.scales import limited, matrix_factors, unheld
+from l2o.ops.scales import limited, matrix_factors, unheld, width_factors
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
@@ -66,6 +66,8 @@ class Steered(UpdateRule):
         entries before they are orthogonalised.     reads_loss: whether the controller's network sees how the loss goes.
     tall: ratio of sides from which a matrix with one over ``widest`` moves as vectors do, for few rows have gradients.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
+    wide: power by which factors fall with inputs above 64: a matrix' fan-in, the short side of one that is ``tall``.
+    carried: whether second moments follow a basis that turns (see `l2o.ops.eigenbasis.whiten`).
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps between looks at the basis, after ``early`` first ones that all look.
@@ -106,6 +108,8 @@ class Steered(UpdateRule):
     tall: int = 0
     tables: bool = False
     free_zeros: bool = False
+    wide: float = 0.0
+    carried: bool = False
 
     learned_init = False
     rests = True
@@ -117,7 +121,7 @@ class Steered(UpdateRule):
                 raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
         for name, least in {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "early": 0, "tall": 0}.items():
             check_int(name, getattr(self, name), least)
-        for name in ("fan_in", "by_gain"):
+        for name in ("fan_in", "by_gain", "wide"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
         if self.network and (came := self.direction) in ("normalized", "adam"):
@@ -194,7 +198,7 @@ class Steered(UpdateRule):
         reduce: Reduce = LOCAL,
     ) -> tuple[Updates, OptState]:
         groups = by_shape(grads, state, infos)
-        shapes, tables = zip(*((self.form(g.shape), g.table) for g in groups for _ in g.names), strict=True)
+        shapes, tables = zip(*((group.shape, group.table) for group in groups for _ in group.names), strict=True)
         counts = [len(group.names) for group in groups]
         times = ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
         sums = whole_sums(groups, self._sums(groups, times, params), reduce)
@@ -211,7 +215,7 @@ class Steered(UpdateRule):
         for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
             scale = own.pop("scale")
             new = self._advance(now, group, age) | own | {k: t for k, t in group.slots.items() if k == "free"}
-            d = self._direction(new, group, age and age.after)
+            d = direction_of(new, group, age and age.after)
             steps = scale.view(-1, *[1] * (d.ndim - 1)) * d
             updates.update(zip(group.names, steps.unbind(), strict=True))
             slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
@@ -222,7 +226,7 @@ class Steered(UpdateRule):
         seen: Slots = {}
         if self.controller != "none":
             pairs = zip(groups, times, strict=True)
-            seen = seen_of(groups, (self._direction(group.slots, group, age and age.before) for group, age in pairs))
+            seen = seen_of(groups, (direction_of(group.slots, group, age and age.before) for group, age in pairs))
         if self.direction != "adam" or self.decides:
             seen["params"] = square_sums(flat(stack([params[name] for name in group.names])) for group in groups)
         if self.decides:
@@ -253,15 +257,6 @@ class Steered(UpdateRule):
             d = unit(d, (-2, -1), math.prod(d.shape[-2:]) ** 0.5)
         return {"m": m, "d": d.view_as(grad), **basis}
 
-    def _direction(self, slots: Slots, group: Group, correction: Tensor | None) -> Tensor:
-        """Of slots ``[k, *shape]``; 0 before the first gradient.  correction: of Adam's moments."""
-        if correction is not None:
-            return adam(slots, correction)
-        if "row" not in slots:
-            return slots["d"]
-        scaled = matrices(slots["m"]) * slots["row"].unsqueeze(-1) * slots["col"].unsqueeze(-2)
-        return scaled.view_as(group.grad)
-
     def is_usual(self, called: int) -> bool:
         return not (self.direction == "eigenbasis" and (called % self.period == 0 or called < self.early))
 
@@ -272,13 +267,18 @@ class Steered(UpdateRule):
     def whitened(self, now: Now, momentum: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
         network = partial(weigh, now.theta) if self.network else None
-        return whiten(momentum, grad, slots, now.decays["memory"].keep, now.due, network)
+        return whiten(momentum, grad, slots, now.decays["memory"].keep, now.due, network, self.carried)
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Return those of the steps of tensors, ``[len(shapes)]``."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        return matrix_factors(theta, shapes)
+        factors = matrix_factors(theta, [self.form(shape) for shape in shapes])
+        return factors * width_factors([self._inputs(s) for s in shapes], self.wide, factors) if self.wide else factors
+
+    def _inputs(self, shape: tuple[int, ...]) -> int:
+        rows, columns = as_matrix(shape)
+        return min(rows, columns) if self.form(shape) != shape else columns if is_matrix(shape) else 1
 
     def scales(
         self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]], tables: Sequence[bool]
@@ -287,8 +287,8 @@ class Steered(UpdateRule):
         scales = size * self.factors(theta, shapes)
         if self.direction == "adam":
             return scales
-        relative = theta["log_relative"].exp()
-        return limited(scales, squares, shapes, relative, self.by_gain, tables if self.tables else ())
+        forms, relative = [self.form(shape) for shape in shapes], theta["log_relative"].exp()
+        return limited(scales, squares, forms, relative, self.by_gain, tables if self.tables else ())
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """Return that of the step of all tensors, 0-d."""
