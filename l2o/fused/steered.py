@@ -14,7 +14,7 @@ from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import Entries, fused_steps
 from l2o.ops.alignment import control, cosine
 from l2o.ops.directions import Now, decays_of
-from l2o.ops.groups import is_table, stack
+from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import unheld
@@ -49,7 +49,8 @@ def step(
         norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
         shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
     held = unheld(squares, [(own, 1) for own in map(state.per_param.__getitem__, params)])
-    scales = rule.scales(theta, rule.size(theta, shared, run), held, shapes, [is_table(infos[n]) for n in params])
+    tables = tables_of(infos)
+    scales = rule.scales(theta, rule.size(theta, shared, run), held, shapes, [name in tables for name in params])
     usual = sums.isfinite().all() and gradients.sum().isfinite() and gradients.sum().sqrt() <= limit
     if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from l2o.ops.numeric import watched
-from l2o.types import LOCAL, Grads, Infos, OptState, ParamInfo, Reduce, Slots, Sum
+from l2o.types import LOCAL, Grads, Infos, OptState, Reduce, Slots, Sum
 
 SMALL = 1 << 14
 """Entries up to which stacking tensors costs less than an operation for each of them, where copies are all it saves."""
@@ -49,23 +50,41 @@ class Group(NamedTuple):
 def by_shape(grads: Grads, state: OptState, infos: Infos, together: float = math.inf) -> list[Group]:
     """Return groups of all tensors.  together: entries up to which tensors share a group."""
     names: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    tables = tables_of(infos)
     for name, g in grads.items():
-        names[g.shape, infos[name].shape, is_table(infos[name]), None if g.numel() <= together else name].append(name)
+        names[g.shape, infos[name].shape, name in tables, None if g.numel() <= together else name].append(name)
     return [
         Group(
             some,
             infos[some[0]].shape,
             stack([grads[name] for name in some]),
             {slot: stack([state.per_param[name][slot] for name in some]) for slot in state.per_param[some[0]]},
-            is_table(infos[some[0]]),
+            some[0] in tables,
         )
         for some in names.values()
     ]
 
 
-def is_table(info: ParamInfo) -> bool:
-    """Say whether a tensor is an embedding: two axes, of which the first is that of rows looked up."""
-    return info.kind == "embedding" and len(info.shape) == 2
+def tables_of(infos: Infos) -> set[str]:
+    """Return the names of embeddings: matrices of rows that are looked up.
+
+    Where no tensor is said to be an embedding or an output, as with ``model.parameters()``, the first matrix of those
+    that come before any vector is taken for one, if it has more rows than columns and no vector has as many entries, as
+    a bias would, and no other matrix as many inputs, as the layer after would.
+    """
+    kinds = {info.kind for info in infos.values()}
+    if "embedding" in kinds:
+        return {name for name, info in infos.items() if info.kind == "embedding" and len(info.shape) == 2}
+    if "output" in kinds:
+        return set()
+    first = takewhile(lambda item: len(item[1].shape) == 2, infos.items())
+    tall = next(((name, info.shape[0]) for name, info in first if info.shape[0] > info.shape[1]), None)
+    if tall is None:
+        return set()
+    name, rows = tall
+    others = (info.shape for other, info in infos.items() if other != name)
+    used = (math.prod(shape[1:] or shape) for shape in others)
+    return set() if rows in used else {name}
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

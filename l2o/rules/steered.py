@@ -76,7 +76,7 @@ class Steered(UpdateRule):
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
     by_gain: power of the matrix' gain, its root mean square times the root of its fan-in, at most one, that is a factor
         of ``relative``: a sine network's is a twentieth. Unless it is 0, the 3e-4 are times ``(64 / fan-in) ** 0.5``.
-    tables: leave the gain out for embeddings (`ParamInfo.kind`), whose inputs are one entry and not as many as columns.
+    tables: leave the gain out for embeddings (`l2o.ops.groups.tables_of`), whose inputs are one entry, not all columns.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` where there is one, ``m, row, col``
