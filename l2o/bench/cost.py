@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ USUAL: dict[str, MakeOptimizer] = {
 
 _PERIOD = 10
 """Steps of which one may take longer than the others, as those do in which bases follow."""
+_LATE = 10_000
+"""A step after which a run goes on as it does."""
 
 
 class Cost(NamedTuple):
@@ -71,13 +74,13 @@ def step_cost(
 ) -> dict[str, Cost]:
     """Time optimizers in turn, each on its own copy of ``module`` with the same gradients, drawn once.
 
-    makers: by name.     rounds: steps of each that are timed, at least; one before them is not. Ten have in them what
-        is done every tenth step.
+    makers: by name.     rounds: steps of each that are timed, at least; those that a run begins with are not. Ten have
+        in them what is done every tenth step.
     seconds: how long to go on, at least.
     """
     stepping = {name: Stepping(make, module) for name, make in makers.items()}
     for each in stepping.values():
-        each.step()
+        each.begin()
     began, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - began < seconds:
         for each in stepping.values():
@@ -96,6 +99,17 @@ class Stepping:
         self._device = self._params[0].device
         self._seconds: list[float] = []
         self._cpu_seconds: list[float] = []
+
+    def begin(self) -> None:
+        """Take a step, and more while unusual ones are more frequent than late in a run."""
+        rules = [optimizer.rule for optimizer in self._optimizers if isinstance(optimizer, LearnedOptimizer)]
+
+        def unusual(first: int) -> int:
+            return sum(not rule.is_usual(called) for rule in rules for called in range(first, first + _PERIOD))
+
+        late = max(map(unusual, range(_LATE, _LATE + _PERIOD)))
+        for _ in range(next(n for n in count(1) if unusual(n) <= late)):
+            self.step()
 
     def step(self) -> None:
         """Take one step, to its end."""
