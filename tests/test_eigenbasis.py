@@ -65,18 +65,19 @@ def test_a_basis_that_is_not_due_stays():
 
 
 def test_second_moments_follow_the_basis():
-    """One that turns by an eighth: the moment of an axis is shared by both; one that stays changes nothing."""
-    turn, same = torch.tensor([[0.5, -0.5], [0.5, 0.5]]).mul(2**0.5), torch.eye(2)
-    product = turn @ torch.diag(torch.tensor([1.0, 0.0])) @ turn.mT
-    slots = {"v": torch.tensor([[4.0, 1.0], [0.0, 2.0]]), "left": product, "right": same, "rows": same, "columns": same}
-    slots = {name: t.double().unsqueeze(0) for name, t in slots.items()}
-    nothing = torch.zeros(1, 2, 2, dtype=torch.float64)
-    keep = torch.tensor(1.0, dtype=torch.float64)
+    """They are the variances that entries of these second moments, which do not correlate, have in the new basis."""
+    grads = [torch.randn(3, 4, generator=generator(i), dtype=torch.float64) for i in range(6)]
+    _, old = whitened(grads[:3])
+    slots = {name: t.unsqueeze(0) for name, t in old.items()}
+    slots |= {"left": (grads[4] @ grads[4].mT).unsqueeze(0), "right": (grads[5].mT @ grads[5]).unsqueeze(0)}
+    nothing, keep = torch.zeros(1, 3, 4, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
     _, stays = whiten(nothing, nothing, slots, keep, torch.tensor(False), carried=True)
     assert torch.equal(stays["v"], slots["v"])
-    _, follows = whiten(nothing, nothing, slots, keep, True, carried=True)
-    expected = torch.tensor([[[2.0, 1.5], [2.0, 1.5]]], dtype=torch.float64)
-    torch.testing.assert_close(follows["v"], expected, rtol=0.0, atol=1e-5)
+    _, new = whiten(nothing, nothing, slots, keep, True, carried=True)
+    rows, columns = (old[side].mT @ new[side][0] for side in ("rows", "columns"))
+    expected = torch.einsum("ia,jb,ij->ab", rows**2, columns**2, old["v"])
+    torch.testing.assert_close(new["v"][0], expected)
+    assert (new["v"][0] - old["v"]).abs().max() > 0.1 * old["v"].max()
 
 
 def test_due_is_what_the_host_knows_or_what_all_lanes_say():

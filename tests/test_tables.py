@@ -1,79 +1,100 @@
-"""Which tensors are embeddings, said or guessed, and what `Steered` makes of it."""
+"""Families on tables: which rows are whose, and bad input; what they share with other families is tested with them."""
 
-from itertools import pairwise
+import sys
 
 import pytest
 import torch
-from tables import generator
-from torch import nn
 
-import l2o
-from l2o.ops.groups import tables_of
-from l2o.ops.kinds import infos_of, kinds_of
-from l2o.rules import Steered
+from l2o.evaluation import Setting, run_learned
+from l2o.rules import Adam
+from l2o.tasks import DiabetesMLP, TableClassifier
+from l2o.tasks.tables import classified_split, diabetes_split
+from l2o.types import ConfigurationError, DataError, UnknownNameError
 
-
-class Words(nn.Module):
-    """A model of words; its output is the table where ``tied``, and has no bias."""
-
-    def __init__(self, tied: bool, positions: bool = False) -> None:
-        super().__init__()
-        self.places = nn.Embedding(8, 16) if positions else None
-        self.words = nn.Embedding(50, 16)
-        self.block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16))
-        self.head = nn.Linear(16, 50, bias=False)
-        if tied:
-            self.head.weight = self.words.weight
-
-    def forward(self, tokens):
-        return self.head(self.block(self.words(tokens)))
+PARTS = [(half, split) for half in ("meta_train", "meta_test") for split in ("train", "valid")]
 
 
-def perceptron(*sizes, bias=True):
-    return nn.Sequential(*(nn.Linear(a, b, bias) for a, b in pairwise(sizes)))
+def test_the_parts_are_together_the_table():
+    from sklearn.datasets import load_diabetes
+
+    sizes = [len(diabetes_split(*part)[0]) for part in PARTS]
+    assert sizes == [176, 45, 176, 45]
+    assert sum(sizes) == len(load_diabetes().target)
+
+
+@pytest.mark.parametrize("half", ["meta_train", "meta_test"])
+def test_what_is_trained_on_is_standardised(half):
+    for t in diabetes_split(half, "train"):
+        torch.testing.assert_close(t.mean(0), torch.zeros(t.shape[1]), atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(t.std(0), torch.ones(t.shape[1]))
+
+
+def test_a_run_learns_something_that_holds_for_others():
+    rule = Adam(lr=3e-3)
+    trials = run_learned(rule, rule.init_theta(torch.Generator()), Setting("", DiabetesMLP(), steps=100, seeds=2))
+    assert (trials.train[-20:].mean(0) < 0.6).all()
+    assert (trials.valid.min(0) < 0.8).all()
 
 
 @pytest.mark.parametrize(
-    ("model", "guessed"),
+    ("dataset", "rows", "columns", "classes"), [("breast_cancer", 569, 30, 2), ("wine", 178, 13, 3)]
+)
+def test_tables_with_classes_are_dealt_out_and_standardised(dataset, rows, columns, classes):
+    parts = {part: classified_split(dataset, *part) for part in PARTS}
+    assert sum(len(x) for x, _ in parts.values()) == rows
+    assert all(x.shape == (len(y), columns) and set(y.tolist()) == set(range(classes)) for x, y in parts.values())
+    for half in ("meta_train", "meta_test"):
+        x, _ = parts[half, "train"]
+        torch.testing.assert_close(x.mean(0), torch.zeros(columns), atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(x.std(0), torch.ones(columns))
+    assert TableClassifier(dataset=dataset).outputs == classes
+
+
+@pytest.mark.parametrize("half", ["meta_train", "meta_test"])
+def test_all_rows_in_one_batch_are_the_table(half):
+    family = TableClassifier(half=half, dataset="wine", batch_size=None, depth=0)
+    generator = torch.Generator().manual_seed(0)
+    data = family.sample(generator, 2)
+    params, buffers = family.init(data, generator)
+    batch = family.batch(data, "train", generator)
+    x, y = classified_split("wine", half, "train")
+    logits = x @ params["0.weight"][1].T + params["0.bias"][1]
+    lane = ({k: t[1] for k, t in each.items()} for each in (params, buffers, data, batch))
+    torch.testing.assert_close(family.loss(*lane)[0], torch.nn.functional.cross_entropy(logits, y))
+
+
+def test_classes_of_a_table_are_learned_and_counted():
+    rule = Adam(lr=3e-3)
+    setting = Setting("", TableClassifier(), steps=100, seeds=2)
+    trials = run_learned(rule, rule.init_theta(torch.Generator()), setting)
+    assert (trials.accuracy[-1] > 0.9).all()
+    assert (trials.train[-20:].mean(0) < 0.2).all()
+
+
+@pytest.mark.parametrize("settings", [{"dataset": "win"}, {"criterion": "accuracy"}])
+def test_unknown_names_are_refused(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(UnknownNameError, match=f"{name} '{value}'"):
+        TableClassifier(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "names"),
     [
-        (Words(tied=True), {"words.weight"}),
-        (Words(tied=False), {"words.weight"}),
-        (Words(tied=True, positions=True), {"words.weight"}),
-        (perceptron(4, 32, 10), set()),
-        (perceptron(4, 32, 10, bias=False), set()),
-        (perceptron(64, 32, 10), set()),
-        (nn.Sequential(nn.Conv2d(1, 9, 3), nn.Flatten(), nn.Linear(9, 20, bias=False)), set()),
-        (nn.Sequential(nn.Linear(4, 32, bias=False), nn.BatchNorm1d(32), nn.Linear(32, 2)), set()),
-        (nn.LSTM(4, 8), set()),
-        (nn.LayerNorm(4), set()),
+        ({"half": "both"}, UnknownNameError, "half 'both'"),
+        ({"width": 0}, ConfigurationError, "width=0"),
+        ({"depth": -1}, ConfigurationError, "depth=-1"),
+        ({"batch_size": 1.5}, ConfigurationError, "batch_size=1.5"),
     ],
 )
-def test_guesses_where_nobody_says_what_tensors_are_for(model, guessed):
-    params = dict(model.named_parameters())
-    assert tables_of(infos_of(params)) == guessed
+def test_bad_settings_are_refused(settings, error, names):
+    with pytest.raises(error, match=names):
+        DiabetesMLP(**settings)
 
 
-def test_what_is_said_is_not_guessed():
-    params = dict(Words(tied=True).named_parameters())
-    assert tables_of(infos_of(params, kinds_of(Words(tied=True)))) == {"words.weight"}
-    assert tables_of(infos_of(params, {"words.weight": "output"})) == set()
-    assert tables_of(infos_of(params, {"words.weight": "embedding", "block.0.weight": "embedding"})) == {"words.weight"}
-    assert tables_of({}) == set()
-
-
-@pytest.mark.parametrize("kernels", [True, False])
-def test_parameters_alone_are_trained_as_groups_are(monkeypatch, kernels):
-    """A small tied table, which its gain would hold back."""
-    monkeypatch.setenv("L2O_KERNELS", str(int(kernels)))
-    rule, tokens, ends = Steered(direction="eigenbasis", by_gain=2.0, tables=True), torch.arange(40).view(4, 10), []
-    for groups in (nn.Module.parameters, l2o.param_groups):
-        torch.manual_seed(0)
-        model = Words(tied=True)
-        nn.init.normal_(model.words.weight, std=0.02)
-        optimizer = l2o.LearnedOptimizer(groups(model), (rule, rule.init_theta(generator())), total_steps=9)
-        for _ in range(6):
-            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        ends.append({name: p.detach() for name, p in model.named_parameters()})
-    torch.testing.assert_close(*ends)
+def test_the_extra_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'l2o\[train\]'"):
+        diabetes_split.__wrapped__("meta_train", "train")
+    with pytest.raises(DataError, match=r"pip install 'l2o\[train\]'"):
+        classified_split.__wrapped__("wine", "meta_train", "train")
