@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 from l2o.types import ConfigurationError, UnknownNameError
@@ -39,6 +39,12 @@ def check_float(
         said = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
         raise ConfigurationError(f"{name}={value!r} ({type(value).__name__}): expected a finite number {said}".rstrip())
     return float(value)
+
+
+def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
+    """Raises `ConfigurationError` for what is none of ``valid``."""
+    if value not in (valid := list(valid)):
+        raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
 
 
 def check_each(name: str, values: Any, check: Callable[[str, Any], Any]) -> None:

@@ -19,7 +19,8 @@ from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import unheld
 from l2o.rules import Steered
-from l2o.types import LOCAL, OptState
+from l2o.rules.steered import Direction
+from l2o.types import LOCAL, OptState, Slots
 
 _LARGE = 512
 """Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
@@ -36,7 +37,7 @@ def step(
     keep = [decays[name].keep for name in ("momentum" if "momentum" in decays else "beta1", "beta1", "beta2")]
     paths = {n: rule.path(p.shape) for n, p in params.items()}
     grads = {n: laid_out_as(grads[n], p) for n, p in params.items()}
-    tensors = [_entries(paths[n], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
+    tensors = [_entries(rule, paths[n], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
     steps = fused_steps(tensors, keep)
     if steps is None:
         return None
@@ -69,12 +70,13 @@ def step(
 
 
 def _entries(
-    path: str, grad: Tensor, param: Tensor, slots: Mapping[str, Tensor], factors: tuple[float, float]
+    rule: Steered, path: Direction, grad: Tensor, param: Tensor, slots: Slots, factors: tuple[float, float]
 ) -> Entries:
     """What the kernel has to do with: of a tensor with a basis, what it does of an orthogonal matrix."""
     shape = as_matrix(param.shape)
     if path in ("eigenbasis", "orthogonal"):
-        path, slots = "orthogonal" if is_matrix(shape) else "sized", {name: slots[name] for name in ("m", "d")}
+        kernel = "orthogonal" if is_matrix(shape) and not rule.has_size(path) else "sized"
+        return Entries(kernel, shape, grad, param, {name: slots[name] for name in ("m", "d")}, factors)
     return Entries(path, shape, grad, param, slots, factors)
 
 

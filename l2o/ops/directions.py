@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from l2o.ops.eigenbasis import init_basis
-from l2o.ops.groups import Group
-from l2o.ops.moments import Shares, bias_correction, shares
-from l2o.ops.numeric import over_root, square_sums
-from l2o.ops.orthogonal import as_matrix, matrices
+from l2o.ops.groups import Group, matrix_sums
+from l2o.ops.moments import Shares, bias_correction, mixed, shares
+from l2o.ops.numeric import flat, over_root, square_sums
+from l2o.ops.orthogonal import as_matrix, matrices, row_column_scales
 from l2o.types import Reduce, Slots, Theta
 
 
@@ -76,6 +76,19 @@ def adam(slots: Slots, correction: Tensor) -> Tensor:
     return over_root(m / first, v / second)
 
 
+def adam_moments(now: Now, group: Group, age: Age) -> Slots:
+    """Return the new slots ``m, v, count`` of Adam."""
+    m = mixed(group.slots["m"], group.grad, now.decays["beta1"])
+    return {"m": m, "v": mixed(group.slots["v"], group.grad.square(), now.decays["beta2"]), "count": age.steps}
+
+
+def normalized_moments(now: Now, group: Group) -> Slots:
+    """Return the new momentum ``m``, and scales ``row, col`` that bring its rows and columns to one size."""
+    m = mixed(group.slots["m"], group.grad, now.decays["momentum"])
+    row, col = row_column_scales(matrices(m), as_matrix(group.shape), partial(matrix_sums, group, now.reduce))
+    return {"m": m, "row": row, "col": col}
+
+
 def direction_of(slots: Slots, group: Group, correction: Tensor | None) -> Tensor:
     """Return the direction of slots ``[k, *shape]``; 0 before the first gradient.
 
@@ -111,12 +124,7 @@ def seen_of(groups: Sequence[Group], directions: Iterable[Tensor]) -> Slots:
             yield d
 
     squares = square_sums(steps())
-    return {"dots": torch.cat(dots), "grads": square_sums(flat(group.grad) for group in groups), "directions": squares}
-
-
-def flat(tensors: Tensor) -> Tensor:
-    """Return ``tensors``, ``[k, *shape]``, as ``[k, entries]``."""
-    return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))
+    return {"dots": torch.cat(dots), "grads": square_sums(group.grad for group in groups), "directions": squares}
 
 
 def init_direction(path: str, param: Tensor, shape: tuple[int, ...], squares: bool) -> Slots:

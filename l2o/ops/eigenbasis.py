@@ -47,12 +47,15 @@ def whiten(
     due: Tensor | bool,
     weigh: Weigh | None = None,
     carried: bool = False,
+    cautious: bool = False,
 ) -> tuple[Tensor, Slots]:
     """Return the direction of ``momentum``, of any size, and the new slots of `init_basis`, ``[k, ...]``.
 
     momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
     due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
     carried: whether second moments follow it, as those of entries that do not correlate would; in SOAP they stay.
+    cautious: whether momentum rests where the gradient has another sign, in the basis (Liang et al. 2024, Cautious
+        Optimizers, arXiv 2411.16085, have it so for entries).
     weigh: makes the direction of momentum and gradient in the basis, over the root of second moments, and these.
     Without a basis in ``slots``, entries are what second moments are of.
     """
@@ -67,6 +70,7 @@ def whiten(
             new[basis] = _followed(slots[basis], new[product], due)
     bases = {basis: new[basis].to(dtype) for _, basis in _SIDES if basis in new}
     turned, seen = (_turned(x, bases).to(grad.dtype) for x in (m, g))
+    turned = torch.where(turned * seen > 0, turned, 0.0) if cautious else turned
     before = slots["v"].reshape(grad.shape)
     v = torch.lerp(seen.square(), _carried(before, slots, new, due) if carried else before, keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST

@@ -111,12 +111,18 @@ def unit(x: Tensor, axes: tuple[int, ...], size: float = 1.0) -> Tensor:
     return x * (constant(size, norms) / norms).nan_to_num(0.0, 0.0, 0.0)
 
 
+def flat(tensors: Tensor) -> Tensor:
+    """Return ``tensors [k, *shape]`` as ``[k, entries]``."""
+    return tensors.reshape(len(tensors), math.prod(tensors.shape[1:]))
+
+
 def square_sums(parts: Iterable[Tensor]) -> Tensor:
-    """Return sums of squares of all rows, ``[k, entries]`` a part: where nothing is differentiated, without writing
+    """Return sums of squares of all tensors, ``[k, *shape]`` a part: where nothing is differentiated, without writing
     all squares."""
+    rows = map(flat, parts)
     if _is_differentiated():
-        return torch.cat([x.square().sum(1) for x in parts])
-    return torch.cat([torch.linalg.vector_norm(x, dim=1) for x in parts]).square()
+        return torch.cat([x.square().sum(1) for x in rows])
+    return torch.cat([torch.linalg.vector_norm(x, dim=1) for x in rows]).square()
 
 
 def safe_rsqrt(x: Tensor) -> Tensor:

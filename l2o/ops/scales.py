@@ -16,6 +16,8 @@ _FAN_IN = 64.0
 """Inputs of the matrix whose step has no factor."""
 _LEAST_LIMIT = 3e-4
 """Of the root mean square of a matrix' step, so that matrices of zeros get on."""
+_USUAL = 0.3
+"""Root mean square of Nesterov's momentum over the root of second moments, where gradients are mostly noise."""
 _UNHELD = 1e30
 """Sum of squares of what is not to be held to its size; not infinite, which has no derivatives."""
 
@@ -29,9 +31,14 @@ def matrix_factors(theta: Theta, shapes: Shapes) -> Tensor:
     return torch.where(_are_matrices(shapes, factors), factors, constant(1.0, factors))
 
 
-def width_factors(inputs: Sequence[int], power: float, like: Tensor) -> Tensor:
-    """Return ``(inputs / 64) ** -power`` of tensors, ``[len(inputs)]``; 1 for 64 inputs and fewer."""
-    return constant([max(count / _FAN_IN, 1.0) ** -power for count in inputs], like)
+def width_factors(shapes: Shapes, forms: Shapes, power: float, like: Tensor) -> Tensor:
+    """Return ``(inputs / 64) ** -power`` of tensors, ``[len(shapes)]``; 1 for 64 inputs and fewer, and for vectors.
+
+    forms: the shapes that they are sized as. A matrix has its columns as inputs, one sized as a vector its short side.
+    """
+    inputs = [_fan_in(s) if s == form else min(as_matrix(s)) for s, form in zip(shapes, forms, strict=True)]
+    widths = [n if is_matrix(s) else 1 for n, s in zip(inputs, shapes, strict=True)]
+    return constant([max(width / _FAN_IN, 1.0) ** -power for width in widths], like)
 
 
 def limited(
@@ -50,6 +57,12 @@ def limited(
     limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if by_gain else 1.0)
     found = scales / (1.0 + (scales / limits).square()).sqrt()
     return torch.where(_are_matrices(shapes, scales), found, scales)
+
+
+def tempered(x: Tensor, power: float) -> Tensor:
+    """Return matrices ``x [..., rows, columns]``, their root mean square ``(rms / 0.3) ** power``; zeros stay zero."""
+    squares = x.square().mean((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return x * (squares.pow((power - 1.0) / 2.0) * _USUAL**-power)
 
 
 def unheld(squares: Tensor, parts: Sequence[tuple[Slots, int]]) -> Tensor:

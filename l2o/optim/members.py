@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from l2o.checks import check_float
+from l2o.checks import check_choice, check_float
 from l2o.ops.kinds import infos_of
 from l2o.types import ConfigurationError, GradientError, Kind, ParameterError, ParamInfo
 
@@ -91,8 +91,7 @@ def settings(group: Mapping[str, Any]) -> dict[str, float]:
     for name in ("lr", "weight_decay"):
         if name not in group:
             raise ConfigurationError(f"a group of parameters has no {name!r}: set group[{name!r}] to a number")
-    if group.get("kind", "vector") not in get_args(Kind):
-        raise ConfigurationError(f"kind={group['kind']!r}: expected one of {', '.join(get_args(Kind))}")
+    check_choice("kind", group.get("kind", "vector"), get_args(Kind))
     return {name: check_float(name, _number(group[name]), least=0.0) for name in ("lr", "weight_decay")}
 
 

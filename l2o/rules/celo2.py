@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from l2o.checks import check_each, check_float, check_int, check_same_length
+from l2o.checks import check_choice, check_each, check_float, check_int, check_same_length
 from l2o.kernels.coordinatewise import Tensors, feature_sums, network
 from l2o.kernels.moments import advance_statistics
 from l2o.ops.coordinatewise import ACTIVATIONS, Product, Recipe, raw_factors
@@ -30,7 +30,6 @@ from l2o.ops.statistics import (
 )
 from l2o.types import (
     LOCAL,
-    ConfigurationError,
     Grads,
     Infos,
     Kind,
@@ -94,12 +93,11 @@ class Celo2(UpdateRule):
 
     def __post_init__(self) -> None:
         check_each("hidden", self.hidden, check_int)
-        if self.activation not in ACTIVATIONS:
-            raise ConfigurationError(f"activation={self.activation!r}: expected one of {sorted(ACTIVATIONS)}")
+        check_choice("activation", self.activation, ACTIVATIONS)
         check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
         check_each("adafactor_decays", self.adafactor_decays, partial(check_float, least=0.0, below=1.0))
         check_same_length("adafactor_decays", self.adafactor_decays, "decays", self.decays)
-        check_each("adam", self.adam, _kind)
+        check_each("adam", self.adam, lambda name, kind: check_choice(name, kind, get_args(Kind)))
         for name in ("rms_decay", "adam_beta1", "adam_beta2"):
             check_float(name, getattr(self, name), least=0.0, below=1.0)
         for name in ("step_mult", "adam_mult"):
@@ -219,11 +217,6 @@ class Celo2(UpdateRule):
             if self.weight_decay:
                 updates[name] = updates[name] - self.step_mult * self.weight_decay * params[name]
         return updates
-
-
-def _kind(name: str, value: Any) -> None:
-    if value not in get_args(Kind):
-        raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(get_args(Kind))}")
 
 
 def _matrix_sum(x: Tensor, info: ParamInfo) -> Sum:

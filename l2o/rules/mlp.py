@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from l2o.checks import check_each, check_float, check_int
+from l2o.checks import check_choice, check_each, check_float, check_int
 from l2o.kernels.coordinatewise import Tensors, completed_sums, network
 from l2o.ops.coordinatewise import Product, Recipe
 from l2o.ops.features import FRACTIONS, TIMESCALES, fraction_embedding, step_embedding
@@ -19,7 +19,6 @@ from l2o.ops.networks import init_mlp, with_shared
 from l2o.ops.numeric import constant
 from l2o.types import (
     LOCAL,
-    ConfigurationError,
     Grads,
     Infos,
     OptState,
@@ -64,8 +63,7 @@ class MLP(UpdateRule):
     learned_init = False
 
     def __post_init__(self) -> None:
-        if self.time not in _TIME:
-            raise ConfigurationError(f"time={self.time!r}: expected one of {sorted(_TIME)}")
+        check_choice("time", self.time, _TIME)
         check_each("hidden", self.hidden, check_int)
         check_each("decays", self.decays, partial(check_float, least=0.0, below=1.0))
         check_float("step_mult", self.step_mult, above=0.0)

@@ -12,12 +12,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from l2o.checks import check_float
+from l2o.checks import check_choice, check_float
 from l2o.kernels.coordinatewise import Tensors, completed_means, network
 from l2o.ops.coordinatewise import NOMINAL, Nominal, Recipe
 from l2o.ops.statistics import SMALL_FC_GROUPS
 from l2o.rules.adafac_mlp import AdafacMLP
-from l2o.types import ConfigurationError, Reduce, Theta
+from l2o.types import Reduce, Theta
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class STAR(AdafacMLP):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nominal not in NOMINAL:
-            raise ConfigurationError(f"nominal={self.nominal!r}: expected one of {sorted(NOMINAL)}")
+        check_choice("nominal", self.nominal, NOMINAL)
         for name in ("nominal_lr", "weight_decay", "nominal_exp_mult", "decay_exp_mult"):
             check_float(name, getattr(self, name), least=0.0)
 

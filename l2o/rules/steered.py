@@ -11,17 +11,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from l2o.checks import check_float, check_int
+from l2o.checks import check_choice, check_float, check_int
+from l2o.ops import directions
 from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
-from l2o.ops.directions import Age, Now, ages, decays_of, direction_of, flat, init_direction, nesterov, seen_of
+from l2o.ops.directions import Age, Now, direction_of
 from l2o.ops.eigenbasis import is_due, whiten
 from l2o.ops.entries import init_entries, weigh
-from l2o.ops.groups import Group, by_shape, matrix_sums, split, stack, unstacked, whole_sums
-from l2o.ops.moments import mixed
+from l2o.ops.groups import Group, by_shape, split, stack, unstacked, whole_sums
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
-from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar, row_column_scales
-from l2o.ops.scales import limited, matrix_factors, unheld, width_factors
+from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
+from l2o.ops.scales import limited, matrix_factors, tempered, unheld, width_factors
 from l2o.ops.schedules import linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
@@ -67,7 +67,9 @@ class Steered(UpdateRule):
     tall: ratio of sides from which a matrix with one over ``widest`` moves as vectors do, for few rows have gradients.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     wide: power by which factors fall with inputs above 64: a matrix' fan-in, the short side of one that is ``tall``.
-    carried: whether second moments follow a basis that turns (see `l2o.ops.eigenbasis.whiten`).
+    carried, cautious: whether second moments follow a basis that turns, and whether momentum that the fresh gradient
+        contradicts rests (see `l2o.ops.eigenbasis.whiten`).
+    by_signal: power of the size that a whitened matrix has by itself, over 0.3, that its size is: less under noise.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps between looks at the basis, after ``early`` first ones that all look.
@@ -110,18 +112,18 @@ class Steered(UpdateRule):
     free_zeros: bool = False
     wide: float = 0.0
     carried: bool = False
+    cautious: bool = False
+    by_signal: float = 0.0
 
     learned_init = False
     rests = True
 
     def __post_init__(self) -> None:
         for name, literal in {"direction": Direction, "controller": Controller, "schedule": Schedule}.items():
-            value, valid = getattr(self, name), get_args(literal)
-            if value not in valid:
-                raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(valid)}")
+            check_choice(name, getattr(self, name), get_args(literal))
         for name, least in {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "early": 0, "tall": 0}.items():
             check_int(name, getattr(self, name), least)
-        for name in ("fan_in", "by_gain", "wide"):
+        for name in ("fan_in", "by_gain", "wide", "by_signal"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
         if self.network and (came := self.direction) in ("normalized", "adam"):
@@ -161,7 +163,7 @@ class Steered(UpdateRule):
         return OptState(slots, shared | (init_shown(shared["slow"], self.reads_loss) if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
-        own = init_direction(self.path(info.shape), param, info.shape, self.network)
+        own = directions.init_direction(self.path(info.shape), param, info.shape, self.network)
         if self.free_zeros and self.needs_whole(info) and is_matrix(info.shape):
             own["free"] = (param == 0).all().to(param.dtype)
         return own | init_seen(param, self.controller) if self.decides else own
@@ -200,7 +202,7 @@ class Steered(UpdateRule):
         groups = by_shape(grads, state, infos)
         shapes, tables = zip(*((group.shape, group.table) for group in groups for _ in group.names), strict=True)
         counts = [len(group.names) for group in groups]
-        times = ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
+        times = directions.ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
         sums = whole_sums(groups, self._sums(groups, times, params), reduce)
         factors = self.factors(theta, shapes)
         shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
@@ -209,7 +211,7 @@ class Steered(UpdateRule):
         parts = [(group.slots, len(group.names)) for group in groups]
         squares = unheld(sums["params"], parts) if "params" in sums else size  # Adam's direction reads none
         scales = -self.scales(theta, sizes, squares, shapes, tables)
-        now = Now(theta, decays_of(theta), self.is_due(run), reduce)
+        now = Now(theta, directions.decays_of(theta), self.is_due(run), reduce)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
         for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
@@ -225,27 +227,23 @@ class Steered(UpdateRule):
         """Products of gradients and the step before, and squares, ``[tensors]``; those that somebody reads."""
         seen: Slots = {}
         if self.controller != "none":
-            pairs = zip(groups, times, strict=True)
-            seen = seen_of(groups, (direction_of(group.slots, group, age and age.before) for group, age in pairs))
+            steps = (direction_of(g.slots, g, age and age.before) for g, age in zip(groups, times, strict=True))
+            seen = directions.seen_of(groups, steps)
         if self.direction != "adam" or self.decides:
-            seen["params"] = square_sums(flat(stack([params[name] for name in group.names])) for group in groups)
+            seen["params"] = square_sums(stack([params[name] for name in group.names]) for group in groups)
         if self.decides:
-            seen["momenta"] = square_sums(flat(group.slots["m"]) for group in groups)
+            seen["momenta"] = square_sums(group.slots["m"] for group in groups)
         return seen
 
     def _advance(self, now: Now, group: Group, age: Age | None) -> Slots:
         """New slots, ``[k, ...]``."""
         grad, slots = group.grad, group.slots
         if age is not None:
-            m = mixed(slots["m"], grad, now.decays["beta1"])
-            return {"m": m, "v": mixed(slots["v"], grad.square(), now.decays["beta2"]), "count": age.steps}
+            return directions.adam_moments(now, group, age)
         path = self.path(group.shape)
         if path == "normalized":
-            m = mixed(slots["m"], grad, now.decays["momentum"])
-            complete = partial(matrix_sums, group, now.reduce)
-            row, col = row_column_scales(matrices(m), as_matrix(group.shape), complete)
-            return {"m": m, "row": row, "col": col}
-        m, ahead = nesterov(slots["m"], grad, now.decays["momentum"])
+            return directions.normalized_moments(now, group)
+        m, ahead = directions.nesterov(slots["m"], grad, now.decays["momentum"])
         d = matrices(ahead)
         basis: Slots = {}  # calling Slots would break a compiled step
         if "v" in slots:
@@ -253,7 +251,7 @@ class Steered(UpdateRule):
         if path == "orthogonal":
             d = polar(d, self.iterations)
         d = torch.where(matrices(m) != 0, d, constant(0.0, d))  # an entry that never had a gradient rests
-        if is_matrix(group.shape):
+        if is_matrix(group.shape) and not self.has_size(path):
             d = unit(d, (-2, -1), math.prod(d.shape[-2:]) ** 0.5)
         return {"m": m, "d": d.view_as(grad), **basis}
 
@@ -267,18 +265,21 @@ class Steered(UpdateRule):
     def whitened(self, now: Now, momentum: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
         network = partial(weigh, now.theta) if self.network else None
-        return whiten(momentum, grad, slots, now.decays["memory"].keep, now.due, network, self.carried)
+        how = (now.decays["memory"].keep, now.due, network, self.carried, self.cautious)
+        d, new = whiten(momentum, grad, slots, *how)
+        return tempered(d, self.by_signal) if self.by_signal and min(d.shape[-2:]) > 1 else d, new
+
+    def has_size(self, path: Direction) -> bool:
+        """Say whether the directions of matrices on ``path`` are of the size that they are to have once whitened."""
+        return self.by_signal > 0 and path in ("eigenbasis", "diagonal")
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Return those of the steps of tensors, ``[len(shapes)]``."""
         if self.direction == "adam":
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
-        factors = matrix_factors(theta, [self.form(shape) for shape in shapes])
-        return factors * width_factors([self._inputs(s) for s in shapes], self.wide, factors) if self.wide else factors
-
-    def _inputs(self, shape: tuple[int, ...]) -> int:
-        rows, columns = as_matrix(shape)
-        return min(rows, columns) if self.form(shape) != shape else columns if is_matrix(shape) else 1
+        forms = [self.form(shape) for shape in shapes]
+        factors = matrix_factors(theta, forms)
+        return factors * width_factors(shapes, forms, self.wide, factors) if self.wide else factors
 
     def scales(
         self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]], tables: Sequence[bool]

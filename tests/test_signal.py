@@ -1,0 +1,82 @@
+"""Steps by how much of a gradient repeats: momentum that a gradient contradicts rests, noise makes steps small."""
+
+import pytest
+import torch
+from tables import generator
+
+from l2o.ops.eigenbasis import init_basis, whiten
+from l2o.ops.kinds import infos_of
+from l2o.ops.scales import tempered
+from l2o.rules import Steered
+from l2o.types import Run
+
+SHAPE = (12, 9)
+
+
+def slots_of(shape):
+    return {name: t.unsqueeze(0) for name, t in init_basis(torch.zeros(shape), shape).items()}
+
+
+def test_in_the_basis_momentum_rests_where_the_gradient_contradicts_it():
+    """In a basis that stays at first, which is that of entries."""
+    momentum, grad = (torch.randn(1, *SHAPE, generator=generator(i)) for i in range(2))
+    keep, against = torch.tensor(0.9), momentum * grad < 0
+    free, _ = whiten(momentum, grad, slots_of(SHAPE), keep, False)
+    held, _ = whiten(momentum, grad, slots_of(SHAPE), keep, False, cautious=True)
+    assert 0 < against.sum() < grad.numel()
+    torch.testing.assert_close(held, torch.where(against, 0.0, free))
+
+
+def test_in_a_basis_that_has_turned_it_is_its_axes_that_rest():
+    generators = [generator(i) for i in range(8)]
+    grads = [torch.randn(1, *SHAPE, generator=g) for g in generators]
+    slots, keep = slots_of(SHAPE), torch.tensor(0.9)
+    for g in grads[:6]:
+        _, slots = whiten(g, g, slots, keep, True)
+    held, new = whiten(grads[6], grads[7], slots, keep, False, cautious=True)
+    free, _ = whiten(grads[6], grads[7], slots, keep, False)
+    seen = {name: new["rows"].mT @ t @ new["columns"] for name, t in (("held", held), ("free", free))}
+    against = seen["free"] * (new["rows"].mT @ grads[7] @ new["columns"]) < 0
+    torch.testing.assert_close(seen["held"], torch.where(against, 0.0, seen["free"]), rtol=0.0, atol=1e-5)
+    assert (held * grads[7] < 0).any()  # an entry is not an axis
+
+
+@pytest.mark.parametrize(("power", "size"), [(0.0, 1.0), (0.5, 2.0), (1.0, 4.0)])
+def test_a_size_is_a_power_of_what_it_was(power, size):
+    x = torch.randn(2, *SHAPE, generator=generator())
+    x = 1.2 * x / x.square().mean((-2, -1), keepdim=True).sqrt()
+    sized = tempered(x, power)
+    torch.testing.assert_close(sized.square().mean((-2, -1)).sqrt(), torch.full((2,), size))
+    torch.testing.assert_close(sized / sized[0, 0, 0], x / x[0, 0, 0])
+    assert not tempered(torch.zeros(2, *SHAPE), power).any()
+
+
+def size_of(rule, gradient):
+    """Root mean square of the direction after 200 steps of ``gradient(step)``."""
+    theta, params = rule.init_theta(generator()), {"w": torch.randn(SHAPE, generator=generator())}
+    infos = infos_of(params)
+    state = rule.init(theta, params, infos)
+    for step in range(200):
+        run = Run(torch.tensor(step), torch.tensor(10**6), None)
+        _, state = rule.update(theta, {"w": gradient(step)}, state, params, infos, run)
+    return float(state.per_param["w"]["d"].square().mean().sqrt())
+
+
+def noise(step):
+    return torch.randn(SHAPE, generator=generator(2 + step))
+
+
+def test_steps_are_smaller_where_gradients_are_noise():
+    """A gradient that repeats is its own momentum, and the root of its second moments."""
+    rule = Steered(direction="diagonal", by_signal=0.5, controller="none")
+    assert size_of(rule, lambda step: noise(0)) == pytest.approx((1 / 0.3) ** 0.5, rel=1e-3)
+    assert 0.8 < size_of(rule, noise) < 1.1
+
+
+def test_steps_are_smaller_where_few_directions_have_gradients():
+    """In its basis a gradient that repeats has as many entries as its rank."""
+    rule = Steered(direction="eigenbasis", by_signal=0.5, controller="none")
+    for rank in (1, 4):
+        left, right = torch.randn(12, rank, generator=generator()), torch.randn(rank, 9, generator=generator(1))
+        expected = ((rank / 108) ** 0.5 / 0.3) ** 0.5
+        assert size_of(rule, lambda step, g=left @ right: g) == pytest.approx(expected, rel=0.04)

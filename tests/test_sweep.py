@@ -1,0 +1,50 @@
+"""``python -m meta_train.sweep``: a number of θ at several values, beside tuned Adam on the same problems."""
+
+import json
+
+import pytest
+import torch
+from tables import generator
+
+from l2o.errors import L2OError
+from l2o.evaluation import RuleEntrant
+from l2o.evaluation.trials import Setting, run_entrant
+from l2o.rules import Steered
+from l2o.tasks import ImageMLP
+from meta_train.sweep import Swept, run
+
+SETTINGS = ["--set", "experiment=default", "rule.controller=alignment"]
+SHORT = ["--steps", "20", "--seeds", "2", "--only", "^(softmax|ravine)$"]
+
+
+def test_a_trial_is_what_the_rule_does_with_that_number():
+    rule, setting = Steered(), Setting("mlp", ImageMLP(width=8, batch_size=4), 12, 3, seed=5)
+    theta = rule.init_theta(generator())
+    swept = run_entrant(Swept("", rule, theta, "log_lr", (0.5, -0.5)), setting).train
+    for i, shift in enumerate((0.5, -0.5)):
+        alone = run_entrant(RuleEntrant("", rule, theta | {"log_lr": theta["log_lr"] + shift}), setting).train
+        torch.testing.assert_close(torch.tensor(swept[..., i]), torch.tensor(alone[..., 0]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_prints_and_keeps_a_row_a_family(tmp_path, capsys):
+    run(["log_lr", "-1.0", "0", *SHORT, "--out", str(tmp_path / "a" / "sweep.json"), *SETTINGS])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["softmax", "ravine", "median", "reached"]
+    about, *made = json.loads((tmp_path / "a" / "sweep.json").read_text())
+    assert about["command"].startswith("python -m meta_train.sweep log_lr -1.0 0")
+    assert [row["family"] for row in made] == ["softmax", "ravine"]
+    assert made[0]["end"][0] > made[0]["end"][1] > 0.0  # twenty steps are few, and smaller ones go less far
+    assert made[0]["speed_up"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["log_rate", "0", *SHORT, *SETTINGS], "log_rate.*log_lr"),
+        (["log_lr", "0", "--only", "nobody", *SETTINGS], "--only nobody: expected a part of one of mlp, wide"),
+        (["log_lr", "0", "--seed", "-1", *SETTINGS], "--seed"),
+    ],
+)
+def test_what_cannot_be_is_said(arguments, message):
+    with pytest.raises(L2OError, match=message):
+        run(arguments)
