@@ -33,6 +33,7 @@ from meta_train.config.assemble import families
 from meta_train.config.build import make
 from meta_train.config.compose import config_path, main_guard, open_settings, writing
 from meta_train.run.card import commit, hardware
+from meta_train.train import OPEN
 
 _FLOOR = 1e-3
 """Share of a run's first loss under which a loss says nothing more."""
@@ -113,7 +114,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
     given = parser().parse_args(arguments)
     with initialize_config_dir(config_path(), version_base="1.3"):
-        composed = compose("train", open_settings(given.set, ["rule", "task", "estimator", "outer", "logger"]))
+        composed = compose("train", open_settings(given.set, OPEN))
     config: Any = OmegaConf.to_container(composed, resolve=True)
     rule, problems = make(config["rule"], "rule", UpdateRule), make(config["task"], "task", TaskFamily, Mixture)
     theta = rule.init_theta(torch.Generator().manual_seed(check_int("--seed", given.seed, 0)))

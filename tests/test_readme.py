@@ -16,7 +16,7 @@ from torch import nn
 
 from l2o.checkpoints import remote
 from l2o.evaluation.markdown import results_block
-from meta_train import documents, evaluate
+from meta_train import documents, evaluate, sweep
 from meta_train.config.compose import config_path, open_settings
 from meta_train.convert import parser
 from meta_train.train import OPEN
@@ -108,6 +108,9 @@ def test_the_commands_of_the_documents_are_read(words):
     if module == "meta_train.documents":
         assert documents.parser().parse_args(arguments).card
         return
+    if module == "meta_train.sweep":
+        assert sweep.parser().parse_args(arguments).shifts
+        module, arguments = "meta_train", sweep.parser().parse_args(arguments).set
     read = {"meta_train": lambda words: open_settings(words, OPEN), "meta_train.evaluate": evaluate.read}[module]
     one_of_a_sweep = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", each) for each in arguments if each != "-m"]
     with initialize_config_dir(config_path(), version_base="1.3"):
