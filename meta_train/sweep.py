@@ -31,9 +31,8 @@ from l2o.types import ConfigurationError, Mixture, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta
 from meta_train.config.assemble import families
 from meta_train.config.build import make
-from meta_train.config.compose import config_path, main_guard, open_settings, writing
+from meta_train.config.compose import TRAINING, config_path, main_guard, open_settings, writing
 from meta_train.run.card import commit, hardware
-from meta_train.train import OPEN
 
 _FLOOR = 1e-3
 """Share of a run's first loss under which a loss says nothing more."""
@@ -114,7 +113,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
     given = parser().parse_args(arguments)
     with initialize_config_dir(config_path(), version_base="1.3"):
-        composed = compose("train", open_settings(given.set, OPEN))
+        composed = compose("train", open_settings(given.set, TRAINING))
     config: Any = OmegaConf.to_container(composed, resolve=True)
     rule, problems = make(config["rule"], "rule", UpdateRule), make(config["task"], "task", TaskFamily, Mixture)
     theta = rule.init_theta(torch.Generator().manual_seed(check_int("--seed", given.seed, 0)))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from l2o.types import ConfigurationError
 from meta_train.config.assemble import make_session
-from meta_train.config.compose import config_path, main_guard, open_settings
+from meta_train.config.compose import TRAINING, config_path, main_guard, open_settings
 from meta_train.loggers import duration
 from meta_train.pictures import LEAST, PICTURE, draw
 from meta_train.run.folder import Request, RunFolder
@@ -22,14 +22,11 @@ from meta_train.run.processes import Worker, agreed, joined, wait_for_all
 from meta_train.run.session import Session
 from meta_train.run.signals import StopRequest
 
-OPEN = ("rule", "task", "estimator", "outer", "schedule", "logger", r"evaluation\.task")
-"""Nodes (patterns) that take keys which the YAML does not mention: the fields of what they make."""
-
 
 @main_guard
 def main() -> None:
     """Run the command."""
-    sys.argv[1:] = open_settings(sys.argv[1:], OPEN)
+    sys.argv[1:] = open_settings(sys.argv[1:], TRAINING)
     composed: list[tuple[DictConfig, Any]] = []
 
     def take(config: DictConfig) -> None:

@@ -17,9 +17,8 @@ from torch import nn
 from l2o.checkpoints import remote
 from l2o.evaluation.markdown import results_block
 from meta_train import documents, evaluate, sweep
-from meta_train.config.compose import config_path, open_settings
+from meta_train.config.compose import TRAINING, config_path, open_settings
 from meta_train.convert import parser
-from meta_train.train import OPEN
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.finditer(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
@@ -111,7 +110,7 @@ def test_the_commands_of_the_documents_are_read(words):
     if module == "meta_train.sweep":
         assert sweep.parser().parse_args(arguments).shifts
         module, arguments = "meta_train", sweep.parser().parse_args(arguments).set
-    read = {"meta_train": lambda words: open_settings(words, OPEN), "meta_train.evaluate": evaluate.read}[module]
+    read = {"meta_train": lambda words: open_settings(words, TRAINING), "meta_train.evaluate": evaluate.read}[module]
     one_of_a_sweep = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", each) for each in arguments if each != "-m"]
     with initialize_config_dir(config_path(), version_base="1.3"):
         compose("evaluate" if module == "meta_train.evaluate" else "train", read(one_of_a_sweep))

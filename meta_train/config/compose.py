@@ -29,6 +29,9 @@ EXTRA = ("hydra", "omegaconf", "yaml", "rich", "matplotlib", "sklearn", "wandb",
 """Packages of the extra ``train`` that a command may find missing."""
 INSTALL = "pip install 'l2o[train]'"
 
+TRAINING = ("rule", "task", "estimator", "outer", "schedule", "logger", r"evaluation\.task")
+"""Nodes (patterns) that take keys which the YAML does not mention: the fields of what they make."""
+
 _ANEW = "nothing was written; the same command starts anew"
 _kept = [_ANEW]
 
