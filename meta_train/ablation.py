@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,19 +24,14 @@ from l2o.checkpoints.store import load, save
 from l2o.checks import lookup
 from l2o.disk import atomic_write
 from l2o.evaluation import Comparison, RuleEntrant, Store, baselines, comparisons, missing, run_jobs
-from l2o.evaluation.scores import Score
+from l2o.evaluation.scores import log_final
 from l2o.types import L2OError, UpdateRule
 from meta_train.config.build import make
-from meta_train.config.compose import config_path, main_guard, open_settings, writing
+from meta_train.config.compose import composed, config_path, main_guard, open_settings, writing
 from meta_train.run.card import commit, hardware
 from meta_train.suites import make_suite
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
 Config = Mapping[str, Any]
-_FLOOR = 1e-3
-"""Share of a run's first loss under which a loss says nothing more."""
 _MUCH = 0.05
 """Difference of a problem's score from which it counts as better or worse."""
 _USUAL = 1.1
@@ -72,7 +67,7 @@ def prepare(row: Row, config: Config) -> None:
     rule = {"controller": "alignment"} | row.settings.get("rule", {})
     said = ["experiment=default", *(f"rule.{key}={json.dumps(value)}" for key, value in rule.items())]
     if "train" not in row.settings:
-        start = make(_compose("train", open_settings(said, ["rule"]))["rule"], row.name, UpdateRule)
+        start = make(composed("train", open_settings(said, ["rule"]))["rule"], row.name, UpdateRule)
         save(row.source, start, start.init_theta(torch.Generator().manual_seed(0)))
         return
     length = row.settings.get("steps", config["steps"])
@@ -81,13 +76,6 @@ def prepare(row: Row, config: Config) -> None:
     print(shlex.join(["python", *command[1:]]), flush=True)
     if status := subprocess.call(command):
         raise L2OError(f"meta-training of the row {row.name!r} ended with {status}; the same command goes on with it")
-
-
-def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 def compute(row: Row) -> dict[str, float]:
@@ -103,7 +91,7 @@ def compute(row: Row) -> dict[str, float]:
 
 def validate(found: Sequence[Row], config: Config, folder: Path) -> list[Comparison]:
     """Run all rows on meta-validation beside Adam at its best rate; curves are kept in ``folder``."""
-    suite = make_suite(_compose("evaluate", config["validation"]))
+    suite = make_suite(composed("evaluate", config["validation"]))
     entrants = {f"learned {row.name}": RuleEntrant(row.name, *load(row.source)) for row in found}
     every, store = {**entrants, **baselines(["adam"])}, Store(folder)
     for done in run_jobs(missing(suite, every, store), store, torch.device("cpu"), 1, lambda steps: None):
@@ -119,7 +107,7 @@ def records(found: Sequence[Row], made: Sequence[Comparison], reference: str) ->
 
 def _figures(comparisons: Sequence[Comparison], name: str, base: str) -> dict[str, Any]:
     """Figures of one optimizer.  score: see `_PAGE`; error: of its mean, over problems."""
-    apart = np.array([_score(c.scores[name]) - _score(c.scores[base]) for c in comparisons])
+    apart = np.array([log_final(c.scores[name]) - log_final(c.scores[base]) for c in comparisons])
     speed_ups = [c.speed_up(name) or 0.0 for c in comparisons]
     valid = [c.scores[name].valid.mean() / c.scores["adam"].valid.mean() for c in comparisons]
     return {
@@ -134,11 +122,6 @@ def _figures(comparisons: Sequence[Comparison], name: str, base: str) -> dict[st
         "as_good": int(np.sum(np.array(valid) <= _USUAL)),
         "finals": {c.setting.name: float(c.scores[name].mean) for c in comparisons},
     }
-
-
-def _score(score: Score) -> float:
-    """Mean over seeds of the logarithm of the final loss over the first one, floored."""
-    return float(np.log(np.minimum(score.final, 1e9) / score.curve[0] + _FLOOR).mean())
 
 
 _PAGE = """# What each part of `default` is worth

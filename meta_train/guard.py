@@ -27,7 +27,7 @@ from l2o.disk import atomic_write
 from l2o.evaluation.hazards import CASES, Begun, Hazard, begin, begin_family, train
 from l2o.extras import require
 from l2o.optim import LearnedOptimizer
-from meta_train.config.compose import config_path, main_guard, writing
+from meta_train.config.compose import composed, main_guard, writing
 from meta_train.run.card import commit, hardware
 from meta_train.suites import make_settings
 
@@ -89,10 +89,7 @@ def false_alarms(rules: list[str], suite: str, names: list[str] | None = None) -
 
 
 def _settings(suite: str, names: list[str] | None) -> list[Any]:
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        settings = make_settings(compose("evaluate", [f"evaluate/suite={suite}"]))
+    settings = make_settings(composed("evaluate", [f"evaluate/suite={suite}"]))
     return [setting for setting in settings.values() if names is None or setting.name in names]
 
 

@@ -28,7 +28,7 @@ from l2o.evaluation.plots import COLOURS, frame, new_figure, png
 from l2o.extras import require
 from l2o.optim import LearnedOptimizer, precision
 from l2o.rules import Adam
-from meta_train.config.compose import config_path, main_guard, writing
+from meta_train.config.compose import composed, main_guard, writing
 from meta_train.run.card import commit, hardware
 from meta_train.suites import make_settings
 
@@ -71,10 +71,7 @@ def curves(steps: int, seeds: int) -> Iterator[Record]:
 def problems(steps: int) -> dict[str, tuple[Callable[[int], Begun], int]]:
     """Return a run of each problem, from its seed, and its steps: the perceptron, whose losses come near 0, has a
     third."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        setting = make_settings(compose("evaluate", ["evaluate/suite=quick"]))["transformer"]
+    setting = make_settings(composed("evaluate", ["evaluate/suite=quick"]))["transformer"]
     return {
         PERCEPTRON: (partial(begin, Hazard("perceptron", steps=steps // 3)), steps // 3),
         TRANSFORMER: (partial(begin_family, setting.family), steps),

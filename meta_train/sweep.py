@@ -24,18 +24,15 @@ from l2o.disk import atomic_write
 from l2o.evaluation import baselines
 from l2o.evaluation.curves import Begun, begin
 from l2o.evaluation.entrants import Entrant
-from l2o.evaluation.scores import Kept, Score, condense, score_kept, speed_up, target
+from l2o.evaluation.scores import Kept, condense, log_final, score_kept, speed_up
 from l2o.evaluation.trials import Setting, run_entrant
 from l2o.tasks import Repeated
 from l2o.types import ConfigurationError, Mixture, TaskFamily, Theta, UpdateRule
 from l2o.unroll import expand_theta
 from meta_train.config.assemble import families
 from meta_train.config.build import make
-from meta_train.config.compose import TRAINING, config_path, main_guard, open_settings, writing
+from meta_train.config.compose import TRAINING, composed, main_guard, open_settings, writing
 from meta_train.run.card import commit, hardware
-
-_FLOOR = 1e-3
-"""Share of a run's first loss under which a loss says nothing more."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +53,20 @@ class Swept:
 
 
 def record(setting: Setting, swept: Entrant, adam: Entrant) -> dict[str, Any]:
-    """Run both, and return of each value its speed-up over Adam at its best rate, and the logarithm of its final loss
-    over Adam's, both with a thousandth of the first loss added."""
+    """Run both, and return of each value its speed-up over Adam at its best rate, and its `log_final` less Adam's."""
     kept, against = (condense(run_entrant(e, setting), setting.smoothing) for e in (swept, adam))
     reference = score_kept(against)
     scores = [score_kept(_trial(kept, i)) for i in range(len(swept.rates))]
     return {
         "family": setting.name,
         "speed_up": [speed_up(each, reference) for each in scores],
-        "end": [_end(each, reference) for each in scores],
+        "end": [log_final(each) - log_final(reference) for each in scores],
     }
 
 
 def _trial(kept: Kept, i: int) -> Kept:
     parts = {name: getattr(kept, name)[..., i : i + 1] for name in ("train", "peak", "valid")}
     return kept._replace(rates=(kept.rates[i],), accuracy=None, timed_out=None, **parts)
-
-
-def _end(score: Score, reference: Score) -> float:
-    floor = _FLOOR * abs(float(reference.curve[0].mean()))
-    losses = [max(loss, 0.0) + floor for loss in (score.mean, target(reference))]
-    return float(np.log(losses[0] / losses[1]))
 
 
 def table(made: Sequence[dict[str, Any]], rates: Sequence[float]) -> str:
@@ -108,13 +98,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     given = parser().parse_args(arguments)
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        composed = compose("train", open_settings(given.set, TRAINING))
-    config: Any = OmegaConf.to_container(composed, resolve=True)
+    config: Any = OmegaConf.to_container(composed("train", open_settings(given.set, TRAINING)), resolve=True)
     rule, problems = make(config["rule"], "rule", UpdateRule), make(config["task"], "task", TaskFamily, Mixture)
     theta = rule.init_theta(torch.Generator().manual_seed(check_int("--seed", given.seed, 0)))
     lookup("tensor of θ", given.name, theta)

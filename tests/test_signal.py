@@ -51,6 +51,21 @@ def test_a_size_is_a_power_of_what_it_was(power, size):
     assert not tempered(torch.zeros(2, *SHAPE), power).any()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6, 1e-25])
+def test_momentum_rests_or_not_whatever_the_scale(scale):
+    """Products of two small numbers would be none."""
+    momentum, grad = (scale * torch.randn(1, *SHAPE, generator=generator(i)) for i in range(2))
+    held, _ = whiten(momentum, grad, slots_of(SHAPE), torch.tensor(0.9), False, cautious=True)
+    assert torch.equal(held != 0, momentum.sign() == grad.sign())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_scale_of_gradients_does_not_matter(scale):
+    rule = Steered(direction="eigenbasis", early=3, carried=True, cautious=True, by_signal=0.5)
+    plain, scaled = (size_of(rule, lambda step, s=s: s * noise(step)) for s in (1.0, scale))
+    assert scaled == pytest.approx(plain, rel=1e-3)
+
+
 def size_of(rule, gradient):
     """Root mean square of the direction after 200 steps of ``gradient(step)``."""
     theta, params = rule.init_theta(generator()), {"w": torch.randn(SHAPE, generator=generator())}

@@ -1,17 +1,18 @@
 """``python -m meta_train.sweep``: a number of θ at several values, beside tuned Adam on the same problems."""
 
 import json
+import math
 
 import pytest
 import torch
 from tables import generator
 
 from l2o.errors import L2OError
-from l2o.evaluation import RuleEntrant
+from l2o.evaluation import RuleEntrant, baselines
 from l2o.evaluation.trials import Setting, run_entrant
-from l2o.rules import Steered
+from l2o.rules import Adam, Steered
 from l2o.tasks import ImageMLP
-from meta_train.sweep import Swept, run
+from meta_train.sweep import Swept, record, run
 
 SETTINGS = ["--set", "experiment=default", "rule.controller=alignment"]
 SHORT = ["--steps", "20", "--seeds", "2", "--only", "^(softmax|ravine)$"]
@@ -24,6 +25,19 @@ def test_a_trial_is_what_the_rule_does_with_that_number():
     for i, shift in enumerate((0.5, -0.5)):
         alone = run_entrant(RuleEntrant("", rule, theta | {"log_lr": theta["log_lr"] + shift}), setting).train
         torch.testing.assert_close(torch.tensor(swept[..., i]), torch.tensor(alone[..., 0]), rtol=1e-4, atol=1e-6)
+
+
+def test_adam_at_its_own_rates_ends_where_adam_does_and_no_sooner():
+    (adam,) = baselines(["adam"]).values()
+    rule = Adam()
+    shifts = tuple(math.log(rate / rule.lr) for rate in adam.rates)
+    swept = Swept("", rule, rule.init_theta(generator()), "log_lr", shifts)
+    made = record(Setting("softmax", ImageMLP(depth=0, batch_size=16), 40, 2), swept, adam)
+    best = made["end"].index(min(made["end"]))
+    assert made["end"][best] == pytest.approx(0.0, abs=1e-4)
+    assert 1.0 <= made["speed_up"][best] < 1.5
+    assert made["speed_up"][0] == 0.0  # the smallest rate does not get there
+    assert made["end"][0] > 0.1
 
 
 def test_the_command_prints_and_keeps_a_row_a_family(tmp_path, capsys):

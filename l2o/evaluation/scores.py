@@ -187,6 +187,12 @@ def resolved(loss: float, reference: Score) -> float:
     return least if abs(loss) < least else loss
 
 
+def log_final(score: Score) -> float:
+    """Return the mean over seeds of ``log(final / first + 1e-3)``: under a thousandth of the first, a loss says nothing
+    more. A run that is lost counts as a loss of 1e9."""
+    return float(np.log(np.minimum(score.final, 1e9) / score.curve[0] + 1e-3).mean())
+
+
 def speed_up(candidate: Score, reference: Score) -> float:
     """Return steps of the run over the first point at which the candidate's seed-mean curve is at the reference's
     `target`.

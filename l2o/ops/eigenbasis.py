@@ -70,7 +70,7 @@ def whiten(
             new[basis] = _followed(slots[basis], new[product], due)
     bases = {basis: new[basis].to(dtype) for _, basis in _SIDES if basis in new}
     turned, seen = (_turned(x, bases).to(grad.dtype) for x in (m, g))
-    turned = torch.where(turned * seen > 0, turned, 0.0) if cautious else turned
+    turned = torch.where(turned * seen.sign() > 0, turned, 0.0) if cautious else turned
     before = slots["v"].reshape(grad.shape)
     v = torch.lerp(seen.square(), _carried(before, slots, new, due) if carried else before, keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST

@@ -24,6 +24,7 @@ from meta_train import stop_early
 
 if TYPE_CHECKING:
     from hydra.errors import HydraException
+    from omegaconf import DictConfig
 
 EXTRA = ("hydra", "omegaconf", "yaml", "rich", "matplotlib", "sklearn", "wandb", "higher")
 """Packages of the extra ``train`` that a command may find missing."""
@@ -47,6 +48,14 @@ def config_path() -> str:
     folder = resource(Path(__file__).resolve().parents[1], "configs")
     enter_classes(folder)
     return str(folder)
+
+
+def composed(name: str, overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration ``name`` with overrides, for a command that is not Hydra's own."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(config_path(), version_base="1.3"):
+        return compose(name, list(overrides))
 
 
 def open_settings(arguments: Iterable[str], nodes: Sequence[str]) -> list[str]:
