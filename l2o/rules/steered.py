@@ -67,9 +67,9 @@ class Steered(UpdateRule):
     tall: ratio of sides from which a matrix with one over ``widest`` moves as vectors do, for few rows have gradients.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     wide: power by which factors fall with inputs above 64: a matrix' fan-in, the short side of one that is ``tall``.
-    carried, cautious: whether second moments follow a basis that turns, and whether momentum that the fresh gradient
-        contradicts rests (see `l2o.ops.eigenbasis.whiten`).
-    by_signal: power of the size that a whitened matrix has by itself, over 0.3, that its size is: less under noise.
+    carried, cautious: whether second moments follow the basis, and momentum rests where the gradient contradicts it.
+    by_signal: power of a whitened matrix' own size over 0.3, which its size is instead of one: less under noise. Limits
+        are then of a matrix of size one.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps between looks at the basis, after ``early`` first ones that all look.
