@@ -5,20 +5,23 @@ import torch
 from tables import generator
 from torch.func import vmap
 
-from l2o.ops.eigenbasis import init_basis, is_due, whiten
+from l2o.ops.eigenbasis import Whitening, init_basis, into_basis, is_due, whiten
 from l2o.ops.kinds import infos_of
+from l2o.ops.moments import Shares
 from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
 from l2o.types import Run
 
 KEEP = torch.tensor(0.9, dtype=torch.float64)
+NO_MOMENTUM = Shares(torch.tensor(0.0), torch.tensor(1.0))
+HOW = Whitening(NO_MOMENTUM, KEEP)
 
 
-def whitened(grads, due=True, carried=False):
+def whitened(grads, **how):
     """The last direction, and the slots; gradients ``[rows, columns]`` are their own momentum."""
     slots = {name: t.unsqueeze(0) for name, t in init_basis(grads[0], grads[0].shape).items()}
     for g in grads:
-        direction, slots = whiten(g.unsqueeze(0), g.unsqueeze(0), slots, KEEP, due, carried=carried)
+        direction, slots = whiten(HOW._replace(**how), g.unsqueeze(0), slots)
     return direction[0], {name: t[0] for name, t in slots.items()}
 
 
@@ -71,9 +74,10 @@ def test_second_moments_follow_the_basis():
     slots = {name: t.unsqueeze(0) for name, t in old.items()}
     slots |= {"left": (grads[4] @ grads[4].mT).unsqueeze(0), "right": (grads[5].mT @ grads[5]).unsqueeze(0)}
     nothing, keep = torch.zeros(1, 3, 4, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
-    _, stays = whiten(nothing, nothing, slots, keep, torch.tensor(False), carried=True)
+    how = Whitening(NO_MOMENTUM, keep, carried=True)
+    _, stays = whiten(how._replace(due=torch.tensor(False)), nothing, slots)
     assert torch.equal(stays["v"], slots["v"])
-    _, new = whiten(nothing, nothing, slots, keep, True, carried=True)
+    _, new = whiten(how, nothing, slots)
     rows, columns = (old[side].mT @ new[side][0] for side in ("rows", "columns"))
     expected = torch.einsum("ia,jb,ij->ab", rows**2, columns**2, old["v"])
     torch.testing.assert_close(new["v"][0], expected)
@@ -185,3 +189,39 @@ def test_steps_fall_with_the_root_of_many_inputs():
     shapes = [(10, 64), (10, 256), (8, 16, 4, 4), (1100, 256), (5000, 256), (300,), ()]
     ratios = many.factors(many.init_theta(generator()), shapes) / few.factors(few.init_theta(generator()), shapes)
     torch.testing.assert_close(ratios, torch.tensor([1.0, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 2, 2), (6,)])
+def test_momentum_is_that_of_gradients_outside_the_basis(shape):
+    """However often the basis has turned: it is kept inside, and follows."""
+    rule = Steered(direction="eigenbasis", period=2, early=3, turned=8)
+    params = {"w": 0.1 * torch.randn(shape, generator=generator(), dtype=torch.float64)}
+    theta = {name: t.double() for name, t in rule.init_theta(generator()).items()}
+    state, m = rule.init(theta, params, infos_of(params)), torch.zeros(shape, dtype=torch.float64)
+    for step in range(9):
+        grads = {"w": torch.randn(shape, generator=generator(step), dtype=torch.float64)}
+        _, state = rule.update(theta, grads, state, params, infos_of(params), Run(torch.tensor(step), torch.tensor(20)))
+        m = 0.9 * m + 0.1 * grads["w"]
+    slots = state.per_param["w"]
+    assert not torch.equal(slots["rows"], torch.eye(shape[0], dtype=torch.float64))
+    older = {name: t for name, t in slots.items() if name != "turned"} | {"m": m}
+    torch.testing.assert_close(into_basis(older)["turned"], slots["turned"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_that_an_older_l2o_saved_goes_on():
+    """It kept momentum outside the basis, as ``m``."""
+    runs = []
+    for old in (False, True):
+        p = torch.nn.Parameter(torch.randn(6, 4, generator=generator()))
+        optimizer = LearnedOptimizer([p], "default", total_steps=40)
+        for step in range(30):
+            if old and step == 25:
+                saved = optimizer.state_dict()
+                slots = saved["state"][0]
+                slots["m"] = slots["rows"] @ slots.pop("turned") @ slots["columns"].mT
+                optimizer = LearnedOptimizer([p], "default", total_steps=40)
+                optimizer.load_state_dict(saved)
+            p.grad = torch.randn(6, 4, generator=generator(step))
+            optimizer.step()
+        runs.append(p.detach())
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)

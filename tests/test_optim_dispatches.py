@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l2o import LearnedOptimizer, fused
 from l2o.bench.steps import NETWORKS
 from l2o.optim import learned
-from l2o.rules import Adam, Steered
+from l2o.rules import Adam, steered
 
 MOST = {"default": 560, "light": 515, "steered": 490, "mlp-digits": 1600, Adam(): 720}
 """For a transformer of 53 tensors in 9 shapes. Views are not counted, which launch nothing. A processor without units
@@ -48,7 +48,7 @@ def test_a_step_is_few_operations(source, monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "0")
     monkeypatch.setattr(learned, "readable", lambda device: False)
     monkeypatch.setattr(fused, "step", lambda *_: None)
-    monkeypatch.setattr(Steered, "is_due", lambda *_: False)  # as in most steps, but not in the first ones
+    monkeypatch.setattr(steered, "is_due", lambda *_: False)  # as in most steps, but not in the first ones
     params = [nn.Parameter(0.02 * torch.randn(*shape)) for shape in NETWORKS["transformer"]]
     rule = source if isinstance(source, str) else (source, source.init_theta(torch.Generator()))
     optimizer = LearnedOptimizer(params, rule, total_steps=1000)

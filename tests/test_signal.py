@@ -4,8 +4,9 @@ import pytest
 import torch
 from tables import generator
 
-from l2o.ops.eigenbasis import init_basis, whiten
+from l2o.ops.eigenbasis import Whitening, init_basis, whiten
 from l2o.ops.kinds import infos_of
+from l2o.ops.moments import Shares
 from l2o.ops.scales import tempered
 from l2o.rules import Steered
 from l2o.types import Run
@@ -13,16 +14,27 @@ from l2o.types import Run
 SHAPE = (12, 9)
 
 
+KEEP = torch.tensor(0.9)
+AS_IT_IS = Whitening(Shares(torch.tensor(1.0), torch.tensor(0.0)), KEEP, due=False)
+"""Momentum is what the slots have, and the basis stays."""
+
+
 def slots_of(shape):
     return {name: t.unsqueeze(0) for name, t in init_basis(torch.zeros(shape), shape).items()}
+
+
+def held_and_free(momentum, grad, slots):
+    """The directions of ``momentum``, in the basis, that rests where ``grad`` contradicts it, and that does not."""
+    held, new = whiten(AS_IT_IS._replace(cautious=True), grad, slots | {"turned": momentum})
+    free, _ = whiten(AS_IT_IS, grad, slots | {"turned": momentum})
+    return held, free, new
 
 
 def test_in_the_basis_momentum_rests_where_the_gradient_contradicts_it():
     """In a basis that stays at first, which is that of entries."""
     momentum, grad = (torch.randn(1, *SHAPE, generator=generator(i)) for i in range(2))
-    keep, against = torch.tensor(0.9), momentum * grad < 0
-    free, _ = whiten(momentum, grad, slots_of(SHAPE), keep, False)
-    held, _ = whiten(momentum, grad, slots_of(SHAPE), keep, False, cautious=True)
+    held, free, _ = held_and_free(momentum, grad, slots_of(SHAPE))
+    against = momentum * grad < 0
     assert 0 < against.sum() < grad.numel()
     torch.testing.assert_close(held, torch.where(against, 0.0, free))
 
@@ -30,15 +42,22 @@ def test_in_the_basis_momentum_rests_where_the_gradient_contradicts_it():
 def test_in_a_basis_that_has_turned_it_is_its_axes_that_rest():
     generators = [generator(i) for i in range(8)]
     grads = [torch.randn(1, *SHAPE, generator=g) for g in generators]
-    slots, keep = slots_of(SHAPE), torch.tensor(0.9)
+    slots = slots_of(SHAPE)
     for g in grads[:6]:
-        _, slots = whiten(g, g, slots, keep, True)
-    held, new = whiten(grads[6], grads[7], slots, keep, False, cautious=True)
-    free, _ = whiten(grads[6], grads[7], slots, keep, False)
-    seen = {name: new["rows"].mT @ t @ new["columns"] for name, t in (("held", held), ("free", free))}
-    against = seen["free"] * (new["rows"].mT @ grads[7] @ new["columns"]) < 0
-    torch.testing.assert_close(seen["held"], torch.where(against, 0.0, seen["free"]), rtol=0.0, atol=1e-5)
+        _, slots = whiten(AS_IT_IS._replace(due=True), g, slots)
+    inside = {"momentum": slots["rows"].mT @ grads[6] @ slots["columns"]}
+    held, free, new = held_and_free(inside["momentum"], grads[7], slots)
+    inside |= {k: new["rows"].mT @ t @ new["columns"] for k, t in (("held", held), ("free", free), ("grad", grads[7]))}
+    against = inside["momentum"] * inside["grad"] < 0
+    torch.testing.assert_close(inside["held"], torch.where(against, 0.0, inside["free"]), rtol=0.0, atol=1e-5)
     assert (held * grads[7] < 0).any()  # an entry is not an axis
+
+
+def test_momentum_goes_on_where_there_is_no_gradient():
+    momentum, grad = torch.randn(1, *SHAPE, generator=generator()), torch.zeros(1, *SHAPE)
+    held, free, _ = held_and_free(momentum, grad, slots_of(SHAPE) | {"v": torch.ones(1, *SHAPE)})
+    assert held.all()
+    assert torch.equal(held, free)
 
 
 @pytest.mark.parametrize(("power", "size"), [(0.0, 1.0), (0.5, 2.0), (1.0, 4.0)])
@@ -55,7 +74,7 @@ def test_a_size_is_a_power_of_what_it_was(power, size):
 def test_momentum_rests_or_not_whatever_the_scale(scale):
     """Products of two small numbers would be none."""
     momentum, grad = (scale * torch.randn(1, *SHAPE, generator=generator(i)) for i in range(2))
-    held, _ = whiten(momentum, grad, slots_of(SHAPE), torch.tensor(0.9), False, cautious=True)
+    held, _, _ = held_and_free(momentum, grad, slots_of(SHAPE))
     assert torch.equal(held != 0, momentum.sign() == grad.sign())
 
 

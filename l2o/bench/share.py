@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from l2o.bench.cost import YARDSTICK, step_cost
-from l2o.ops.eigenbasis import init_basis, whiten
+from l2o.ops.eigenbasis import Whitening, init_basis, whiten
+from l2o.ops.moments import Shares
 from l2o.ops.orthogonal import matrices, polar
 from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
@@ -66,19 +67,20 @@ class Language(nn.Module):
 def product_flops(rule: Steered, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
     """Count the operations of the products by which a step of ``rule`` finds the directions of tensors of these shapes.
 
-    dtype: of the products, on which their form depends. Decompositions, once in ``rule.period`` steps, do not count.
+    dtype: of the products, on which their form depends. Those of bases that follow, once in ``rule.period`` steps, do
+    not count.
     """
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton, before it is known how that is to run
 
-    counter = FlopCounterMode(display=False)
+    counter, share = FlopCounterMode(display=False), torch.tensor(0.5, dtype=dtype)
+    how = Whitening(Shares(share, share), share, due=False)
     with counter, torch.no_grad():
         for shape in shapes:
             x = matrices(torch.empty(1, *shape, dtype=dtype, device="meta"))
             if rule.path(shape) == "orthogonal":
                 polar(x, rule.iterations)
             elif rule.path(shape) == "eigenbasis":
-                basis = {name: t.unsqueeze(0) for name, t in init_basis(x[0], x.shape[1:]).items()}
-                whiten(x, x, basis, torch.tensor(rule.memory, dtype=dtype), due=False)
+                whiten(how, x, {name: t.unsqueeze(0) for name, t in init_basis(x[0], x.shape[1:]).items()})
     return int(counter.get_total_flops())
 
 

@@ -16,11 +16,11 @@ from l2o.ops.alignment import control, cosine
 from l2o.ops.directions import Now, decays_of
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import safe_sqrt
-from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
+from l2o.ops.orthogonal import as_matrix, matrices, polar
 from l2o.ops.scales import unheld
 from l2o.rules import Steered
 from l2o.rules.steered import Direction
-from l2o.types import LOCAL, OptState, Slots
+from l2o.types import OptState, Slots
 
 _LARGE = 512
 """Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
@@ -56,7 +56,7 @@ def step(
     if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
     steps.advance(-scales)
-    now = Now(theta, decays, rule.is_due(run), LOCAL)
+    now = rule.now(theta, run)
     for (path, _), names in _alike(params, paths).items():
         of = [state.per_param[name] for name in names]
         if path == "orthogonal":
@@ -72,21 +72,19 @@ def step(
 def _entries(
     rule: Steered, path: Direction, grad: Tensor, param: Tensor, slots: Slots, factors: tuple[float, float]
 ) -> Entries:
-    """What the kernel has to do with: of a tensor with a basis, what it does of an orthogonal matrix."""
-    shape = as_matrix(param.shape)
-    if path in ("eigenbasis", "orthogonal"):
-        kernel = "orthogonal" if is_matrix(shape) and not rule.has_size(path) else "sized"
-        return Entries(kernel, shape, grad, param, {name: slots[name] for name in ("m", "d")}, factors)
-    return Entries(path, shape, grad, param, slots, factors)
+    """What the kernel has to do with: of a tensor with a basis, its direction alone."""
+    given = path == "eigenbasis"
+    names = ["d"] if given else ["m", "d"] if path == "orthogonal" else slots
+    own = {name: slots[name] for name in names}
+    return Entries("given" if given else path, as_matrix(param.shape), grad, param, own, factors)
 
 
 def _whiten(rule: Steered, now: Now, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]) -> None:
-    """In place, the momentum in the slot ``d`` of tensors of one shape, and the slots of their bases."""
+    """In place, the slots of tensors of one shape with bases."""
     for part in _parts(grads):
         some = slots[part]
-        own = {name: stack([each[name] for each in some]) for name in some[0] if name != "m"}
-        d, new = rule.whitened(now, matrices(own["d"]), matrices(stack(grads[part])), own)
-        for name, t in {"d": d, **new}.items():
+        own = {name: stack([each[name] for each in some]) for name in some[0]}
+        for name, t in rule.advance(now, stack(grads[part]), own, "eigenbasis").items():
             if t is not own[name]:
                 _copy(t, [each[name] for each in some])
 

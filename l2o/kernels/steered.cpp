@@ -17,10 +17,10 @@
 
 namespace {
 
-enum Path : int64_t { ADAM, NORMALIZED, ORTHOGONAL, SIZED };
+enum Path : int64_t { ADAM, NORMALIZED, ORTHOGONAL, GIVEN };
 
-// A tensor as a matrix.  grad, param, m: [rows, cols].  second: d of an orthogonal or sized one, v on Adam's path.
-// A sized one is as an orthogonal one, but that its direction keeps the size that it is given.
+// A tensor as a matrix.  grad, param, m: [rows, cols].  second: d of an orthogonal or given one, v on Adam's path.
+// A given one has no m: its direction comes from elsewhere before `finish`, at its size.
 // row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
 // param <- keep param + scale direction.  sums, written: gradient times direction, and squares of gradient, direction
 // and parameter.
@@ -101,9 +101,10 @@ template <class F> void add_sums(const float* g, const float* p, int64_t n, doub
 
 void look_rows(const Step& s, const Tensor& t, int64_t first, int64_t last, double* sums) {
     const int64_t from = first * t.cols, n = (last - first) * t.cols;
-    const float *g = t.grad + from, *p = t.param + from, *m = t.m + from;
+    const float *g = t.grad + from, *p = t.param + from;
     if (t.path >= ORTHOGONAL)
         return add_sums(g, p, n, 1, sums, [d = t.second + from](int64_t i) { return d[i]; });
+    const float* m = t.m + from;
     if (t.path == ADAM) {
         const double scale = adam_scale(s, std::max(1.f, *t.count));
         return add_sums(g, p, n, scale, sums, [=, v = t.second + from](int64_t i) { return over_root(m[i], v[i]); });
@@ -212,9 +213,8 @@ void normalized(const Step& s, Tensor& t) {
     });
 }
 
-// Entries that never had a gradient leave the direction, what is left is brought to a mean square of one and followed.
-void finish(const Step& s, Tensor& t) {
-    if (t.path < ORTHOGONAL) return;
+// Entries that never had a gradient leave the direction, and what is left is brought to a mean square of one.
+void bring_to_size(const Step& s, Tensor& t) {
     std::vector<double> parts(block_count(t));
     blocks(s, t, [&](int64_t block, int64_t first, int64_t last) {
         float squares = 0;
@@ -229,15 +229,22 @@ void finish(const Step& s, Tensor& t) {
     });
     double squares = 0;
     for (double part : parts) squares += part;
-    const float size = t.path == SIZED ? 1.f : inverse_root(squares / (t.rows * t.cols));
+    const float size = inverse_root(squares / (t.rows * t.cols));
+    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+#pragma omp simd
+        for (int64_t i = first * t.cols; i < last * t.cols; i++) t.second[i] *= size;
+    });
+}
+
+void finish(const Step& s, Tensor& t) {
+    if (t.path < ORTHOGONAL) return;
+    if (t.path == ORTHOGONAL) bring_to_size(s, t);
     const float keep = t.keep, scale = t.scale;
     blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
-        float *d = t.second, *p = t.param;
+        const float* d = t.second;
+        float* p = t.param;
 #pragma omp simd
-        for (int64_t i = first * t.cols; i < last * t.cols; i++) {
-            d[i] *= size;
-            p[i] = keep * p[i] + scale * d[i];
-        }
+        for (int64_t i = first * t.cols; i < last * t.cols; i++) p[i] = keep * p[i] + scale * d[i];
     });
 }
 
@@ -254,14 +261,16 @@ template <class F> int each(const Step* s, F f) {
 // The sums of every tensor; nothing else is written.
 extern "C" int l2o_steered_look(const Step* step) { return each(step, look); }
 
-// Moments, scales and counts of every tensor; parameters but those of orthogonal matrices.
+// Moments, scales and counts of every tensor; parameters but those of orthogonal matrices and given directions.
 extern "C" int l2o_steered_advance(const Step* step) {
     return each(step, [](const Step& s, Tensor& t) {
-        t.path == ADAM ? adam(s, t) : t.path == NORMALIZED ? normalized(s, t) : orthogonal(s, t);
+        if (t.path == ADAM) adam(s, t);
+        if (t.path == NORMALIZED) normalized(s, t);
+        if (t.path == ORTHOGONAL) orthogonal(s, t);
     });
 }
 
-// Once the directions of orthogonal matrices are in their place: those, and their parameters.
+// Once directions are in their place: those of orthogonal matrices, and parameters of these and given ones.
 extern "C" int l2o_steered_finish(const Step* step) { return each(step, finish); }
 
 extern "C" void l2o_layout_Tensor(int64_t* out) {

@@ -16,12 +16,12 @@ from torch import Tensor
 from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
 
-PATHS = ("adam", "normalized", "orthogonal", "sized")
-"""In the order of ``Path`` of steered.cpp; ``sized`` is as ``orthogonal``, but for the size of the direction."""
-_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, **{path: {"m", "d"} for path in PATHS[2:]}}
+PATHS = ("adam", "normalized", "orthogonal", "given")
+"""In the order of ``Path`` of steered.cpp; ``given`` are directions that come from elsewhere before `finish`."""
+_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, "orthogonal": {"m", "d"}, "given": {"d"}}
 _POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
 _ORDER = {
-    path: (i, ("m", second, *(name if name in _SLOTS[path] else "" for name in _POINTERS[4:])))
+    path: (i, tuple(second if name == "second" else name if name in _SLOTS[path] else "" for name in _POINTERS[2:]))
     for i, (path, second) in enumerate(zip(PATHS, ("v", "m", "d", "d"), strict=True))
 }
 """By path: its number, and the slots that ``_POINTERS`` from ``m`` on are of."""
@@ -124,9 +124,9 @@ class FusedSteps:
         return self._numbers[:, 2:].T.clone()
 
     def advance(self, scales: Tensor) -> None:
-        """Advance moments, and ``param <- keep param + lr scale direction`` but for orthogonal matrices.
+        """Advance moments, and ``param <- keep param + lr scale direction`` but for what has a slot ``d``.
 
-        These find Nesterov's momentum in the slot ``d``, where their new direction is to be before `finish`.
+        Orthogonal matrices find Nesterov's momentum there, where their new direction is to be before `finish`.
 
         scales: ``[tensors]``.
         """
@@ -134,7 +134,7 @@ class FusedSteps:
         run("steered", "l2o_steered_advance", self._step)
 
     def finish(self) -> None:
-        """Bring the directions of orthogonal matrices to size, and move their parameters, and ``sized`` ones."""
+        """Bring the directions of orthogonal matrices to size, and move their parameters, and those of given ones."""
         run("steered", "l2o_steered_finish", self._step)
 
 

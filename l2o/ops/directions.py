@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.ops.eigenbasis import init_basis
+from l2o.ops.eigenbasis import Whitening, init_basis
 from l2o.ops.groups import Group, matrix_sums
 from l2o.ops.moments import Shares, bias_correction, mixed, shares
 from l2o.ops.numeric import flat, over_root, square_sums
@@ -21,12 +21,12 @@ class Now(NamedTuple):
     """What a step has for all groups.
 
     theta: meta-parameters.      decays: of running means, by name.
-    due: whether bases follow (`l2o.ops.eigenbasis.is_due`).     reduce: completes sums over entries.
+    whitening: where second moments are of matrices.     reduce: completes sums over entries.
     """
 
     theta: Theta
     decays: Mapping[str, Shares]
-    due: Tensor | bool
+    whitening: Whitening | None
     reduce: Reduce
 
 
@@ -102,13 +102,6 @@ def direction_of(slots: Slots, group: Group, correction: Tensor | None) -> Tenso
     return scaled.view_as(group.grad)
 
 
-def nesterov(m: Tensor, grad: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
-    """Return the running mean ``m``, ``[k, *shape]``, with ``grad`` in it, and what one more such would make it."""
-    fresh = shares.new * grad
-    m = shares.keep * m + fresh
-    return m, shares.keep * m + fresh
-
-
 def seen_of(groups: Sequence[Group], directions: Iterable[Tensor]) -> Slots:
     """Return sums over tensors, ``[tensors]``: ``dots`` of gradients and directions, and squares of both, ``grads,
     directions``.
@@ -135,7 +128,7 @@ def init_direction(path: str, param: Tensor, shape: tuple[int, ...], squares: bo
     m = torch.zeros_like(param)
     match path:
         case "eigenbasis":
-            return {"m": m, "d": torch.zeros_like(m), **init_basis(param, shape)}
+            return {"d": m, **init_basis(param, shape)}
         case "diagonal" | "orthogonal":
             own = {"v": torch.zeros_like(m)} if squares or path == "diagonal" else {}
             return {"m": m, "d": torch.zeros_like(m), **own}

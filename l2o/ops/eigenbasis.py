@@ -1,4 +1,4 @@
-"""A direction that a matrix has in the eigenbasis of its gradients: Adam's without momentum, rotated there and back.
+"""A direction that a matrix has in the eigenbasis of its gradients: Adam's, of gradients rotated there, rotated back.
 
 SOAP (Vyas et al. 2024, arXiv 2409.11321, Algorithm 3), but for what a factor would change: who uses the direction
 brings it to size, so that second moments need no bias correction.
@@ -6,12 +6,15 @@ brings it to size, so that second moments need no bias correction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from l2o.ops.moments import Shares, nesterov
 from l2o.ops.orthogonal import as_matrix, product_dtype
 from l2o.types import Run, Slots
 
@@ -28,58 +31,84 @@ _LEAST, _LEAST_BFLOAT16 = 1e-10, 1e-5
 def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
     """Return the slots of a matrix of ``shape [rows, ...]``, of which ``param`` is the whole or a part.
 
-    Second moments in the basis, ``v``, are like ``param``. Of the whole matrix are the running means of its gradients'
-    products, ``left [rows, rows]`` and ``right [columns, columns]``, and their eigenvectors, the columns of ``rows``
-    and ``columns``; of a row or a column of entries there is one side, for a side of one has nothing to turn.
+    Momentum and second moments in the basis, ``turned`` and ``v``, are like ``param``. Of the whole matrix are the
+    running means of its gradients' products, ``left [rows, rows]`` and ``right [columns, columns]``, and their
+    eigenvectors, the columns of ``rows`` and ``columns``; of a row or a column of entries there is one side, for a side
+    of one has nothing to turn.
     """
     rows, columns = as_matrix(shape)
     sides = {side: n for side, n in zip(_SIDES, (rows, columns), strict=True) if n > 1}
     products = {product: param.new_zeros(n, n) for (product, _), n in sides.items()}
     bases = {basis: torch.eye(n, dtype=param.dtype, device=param.device) for (_, basis), n in sides.items()}
-    return {"v": param.new_zeros(param.shape), **products, **bases}
+    moments = {name: param.new_zeros(param.shape) for name in ("turned", "v")}
+    return moments | products | bases
 
 
-def whiten(
-    momentum: Tensor,
-    grad: Tensor,
-    slots: Slots,
-    keep: Tensor,
-    due: Tensor | bool,
-    weigh: Weigh | None = None,
-    carried: bool = False,
-    cautious: bool = False,
-) -> tuple[Tensor, Slots]:
-    """Return the direction of ``momentum``, of any size, and the new slots of `init_basis`, ``[k, ...]``.
+class Whitening(NamedTuple):
+    """How a step whitens, the same for all tensors.
 
-    momentum, grad: ``[k, rows, columns]``.     keep: 0-d, of the running means.
-    due: whether the basis follows: by one step of orthogonal iteration for each side, of which no derivative is taken.
-    carried: whether second moments follow it, as those of entries that do not correlate would; in SOAP they stay.
-    cautious: whether momentum rests where the gradient has another sign, in the basis (Liang et al. 2024, Cautious
-        Optimizers, arXiv 2411.16085, have it so for entries).
+    momentum: shares of Nesterov's momentum, which is kept in the basis and follows it.
+    keep: 0-d, of the running means of squares and products.
+    due: whether bases follow products: by one step of orthogonal iteration, of which no derivative is taken.
     weigh: makes the direction of momentum and gradient in the basis, over the root of second moments, and these.
-    Without a basis in ``slots``, entries are what second moments are of.
+    carried: whether second moments follow them, by squares of cosines, as those of entries that do not correlate would;
+        in SOAP they stay.
+    cautious: whether momentum rests where the gradient has the other sign, in the basis (Liang et al. 2024, Cautious
+        Optimizers, arXiv 2411.16085, have it so for entries).
+    """
+
+    momentum: Shares
+    keep: Tensor
+    due: Tensor | bool = True
+    weigh: Weigh | None = None
+    carried: bool = False
+    cautious: bool = False
+
+
+def whiten(how: Whitening, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+    """Return the direction of the momentum, of any size, and the new slots of `init_basis`, ``[k, ...]``.
+
+    grad: ``[k, rows, columns]``. Without a basis in ``slots``, moments are of entries, and the first is ``m``.
     """
     narrow = product_dtype(grad)
     turns = any(basis in slots for _, basis in _SIDES)
     dtype = narrow if turns and product_dtype(grad.mT) == narrow else grad.dtype
-    g, m = grad.to(dtype), momentum.to(dtype)
+    g = grad.to(dtype)
     new: Slots = {}
     for (product, basis), x in zip(_SIDES, (g, g.mT), strict=True):
         if basis in slots:
-            new[product] = torch.lerp((x @ x.mT).to(grad.dtype), slots[product], keep)
-            new[basis] = _followed(slots[basis], new[product], due)
+            new[product] = torch.lerp((x @ x.mT).to(grad.dtype), slots[product], how.keep)
+            new[basis] = _chosen(how.due, slots[basis], partial(_followed, slots[basis], new[product]))
+    first = "turned" if turns else "m"
+    m, v = (slots[name].reshape(grad.shape) for name in (first, "v"))
+    if how.due is not False:
+        cosines = {basis: slots[basis].mT @ new[basis] for _, basis in _SIDES if basis in new}
+        m = _chosen(how.due, m, partial(_turned, m, cosines))
+        v = _chosen(how.carried and how.due, v, partial(_turned, v, {b: t.square() for b, t in cosines.items()}))
     bases = {basis: new[basis].to(dtype) for _, basis in _SIDES if basis in new}
-    turned, seen = (_turned(x, bases).to(grad.dtype) for x in (m, g))
-    turned = torch.where(turned * seen.sign() > 0, turned, 0.0) if cautious else turned
-    before = slots["v"].reshape(grad.shape)
-    v = torch.lerp(seen.square(), _carried(before, slots, new, due) if carried else before, keep)
+    seen = _turned(g, bases).to(grad.dtype)
+    m, ahead = nesterov(m, seen, how.momentum)
+    ahead = torch.where(ahead * seen.sign() >= 0, ahead, 0.0) if how.cautious else ahead
+    v = torch.lerp(seen.square(), v, how.keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
     squares = v + share * v.mean((-2, -1), keepdim=True)
     squares = squares.clamp(min=torch.finfo(v.dtype).tiny)  # before any gradient: 0 times a number
     roots = squares.rsqrt()
-    scaled = turned * roots if weigh is None else weigh(turned * roots, seen * roots, squares)
+    scaled = ahead * roots if how.weigh is None else how.weigh(ahead * roots, seen * roots, squares)
     direction = _turned(scaled.to(dtype), {basis: t.mT for basis, t in bases.items()}).to(grad.dtype)
-    return direction, {"v": v.view(slots["v"].shape), **new}
+    return direction, {name: t.view(slots[name].shape) for name, t in ((first, m), ("v", v))} | new
+
+
+def into_basis(slots: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the slots of a tensor, with its momentum in the basis where an older l2o kept it outside, as ``m``."""
+    m, bases = slots.get("m"), {basis: slots[basis] for _, basis in _SIDES if basis in slots}
+    if not isinstance(m, Tensor) or not bases:
+        return slots
+    sides = dict(zip(("rows", "columns"), as_matrix(m.shape), strict=True))
+    if any(t.shape != (sides[basis], sides[basis]) for basis, t in bases.items()):
+        return slots
+    turned = _turned(m.reshape(*sides.values()).to(next(iter(bases.values())).dtype), bases)
+    return {name: t for name, t in slots.items() if name != "m"} | {"turned": turned.view(m.shape)}
 
 
 def is_due(run: Run, period: int, early: int = 0) -> Tensor | bool:
@@ -105,21 +134,17 @@ def _turned(x: Tensor, bases: Slots) -> Tensor:
     return x @ bases["columns"] if "columns" in bases else x
 
 
-def _followed(basis: Tensor, product: Tensor, due: Tensor | bool) -> Tensor:
+def _chosen(due: Tensor | bool, old: Tensor, new: Callable[[], Tensor]) -> Tensor:
+    """Return ``new()`` where it is ``due``, else ``old``."""
+    if isinstance(due, bool):
+        return new() if due else old
+    return torch.where(due, new(), old)
+
+
+def _followed(basis: Tensor, product: Tensor) -> Tensor:
     """``basis`` once it has been multiplied by ``product``, whose scale does not matter, and made orthogonal."""
-    if due is False:
-        return basis
     with torch.no_grad():
         largest = product.abs().amax((-2, -1), keepdim=True)
         scaled = product / torch.where(largest > 0, largest, 1.0)
         new, _ = torch.linalg.qr(scaled @ basis + _STAY * basis)
-        return new.contiguous() if due is True else torch.where(due, new, basis).contiguous()
-
-
-def _carried(v: Tensor, slots: Slots, new: Slots, due: Tensor | bool) -> Tensor:
-    """Second moments ``[k, rows, columns]`` in the bases of ``new``: shares of those before, by squares of cosines."""
-    if due is False:
-        return v
-    turns = {basis: (slots[basis].mT @ new[basis]).square() for _, basis in _SIDES if basis in new}
-    carried = _turned(v, turns)
-    return carried if due is True else torch.where(due, carried, v)
+        return new.contiguous()

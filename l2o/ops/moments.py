@@ -41,6 +41,13 @@ def mixed(average: Tensor, value: Tensor, shares: Shares) -> Tensor:
     return shares.keep * average + shares.new * value
 
 
+def nesterov(m: Tensor, value: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
+    """Return the running mean ``m``, ``[*shape]``, with ``value`` in it, and what one more such would make it."""
+    fresh = shares.new * value
+    m = shares.keep * m + fresh
+    return m, shares.keep * m + fresh
+
+
 def bias_correction(logit_decay: Tensor, count: Tensor) -> Tensor:
     """Return ``1 - d**count``, ``d = sigmoid(logit_decay)``: what an `ema` from 0 is divided by (Adam, section 3).
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from l2o.ops.eigenbasis import into_basis
 from l2o.optim.members import settings
 from l2o.optim.slots import RUN
 from l2o.types import ConfigurationError, ResumeError, Theta, UpdateRule
@@ -50,14 +51,16 @@ def check_kind(state_dict: Any) -> None:
 
 
 def modern(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``state_dict`` with all of the run in a group, which an older l2o had in the state: clock, origin, shared
-    slots.
+    """Return ``state_dict`` with momenta in their bases, and all of the run in a group, which an older l2o had in the
+    state: clock, origin, shared slots.
 
     Raises `ResumeError` for what has neither groups nor state.
     """
     state, groups = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(state, Mapping) or not isinstance(groups, list):
         raise ResumeError("state_dict has no 'state' and 'param_groups': expected what state_dict() returned")
+    state = {key: into_basis(kept) if isinstance(kept, Mapping) else kept for key, kept in state.items()}
+    state_dict = {**state_dict, "state": state}
     run: dict[str, Any] = {}
     for name in _IN_STATE:
         kept = state.get(name)

@@ -16,9 +16,10 @@ from l2o.ops import directions
 from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
 from l2o.ops.directions import Age, Now, direction_of
-from l2o.ops.eigenbasis import is_due, whiten
+from l2o.ops.eigenbasis import Whitening, is_due, whiten
 from l2o.ops.entries import init_entries, weigh
 from l2o.ops.groups import Group, by_shape, split, stack, unstacked, whole_sums
+from l2o.ops.moments import nesterov
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import limited, matrix_factors, tempered, unheld, width_factors
@@ -68,8 +69,7 @@ class Steered(UpdateRule):
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     wide: power by which factors fall with inputs above 64: a matrix' fan-in, the short side of one that is ``tall``.
     carried, cautious: whether second moments follow the basis, and momentum rests where the gradient contradicts it.
-    by_signal: power of a whitened matrix' own size over 0.3, which its size is instead of one: less under noise. Limits
-        are then of a matrix of size one.
+    by_signal: power of a whitened matrix' own size over 0.3, which its size is instead of one; limits are of one.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.
     iterations: of Newton-Schulz.    period: steps between looks at the basis, after ``early`` first ones that all look.
@@ -81,7 +81,7 @@ class Steered(UpdateRule):
     tables: leave the gain out for embeddings (`l2o.ops.groups.tables_of`), whose inputs are one entry, not all columns.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
-    Slots: ``m, d`` (direction) of an orthogonal matrix, with those of `init_basis` where there is one, ``m, row, col``
+    Slots: ``m, d`` (direction) of an orthogonal matrix, ``d`` and those of `init_basis` in a basis, ``m, row, col``
         (scales) of a normalized one, else ``m, v, count``; ``free`` (began as zeros); shared: those of the controller.
     The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
@@ -172,8 +172,8 @@ class Steered(UpdateRule):
         return self.path(info.shape) in ("eigenbasis", "diagonal", "orthogonal")
 
     def exact_slots(self, info: ParamInfo) -> frozenset[str]:
-        # Where hardly a gradient lies second moments are small, and would make rounded momentum as long as any.
-        return frozenset({"m"} if self.path(info.shape) == "eigenbasis" else ())
+        # As axes turn, second moments of those with hardly a gradient would make what was rounded as long as any.
+        return frozenset({"turned"} if self.path(info.shape) == "eigenbasis" else ())
 
     def path(self, shape: tuple[int, ...]) -> Direction:
         """Return the direction of a tensor."""
@@ -211,7 +211,7 @@ class Steered(UpdateRule):
         parts = [(group.slots, len(group.names)) for group in groups]
         squares = unheld(sums["params"], parts) if "params" in sums else size  # Adam's direction reads none
         scales = -self.scales(theta, sizes, squares, shapes, tables)
-        now = Now(theta, directions.decays_of(theta), self.is_due(run), reduce)
+        now = self.now(theta, run, reduce)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
         for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
@@ -232,46 +232,44 @@ class Steered(UpdateRule):
         if self.direction != "adam" or self.decides:
             seen["params"] = square_sums(stack([params[name] for name in group.names]) for group in groups)
         if self.decides:
-            seen["momenta"] = square_sums(group.slots["m"] for group in groups)
+            seen["momenta"] = square_sums(g.slots["turned" if "turned" in g.slots else "m"] for g in groups)
         return seen
 
     def _advance(self, now: Now, group: Group, age: Age | None) -> Slots:
         """New slots, ``[k, ...]``."""
-        grad, slots = group.grad, group.slots
         if age is not None:
             return directions.adam_moments(now, group, age)
-        path = self.path(group.shape)
-        if path == "normalized":
+        if (path := self.path(group.shape)) == "normalized":
             return directions.normalized_moments(now, group)
-        m, ahead = directions.nesterov(slots["m"], grad, now.decays["momentum"])
-        d = matrices(ahead)
-        basis: Slots = {}  # calling Slots would break a compiled step
-        if "v" in slots:
-            d, basis = self.whitened(now, d, matrices(grad), slots)
+        return self.advance(now, group.grad, group.slots, path)
+
+    def advance(self, now: Now, grad: Tensor, slots: Slots, path: Direction) -> Slots:
+        """Return the new slots of tensors with a slot ``d``, ``[k, ...]``; ``grad [k, *shape]``."""
+        if now.whitening is not None and "v" in slots:
+            d, new = whiten(now.whitening, matrices(grad), slots)
+        else:
+            m, ahead = nesterov(slots["m"], grad, now.decays["momentum"])
+            d, new = matrices(ahead), {"m": m}
         if path == "orthogonal":
             d = polar(d, self.iterations)
-        d = torch.where(matrices(m) != 0, d, constant(0.0, d))  # an entry that never had a gradient rests
-        if is_matrix(group.shape) and not self.has_size(path):
-            d = unit(d, (-2, -1), math.prod(d.shape[-2:]) ** 0.5)
-        return {"m": m, "d": d.view_as(grad), **basis}
+        had_gradient = matrices(torch.logical_or(slots["d"], grad))  # other entries rest
+        d = torch.where(had_gradient, d, constant(0.0, d))
+        if is_matrix(grad.shape[1:]):
+            sized = self.by_signal and path != "orthogonal"
+            d = tempered(d, self.by_signal) if sized else unit(d, (-2, -1), math.prod(d.shape[-2:]) ** 0.5)
+        return {**new, "d": d.view_as(grad)}
 
     def is_usual(self, called: int) -> bool:
         return not (self.direction == "eigenbasis" and (called % self.period == 0 or called < self.early))
 
-    def is_due(self, run: Run) -> Tensor | bool:
-        """Say whether bases follow in this step: 0-d where it is no bool. See `l2o.ops.eigenbasis.is_due`."""
-        return self.direction == "eigenbasis" and is_due(run, self.period, self.early)
-
-    def whitened(self, now: Now, momentum: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        """Return `whiten` of ``grad`` and slots of tensors ``[k, *shape]``, with the constants of θ."""
-        network = partial(weigh, now.theta) if self.network else None
-        how = (now.decays["memory"].keep, now.due, network, self.carried, self.cautious)
-        d, new = whiten(momentum, grad, slots, *how)
-        return tempered(d, self.by_signal) if self.by_signal and min(d.shape[-2:]) > 1 else d, new
-
-    def has_size(self, path: Direction) -> bool:
-        """Say whether the directions of matrices on ``path`` are of the size that they are to have once whitened."""
-        return self.by_signal > 0 and path in ("eigenbasis", "diagonal")
+    def now(self, theta: Theta, run: Run, reduce: Reduce = LOCAL) -> Now:
+        """Return what a step has for all groups."""
+        decays, network = directions.decays_of(theta), partial(weigh, theta) if self.network else None
+        if "memory" not in decays:
+            return Now(theta, decays, None, reduce)
+        due = self.direction == "eigenbasis" and is_due(run, self.period, self.early)
+        parts = (decays["momentum"], decays["memory"].keep, due, network, self.carried, self.cautious)
+        return Now(theta, decays, Whitening(*parts), reduce)
 
     def factors(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """Return those of the steps of tensors, ``[len(shapes)]``."""
