@@ -208,6 +208,12 @@ def test_momentum_is_that_of_gradients_outside_the_basis(shape):
     torch.testing.assert_close(into_basis(older)["turned"], slots["turned"], rtol=1e-5, atol=1e-7)
 
 
+def test_a_part_of_an_older_momentum_stays_outside_the_basis():
+    """A shard has the bases of the whole matrix, in which rows alone cannot be turned: loading says so."""
+    shard = init_basis(torch.zeros(5, 4), (5, 4)) | {"m": torch.ones(3, 4)}
+    assert into_basis(shard) is shard
+
+
 def test_a_run_that_an_older_l2o_saved_goes_on():
     """It kept momentum outside the basis, as ``m``."""
     runs = []
