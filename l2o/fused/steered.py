@@ -12,7 +12,7 @@ from torch import Tensor
 from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import Entries, fused_steps
-from l2o.ops.alignment import control, cosine
+from l2o.ops.alignment import begin, control, cosine
 from l2o.ops.directions import Now, decays_of
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import safe_sqrt
@@ -45,7 +45,7 @@ def step(
     dots, gradients, directions, squares = sums = seen.to(theta["log_lr"].dtype)
     shapes = [tuple(p.shape) for p in params.values()]
     weights = rule.factors(theta, shapes)
-    shared = state.shared
+    shared = begin(state.shared, rule.deep, shapes, run)
     if rule.controller == "alignment":
         norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
         shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)

@@ -7,12 +7,13 @@ longer, negative where it was too long (hypergradient descent; Almeida et al. 19
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from l2o.ops.numeric import constant, log_of, over_root, scalar_like
+from l2o.ops.scales import Shapes, are_matrices
 from l2o.types import Run, Slots, Theta
 
 _START = {
@@ -22,12 +23,13 @@ _START = {
     "band_down": 0.05,  # one over minus this is too: it does not shrink
     "fast": 5.0,  # steps that the means go over
     "slow": 20.0,
-    "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks
+    "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks (see also `begin`)
     "range": 5.0,  # of the log step
     "leak": 3.0,  # of the log step, a run: what it loses where nothing pushes
 }
 """Hand-set; all positive, θ has their logarithms."""
 _FASTEST = 0.1
+_LEAST_START = 0.1**0.5
 _VARIANCE = 1e-8
 
 
@@ -36,9 +38,27 @@ def init_controller(generator: torch.Generator) -> Theta:
     return {f"log_{name}": scalar_like(log_of(name, value), generator) for name, value in _START.items()}
 
 
-def init_alignment(like: Tensor) -> Slots:
-    """Return shared slots, 0-d zeros: ``log_step``, running means of the cosine (``fast, slow``) and its square."""
-    return {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square")}
+def init_alignment(like: Tensor, deep: bool = False) -> Slots:
+    """Return shared slots, 0-d zeros: ``log_step``, running means of the cosine (``fast, slow``) and its square;
+    ``missing``, what the logarithm of the step of a ``deep`` network is still below that, see `begin`."""
+    return {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square", *(("missing",) * deep))}
+
+
+def begin(shared: Slots, deep: int, shapes: Shapes, run: Run, total: Callable[[Tensor], Tensor] = torch.sum) -> Slots:
+    """Return the shared slots; at step 0 with what is ``missing`` of the step of a network with many matrices.
+
+    It begins with ``(deep / matrices) ** 2`` of the step, at least a tenth, where there are more than ``deep``: changes
+    of layers multiply, and where that is too much at first, gradients of a deep network without residual connections
+    have nothing to do with the step before, and the cosine says no more than under noise. Where they do have, as in
+    transformers, the cosine says so in its first steps, and `control` gives back what is missing.
+
+    shapes: of all tensors here.    total: sums ``[len(shapes)]`` over all tensors of the run.
+    """
+    if "missing" not in shared:
+        return shared
+    matrices = total(are_matrices(shapes, shared["missing"]))
+    missing = 2.0 * (deep / matrices).clamp(_LEAST_START, 1.0).log()  # also without a matrix
+    return {**shared, "missing": torch.where(run.step > 0, shared["missing"], missing)}
 
 
 def cosine(dot: Tensor, norm: Tensor) -> Tensor:
@@ -53,7 +73,8 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run,
 
     The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
     its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
-    which noise does not show to be too much, leaks away.
+    which noise does not show to be too much, leaks away. So does what is ``missing``, and sooner where the sign is sure
+    to be positive.
     """
     values = torch.stack([theta[f"log_{name}"] for name in _START]).exp()
     value = dict(zip(_START, values.unbind(), strict=True))
@@ -67,10 +88,13 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run,
     deviation = (mean["square"] - mean["slow"].square()).clamp(min=0.0) + _VARIANCE
     error = 0.5 * (mean["fast"] + mean["slow"])
     error = torch.relu(error - value["band_up"]) - torch.relu(-error - value["band_down"])
-    sure = (over_root(-mean["slow"], deviation) - value["sure"]).clamp(0.0, 1.0)
-    push = torch.tanh(value["slope"] * error) * torch.where(error < 0, sure, constant(1.0, sure))
+    deviations = over_root(mean["slow"], deviation)
+    against, agree = ((sign * deviations - value["sure"]).clamp(0.0, 1.0) for sign in (-1.0, 1.0))
+    push = torch.tanh(value["slope"] * error) * torch.where(error < 0, against, constant(1.0, against))
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
     leak = (value["leak"] / total).clamp(max=_FASTEST)
     log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -value["range"], value["range"])
     moved = {"log_step": log_step, **new}
+    if "missing" in slots:
+        moved["missing"] = ((1.0 - leak) * slots["missing"] + gain * agree).clamp(max=0.0)
     return {name: torch.where(begun, x, slots[name]) for name, x in moved.items()}

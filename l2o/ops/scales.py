@@ -24,11 +24,16 @@ _UNHELD = 1e30
 Shapes = Sequence[tuple[int, ...]]
 
 
+def are_matrices(shapes: Shapes, like: Tensor) -> Tensor:
+    """Return 1 for matrices and 0 for vectors and scalars, ``[len(shapes)]``."""
+    return of_shapes(lambda shape: float(is_matrix(shape)), shapes, like)
+
+
 def matrix_factors(theta: Theta, shapes: Shapes) -> Tensor:
     """Return ``matrix * (fan-in / 64) ** -fan_in``, of θ, ``[len(shapes)]``; 1 for what is no matrix."""
     fans = of_shapes(lambda shape: math.log(_fan_in(shape) / _FAN_IN), shapes, theta["log_lr"])
     factors = torch.exp(theta["log_matrix"] - fans * theta["fan_in"])
-    return torch.where(_are_matrices(shapes, factors), factors, constant(1.0, factors))
+    return torch.where(are_matrices(shapes, factors) > 0.0, factors, constant(1.0, factors))
 
 
 def width_factors(shapes: Shapes, forms: Shapes, power: float, like: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def limited(
     share = relative * gains**by_gain
     limits = share * sizes + _LEAST_LIMIT * (_FAN_IN**0.5 / roots if by_gain else 1.0)
     found = scales / (1.0 + (scales / limits).square()).sqrt()
-    return torch.where(_are_matrices(shapes, scales), found, scales)
+    return torch.where(are_matrices(shapes, scales) > 0.0, found, scales)
 
 
 def tempered(x: Tensor, power: float) -> Tensor:
@@ -74,11 +79,6 @@ def unheld(squares: Tensor, parts: Sequence[tuple[Slots, int]]) -> Tensor:
         return squares
     free = [slots["free"].reshape(count) if "free" in slots else squares.new_zeros(count) for slots, count in parts]
     return torch.where(torch.cat(free) > 0, constant(_UNHELD, squares), squares)
-
-
-def _are_matrices(shapes: Shapes, like: Tensor) -> Tensor:
-    """Bool ``[len(shapes)]``."""
-    return of_shapes(lambda shape: float(is_matrix(shape)), shapes, like) > 0.0
 
 
 def _fan_in(shape: tuple[int, ...]) -> int:

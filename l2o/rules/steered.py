@@ -13,12 +13,12 @@ from torch import Tensor
 
 from l2o.checks import check_choice, check_float, check_int
 from l2o.ops import directions
-from l2o.ops.alignment import init_alignment, init_controller
+from l2o.ops.alignment import begin, init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
 from l2o.ops.directions import Age, Now, direction_of
 from l2o.ops.eigenbasis import Whitening, is_due, whiten
 from l2o.ops.entries import init_entries, weigh
-from l2o.ops.groups import Group, by_shape, split, stack, unstacked, whole_sums
+from l2o.ops.groups import Group, by_shape, split, stack, tensor_sum, unstacked, whole_sums
 from l2o.ops.moments import nesterov
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
@@ -71,7 +71,7 @@ class Steered(UpdateRule):
     carried, cautious: whether second moments follow the basis, and momentum rests where the gradient contradicts it.
     by_signal: power of a whitened matrix' own size over 0.3, which its size is instead of one; limits are of one.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
-        at 0.01; ``constant``: warm-up alone.
+        at 0.01; ``constant``: warm-up alone.    deep: see `l2o.ops.alignment.begin`.
     iterations: of Newton-Schulz.    period: steps between looks at the basis, after ``early`` first ones that all look.
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.    memory: of a basis.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
@@ -114,6 +114,7 @@ class Steered(UpdateRule):
     carried: bool = False
     cautious: bool = False
     by_signal: float = 0.0
+    deep: int = 0
 
     learned_init = False
     rests = True
@@ -121,7 +122,8 @@ class Steered(UpdateRule):
     def __post_init__(self) -> None:
         for name, literal in {"direction": Direction, "controller": Controller, "schedule": Schedule}.items():
             check_choice(name, getattr(self, name), get_args(literal))
-        for name, least in {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "early": 0, "tall": 0}.items():
+        counts = {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "early": 0, "tall": 0, "deep": 0}
+        for name, least in counts.items():
             check_int(name, getattr(self, name), least)
         for name in ("fan_in", "by_gain", "wide", "by_signal"):
             check_float(name, getattr(self, name))
@@ -159,7 +161,7 @@ class Steered(UpdateRule):
 
     def init(self, theta: Theta, params: Params, infos: Infos) -> OptState:
         slots = {name: self._init_slots(p, infos[name]) for name, p in params.items()}
-        shared = init_alignment(theta["log_lr"]) if self.controller != "none" else {}
+        shared = init_alignment(theta["log_lr"], self.deep > 0) if self.controller != "none" else {}
         return OptState(slots, shared | (init_shown(shared["slow"], self.reads_loss) if self.decides else {}))
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
@@ -205,11 +207,11 @@ class Steered(UpdateRule):
         times = directions.ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
         sums = whole_sums(groups, self._sums(groups, times, params), reduce)
         factors = self.factors(theta, shapes)
-        shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce)
+        shared = begin(state.shared, self.deep, shapes, run, partial(tensor_sum, groups, reduce=reduce))
+        shared, decided = steer(theta, shared, groups, sums, factors, run, reduce)
         size = self.size(theta, shared, run)
         sizes = size * decided["factor"].exp() if decided else size
-        parts = [(group.slots, len(group.names)) for group in groups]
-        squares = unheld(sums["params"], parts) if "params" in sums else size  # Adam's direction reads none
+        squares = unheld(sums["params"], [(g.slots, len(g.names)) for g in groups]) if "params" in sums else size
         scales = -self.scales(theta, sizes, squares, shapes, tables)
         now = self.now(theta, run, reduce)
         slots: dict[str, Slots] = {}
@@ -295,4 +297,4 @@ class Steered(UpdateRule):
         schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"]))
         if self.schedule == "decay":
             schedule = schedule * power_decay(step, total, theta["log_power"].exp(), _FLOOR)
-        return schedule * (theta["log_lr"] + shared.get("log_step", 0.0)).exp()
+        return schedule * (theta["log_lr"] + shared.get("log_step", 0.0) + shared.get("missing", 0.0)).exp()
