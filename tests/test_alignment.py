@@ -92,21 +92,31 @@ def test_every_constant_matters_as_finite_differences_say(name, cosines):
     torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-9)
 
 
-def missing(cosines, matrices=19):
-    """What is missing after each of the ``cosines``, for a rule with ``deep=6``."""
+def deep_slots(cosines, matrices=19, first=0):
+    """The slots after each of the ``cosines``, from step ``first`` on, for a rule with ``deep=6``."""
     theta = {k: t.double() for k, t in init_controller(generator()).items()}
     slots, found = init_alignment(next(iter(theta.values())), deep=True), []
-    for step, c in enumerate(cosines):
-        run = Run(torch.tensor(step), torch.tensor(T))
-        slots = begin(slots, 6, [(3, 4)] * matrices + [(7,)] * 40, run)
-        slots = control(theta, slots, torch.as_tensor(c, dtype=torch.float64), run)
-        found.append(slots["missing"])
-    return torch.stack(found)
+    for step, c in enumerate(cosines, first):
+        begun = begin(slots, 6, torch.tensor(matrices, dtype=torch.float64))
+        slots = control(theta, begun, torch.as_tensor(c, dtype=torch.float64), Run(torch.tensor(step), torch.tensor(T)))
+        found.append(slots)
+    return found
+
+
+def missing(cosines, matrices=19):
+    return torch.stack([slots["missing"] for slots in deep_slots(cosines, matrices)])
 
 
 @pytest.mark.parametrize(("matrices", "share"), [(0, 1.0), (6, 1.0), (12, 0.25), (16, 0.140625), (19, 0.1), (600, 0.1)])
 def test_a_deep_network_begins_with_a_small_step(matrices, share):
     torch.testing.assert_close(missing([0.0], matrices).exp().item(), share)
+
+
+def test_who_comes_back_in_a_run_begins_with_a_small_step_too():
+    (slots,) = deep_slots([0.0], first=400)
+    torch.testing.assert_close(slots["missing"].item(), math.log(0.1) * (1 - 3 / T))
+    known = begin(slots, 6, torch.tensor(7.0))  # what it was told then stays
+    assert known["missing"] == slots["missing"]
 
 
 def test_what_is_missing_comes_back_where_gradients_agree_and_else_leaks_away():
@@ -120,22 +130,9 @@ def test_what_is_missing_comes_back_where_gradients_agree_and_else_leaks_away():
 
 def test_the_step_of_a_deep_network_moves_as_any():
     cosines = [0.0, 0.3, 0.1, -0.4]
-    theta = {k: t.double() for k, t in init_controller(generator()).items()}
-    for deep in (False, True):
-        slots = init_alignment(next(iter(theta.values())), deep)
-        for step, c in enumerate(cosines):
-            slots = control(
-                theta, slots, torch.tensor(c, dtype=torch.float64), Run(torch.tensor(step), torch.tensor(T))
-            )
-        assert slots["log_step"] == log_steps(cosines)[-1]
-
-
-def test_matrices_of_all_processes_count():
-    slots = init_alignment(torch.zeros(1, dtype=torch.float64), deep=True)
-    found = begin(slots, 6, [(3, 4)] * 6, Run(torch.tensor(0), torch.tensor(T)), lambda here: 2.0 * here.sum())
-    torch.testing.assert_close(found["missing"].exp().item(), 0.25)
-    without = init_alignment(torch.zeros(1))
-    assert begin(without, 0, [(3, 4)] * 9, Run(torch.tensor(0), torch.tensor(T))) is without
+    *_, last = deep_slots(cosines)
+    assert last["missing"] < -1.0
+    assert last["log_step"] == log_steps(cosines)[-1]
 
 
 def test_the_cosine_weighs_tensors_and_is_0_without_gradients():

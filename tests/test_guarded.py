@@ -128,6 +128,19 @@ def test_steps_are_small_for_a_while_and_then_the_rule_returns():
     assert "fell back" not in [done for _, _, done in events(optimizer)]
 
 
+def test_a_deep_network_begins_small_again_where_its_rule_returns():
+    model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(8, 8), nn.Tanh())))
+    optimizer = LearnedOptimizer(model.parameters(), source(Steered(deep=6)), total_steps=5000, guard=True)
+    for step in range(185):
+        optimizer.zero_grad()
+        x, y = torch.randn(2, 4, 8, generator=generator(step))
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        quiet(optimizer.step, loss=loss.detach() * (1e6 if 70 <= step < 80 else 1.0))
+    assert [done for _, _, done in events(optimizer)] == ["backed off", "returned"]
+    assert optimizer.param_groups[0]["run"]["shared"]["missing"] < math.log(0.2)
+
+
 def test_a_problem_that_has_become_another_one_is_not_held_against_the_rule():
     optimizer = slow(bowl(), SGD(lr=0.01), lr=1.0, guard=True)
     descend(optimizer, range(50), tell=True)

@@ -17,7 +17,7 @@ from l2o.ops.directions import Now, decays_of
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import safe_sqrt
 from l2o.ops.orthogonal import as_matrix, matrices, polar
-from l2o.ops.scales import unheld
+from l2o.ops.scales import are_matrices, unheld
 from l2o.rules import Steered
 from l2o.rules.steered import Direction
 from l2o.types import OptState, Slots
@@ -45,7 +45,7 @@ def step(
     dots, gradients, directions, squares = sums = seen.to(theta["log_lr"].dtype)
     shapes = [tuple(p.shape) for p in params.values()]
     weights = rule.factors(theta, shapes)
-    shared = begin(state.shared, rule.deep, shapes, run)
+    shared = begin(state.shared, rule.deep, are_matrices(shapes, weights).sum()) if rule.deep else state.shared
     if rule.controller == "alignment":
         norms = weights * safe_sqrt(gradients) * safe_sqrt(directions)
         shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)

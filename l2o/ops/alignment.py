@@ -7,13 +7,12 @@ longer, negative where it was too long (hypergradient descent; Almeida et al. 19
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from l2o.ops.numeric import constant, log_of, over_root, scalar_like
-from l2o.ops.scales import Shapes, are_matrices
 from l2o.types import Run, Slots, Theta
 
 _START = {
@@ -23,7 +22,7 @@ _START = {
     "band_down": 0.05,  # one over minus this is too: it does not shrink
     "fast": 5.0,  # steps that the means go over
     "slow": 20.0,
-    "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks (see also `begin`)
+    "sure": 1.0,  # standard deviations that the slow mean has to be under 0 before the step shrinks
     "range": 5.0,  # of the log step
     "leak": 3.0,  # of the log step, a run: what it loses where nothing pushes
 }
@@ -39,26 +38,25 @@ def init_controller(generator: torch.Generator) -> Theta:
 
 
 def init_alignment(like: Tensor, deep: bool = False) -> Slots:
-    """Return shared slots, 0-d zeros: ``log_step``, running means of the cosine (``fast, slow``) and its square;
-    ``missing``, what the logarithm of the step of a ``deep`` network is still below that, see `begin`."""
-    return {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square", *(("missing",) * deep))}
+    """Return shared slots, 0-d: zeros for ``log_step``, running means of the cosine (``fast, slow``) and its square; 1
+    for what is ``missing`` of the step of a ``deep`` network, until `begin` knows it."""
+    zeros = {name: like.new_zeros(()) for name in ("log_step", "fast", "slow", "square")}
+    return zeros | ({"missing": like.new_ones(())} if deep else {})
 
 
-def begin(shared: Slots, deep: int, shapes: Shapes, run: Run, total: Callable[[Tensor], Tensor] = torch.sum) -> Slots:
-    """Return the shared slots; at step 0 with what is ``missing`` of the step of a network with many matrices.
+def begin(shared: Slots, deep: int, matrices: Tensor) -> Slots:
+    """Return the shared slots, and what is ``missing`` of the logarithm of the step of a network with many matrices.
 
-    It begins with ``(deep / matrices) ** 2`` of the step, at least a tenth, where there are more than ``deep``: changes
-    of layers multiply, and where that is too much at first, gradients of a deep network without residual connections
-    have nothing to do with the step before, and the cosine says no more than under noise. Where they do have, as in
-    transformers, the cosine says so in its first steps, and `control` gives back what is missing.
+    A run, and who comes back in one, begins with ``(deep / matrices) ** 2`` of the step, at least a tenth, where there
+    are more than ``deep``: changes of layers multiply, and where that is too much at first, gradients of a deep network
+    without residual connections have nothing to do with the step before, and the cosine says no more than under noise.
+    Where they do have, as in transformers, the cosine says so in the first steps, and `control` gives back what is
+    missing.
 
-    shapes: of all tensors here.    total: sums ``[len(shapes)]`` over all tensors of the run.
+    matrices: 0-d, of all processes; those that have a gradient now, of a deep network or of many parallel parts.
     """
-    if "missing" not in shared:
-        return shared
-    matrices = total(are_matrices(shapes, shared["missing"]))
     missing = 2.0 * (deep / matrices).clamp(_LEAST_START, 1.0).log()  # also without a matrix
-    return {**shared, "missing": torch.where(run.step > 0, shared["missing"], missing)}
+    return {**shared, "missing": torch.where(shared["missing"] > 0, missing, shared["missing"])}
 
 
 def cosine(dot: Tensor, norm: Tensor) -> Tensor:
@@ -74,7 +72,7 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run,
     The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
     its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
     which noise does not show to be too much, leaks away. So does what is ``missing``, and sooner where the sign is sure
-    to be positive.
+    to be positive, by the same measure.
     """
     values = torch.stack([theta[f"log_{name}"] for name in _START]).exp()
     value = dict(zip(_START, values.unbind(), strict=True))

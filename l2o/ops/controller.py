@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.ops.alignment import control, cosine
+from l2o.ops.alignment import begin, control, cosine
 from l2o.ops.groups import Group, tensor_sum
 from l2o.ops.networks import init_linear, init_mlp, linear, lstm_cell, mlp
 from l2o.ops.numeric import constant, entries_of, of_shapes, over_root, safe_sqrt
+from l2o.ops.scales import are_matrices
 from l2o.types import Reduce, Run, Slots, Theta
 
 OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "begun")
@@ -84,10 +85,11 @@ def steer(
     factors: Tensor,
     run: Run,
     reduce: Reduce,
+    deep: int = 0,
 ) -> tuple[Slots, Slots]:
     """Return what is shared after a step, and what the network decided of each tensor: nothing, without one.
 
-    shared: ``log_step`` and means of `l2o.ops.alignment`, or nothing, and for the network ``long``.
+    shared: of `l2o.ops.alignment`, or nothing, and for the network ``long``.    deep: see `l2o.ops.alignment.begin`.
     sums: of whole tensors, ``[tensors]``, in the order of the groups: of ``dots`` (gradient and step before), of
     squares ``grads, directions, params``, and for the network ``momenta``.     factors: of their steps, ``[tensors]``.
     """
@@ -95,11 +97,13 @@ def steer(
         return shared, {}
     # The network sees all tensors at once.
     memory = {name: torch.cat([group.slots[name] for group in groups]) for name in _SLOTS if name in groups[0].slots}
+    shapes = [group.shape for group in groups for _ in group.names]
     products = _products(memory, sums, factors)
-    aligned = cosine(*tensor_sum(groups, products, reduce))
+    counted = torch.cat([products, are_matrices(shapes, products).unsqueeze(1)], 1) if deep else products
+    dot, norm, *count = tensor_sum(groups, counted, reduce)
+    aligned, shared = cosine(dot, norm), begin(shared, deep, *count) if deep else shared
     if "long" not in shared:
         return control(theta, shared, aligned, run), {}
-    shapes = [group.shape for group in groups for _ in group.names]
     growth, decided = decide(theta, shared, _seen(shapes, sums, products), memory, shapes, run)
     weights = products[:, 1]
     push = torch.tanh(cosine(*tensor_sum(groups, torch.stack([growth * weights, weights], 1), reduce)))

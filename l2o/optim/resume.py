@@ -93,7 +93,7 @@ def check_same(run: Mapping[str, Any], own: Mapping[str, str]) -> None:
         raise ResumeError(
             f"state_dict is of a run with {run['checkpoint']}, this optimizer has {own['checkpoint']}, another rule "
             f"or θ; make it with the one that was saved, or delete state_dict['param_groups'][0][{RUN!r}]"
-            "['fingerprint'] to go on with this one"
+            "['fingerprint'] to go on with this one, where it has the same slots"
         )
 
 
@@ -185,6 +185,6 @@ def check_shared(run: Mapping[str, Any], own: Layout, rule: str) -> None:
     shapes = {k: tuple(t.shape) if isinstance(t, Tensor) else None for k, t in found.items()}
     if shapes != own:
         raise ResumeError(
-            f"state_dict has the shared slots {shapes or 'missing'}, {rule} has {own or 'none'}; save and load what "
-            "state_dict() returns as a whole"
+            f"state_dict has the shared slots {shapes or 'missing'}, {rule} has {own or 'none'}; make the optimizer "
+            "with the rule that was saved, and load what state_dict() returns as a whole"
         )

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from l2o.checks import check_choice, check_float, check_int
 from l2o.ops import directions
-from l2o.ops.alignment import begin, init_alignment, init_controller
+from l2o.ops.alignment import init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
 from l2o.ops.directions import Age, Now, direction_of
 from l2o.ops.eigenbasis import Whitening, is_due, whiten
 from l2o.ops.entries import init_entries, weigh
-from l2o.ops.groups import Group, by_shape, split, stack, tensor_sum, unstacked, whole_sums
+from l2o.ops.groups import Group, by_shape, split, stack, unstacked, whole_sums
 from l2o.ops.moments import nesterov
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
@@ -122,9 +122,8 @@ class Steered(UpdateRule):
     def __post_init__(self) -> None:
         for name, literal in {"direction": Direction, "controller": Controller, "schedule": Schedule}.items():
             check_choice(name, getattr(self, name), get_args(literal))
-        counts = {"iterations": 1, "period": 1, "widest": 1, "turned": 0, "early": 0, "tall": 0, "deep": 0}
-        for name, least in counts.items():
-            check_int(name, getattr(self, name), least)
+        for name in ("iterations", "period", "widest", "turned", "early", "tall", "deep"):
+            check_int(name, getattr(self, name), int(name in ("iterations", "period", "widest")))
         for name in ("fan_in", "by_gain", "wide", "by_signal"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
@@ -132,6 +131,8 @@ class Steered(UpdateRule):
             raise ConfigurationError(f"network=True: expected direction=eigenbasis, diagonal or orthogonal, not {came}")
         if self.reads_loss and not self.decides:
             raise ConfigurationError(f"reads_loss=True: expected controller=mlp or lstm, not {self.controller}")
+        if self.deep and self.controller == "none":
+            raise ConfigurationError("deep: expected controller=alignment, mlp or lstm, which it begins, not none")
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     @property
@@ -207,8 +208,7 @@ class Steered(UpdateRule):
         times = directions.ages(groups, [theta[name] for name in ("logit_beta1", "logit_beta2")])
         sums = whole_sums(groups, self._sums(groups, times, params), reduce)
         factors = self.factors(theta, shapes)
-        shared = begin(state.shared, self.deep, shapes, run, partial(tensor_sum, groups, reduce=reduce))
-        shared, decided = steer(theta, shared, groups, sums, factors, run, reduce)
+        shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce, self.deep)
         size = self.size(theta, shared, run)
         sizes = size * decided["factor"].exp() if decided else size
         squares = unheld(sums["params"], [(g.slots, len(g.names)) for g in groups]) if "params" in sums else size
