@@ -21,7 +21,7 @@ class Now(NamedTuple):
     """What a step has for all groups.
 
     theta: meta-parameters.      decays: of running means, by name.
-    whitening: where second moments are of matrices.     reduce: completes sums over entries.
+    whitening: None without second moments of matrices.     reduce: completes sums over entries.
     """
 
     theta: Theta
