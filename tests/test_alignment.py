@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from tables import generator
+from torch import nn
 
 from l2o.ops.alignment import begin, control, cosine, init_alignment, init_controller
+from l2o.optim import LearnedOptimizer
 from l2o.types import Run
 
 T = 1000
@@ -139,3 +142,22 @@ def test_the_cosine_weighs_tensors_and_is_0_without_gradients():
     dots, norms = torch.tensor([3.0, -1.0]), torch.tensor([4.0, 4.0])
     assert cosine(dots.sum(), norms.sum()) == 0.25
     assert cosine(torch.zeros(()), torch.zeros(())) == 0.0
+
+
+def test_default_learns_in_sixteen_layers_with_layer_norm():
+    """It stayed at chance, 2.3 nats, when it began with the whole step."""
+    images, labels = (torch.as_tensor(t).float() for t in load_digits(return_X_y=True))
+    images, width = (images - images.mean()) / images.std(), 48
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, width)]
+    for outputs in [width] * 15 + [10]:
+        layers += [nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, outputs)]
+    model, losses = nn.Sequential(*layers), []
+    optimizer = LearnedOptimizer(model.parameters(), "default", total_steps=300)
+    for _ in range(300):
+        chosen = torch.randint(len(images), (32,))
+        losses.append(nn.functional.cross_entropy(model(images[chosen]), labels[chosen].long()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert torch.stack(losses[-15:]).mean() < 1.0

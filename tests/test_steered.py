@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 from plugin import source
-from sklearn.datasets import load_digits
 from tables import generator, one_update
 from torch import nn
 
@@ -295,22 +294,3 @@ def test_a_matrix_that_begins_as_zeros_has_no_limit(began, free):
     held, far, got = (trajectory(rule, grads, params=params)[0][-1]["x"] for rule in (plain, loose, freed))
     torch.testing.assert_close(got, far if free else held)
     assert far.norm() > 1.5 * held.norm()
-
-
-def test_default_learns_in_sixteen_layers_with_layer_norm():
-    """It stayed at chance, 2.3 nats, when it began with the whole step."""
-    images, labels = (torch.as_tensor(t).float() for t in load_digits(return_X_y=True))
-    images, width = (images - images.mean()) / images.std(), 48
-    torch.manual_seed(0)
-    layers = [nn.Linear(64, width)]
-    for outputs in [width] * 15 + [10]:
-        layers += [nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, outputs)]
-    model, losses = nn.Sequential(*layers), []
-    optimizer = LearnedOptimizer(model.parameters(), "default", total_steps=300)
-    for _ in range(300):
-        chosen = torch.randint(len(images), (32,))
-        losses.append(nn.functional.cross_entropy(model(images[chosen]), labels[chosen].long()))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert torch.stack(losses[-15:]).mean() < 1.0

@@ -86,13 +86,14 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run,
     deviation = (mean["square"] - mean["slow"].square()).clamp(min=0.0) + _VARIANCE
     error = 0.5 * (mean["fast"] + mean["slow"])
     error = torch.relu(error - value["band_up"]) - torch.relu(-error - value["band_down"])
-    deviations = over_root(mean["slow"], deviation)
-    against, agree = ((sign * deviations - value["sure"]).clamp(0.0, 1.0) for sign in (-1.0, 1.0))
+    below = over_root(-mean["slow"], deviation)
+    against = (below - value["sure"]).clamp(0.0, 1.0)
     push = torch.tanh(value["slope"] * error) * torch.where(error < 0, against, constant(1.0, against))
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
     leak = (value["leak"] / total).clamp(max=_FASTEST)
     log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -value["range"], value["range"])
     moved = {"log_step": log_step, **new}
     if "missing" in slots:
+        agree = (-below - value["sure"]).clamp(0.0, 1.0)
         moved["missing"] = ((1.0 - leak) * slots["missing"] + gain * agree).clamp(max=0.0)
     return {name: torch.where(begun, x, slots[name]) for name, x in moved.items()}
