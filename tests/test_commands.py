@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def test_the_first_line_comes_before_torch_is_imported_and_ctrl_c_is_a_line(here
     """Without torch there would be nothing but the first line."""
     (here / "torch.py").write_text("import time\ntime.sleep(60)")
     env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{ROOT}"}
-    with subprocess.Popen([sys.executable, "-m", name], env=env, stderr=subprocess.PIPE, text=True) as started:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where tests run in the background of a shell
+    made = partial(subprocess.Popen, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    with made([sys.executable, "-m", name]) as started:
         assert started.stderr is not None
         assert started.stderr.readline() == f"{name}: loading\n"
         started.send_signal(signal.SIGINT)
