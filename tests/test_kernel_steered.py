@@ -27,6 +27,8 @@ RULES = {
     "wide": Steered(direction="eigenbasis", early=3, widest=64, tall=10, wide=0.5, carried=True),
     "signal": Steered(direction="eigenbasis", period=2, widest=64, turned=6, cautious=True, by_signal=0.5, deep=2),
     "normalized": Steered(direction="normalized", fan_in=0.3),
+    "diagonal": Steered(direction="diagonal"),
+    "light": Steered(direction="diagonal", cautious=True, by_signal=0.5, tall=2, widest=16, free_zeros=True, deep=2),
     "adam": Steered(direction="adam"),
     "uncontrolled": Steered(controller="none", schedule="constant"),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as
-from l2o.kernels.steered import Entries, fused_steps
+from l2o.kernels.steered import SLOTS, Entries, fused_steps
 from l2o.ops.alignment import begin, control, cosine
 from l2o.ops.directions import Now, decays_of
 from l2o.ops.groups import stack, tables_of
@@ -31,14 +31,16 @@ def step(
 ) -> OptState | None:
     """See `l2o.fused.step`."""
     theta, grads, state, params, infos, run = inputs
-    if rule.decides or rule.network or rule.direction == "diagonal":
+    if rule.decides or rule.network:
         return None
     decays = decays_of(theta)
-    keep = [decays[name].keep for name in ("momentum" if "momentum" in decays else "beta1", "beta1", "beta2")]
+    known = [name if name in decays else "beta1" for name in ("momentum", "beta1", "beta2", "memory")]
+    numbers: list[Tensor | float] = [decays[name].keep for name in known]
+    numbers += [rule.cautious, rule.by_signal]
     paths = {n: rule.path(p.shape) for n, p in params.items()}
     grads = {n: laid_out_as(grads[n], p) for n, p in params.items()}
     tensors = [_entries(rule, paths[n], grads[n], p, state.per_param[n], factors[n]) for n, p in params.items()]
-    steps = fused_steps(tensors, keep)
+    steps = fused_steps(tensors, numbers)
     if steps is None:
         return None
     seen = steps.look()
@@ -73,10 +75,9 @@ def _entries(
     rule: Steered, path: Direction, grad: Tensor, param: Tensor, slots: Slots, factors: tuple[float, float]
 ) -> Entries:
     """What the kernel has to do with: of a tensor with a basis, its direction alone."""
-    given = path == "eigenbasis"
-    names = ["d"] if given else ["m", "d"] if path == "orthogonal" else slots
-    own = {name: slots[name] for name in names}
-    return Entries("given" if given else path, as_matrix(param.shape), grad, param, own, factors)
+    name = "given" if path == "eigenbasis" else path
+    own = {slot: t for slot, t in slots.items() if slot in SLOTS[name]}
+    return Entries(name, as_matrix(param.shape), grad, param, own, factors)
 
 
 def _whiten(rule: Steered, now: Now, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]) -> None:

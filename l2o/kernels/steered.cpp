@@ -4,71 +4,19 @@
 // their order: results do not depend on threads.
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
+#include <limits>
 #include <new>
 #include <vector>
 
-#include <omp.h>
-
 #include "layout.h"
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
+#include "steered.h"
 
 namespace {
 
-enum Path : int64_t { ADAM, NORMALIZED, ORTHOGONAL, GIVEN };
-
-// A tensor as a matrix.  grad, param, m: [rows, cols].  second: d of an orthogonal or given one, v on Adam's path.
-// A given one has no m: its direction comes from elsewhere before `finish`, at its size.
-// row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
-// param <- keep param + scale direction.  sums, written: gradient times direction, and squares of gradient, direction
-// and parameter.
-constexpr int64_t SUMS = 4;
-struct Tensor {
-    int64_t path, rows, cols;
-    const float* grad;
-    float *param, *m, *second, *row, *col, *count;
-    double keep, scale;
-    double sums[SUMS];
-};
-
-struct Step {
-    int64_t tensors, threads;
-    double momentum, beta1, beta2;
-    Tensor* tensor;
-};
-
-constexpr int64_t BLOCK = 1 << 15, MOST = 32;  // entries of a block, or more where there would be more blocks
-constexpr int64_t PIECE = 1 << 12;             // entries of a sum in single precision
-constexpr double SMALL = 0.01;                 // as in l2o.ops.orthogonal
-
-int64_t block_rows(const Tensor& t) {
-    return std::max((t.rows + MOST - 1) / MOST, std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, t.cols)));
-}
-
-int64_t block_count(const Tensor& t) { return (t.rows + block_rows(t) - 1) / block_rows(t); }
-
-// Momentum of entries without gradients ends at 0, not among denormal numbers, which are slow.
-struct FlushDenormals {
-#if defined(__SSE__)
-    const unsigned before = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(before | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(before); }
-#endif
-};
-
-// f(block, first, last) over blocks of rows, in parallel where there are several.
-template <class F> void blocks(const Step& s, const Tensor& t, F f) {
-    const int64_t rows = block_rows(t), count = block_count(t);
-#pragma omp parallel for num_threads(s.threads) if (count > 1)
-    for (int64_t i = 0; i < count; i++) {
-        const FlushDenormals flush;
-        f(i, i * rows, std::min(t.rows, (i + 1) * rows));
-    }
-}
-
-inline float inverse_root(double x) { return x > 0 ? float(1 / std::sqrt(x)) : 0.f; }
+constexpr int64_t PIECE = 1 << 12;  // entries of a sum in single precision
+constexpr double SMALL = 0.01;      // as in l2o.ops.orthogonal
+constexpr double LEAST = 1e-10;     // as in l2o.ops.eigenbasis
+constexpr double USUAL = 0.3;       // as in l2o.ops.scales
 
 // 1 - beta ** count
 inline double correction(double beta, double count) { return -std::expm1(count * std::log(beta)); }
@@ -102,12 +50,12 @@ template <class F> void add_sums(const float* g, const float* p, int64_t n, doub
 void look_rows(const Step& s, const Tensor& t, int64_t first, int64_t last, double* sums) {
     const int64_t from = first * t.cols, n = (last - first) * t.cols;
     const float *g = t.grad + from, *p = t.param + from;
-    if (t.path >= ORTHOGONAL)
-        return add_sums(g, p, n, 1, sums, [d = t.second + from](int64_t i) { return d[i]; });
+    if (t.path >= DIAGONAL)
+        return add_sums(g, p, n, 1, sums, [d = t.d + from](int64_t i) { return d[i]; });
     const float* m = t.m + from;
     if (t.path == ADAM) {
         const double scale = adam_scale(s, std::max(1.f, *t.count));
-        return add_sums(g, p, n, scale, sums, [=, v = t.second + from](int64_t i) { return over_root(m[i], v[i]); });
+        return add_sums(g, p, n, scale, sums, [=, v = t.v + from](int64_t i) { return over_root(m[i], v[i]); });
     }
     for (int64_t r = first, at = 0; r < last; r++, at += t.cols) {
         const float *row = m + at, *col = t.col;
@@ -128,7 +76,7 @@ void adam(const Step& s, Tensor& t) {
     const float keep = t.keep, scale = float(t.scale) * adam_scale(s, *t.count);
     blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
         const float* g = t.grad;
-        float *p = t.param, *m = t.m, *v = t.second;
+        float *p = t.param, *m = t.m, *v = t.v;
 #pragma omp simd
         for (int64_t i = first * t.cols; i < last * t.cols; i++) {
             m[i] = b1 * m[i] + a1 * g[i];
@@ -143,7 +91,7 @@ void orthogonal(const Step& s, Tensor& t) {
     const float b = s.momentum, a = 1 - s.momentum;
     blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
         const float* g = t.grad;
-        float *m = t.m, *n = t.second;
+        float *m = t.m, *n = t.d;
 #pragma omp simd
         for (int64_t i = first * t.cols; i < last * t.cols; i++) {
             m[i] = b * m[i] + a * g[i];
@@ -162,12 +110,6 @@ float advance_row(const Step& s, const float* g, float* m, int64_t n) {
         squares += m[i] * m[i];
     }
     return squares;
-}
-
-double sum(const float* x, int64_t n) {
-    double total = 0;
-    for (int64_t i = 0; i < n; i++) total += x[i];
-    return total;
 }
 
 // Squared norms to factors that make the norms one, but for small ones; gives what is left of all squares together.
@@ -213,26 +155,69 @@ void normalized(const Step& s, Tensor& t) {
     });
 }
 
+// Of the mean square of a direction, what brings it to its size.
+float to_size(const Step& s, double square) {
+    if (!s.power) return inverse_root(square);
+    const double least = std::numeric_limits<float>::min();
+    return float(std::pow(std::max(square, least), (s.power - 1) / 2) * std::pow(USUAL, -s.power));
+}
+
+// Nesterov's momentum over the root of second moments, at its size; momentum rests where the gradient contradicts it.
+void diagonal(const Step& s, Tensor& t) {
+    const double entries = double(t.rows) * t.cols, moments = total(s, t, [&](int64_t first, int64_t last) {
+        const float b = s.momentum, a = 1 - s.momentum, old = s.memory, fresh = 1 - s.memory;
+        const float against = s.cautious ? 0 : 1, *g = t.grad;
+        float *m = t.m, *d = t.d, *v = t.v, all = 0;
+#pragma omp simd reduction(+ : all)
+        for (int64_t i = first; i < last; i++) {
+            m[i] = b * m[i] + a * g[i];
+            v[i] = old * v[i] + fresh * (g[i] * g[i]);
+            const float ahead = b * m[i] + a * g[i];
+            const float seen = g[i] > 0 ? 1.f : -1.f;  // a product of the two may be too small for a number
+            const float own = (ahead * seen < 0) & (g[i] != 0) ? against * ahead : ahead;
+            d[i] = (d[i] == 0) & (g[i] == 0) ? 0.f : own;
+            all += v[i];
+        }
+        return all;
+    });
+    const float small = std::max(float(LEAST * moments / entries), std::numeric_limits<float>::min());
+    const double squares = total(s, t, [&](int64_t first, int64_t last) {
+        const float least = small, *v = t.v;
+        float *d = t.d, all = 0;
+#pragma omp simd reduction(+ : all)
+        for (int64_t i = first; i < last; i++) {
+            d[i] /= std::sqrt(v[i] + least);
+            all += d[i] * d[i];
+        }
+        return all;
+    });
+    const float size = to_size(s, squares / entries), keep = t.keep, scale = t.scale;
+    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+        float *d = t.d, *p = t.param;
+#pragma omp simd
+        for (int64_t i = first * t.cols; i < last * t.cols; i++) {
+            d[i] *= size;
+            p[i] = keep * p[i] + scale * d[i];
+        }
+    });
+}
+
 // Entries that never had a gradient leave the direction, and what is left is brought to a mean square of one.
 void bring_to_size(const Step& s, Tensor& t) {
-    std::vector<double> parts(block_count(t));
-    blocks(s, t, [&](int64_t block, int64_t first, int64_t last) {
-        float squares = 0;
-        float* d = t.second;
+    const double squares = total(s, t, [&](int64_t first, int64_t last) {
+        float *d = t.d, all = 0;
         const float* m = t.m;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = first * t.cols; i < last * t.cols; i++) {
+#pragma omp simd reduction(+ : all)
+        for (int64_t i = first; i < last; i++) {
             d[i] = m[i] != 0 ? d[i] : 0.f;
-            squares += d[i] * d[i];
+            all += d[i] * d[i];
         }
-        parts[block] = squares;
+        return all;
     });
-    double squares = 0;
-    for (double part : parts) squares += part;
     const float size = inverse_root(squares / (t.rows * t.cols));
     blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
 #pragma omp simd
-        for (int64_t i = first * t.cols; i < last * t.cols; i++) t.second[i] *= size;
+        for (int64_t i = first * t.cols; i < last * t.cols; i++) t.d[i] *= size;
     });
 }
 
@@ -241,7 +226,7 @@ void finish(const Step& s, Tensor& t) {
     if (t.path == ORTHOGONAL) bring_to_size(s, t);
     const float keep = t.keep, scale = t.scale;
     blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
-        const float* d = t.second;
+        const float* d = t.d;
         float* p = t.param;
 #pragma omp simd
         for (int64_t i = first * t.cols; i < last * t.cols; i++) p[i] = keep * p[i] + scale * d[i];
@@ -266,6 +251,7 @@ extern "C" int l2o_steered_advance(const Step* step) {
     return each(step, [](const Step& s, Tensor& t) {
         if (t.path == ADAM) adam(s, t);
         if (t.path == NORMALIZED) normalized(s, t);
+        if (t.path == DIAGONAL) diagonal(s, t);
         if (t.path == ORTHOGONAL) orthogonal(s, t);
     });
 }
@@ -274,10 +260,11 @@ extern "C" int l2o_steered_advance(const Step* step) {
 extern "C" int l2o_steered_finish(const Step* step) { return each(step, finish); }
 
 extern "C" void l2o_layout_Tensor(int64_t* out) {
-    layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::second,
+    layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d, &Tensor::v,
            &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::keep, &Tensor::scale, &Tensor::sums);
 }
 
 extern "C" void l2o_layout_Step(int64_t* out) {
-    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::tensor);
+    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::memory, &Step::cautious,
+           &Step::power, &Step::tensor);
 }

@@ -16,13 +16,19 @@ from torch import Tensor
 from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
 
-PATHS = ("adam", "normalized", "orthogonal", "given")
-"""In the order of ``Path`` of steered.cpp; ``given`` are directions that come from elsewhere before `finish`."""
-_SLOTS = {"adam": {"m", "v", "count"}, "normalized": {"m", "row", "col"}, "orthogonal": {"m", "d"}, "given": {"d"}}
-_POINTERS = ("grad", "param", "m", "second", "row", "col", "count")
+SLOTS = {
+    "adam": {"m", "v", "count"},
+    "normalized": {"m", "row", "col"},
+    "diagonal": {"m", "d", "v"},
+    "orthogonal": {"m", "d"},
+    "given": {"d"},
+}
+"""Those that the kernel reads and writes, by path, in the order of ``Path`` of steered.cpp; the direction of ``given``
+ones comes from elsewhere before `finish`."""
+_POINTERS = ("grad", "param", "m", "d", "v", "row", "col", "count")
 _ORDER = {
-    path: (i, tuple(second if name == "second" else name if name in _SLOTS[path] else "" for name in _POINTERS[2:]))
-    for i, (path, second) in enumerate(zip(PATHS, ("v", "m", "d", "d"), strict=True))
+    path: (number, tuple(name if name in slots else "" for name in _POINTERS[2:]))
+    for number, (path, slots) in enumerate(SLOTS.items())
 }
 """By path: its number, and the slots that ``_POINTERS`` from ``m`` on are of."""
 _LENGTHS: Mapping[str, Callable[[int, int], int]] = {
@@ -52,13 +58,13 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tensors", "threads")),
-        *((name, ctypes.c_double) for name in ("momentum", "beta1", "beta2")),
+        *((name, ctypes.c_double) for name in ("momentum", "beta1", "beta2", "memory", "cautious", "power")),
         ("tensor", ctypes.POINTER(_Tensor)),
     )
 
 
 class Entries(NamedTuple):
-    """A tensor as a matrix of ``shape`` on one of ``PATHS``, and the slots that `l2o.rules.Steered` has for it.
+    """A tensor as a matrix of ``shape`` on a path of ``SLOTS``, and the slots that `l2o.rules.Steered` has for it.
 
     factors: ``lr, keep`` of ``param <- keep param + lr update``.
 
@@ -83,7 +89,7 @@ class Entries(NamedTuple):
     def fits(self) -> bool:
         """Whether the kernel would stay inside its arrays, and see every entry at one place in all of them."""
         param, grad, slots = self.param, self.grad, self.slots
-        if slots.keys() != _SLOTS[self.path] or grad.shape != param.shape:
+        if slots.keys() != SLOTS[self.path] or grad.shape != param.shape:
             return False
         contiguous = param.is_contiguous() and grad.is_contiguous()
         if not contiguous and (grad.stride() != param.stride() or not _channels_last(param)):
@@ -106,7 +112,7 @@ def _channels_last(t: Tensor) -> bool:
 class FusedSteps:
     """One step of some tensors. The methods are called in their order, and write to the tensors."""
 
-    def __init__(self, tensors: Sequence[Entries], decays: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Entries], numbers: Sequence[Tensor | float]) -> None:
         self._rates = torch.tensor([t.factors[0] for t in tensors], dtype=torch.float64, device="cpu")
         described = np.array([t.description() for t in tensors], np.int64)
         # Every field has eight bytes: a column each, written and read for all tensors at once.
@@ -115,7 +121,7 @@ class FusedSteps:
         self._numbers = torch.from_numpy(self._fields.view(np.float64)[:, described.shape[1] :])
         self._numbers[:, 0] = torch.tensor([t.factors[1] for t in tensors], dtype=torch.float64, device="cpu")
         table = self._fields.ctypes.data_as(ctypes.POINTER(_Tensor))
-        self._step = _Step(len(tensors), torch.get_num_threads(), *map(float, decays), table)
+        self._step = _Step(len(tensors), torch.get_num_threads(), *map(float, numbers), table)
 
     def look(self) -> Tensor:
         """Return sums ``[4, tensors]``, float64: gradient times last direction; squares of gradient, direction,
@@ -138,12 +144,12 @@ class FusedSteps:
         run("steered", "l2o_steered_finish", self._step)
 
 
-def fused_steps(tensors: Sequence[Entries], decays: Sequence[Tensor]) -> FusedSteps | None:
+def fused_steps(tensors: Sequence[Entries], numbers: Sequence[Tensor | float]) -> FusedSteps | None:
     """Return the kernel for one step, or None, with nothing read, where it does not fit or cannot be had.
 
-    decays: momentum, beta1, beta2; 0-d.
+    numbers: momentum, beta1, beta2; of diagonal ones memory, whether they are cautious, and ``by_signal``.
     """
     ordinary = plain([each for t in tensors for each in (t.grad, t.param, *t.slots.values())])
     if not (ordinary and all(t.fits for t in tensors) and available("steered")):
         return None
-    return FusedSteps(tensors, decays)
+    return FusedSteps(tensors, numbers)
