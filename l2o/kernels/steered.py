@@ -147,7 +147,7 @@ class FusedSteps:
 def fused_steps(tensors: Sequence[Entries], numbers: Sequence[Tensor | float]) -> FusedSteps | None:
     """Return the kernel for one step, or None, with nothing read, where it does not fit or cannot be had.
 
-    numbers: momentum, beta1, beta2; of diagonal ones memory, whether they are cautious, and ``by_signal``.
+    numbers: 0-d or plain, momentum, beta1, beta2; of diagonal ones memory, whether they are cautious, ``by_signal``.
     """
     ordinary = plain([each for t in tensors for each in (t.grad, t.param, *t.slots.values())])
     if not (ordinary and all(t.fits for t in tensors) and available("steered")):
