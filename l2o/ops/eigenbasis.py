@@ -89,7 +89,8 @@ def whiten(how: Whitening, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
     seen = _turned(g, bases).to(grad.dtype)
     m, ahead = nesterov(m, seen, how.momentum)
     ahead = torch.where(ahead * seen.sign() >= 0, ahead, 0.0) if how.cautious else ahead
-    v = torch.lerp(seen.square(), v, how.keep)
+    # The first of the two says how the result lies in memory: as the slot does, where the gradient does not.
+    v = torch.lerp(seen.square(), v, how.keep) if turns else torch.lerp(v, seen.square(), 1.0 - how.keep)
     share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
     squares = v + share * v.mean((-2, -1), keepdim=True)
     squares = squares.clamp(min=torch.finfo(v.dtype).tiny)  # before any gradient: 0 times a number
