@@ -260,11 +260,11 @@ extern "C" int l2o_steered_advance(const Step* step) {
 extern "C" int l2o_steered_finish(const Step* step) { return each(step, finish); }
 
 extern "C" void l2o_layout_Tensor(int64_t* out) {
-    layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d, &Tensor::v,
-           &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::keep, &Tensor::scale, &Tensor::sums);
+    layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d,
+           &Tensor::v, &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::keep, &Tensor::scale, &Tensor::sums);
 }
 
 extern "C" void l2o_layout_Step(int64_t* out) {
-    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::memory, &Step::cautious,
-           &Step::power, &Step::tensor);
+    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::memory,
+           &Step::cautious, &Step::power, &Step::tensor);
 }

@@ -23,7 +23,7 @@ SLOTS = {
     "orthogonal": {"m", "d"},
     "given": {"d"},
 }
-"""Those that the kernel reads and writes, by path, in the order of ``Path`` of steered.cpp; the direction of ``given``
+"""Those that the kernel reads and writes, by path, in the order of ``Path`` of steered.h; the direction of ``given``
 ones comes from elsewhere before `finish`."""
 _POINTERS = ("grad", "param", "m", "d", "v", "row", "col", "count")
 _ORDER = {
@@ -40,7 +40,7 @@ _SUMS = 4
 
 
 class _Tensor(ctypes.Structure):
-    """``Tensor`` of steered.cpp."""
+    """``Tensor`` of steered.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("path", "rows", "cols")),
@@ -54,7 +54,7 @@ _FIELDS = ctypes.sizeof(_Tensor) // 8
 
 
 class _Step(ctypes.Structure):
-    """``Step`` of steered.cpp. Keeps neither the array of tensors nor their memory."""
+    """``Step`` of steered.h. Keeps neither the array of tensors nor their memory."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tensors", "threads")),
