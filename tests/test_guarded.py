@@ -242,6 +242,16 @@ def test_what_is_down_the_slope_is_no_leap():
     assert watch.trouble(watch.alarms(memory, SEEN._replace(slope=-0.1))) is None
 
 
+def test_growth_from_near_zero_is_measured_in_usual_steps_of_the_rule_and_none_down_the_slope():
+    """As of embeddings and points, which begin at a thousandth of where they end; gradients stay as they were."""
+    start = watch.Seen((), gradient=1.0, size=0.01, moved=0.0, base=0.01, steps=0, entries=1, stride=0.014)
+    memory = {**watch.begun(start), "looks": 3.0, "gradient": 1.0}
+    far = start._replace(size=1.0, steps=10)
+    found = [watch.alarms(memory, seen)["growth"] for seen in (far._replace(size=0.5), far, far._replace(slope=-0.1))]
+    assert found[0] < 1.0 < found[1]
+    assert found[2] == 0.0
+
+
 def test_one_lucky_look_at_noisy_losses_is_not_what_others_are_held_to():
     memory = watch.begun(TOLD._replace(losses=(2.0,) * 10, size=1.0, moved=0.0))
     for loss in (2.0, 1.0, 1.0, 0.2):  # the last by chance

@@ -28,8 +28,9 @@ _DOWN = -0.02
 """and not down the slope, where the gradient at the end opposes it by this cosine: a larger step would help there."""
 _GROWTH = 12.0
 """times their norm at the start is what parameters may not reach unless gradients have fallen."""
-_SMALL = 0.03
-"""A root mean square of parameters at the start; where it is less, growth is from here."""
+_SMALL, _SMALL_STEPS = 0.03, 5.0
+"""A root mean square of parameters at the start, or so many usual steps of the rule; where it is less, growth is from
+here: embeddings and points that begin near zero have far to go."""
 _SPIKE = 100.0
 """A gradient is a spike that is so many times the largest that was seen."""
 _SKIPS = 0.5
@@ -80,7 +81,7 @@ class Seen(NamedTuple):
 
 def begun(seen: Seen, memory: Mapping[str, float] = MappingProxyType({})) -> Memory:
     """Return what is kept of the first look at parameters; of losses, what ``memory`` of others knows."""
-    size = max(seen.size, _SMALL * math.sqrt(seen.entries))
+    size = max(seen.size, max(_SMALL, _SMALL_STEPS * seen.stride) * math.sqrt(seen.entries))
     level = seen.gradient if math.isfinite(seen.gradient) else 0.0
     norms = {"looks": 0.0, "size": size, "gradient": 0.0, "level": level, "largest": 0.0}
     new = {"heard": 0.0, **memory, **norms}
@@ -173,7 +174,7 @@ def _leap(seen: Seen) -> float:
 
 
 def _growth(memory: Mapping[str, float], seen: Seen) -> float:
-    if memory["looks"] < _WARM:
+    if memory["looks"] < _WARM or seen.slope < _DOWN:
         return 0.0
     fallen = min(1.0, memory["level"] / max(memory["gradient"], 1e-30))
     return seen.size / memory["size"] * fallen / _GROWTH
