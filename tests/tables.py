@@ -42,7 +42,7 @@ VARIANTS = {
     "Steered-diagonal": Steered(direction="diagonal"),
     "Steered-network": Steered(direction="eigenbasis", period=2, turned=64, network=True),
     "Steered-tall": Steered(
-        direction="eigenbasis", period=2, turned=64, widest=6, tall=2, tables=True, free_zeros=True, deep=1
+        direction="eigenbasis", period=2, turned=64, widest=6, tall=2, tables=True, free_zeros=True, deep=1, rows=1.5
     ),
     "Steered-loss": Steered(controller="mlp", reads_loss=True),
     "Steered-mlp": Steered(controller="mlp"),

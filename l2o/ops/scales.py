@@ -64,6 +64,21 @@ def limited(
     return torch.where(are_matrices(shapes, scales) > 0.0, found, scales)
 
 
+def table_factors(squares: Tensor, shapes: Shapes, forms: Shapes, tables: Sequence[bool], factor: float) -> Tensor:
+    """Return ``factor * (1 + size)``, ``[len(shapes)]``, of tables and of what has more rows than columns and is sized
+    as a vector, 1 for all else; the size, a root mean square, counts up to 1.
+
+    Rows of a table have a gradient now and then, and as far to go as they are long: those of `torch.nn.Embedding`
+    begin at 1.
+
+    squares, tables: as in `limited`.    forms: as in `width_factors`.
+    """
+    sizes = safe_sqrt(squares / of_shapes(entries_of, shapes, squares)).clamp(max=1.0)
+    tall = [s != form and s[0] >= as_matrix(s)[1] for s, form in zip(shapes, forms, strict=True)]
+    rare = constant([float(each) for each in map(max, tall, tables)], sizes)
+    return torch.where(rare > 0, factor * (1.0 + sizes), constant(1.0, sizes))
+
+
 def tempered(x: Tensor, power: float) -> Tensor:
     """Return matrices ``x [..., rows, columns]``, their root mean square ``(rms / 0.3) ** power``; zeros stay zero."""
     squares = x.square().mean((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from l2o.ops.numeric import constant
 
+_SHORT = 150.0
+"""Steps of a run that is too short for steps of the usual size to get anywhere."""
+
 
 def warmup_cosine(step: Tensor, total: Tensor, warmup: Tensor, floor: float = 0.0) -> Tensor:
     """Rise linearly from 0 over ``warmup`` steps, then half a cosine down to ``floor`` at ``total`` steps; then
@@ -27,7 +30,12 @@ def linear_warmup(step: Tensor, warmup: Tensor) -> Tensor:
     return ((step + 1.0) / warmup).clamp(max=1.0)
 
 
-def power_decay(step: Tensor, total: Tensor, power: Tensor, floor: float) -> Tensor:
+def haste(total: Tensor, power: float) -> Tensor:
+    """Return ``(150 / total) ** power`` for runs of fewer than 150 steps, 1 for all others.  0-d."""
+    return (_SHORT / total.clamp(min=1.0)).clamp(min=1.0) ** power
+
+
+def power_decay(step: Tensor, total: Tensor, power: Tensor, floor: float = 0.01) -> Tensor:
     """Fall as ``(1 - step / total) ** power`` from 1 down to ``floor`` at ``total`` steps; then ``floor``.  All 0-d."""
     left = 1.0 - step / total
     ahead = left > 0.0  # the power of 0 has no derivative

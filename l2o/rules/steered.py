@@ -22,8 +22,8 @@ from l2o.ops.groups import Group, by_shape, split, stack, unstacked, whole_sums
 from l2o.ops.moments import nesterov
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
-from l2o.ops.scales import limited, matrix_factors, tempered, unheld, width_factors
-from l2o.ops.schedules import linear_warmup, power_decay
+from l2o.ops.scales import limited, matrix_factors, table_factors, tempered, unheld, width_factors
+from l2o.ops.schedules import haste, linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
     ConfigurationError,
@@ -43,9 +43,6 @@ from l2o.types import (
 Direction = Literal["eigenbasis", "diagonal", "orthogonal", "normalized", "adam"]
 Controller = Literal["alignment", "mlp", "lstm", "none"]
 Schedule = Literal["decay", "constant"]
-
-_FLOOR = 0.01
-"""Share of the step that is left at the end of the run, and after it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,7 @@ class Steered(UpdateRule):
     by_gain: power of the matrix' gain, its root mean square times the root of its fan-in, at most one, that is a factor
         of ``relative``: a sine network's is a twentieth. Unless it is 0, the 3e-4 are times ``(64 / fan-in) ** 0.5``.
     tables: leave the gain out for embeddings (`l2o.ops.groups.tables_of`), whose inputs are one entry, not all columns.
+    rows: of `l2o.ops.scales.table_factors`, for these and the like; 0 for none.    haste: of `l2o.ops.schedules.haste`.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, ``d`` and those of `init_basis` in a basis, ``m, row, col``
@@ -115,6 +113,8 @@ class Steered(UpdateRule):
     cautious: bool = False
     by_signal: float = 0.0
     deep: int = 0
+    rows: float = 0.0
+    haste: float = 0.0
 
     learned_init = False
     rests = True
@@ -124,7 +124,7 @@ class Steered(UpdateRule):
             check_choice(name, getattr(self, name), get_args(literal))
         for name in ("iterations", "period", "widest", "turned", "early", "tall", "deep"):
             check_int(name, getattr(self, name), int(name in ("iterations", "period", "widest")))
-        for name in ("fan_in", "by_gain", "wide", "by_signal"):
+        for name in ("fan_in", "by_gain", "wide", "by_signal", "rows", "haste"):
             check_float(name, getattr(self, name))
         check_float("memory", self.memory, above=0.0, below=1.0)
         if self.network and (came := self.direction) in ("normalized", "adam"):
@@ -289,12 +289,12 @@ class Steered(UpdateRule):
         if self.direction == "adam":
             return scales
         forms, relative = [self.form(shape) for shape in shapes], theta["log_relative"].exp()
-        return limited(scales, squares, forms, relative, self.by_gain, tables if self.tables else ())
+        held = limited(scales, squares, forms, relative, self.by_gain, tables if self.tables else ())
+        return held * table_factors(squares, shapes, forms, tables, self.rows) if self.rows else held
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """Return that of the step of all tensors, 0-d."""
         step, total = (t.to(theta["log_lr"].dtype) for t in run[:2])
-        schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"]))
-        if self.schedule == "decay":
-            schedule = schedule * power_decay(step, total, theta["log_power"].exp(), _FLOOR)
-        return schedule * (theta["log_lr"] + shared.get("log_step", 0.0) + shared.get("missing", 0.0)).exp()
+        schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"])) * haste(total, self.haste)
+        decay = power_decay(step, total, theta["log_power"].exp()) if self.schedule == "decay" else 1.0
+        return schedule * decay * (theta["log_lr"] + shared.get("log_step", 0.0) + shared.get("missing", 0.0)).exp()
