@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tables import generator
 from torch import nn
 
 from l2o import LearnedOptimizer
 from l2o.ops.scales import table_factors
 from l2o.ops.schedules import haste
 from l2o.rules import Steered
-from tables import generator
 
 SHAPES = [(4000, 32), (32, 4000), (500, 16), (64, 64)]
 FORMS = [(128_000,), (128_000,), (500, 16), (64, 64)]
