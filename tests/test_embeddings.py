@@ -46,6 +46,7 @@ def perceptron(*sizes, bias=True):
         (nn.Sequential(nn.Linear(4, 32, bias=False), nn.BatchNorm1d(32), nn.Linear(32, 2)), set()),
         (nn.LSTM(4, 8), set()),
         (nn.LayerNorm(4), set()),
+        (nn.Linear(2, 300, bias=False), set()),  # as points of a map are
     ],
 )
 def test_guesses_where_nobody_says_what_tensors_are_for(model, guessed):

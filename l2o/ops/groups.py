@@ -69,8 +69,8 @@ def tables_of(infos: Infos) -> set[str]:
     """Return the names of embeddings: matrices of rows that are looked up.
 
     Where no tensor is said to be an embedding or an output, as with ``model.parameters()``, the first matrix of those
-    that come before any vector is taken for one, if it has more rows than columns and no vector has as many entries, as
-    a bias would, and no other matrix as many inputs, as the layer after would.
+    that come before any vector is taken for one, if it has more rows than columns, is not alone, and no vector has as
+    many entries, as a bias would, and no other matrix as many inputs, as the layer after would.
     """
     kinds = {info.kind for info in infos.values()}
     if "embedding" in kinds:
@@ -82,9 +82,9 @@ def tables_of(infos: Infos) -> set[str]:
     if tall is None:
         return set()
     name, rows = tall
-    others = (info.shape for other, info in infos.items() if other != name)
+    others = [info.shape for other, info in infos.items() if other != name]
     used = (math.prod(shape[1:] or shape) for shape in others)
-    return set() if rows in used else {name}
+    return {name} if others and rows not in used else set()
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
