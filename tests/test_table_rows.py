@@ -6,8 +6,8 @@ from tables import generator
 from torch import nn
 
 from l2o import LearnedOptimizer
-from l2o.ops.scales import table_factors
-from l2o.ops.schedules import haste
+from l2o.ops.scales import lengthened
+from l2o.ops.schedules import hastened
 from l2o.rules import Steered
 
 SHAPES = [(4000, 32), (32, 4000), (500, 16), (64, 64)]
@@ -18,13 +18,13 @@ FORMS = [(128_000,), (128_000,), (500, 16), (64, 64)]
 def test_rows_go_as_far_as_they_are_long(size, factor):
     """A table, of which one is said to be one; neither a wide first layer nor what is no table."""
     squares = torch.tensor([size**2 * rows * columns for rows, columns in SHAPES])
-    found = table_factors(squares, SHAPES, FORMS, [False, False, True, False], 1.5)
-    assert torch.allclose(found, torch.tensor([factor, 1.0, factor, 1.0]))
+    found = lengthened(torch.full((4,), 2.0), squares, SHAPES, FORMS, [False, False, True, False], 1.5)
+    assert torch.allclose(found, 2.0 * torch.tensor([factor, 1.0, factor, 1.0]))
 
 
 def test_short_runs_take_longer_steps():
-    found = [haste(torch.tensor(float(steps)), 0.5).item() for steps in (0, 6, 37.5, 150, 2000)]
-    assert found == pytest.approx([150**0.5, 5.0, 2.0, 1.0, 1.0])
+    found = [hastened(torch.tensor(2.0), torch.tensor(float(steps)), 0.5).item() for steps in (0, 50, 75, 150, 2000)]
+    assert found == pytest.approx([2 * 3**0.5, 2 * 3**0.5, 2 * 2**0.5, 2.0, 2.0])
 
 
 def test_steps_of_an_embedding_and_of_a_short_run_are_what_the_fields_say():

@@ -64,19 +64,23 @@ def limited(
     return torch.where(are_matrices(shapes, scales) > 0.0, found, scales)
 
 
-def table_factors(squares: Tensor, shapes: Shapes, forms: Shapes, tables: Sequence[bool], factor: float) -> Tensor:
-    """Return ``factor * (1 + size)``, ``[len(shapes)]``, of tables and of what has more rows than columns and is sized
-    as a vector, 1 for all else; the size, a root mean square, counts up to 1.
+def lengthened(
+    scales: Tensor, squares: Tensor, shapes: Shapes, forms: Shapes, tables: Sequence[bool], factor: float
+) -> Tensor:
+    """Return ``scales [len(shapes)]``, ``factor * (1 + size)`` times as long for tables and for what has more rows than
+    columns and is sized as a vector; the size, a root mean square, counts up to 1.
 
     Rows of a table have a gradient now and then, and as far to go as they are long: those of `torch.nn.Embedding`
     begin at 1.
 
     squares, tables: as in `limited`.    forms: as in `width_factors`.
     """
-    sizes = safe_sqrt(squares / of_shapes(entries_of, shapes, squares)).clamp(max=1.0)
     tall = [s != form and s[0] >= as_matrix(s)[1] for s, form in zip(shapes, forms, strict=True)]
-    rare = constant([float(each) for each in map(max, tall, tables)], sizes)
-    return torch.where(rare > 0, factor * (1.0 + sizes), constant(1.0, sizes))
+    rare = [float(each) for each in map(max, tall, tables)]
+    if not any(rare):
+        return scales
+    sizes = safe_sqrt(squares / of_shapes(entries_of, shapes, squares)).clamp(max=1.0)
+    return torch.where(constant(rare, sizes) > 0, scales * (factor * (1.0 + sizes)), scales)
 
 
 def tempered(x: Tensor, power: float) -> Tensor:

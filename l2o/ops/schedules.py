@@ -11,6 +11,8 @@ from l2o.ops.numeric import constant
 
 _SHORT = 150.0
 """Steps of a run that is too short for steps of the usual size to get anywhere."""
+_SHORTEST = 1.0 / 3.0
+"""Share of these under which longer steps were not tried."""
 
 
 def warmup_cosine(step: Tensor, total: Tensor, warmup: Tensor, floor: float = 0.0) -> Tensor:
@@ -30,9 +32,10 @@ def linear_warmup(step: Tensor, warmup: Tensor) -> Tensor:
     return ((step + 1.0) / warmup).clamp(max=1.0)
 
 
-def haste(total: Tensor, power: float) -> Tensor:
-    """Return ``(150 / total) ** power`` for runs of fewer than 150 steps, 1 for all others.  0-d."""
-    return (_SHORT / total.clamp(min=1.0)).clamp(min=1.0) ** power
+def hastened(schedule: Tensor, total: Tensor, power: float) -> Tensor:
+    """Return ``schedule`` times ``(150 / total) ** power`` for runs of fewer than 150 steps, those of fewer than 50 as
+    of 50.  All 0-d."""
+    return schedule * (total / _SHORT).clamp(_SHORTEST, 1.0) ** -power if power else schedule
 
 
 def power_decay(step: Tensor, total: Tensor, power: Tensor, floor: float = 0.01) -> Tensor:

@@ -22,8 +22,8 @@ from l2o.ops.groups import Group, by_shape, split, stack, unstacked, whole_sums
 from l2o.ops.moments import nesterov
 from l2o.ops.numeric import constant, log_of, logit_of, scalar_like, square_sums, unit
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
-from l2o.ops.scales import limited, matrix_factors, table_factors, tempered, unheld, width_factors
-from l2o.ops.schedules import haste, linear_warmup, power_decay
+from l2o.ops.scales import lengthened, limited, matrix_factors, tempered, unheld, width_factors
+from l2o.ops.schedules import hastened, linear_warmup, power_decay
 from l2o.types import (
     LOCAL,
     ConfigurationError,
@@ -76,7 +76,7 @@ class Steered(UpdateRule):
     by_gain: power of the matrix' gain, its root mean square times the root of its fan-in, at most one, that is a factor
         of ``relative``: a sine network's is a twentieth. Unless it is 0, the 3e-4 are times ``(64 / fan-in) ** 0.5``.
     tables: leave the gain out for embeddings (`l2o.ops.groups.tables_of`), whose inputs are one entry, not all columns.
-    rows: of `l2o.ops.scales.table_factors`, for these and the like; 0 for none.    haste: of `l2o.ops.schedules.haste`.
+    rows: of `l2o.ops.scales.lengthened`, for these and the like; 0 for none.    haste: of `l2o.ops.schedules.hastened`.
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, ``d`` and those of `init_basis` in a basis, ``m, row, col``
@@ -290,11 +290,11 @@ class Steered(UpdateRule):
             return scales
         forms, relative = [self.form(shape) for shape in shapes], theta["log_relative"].exp()
         held = limited(scales, squares, forms, relative, self.by_gain, tables if self.tables else ())
-        return held * table_factors(squares, shapes, forms, tables, self.rows) if self.rows else held
+        return lengthened(held, squares, shapes, forms, tables, self.rows) if self.rows else held
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
         """Return that of the step of all tensors, 0-d."""
         step, total = (t.to(theta["log_lr"].dtype) for t in run[:2])
-        schedule = linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"])) * haste(total, self.haste)
+        schedule = hastened(linear_warmup(step, total * torch.sigmoid(theta["logit_warmup"])), total, self.haste)
         decay = power_decay(step, total, theta["log_power"].exp()) if self.schedule == "decay" else 1.0
         return schedule * decay * (theta["log_lr"] + shared.get("log_step", 0.0) + shared.get("missing", 0.0)).exp()
