@@ -5,17 +5,30 @@ import math
 
 import pytest
 import torch
-from tables import generator
+from omegaconf import OmegaConf
+from tables import generator, identical
 
+from l2o import load
 from l2o.errors import L2OError
 from l2o.evaluation import RuleEntrant, baselines
 from l2o.evaluation.trials import Setting, run_entrant
 from l2o.rules import Adam, Steered
 from l2o.tasks import ImageMLP
+from l2o.types import UpdateRule
+from meta_train.config.build import make
+from meta_train.config.compose import composed
 from meta_train.sweep import Swept, record, run
 
 SETTINGS = ["--set", "experiment=default", "rule.controller=alignment"]
 SHORT = ["--steps", "20", "--seeds", "2", "--only", "^(softmax|ravine)$"]
+
+
+def test_the_experiment_begins_as_what_default_is():
+    config = OmegaConf.to_container(composed("train", SETTINGS[1:]), resolve=True)
+    start = make(config["rule"], "rule", UpdateRule)
+    rule, theta = load("default")
+    assert start == rule
+    assert identical(start.init_theta(generator()), theta)
 
 
 def test_a_trial_is_what_the_rule_does_with_that_number():

@@ -6,9 +6,10 @@ from tables import generator
 from torch import nn
 
 from l2o import LearnedOptimizer
-from l2o.ops.scales import lengthened
+from l2o.ops.scales import lengthened, unheld
 from l2o.ops.schedules import hastened
 from l2o.rules import Steered
+from l2o.types import ConfigurationError
 
 SHAPES = [(4000, 32), (32, 4000), (500, 16), (64, 64)]
 FORMS = [(128_000,), (128_000,), (500, 16), (64, 64)]
@@ -20,6 +21,18 @@ def test_rows_go_as_far_as_they_are_long(size, factor):
     squares = torch.tensor([size**2 * rows * columns for rows, columns in SHAPES])
     found = lengthened(torch.full((4,), 2.0), squares, SHAPES, FORMS, [False, False, True, False], 1.5)
     assert torch.allclose(found, 2.0 * torch.tensor([factor, 1.0, factor, 1.0]))
+
+
+def test_a_table_that_began_as_zeros_has_no_size():
+    squares = unheld(torch.tensor([8.0, 8.0]), [({"free": torch.tensor([1.0, 0.0])}, 2)])
+    found = lengthened(torch.ones(2), squares, [(4, 2)] * 2, [(4, 2)] * 2, [True, True], 1.5)
+    assert torch.allclose(found, torch.tensor([1.5, 3.0]))
+
+
+@pytest.mark.parametrize("name", ["rows", "haste"])
+def test_a_factor_that_would_turn_steps_around_is_refused(name):
+    with pytest.raises(ConfigurationError, match=f"{name}=-1.0"):
+        Steered(**{name: -1.0})
 
 
 def test_short_runs_take_longer_steps():

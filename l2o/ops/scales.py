@@ -68,7 +68,7 @@ def lengthened(
     scales: Tensor, squares: Tensor, shapes: Shapes, forms: Shapes, tables: Sequence[bool], factor: float
 ) -> Tensor:
     """Return ``scales [len(shapes)]``, ``factor * (1 + size)`` times as long for tables and for what has more rows than
-    columns and is sized as a vector; the size, a root mean square, counts up to 1.
+    columns and is sized as a vector; the size, a root mean square, counts up to 1, and not where there is no limit.
 
     Rows of a table have a gradient now and then, and as far to go as they are long: those of `torch.nn.Embedding`
     begin at 1.
@@ -79,7 +79,8 @@ def lengthened(
     rare = [float(each) for each in map(max, tall, tables)]
     if not any(rare):
         return scales
-    sizes = safe_sqrt(squares / of_shapes(entries_of, shapes, squares)).clamp(max=1.0)
+    known = torch.where(squares < _UNHELD, squares, constant(0.0, squares))
+    sizes = safe_sqrt(known / of_shapes(entries_of, shapes, known)).clamp(max=1.0)
     return torch.where(constant(rare, sizes) > 0, scales * (factor * (1.0 + sizes)), scales)
 
 

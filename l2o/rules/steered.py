@@ -125,7 +125,7 @@ class Steered(UpdateRule):
         for name in ("iterations", "period", "widest", "turned", "early", "tall", "deep"):
             check_int(name, getattr(self, name), int(name in ("iterations", "period", "widest")))
         for name in ("fan_in", "by_gain", "wide", "by_signal", "rows", "haste"):
-            check_float(name, getattr(self, name))
+            check_float(name, getattr(self, name), 0.0 if name in ("rows", "haste") else -math.inf)
         check_float("memory", self.memory, above=0.0, below=1.0)
         if self.network and (came := self.direction) in ("normalized", "adam"):
             raise ConfigurationError(f"network=True: expected direction=eigenbasis, diagonal or orthogonal, not {came}")
