@@ -12,17 +12,19 @@ from torch import Tensor
 from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as
 from l2o.kernels.steered import SLOTS, Entries, fused_steps
+from l2o.kernels.whitened import settle, weigh
 from l2o.ops.alignment import begin, control, cosine
-from l2o.ops.directions import Now, decays_of
+from l2o.ops.directions import decays_of
+from l2o.ops.eigenbasis import Whitening, turn, turned_back
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import safe_sqrt
-from l2o.ops.orthogonal import as_matrix, matrices, polar
+from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import are_matrices, unheld
 from l2o.rules import Steered
 from l2o.rules.steered import Direction
 from l2o.types import OptState, Slots
 
-_LARGE = 512
+_LARGE = 128
 """Rows and columns from which products are as fast one by one as in a batch, which takes more memory."""
 
 
@@ -58,13 +60,13 @@ def step(
     if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong
     steps.advance(-scales)
-    now = rule.now(theta, run)
+    whitening = rule.now(theta, run).whitening
     for (path, _), names in _alike(params, paths).items():
         of = [state.per_param[name] for name in names]
         if path == "orthogonal":
             _orthogonalise([own["d"] for own in of], rule.iterations)
-        elif path == "eigenbasis":
-            _whiten(rule, now, [grads[name] for name in names], of)
+        elif path == "eigenbasis" and whitening is not None:
+            _whiten(rule, whitening, [grads[name] for name in names], of)
     steps.finish()
     slots = [t for name in params for t in state.per_param[name].values()]
     torch.autograd.graph.increment_version([*params.values(), *slots])
@@ -80,13 +82,19 @@ def _entries(
     return Entries(name, as_matrix(param.shape), grad, param, own, factors)
 
 
-def _whiten(rule: Steered, now: Now, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]) -> None:
+def _whiten(rule: Steered, how: Whitening, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]) -> None:
     """In place, the slots of tensors of one shape with bases."""
+    power = rule.by_signal if is_matrix(grads[0].shape) else None  # vectors keep their size
     for part in _parts(grads):
         some = slots[part]
         own = {name: stack([each[name] for each in some]) for name in some[0]}
-        for name, t in rule.advance(now, stack(grads[part]), own, "eigenbasis").items():
-            if t is not own[name]:
+        grad, d = (matrices(t).contiguous() for t in (stack(grads[part]), own["d"]))
+        turned = turn(how, grad, own)
+        seen, m, v = (t.contiguous() for t in turned[:3])
+        scaled = weigh(seen, m, v, float(how.momentum.keep), float(how.keep), how.cautious, turned.least)
+        settle(turned_back(scaled, turned.bases).contiguous(), grad, d, power)
+        for name, t in {"turned": m, "v": v, "d": d, **turned.new}.items():
+            if t.data_ptr() != some[0][name].data_ptr():  # else it is in its place
                 _copy(t, [each[name] for each in some])
 
 

@@ -4,19 +4,17 @@
 // their order: results do not depend on threads.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <new>
 #include <vector>
 
 #include "layout.h"
-#include "steered.h"
+#include "whitened.h"
 
 namespace {
 
 constexpr int64_t PIECE = 1 << 12;  // entries of a sum in single precision
 constexpr double SMALL = 0.01;      // as in l2o.ops.orthogonal
 constexpr double LEAST = 1e-10;     // as in l2o.ops.eigenbasis
-constexpr double USUAL = 0.3;       // as in l2o.ops.scales
 
 // 1 - beta ** count
 inline double correction(double beta, double count) { return -std::expm1(count * std::log(beta)); }
@@ -64,8 +62,8 @@ void look_rows(const Step& s, const Tensor& t, int64_t first, int64_t last, doub
 }
 
 void look(const Step& s, Tensor& t) {
-    std::vector<double> parts(SUMS * block_count(t));
-    blocks(s, t, [&](int64_t i, int64_t first, int64_t last) { look_rows(s, t, first, last, &parts[SUMS * i]); });
+    std::vector<double> parts(SUMS * Rows(s, t).blocks());
+    blocks({s, t}, [&](int64_t i, int64_t first, int64_t last) { look_rows(s, t, first, last, &parts[SUMS * i]); });
     std::fill(t.sums, t.sums + SUMS, 0.0);
     for (size_t i = 0; i < parts.size(); i++) t.sums[i % SUMS] += parts[i];
 }
@@ -74,7 +72,7 @@ void adam(const Step& s, Tensor& t) {
     const float b1 = s.beta1, a1 = 1 - s.beta1, b2 = s.beta2, a2 = 1 - s.beta2;
     *t.count += 1;
     const float keep = t.keep, scale = float(t.scale) * adam_scale(s, *t.count);
-    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+    blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         const float* g = t.grad;
         float *p = t.param, *m = t.m, *v = t.v;
 #pragma omp simd
@@ -89,7 +87,7 @@ void adam(const Step& s, Tensor& t) {
 // The momentum, and in the place of the direction what will be orthogonalised: Nesterov's.
 void orthogonal(const Step& s, Tensor& t) {
     const float b = s.momentum, a = 1 - s.momentum;
-    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+    blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         const float* g = t.grad;
         float *m = t.m, *n = t.d;
 #pragma omp simd
@@ -125,12 +123,12 @@ double scales(float* squares, int64_t n) {
 }
 
 void normalized(const Step& s, Tensor& t) {
-    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+    blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) t.row[r] = advance_row(s, t.grad + r * t.cols, t.m + r * t.cols, t.cols);
     });
     scales(t.row, t.rows);
-    std::vector<float> parts(block_count(t) * t.cols);
-    blocks(s, t, [&](int64_t block, int64_t first, int64_t last) {
+    std::vector<float> parts(Rows(s, t).blocks() * t.cols);
+    blocks({s, t}, [&](int64_t block, int64_t first, int64_t last) {
         float* columns = &parts[block * t.cols];
         for (int64_t r = first; r < last; r++) {
             const float *m = t.m + r * t.cols, row = t.row[r];
@@ -144,7 +142,7 @@ void normalized(const Step& s, Tensor& t) {
     const double total = scales(t.col, t.cols);
     const float size = total > 0 ? std::sqrt(double(t.rows) * t.cols / total) : 0.0;
     for (int64_t i = 0; i < t.cols; i++) t.col[i] *= size;
-    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+    blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) {
             const float keep = t.keep, scale = float(t.scale) * t.row[r];
             const float *m = t.m + r * t.cols, *col = t.col;
@@ -155,44 +153,12 @@ void normalized(const Step& s, Tensor& t) {
     });
 }
 
-// Of the mean square of a direction, what brings it to its size.
-float to_size(const Step& s, double square) {
-    if (!s.power) return inverse_root(square);
-    const double least = std::numeric_limits<float>::min();
-    return float(std::pow(std::max(square, least), (s.power - 1) / 2) * std::pow(USUAL, -s.power));
-}
-
-// Nesterov's momentum over the root of second moments, at its size; momentum rests where the gradient contradicts it.
+// Nesterov's momentum over the root of second moments, at its size.
 void diagonal(const Step& s, Tensor& t) {
-    const double entries = double(t.rows) * t.cols, moments = total(s, t, [&](int64_t first, int64_t last) {
-        const float b = s.momentum, a = 1 - s.momentum, old = s.memory, fresh = 1 - s.memory;
-        const float against = s.cautious ? 0 : 1, *g = t.grad;
-        float *m = t.m, *d = t.d, *v = t.v, all = 0;
-#pragma omp simd reduction(+ : all)
-        for (int64_t i = first; i < last; i++) {
-            m[i] = b * m[i] + a * g[i];
-            v[i] = old * v[i] + fresh * (g[i] * g[i]);
-            const float ahead = b * m[i] + a * g[i];
-            const float seen = g[i] > 0 ? 1.f : -1.f;  // a product of the two may be too small for a number
-            const float own = (ahead * seen < 0) & (g[i] != 0) ? against * ahead : ahead;
-            d[i] = (d[i] == 0) & (g[i] == 0) ? 0.f : own;
-            all += v[i];
-        }
-        return all;
-    });
-    const float small = std::max(float(LEAST * moments / entries), std::numeric_limits<float>::min());
-    const double squares = total(s, t, [&](int64_t first, int64_t last) {
-        const float least = small, *v = t.v;
-        float *d = t.d, all = 0;
-#pragma omp simd reduction(+ : all)
-        for (int64_t i = first; i < last; i++) {
-            d[i] /= std::sqrt(v[i] + least);
-            all += d[i] * d[i];
-        }
-        return all;
-    });
-    const float size = to_size(s, squares / entries), keep = t.keep, scale = t.scale;
-    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+    const Weighing how{s.momentum, s.memory, s.cautious, LEAST};
+    const double squares = weigh<true>({s, t}, how, t.grad, t.m, t.v, t.d);
+    const float size = to_size(s.power, squares / Rows(s, t).entries()), keep = t.keep, scale = t.scale;
+    blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         float *d = t.d, *p = t.param;
 #pragma omp simd
         for (int64_t i = first * t.cols; i < last * t.cols; i++) {
@@ -202,30 +168,11 @@ void diagonal(const Step& s, Tensor& t) {
     });
 }
 
-// Entries that never had a gradient leave the direction, and what is left is brought to a mean square of one.
-void bring_to_size(const Step& s, Tensor& t) {
-    const double squares = total(s, t, [&](int64_t first, int64_t last) {
-        float *d = t.d, all = 0;
-        const float* m = t.m;
-#pragma omp simd reduction(+ : all)
-        for (int64_t i = first; i < last; i++) {
-            d[i] = m[i] != 0 ? d[i] : 0.f;
-            all += d[i] * d[i];
-        }
-        return all;
-    });
-    const float size = inverse_root(squares / (t.rows * t.cols));
-    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
-#pragma omp simd
-        for (int64_t i = first * t.cols; i < last * t.cols; i++) t.d[i] *= size;
-    });
-}
-
 void finish(const Step& s, Tensor& t) {
     if (t.path < ORTHOGONAL) return;
-    if (t.path == ORTHOGONAL) bring_to_size(s, t);
+    if (t.path == ORTHOGONAL) settle({s, t}, t.d, t.m, t.m, t.d, true, 0);  // momentum: had a gradient
     const float keep = t.keep, scale = t.scale;
-    blocks(s, t, [&](int64_t, int64_t first, int64_t last) {
+    blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         const float* d = t.d;
         float* p = t.param;
 #pragma omp simd
@@ -258,6 +205,30 @@ extern "C" int l2o_steered_advance(const Step* step) {
 
 // Once directions are in their place: those of orthogonal matrices, and parameters of these and given ones.
 extern "C" int l2o_steered_finish(const Step* step) { return each(step, finish); }
+
+// Of every matrix, see `weigh` and `settle`.
+extern "C" int l2o_steered_weigh(const Weigh* w) {
+    return each(*w, [&](const Rows& r, int64_t at) {
+        weigh<false>(r, {w->momentum, w->memory, w->cautious, w->least}, w->seen + at, w->m + at, w->v + at,
+                     w->scaled + at);
+    });
+}
+
+extern "C" int l2o_steered_settle(const Settle* w) {
+    return each(*w, [&](const Rows& r, int64_t at) {
+        settle(r, w->direction + at, w->grad + at, w->d + at, w->d + at, w->sized, w->power);
+    });
+}
+
+extern "C" void l2o_layout_Weigh(int64_t* out) {
+    layout(out, &Weigh::matrices, &Weigh::entries, &Weigh::threads, &Weigh::momentum, &Weigh::memory, &Weigh::cautious,
+           &Weigh::least, &Weigh::seen, &Weigh::m, &Weigh::v, &Weigh::scaled);
+}
+
+extern "C" void l2o_layout_Settle(int64_t* out) {
+    layout(out, &Settle::matrices, &Settle::entries, &Settle::threads, &Settle::sized, &Settle::power,
+           &Settle::direction, &Settle::grad, &Settle::d);
+}
 
 extern "C" void l2o_layout_Tensor(int64_t* out) {
     layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d,

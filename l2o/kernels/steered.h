@@ -37,13 +37,19 @@ struct Step {
     Tensor* tensor;
 };
 
-constexpr int64_t BLOCK = 1 << 15, MOST = 32;  // entries of a block, or more where there would be more blocks
+// What is cut into blocks of rows, and how many threads there are for it.
+struct Rows {
+    int64_t threads, rows, cols;
+    Rows(int64_t threads, int64_t rows, int64_t cols) : threads(threads), rows(rows), cols(cols) {}
+    Rows(const Step& s, const Tensor& t) : Rows(s.threads, t.rows, t.cols) {}
 
-int64_t block_rows(const Tensor& t) {
-    return std::max((t.rows + MOST - 1) / MOST, std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, t.cols)));
-}
-
-int64_t block_count(const Tensor& t) { return (t.rows + block_rows(t) - 1) / block_rows(t); }
+    static constexpr int64_t LEAST = 1 << 15, MOST = 32;  // entries of a block, or more where there would be more blocks
+    int64_t size() const {
+        return std::max((rows + MOST - 1) / MOST, std::max<int64_t>(1, LEAST / std::max<int64_t>(1, cols)));
+    }
+    int64_t blocks() const { return (rows + size() - 1) / size(); }
+    double entries() const { return double(rows) * cols; }
+};
 
 // Momentum of entries without gradients ends at 0, not among denormal numbers, which are slow.
 struct FlushDenormals {
@@ -55,13 +61,15 @@ struct FlushDenormals {
 };
 
 // f(block, first, last) over blocks of rows, in parallel where there are several.
-template <class F> void blocks(const Step& s, const Tensor& t, F f) {
-    const int64_t rows = block_rows(t), count = block_count(t);
-#pragma omp parallel for num_threads(s.threads) if (count > 1)
-    for (int64_t i = 0; i < count; i++) {
+template <class F> void blocks(const Rows& r, F f) {
+    const int64_t rows = r.size(), count = r.blocks();
+    const auto block = [&](int64_t i) {
         const FlushDenormals flush;
-        f(i, i * rows, std::min(t.rows, (i + 1) * rows));
-    }
+        f(i, i * rows, std::min(r.rows, (i + 1) * rows));
+    };
+    if (count == 1) return block(0);  // a parallel region of one takes longer than many a tensor
+#pragma omp parallel for num_threads(r.threads)
+    for (int64_t i = 0; i < count; i++) block(i);
 }
 
 inline float inverse_root(double x) { return x > 0 ? float(1 / std::sqrt(x)) : 0.f; }
@@ -73,9 +81,9 @@ template <class T> double sum(const T* x, int64_t n) {
 }
 
 // f(first, last) of the entries of a block, which returns a sum over them; the sum over blocks.
-template <class F> double total(const Step& s, const Tensor& t, F f) {
-    std::vector<double> parts(block_count(t));
-    blocks(s, t, [&](int64_t i, int64_t first, int64_t last) { parts[i] = f(first * t.cols, last * t.cols); });
-    return sum(parts.data(), int64_t(parts.size()));
+template <class F> double total(const Rows& r, F f) {
+    double parts[Rows::MOST] = {};
+    blocks(r, [&](int64_t i, int64_t first, int64_t last) { parts[i] = f(first * r.cols, last * r.cols); });
+    return sum(parts, Rows::MOST);
 }
 }  // namespace

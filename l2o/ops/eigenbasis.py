@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from l2o.ops.moments import Shares, nesterov
-from l2o.ops.orthogonal import as_matrix, product_dtype
+from l2o.ops.orthogonal import as_matrix, product, product_dtype
 from l2o.types import Run, Slots
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,7 +38,7 @@ def init_basis(param: Tensor, shape: tuple[int, ...]) -> Slots:
     """
     rows, columns = as_matrix(shape)
     sides = {side: n for side, n in zip(_SIDES, (rows, columns), strict=True) if n > 1}
-    products = {product: param.new_zeros(n, n) for (product, _), n in sides.items()}
+    products = {mean: param.new_zeros(n, n) for (mean, _), n in sides.items()}
     bases = {basis: torch.eye(n, dtype=param.dtype, device=param.device) for (_, basis), n in sides.items()}
     moments = {name: param.new_zeros(param.shape) for name in ("turned", "v")}
     return moments | products | bases
@@ -65,39 +65,75 @@ class Whitening(NamedTuple):
     cautious: bool = False
 
 
-def whiten(how: Whitening, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-    """Return the direction of the momentum, of any size, and the new slots of `init_basis`, ``[k, ...]``.
+class Turned(NamedTuple):
+    """Matrices in the basis of their gradients, ``[..., rows, columns]``.
 
-    grad: ``[k, rows, columns]``. Without a basis in ``slots``, moments are of entries, and the first is ``m``.
+    seen: the gradient.     m, v: momentum and second moments before it.     bases: in the dtype of products.
+    new: the new products and bases, by their names.
     """
+
+    seen: Tensor
+    m: Tensor
+    v: Tensor
+    bases: Slots
+    new: Slots
+
+    @property
+    def least(self) -> float:
+        """Share of the mean second moment under which one is rounding."""
+        narrow = any(basis.dtype == torch.bfloat16 for basis in self.bases.values())
+        return _LEAST_BFLOAT16 if narrow else _LEAST
+
+
+def whiten(how: Whitening, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+    """Return the direction of the momentum, of any size, and the new slots of `init_basis`, ``[..., *]``.
+
+    grad: ``[..., rows, columns]``. Without a basis in ``slots``, moments are of entries, and the first is ``m``.
+    """
+    turned = turn(how, grad, slots)
+    scaled, m, v = weighed(how, turned)
+    first = "turned" if turned.bases else "m"
+    new = {name: t.view(slots[name].shape) for name, t in ((first, m), ("v", v))}
+    return turned_back(scaled, turned.bases), new | turned.new
+
+
+def turn(how: Whitening, grad: Tensor, slots: Slots) -> Turned:
+    """Return what a step weighs, in bases that have followed.  grad: ``[..., rows, columns]``.  slots: as in `whiten`."""
     narrow = product_dtype(grad)
     turns = any(basis in slots for _, basis in _SIDES)
-    dtype = narrow if turns and product_dtype(grad.mT) == narrow else grad.dtype
-    g = grad.to(dtype)
+    g = grad.to(narrow if turns and product_dtype(grad.mT) == narrow else grad.dtype)
     new: Slots = {}
-    for (product, basis), x in zip(_SIDES, (g, g.mT), strict=True):
+    for (mean, basis), x in zip(_SIDES, (g, g.mT), strict=True):
         if basis in slots:
-            new[product] = torch.lerp((x @ x.mT).to(grad.dtype), slots[product], how.keep)
-            new[basis] = _chosen(how.due, slots[basis], partial(_followed, slots[basis], new[product]))
-    first = "turned" if turns else "m"
-    m, v = (slots[name].reshape(grad.shape) for name in (first, "v"))
+            new[mean] = torch.lerp(product(x, x.mT).to(grad.dtype), slots[mean], how.keep)
+            new[basis] = _chosen(how.due, slots[basis], partial(_followed, slots[basis], new[mean]))
+    m, v = (slots[name].reshape(grad.shape) for name in ("turned" if turns else "m", "v"))
     if how.due is not False:
-        cosines = {basis: slots[basis].mT @ new[basis] for _, basis in _SIDES if basis in new}
+        cosines = {basis: product(slots[basis].mT, new[basis]) for _, basis in _SIDES if basis in new}
         m = _chosen(how.due, m, partial(_turned, m, cosines))
         v = _chosen(how.carried and how.due, v, partial(_turned, v, {b: t.square() for b, t in cosines.items()}))
-    bases = {basis: new[basis].to(dtype) for _, basis in _SIDES if basis in new}
-    seen = _turned(g, bases).to(grad.dtype)
+    bases = {basis: new[basis].to(g.dtype) for _, basis in _SIDES if basis in new}
+    return Turned(_turned(g, bases).to(grad.dtype), m, v, bases, new)
+
+
+def weighed(how: Whitening, turned: Turned) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the direction in the basis, of any size, and the new momentum and second moments there, all ``[..., rows,
+    columns]``."""
+    seen, m, v, bases, _ = turned
     m, ahead = nesterov(m, seen, how.momentum)
     ahead = torch.where(ahead * seen.sign() >= 0, ahead, 0.0) if how.cautious else ahead
     # The first of the two says how the result lies in memory: as the slot does, where the gradient does not.
-    v = torch.lerp(seen.square(), v, how.keep) if turns else torch.lerp(v, seen.square(), 1.0 - how.keep)
-    share = _LEAST_BFLOAT16 if dtype == torch.bfloat16 else _LEAST
-    squares = v + share * v.mean((-2, -1), keepdim=True)
+    v = torch.lerp(seen.square(), v, how.keep) if bases else torch.lerp(v, seen.square(), 1.0 - how.keep)
+    squares = v + turned.least * v.mean((-2, -1), keepdim=True)
     squares = squares.clamp(min=torch.finfo(v.dtype).tiny)  # before any gradient: 0 times a number
     roots = squares.rsqrt()
-    scaled = ahead * roots if how.weigh is None else how.weigh(ahead * roots, seen * roots, squares)
-    direction = _turned(scaled.to(dtype), {basis: t.mT for basis, t in bases.items()}).to(grad.dtype)
-    return direction, {name: t.view(slots[name].shape) for name, t in ((first, m), ("v", v))} | new
+    return ahead * roots if how.weigh is None else how.weigh(ahead * roots, seen * roots, squares), m, v
+
+
+def turned_back(scaled: Tensor, bases: Slots) -> Tensor:
+    """Return ``scaled [..., rows, columns]`` out of the bases of its sides."""
+    dtype = next(iter(bases.values())).dtype if bases else scaled.dtype
+    return _turned(scaled.to(dtype), {basis: t.mT for basis, t in bases.items()}).to(scaled.dtype)
 
 
 def into_basis(slots: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,8 +167,8 @@ def is_due(run: Run, period: int, early: int = 0) -> Tensor | bool:
 
 def _turned(x: Tensor, bases: Slots) -> Tensor:
     """``[k, rows, columns]`` in the bases of its sides, of those that have one."""
-    x = bases["rows"].mT @ x if "rows" in bases else x
-    return x @ bases["columns"] if "columns" in bases else x
+    x = product(bases["rows"].mT, x) if "rows" in bases else x
+    return product(x, bases["columns"]) if "columns" in bases else x
 
 
 def _chosen(due: Tensor | bool, old: Tensor, new: Callable[[], Tensor]) -> Tensor:
@@ -142,10 +178,10 @@ def _chosen(due: Tensor | bool, old: Tensor, new: Callable[[], Tensor]) -> Tenso
     return torch.where(due, new(), old)
 
 
-def _followed(basis: Tensor, product: Tensor) -> Tensor:
-    """``basis`` once it has been multiplied by ``product``, whose scale does not matter, and made orthogonal."""
+def _followed(basis: Tensor, mean: Tensor) -> Tensor:
+    """``basis`` once it has been multiplied by ``mean``, a product whose scale does not matter, and made orthogonal."""
     with torch.no_grad():
-        largest = product.abs().amax((-2, -1), keepdim=True)
-        scaled = product / torch.where(largest > 0, largest, 1.0)
-        new, _ = torch.linalg.qr(scaled @ basis + _STAY * basis)
+        largest = mean.abs().amax((-2, -1), keepdim=True)
+        scaled = mean / torch.where(largest > 0, largest, 1.0)
+        new, _ = torch.linalg.qr(product(scaled, basis) + _STAY * basis)
         return new.contiguous()

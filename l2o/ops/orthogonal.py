@@ -126,6 +126,11 @@ def _add_product(scale: float, x: Tensor, factor: float, left: Tensor, right: Te
     return product(x, left, right, beta=scale, alpha=factor)
 
 
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``x @ y``, ``[..., rows, columns]``; a product of two matrices is faster than a batch of one."""
+    return (x.squeeze(0) @ y.squeeze(0)).unsqueeze(0) if len(x) == 1 and x.ndim == 3 else x @ y
+
+
 def _is_wide(matrices: Tensor) -> bool:
     return matrices.shape[-2] <= matrices.shape[-1]
 
@@ -143,6 +148,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def _has_bfloat16_units(device: str) -> bool:
-    if device == "cpu":  # products in AVX-512's bfloat16 are not known to be faster than those in float32
-        return torch.cpu._is_amx_tile_supported()
+    if device == "cpu":  # AMX, ten times as fast as float32, or AVX-512's, two to four times, both by way of oneDNN
+        units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return units and torch.backends.mkldnn.is_available()
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
