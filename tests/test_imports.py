@@ -74,7 +74,7 @@ HOMES = {
 OPTIONAL = {"l2o.kernels.mlp_triton": "triton"}
 """Modules of the library that need an extra, and are imported where they are used."""
 COMMANDS = "bench convert documents drawings evaluate gpu guard inspect landscape libraries replay report rules_table"
-ENTRY_POINTS = {f"meta_train.{name}" for name in (*COMMANDS.split(), "ablation", "train")}
+ENTRY_POINTS = {f"meta_train.{name}" for name in (*COMMANDS.split(), "ablation", "train", "users")}
 CORE = {"torch", "numpy", "safetensors"}
 ABSENT = [
     "msgpack",
