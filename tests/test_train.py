@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("here")
 def test_a_run_leaves_its_folder_and_nothing_else() -> None:
     assert command("steps=5", "evaluate_every=2", "log_every=2") == 0
     assert {path.name for path in Path().iterdir()} == {"run"}
-    files = {".lock", "config.yaml", "state.safetensors", "metrics.jsonl", "timing.jsonl", "checkpoint", "best"}
+    files = {".lock", "config.yaml", "state.safetensors", "metrics.jsonl", "timing.jsonl", "checkpoint", "best", "start"}
     assert {path.name for path in Path("run").iterdir()} == files
     assert [row["step"] for row in records()] == [1, 2, 2, 3, 4, 4, 5, 5]
     steps = [row for row in records() if "meta_loss" in row]
@@ -56,6 +56,11 @@ def test_the_checkpoint_holds_theta_and_says_where_it_comes_from() -> None:
     assert card["compute"]["inner_steps"] == 27
     assert {"cpu", "cores", "torch"} <= card["hardware"].keys()
     assert card["results"] == {key: value for key, value in records()[-1].items() if key != "step"}
+    start = l2o.load("run/start")[1]
+    assert l2o.read_card("run/start")["compute"]["outer_steps"] == 0
+    assert command("steps=4", "seed=7") == 0
+    again = l2o.load("run/start")[1]
+    assert all(torch.equal(again[name], t) and not torch.equal(theta[name], t) for name, t in start.items())
 
 
 def test_held_out_losses_are_those_of_a_stream_of_their_own() -> None:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -31,17 +30,17 @@ USUAL: dict[str, MakeOptimizer] = {
 }
 
 
-_PERIOD = 10
-"""Steps of which one may take longer than the others, as those do in which bases follow."""
-_LATE = 10_000
-"""A step after which a run goes on as it does."""
+_RUN = 1000
+"""Steps of the run in which steps that are not usual, as those in which bases follow, have their share."""
+_NEXT = 10
+"""Steps that are timed at least: most of them usual, and one not, where there are such."""
 
 
 class Cost(NamedTuple):
     """What a step costs.
 
-    seconds: `usual` time of a step.     state_bytes: of optimizer state, a parameter.
-    cpu_seconds: usual time that the thread ran for in a step, which other programs hardly lengthen; None where the
+    seconds: `typical` time of a step.     state_bytes: of optimizer state, a parameter.
+    cpu_seconds: such time that the thread ran for in a step, which other programs hardly lengthen; None where the
         work is not done by one thread of the CPU.
     scratch_bytes: memory that a step takes beyond what it finds, at its peak, a parameter; None where nobody counts it.
     """
@@ -74,8 +73,7 @@ def step_cost(
 ) -> dict[str, Cost]:
     """Time optimizers in turn, each on its own copy of ``module`` with the same gradients, drawn once.
 
-    makers: by name.     rounds: steps of each that are timed, at least; those that a run begins with are not. Ten have
-        in them what is done every tenth step.
+    makers: by name.     rounds: steps of each that are timed, at least; those that a run begins with are not.
     seconds: how long to go on, at least.
     """
     stepping = {name: Stepping(make, module) for name, make in makers.items()}
@@ -97,52 +95,55 @@ class Stepping:
         made = make(self._params)
         self._optimizers = [made] if isinstance(made, Optimizer) else made
         self._device = self._params[0].device
-        self._seconds: list[float] = []
-        self._cpu_seconds: list[float] = []
+        self._called = 0
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of usual and of rare steps
+        self._cpu_seconds: dict[bool, list[float]] = {False: [], True: []}
 
     def begin(self) -> None:
-        """Take a step, and more while unusual ones are more frequent than late in a run."""
-        rules = [optimizer.rule for optimizer in self._optimizers if isinstance(optimizer, LearnedOptimizer)]
-
-        def unusual(first: int) -> int:
-            return sum(not rule.is_usual(called) for rule in rules for called in range(first, first + _PERIOD))
-
-        late = max(map(unusual, range(_LATE, _LATE + _PERIOD)))
-        for _ in range(next(n for n in count(1) if unusual(n) <= late)):
+        """Take a step, and more while those that come are not mostly usual."""
+        while not self._called or 2 * sum(map(self._is_rare, range(self._called, self._called + _NEXT))) >= _NEXT:
             self.step()
+
+    def _is_rare(self, called: int) -> bool:
+        rules = [optimizer.rule for optimizer in self._optimizers if isinstance(optimizer, LearnedOptimizer)]
+        return not all(rule.is_usual(called) for rule in rules)
 
     def step(self) -> None:
         """Take one step, to its end."""
         for optimizer in self._optimizers:
             optimizer.step(lambda: 1.0)  # a loss, which some rules read
         wait(self._device)
+        self._called += 1
 
     def timed_step(self) -> None:
         """Take one step whose time counts."""
+        rare = self._is_rare(self._called)
         began, cpu_began = time.perf_counter(), time.thread_time()
         self.step()
-        self._cpu_seconds.append(time.thread_time() - cpu_began)
-        self._seconds.append(time.perf_counter() - began)
+        self._cpu_seconds[rare].append(time.thread_time() - cpu_began)
+        self._seconds[rare].append(time.perf_counter() - began)
 
     def cost(self) -> Cost:
         """Return the cost of the steps so far, and of one more, whose memory is watched."""
         entries = sum(p.numel() for p in self._params)
         alone = self._device.type == "cpu" and torch.get_num_threads() == 1
         scratch = scratch_bytes(self.step, self._device)
+        share = fmean(map(self._is_rare, range(_RUN)))
         return Cost(
-            seconds=usual(self._seconds),
+            seconds=typical(self._seconds, share),
             state_bytes=sum(_state_bytes(optimizer) for optimizer in self._optimizers) / entries,
-            cpu_seconds=usual(self._cpu_seconds) if alone else None,
+            cpu_seconds=typical(self._cpu_seconds, share) if alone else None,
             scratch_bytes=None if scratch is None else scratch / entries,
         )
 
 
-def usual(seconds: Sequence[float]) -> float:
-    """Return the mean over ten steps in a row of the median of every tenth: what every tenth step takes has its share.
+def typical(seconds: Mapping[bool, Sequence[float]], share: float) -> float:
+    """Return the mean of the medians of usual and rare steps, of which there is a ``share`` in a run.
 
-    seconds: of steps in a row.
+    seconds: of steps, by whether they are rare.
     """
-    return fmean(median(seconds[first::_PERIOD]) for first in range(min(_PERIOD, len(seconds))))
+    usual, rare = (median(seconds[kind]) if seconds[kind] else 0.0 for kind in (False, True))
+    return (1.0 - share) * usual + share * rare if seconds[True] else usual
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:

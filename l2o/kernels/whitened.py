@@ -42,7 +42,8 @@ def _sizes(t: Tensor) -> tuple[int, int, int]:
 def weigh(seen: Tensor, m: Tensor, v: Tensor, momentum: float, memory: float, cautious: bool, least: float) -> Tensor:
     """Do what `l2o.ops.eigenbasis.weighed` does: ``m`` and ``v`` are written, the direction is returned.
 
-    seen: the gradients in the basis; all ``[matrices, rows, columns]``, contiguous float32.     least: share of the mean second moment.
+    seen: the gradients in the basis; all are ``[matrices, rows, columns]``, contiguous, float32.
+    least: share of the mean second moment.
     """
     scaled = torch.empty_like(seen)
     addresses = (t.data_ptr() for t in (seen, m, v, scaled))

@@ -98,7 +98,7 @@ def whiten(how: Whitening, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
 
 
 def turn(how: Whitening, grad: Tensor, slots: Slots) -> Turned:
-    """Return what a step weighs, in bases that have followed.  grad: ``[..., rows, columns]``.  slots: as in `whiten`."""
+    """Return what a step weighs, in bases that have followed.  grad: ``[..., rows, columns]``.  As in `whiten`."""
     narrow = product_dtype(grad)
     turns = any(basis in slots for _, basis in _SIDES)
     g = grad.to(narrow if turns and product_dtype(grad.mT) == narrow else grad.dtype)
@@ -148,15 +148,25 @@ def into_basis(slots: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: t for name, t in slots.items() if name != "m"} | {"turned": turned.view(m.shape)}
 
 
-def is_due(run: Run, period: int, early: int = 0) -> Tensor | bool:
-    """Say whether a step is one of every ``period``, or of the first ``early``: 0-d, or a bool where it is so for all
-    lanes and nothing is compiled.
+def due_at(step: Any, period: int, early: int = 0, looks: int = 0) -> Any:
+    """Say whether a step, an int or 0-d, is one of every ``period``, or of the first ``early``.
+
+    looks: unless it is 0, the period is at least ``step // looks``: as many steps are due in every run that is e times
+        as long as the one before, early ones more often.
+    """
+    part = step // looks if looks else 0
+    least = part.clamp(min=period) if isinstance(part, Tensor) else max(part, period)
+    return (step % least == 0) | (step < early)
+
+
+def is_due(run: Run, period: int, early: int = 0, looks: int = 0) -> Tensor | bool:
+    """Say whether a step is due, see `due_at`: 0-d, or a bool where it is so for all lanes and nothing is compiled.
 
     Waits for the device in unrolls, but not in the plug-in, which says what the host knows.
     """
     if run.called is not None:
-        return run.called % period == 0 or run.called < early
-    known = due = (torch.remainder(run.step, period) == 0) | (run.step < early)
+        return bool(due_at(run.called, period, early, looks))
+    known = due = due_at(run.step, period, early, looks)
     if torch.compiler.is_compiling():
         return due
     while _functorch.is_functorch_wrapped_tensor(known):

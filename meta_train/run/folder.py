@@ -99,7 +99,7 @@ class RunFolder:
     def _write_config(self) -> None:
         text = yaml.safe_dump({**self.header, "config": self.config}, sort_keys=False, allow_unicode=True)
         with writing(self.path / "config.yaml"):
-            for folder in (self.path, self.path / "checkpoint", self.path / "best"):
+            for folder in (self.path, *(self.path / name for name in ("start", "checkpoint", "best"))):
                 remove_leftovers(folder)
             atomic_write(self.path / "config.yaml", text.encode())
 

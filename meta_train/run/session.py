@@ -60,7 +60,7 @@ class Session:
 
     @property
     def checkpoint(self) -> Path:
-        """The folder of the checkpoint that the plug-in loads."""
+        """The folder of the checkpoint that the plug-in loads; ``start``, beside it, is what the run began with."""
         return self.folder.path / "checkpoint"
 
     @property
@@ -81,6 +81,8 @@ class Session:
         self.folder.begin()
         self._open.callback(self.folder.end)
         self.best.restore()
+        if not self.step:
+            self._save_checkpoint(self._card({}), "start")
         self._metrics, self._timing = map(self._open_record, RECORDS)
         for logger in self.loggers:
             logger.start(self.folder.path, self.config, self.folder.id, self.step)
@@ -142,9 +144,9 @@ class Session:
         card = make_card(self.config, self.folder.header["command"], self.training)
         return card | {"compute": compute, "results": dict(results)}
 
-    def _save_checkpoint(self, card: Mapping[str, Any]) -> None:
-        with writing(self.checkpoint):
-            save(self.checkpoint, self.held_out.rule, self.training.theta_average, card)
+    def _save_checkpoint(self, card: Mapping[str, Any], name: str = "checkpoint") -> None:
+        with writing(path := self.folder.path / name):
+            save(path, self.held_out.rule, self.training.theta_average, card)
 
     def save(self) -> None:
         """Save the whole outer state, once the records that belong to it are on disk."""
