@@ -148,25 +148,24 @@ def into_basis(slots: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: t for name, t in slots.items() if name != "m"} | {"turned": turned.view(m.shape)}
 
 
-def due_at(step: Any, period: int, early: int = 0, looks: int = 0) -> Any:
+def due_at(step: Any, period: int, early: int = 0, pace: int = 0) -> Any:
     """Say whether a step, an int or 0-d, is one of every ``period``, or of the first ``early``.
 
-    looks: unless it is 0, the period is at least ``step // looks``: as many steps are due in every run that is e times
-        as long as the one before, early ones more often.
+    pace: unless it is 0, steps in which the period grows by one, from 1 to ``period``: bases change most at first.
     """
-    part = step // looks if looks else 0
-    least = part.clamp(min=period) if isinstance(part, Tensor) else max(part, period)
-    return (step % least == 0) | (step < early)
+    so_far: Any = step // pace if pace else period
+    now = so_far.clamp(1, period) if isinstance(so_far, Tensor) else min(max(so_far, 1), period)
+    return (step % now == 0) | (step < early)
 
 
-def is_due(run: Run, period: int, early: int = 0, looks: int = 0) -> Tensor | bool:
+def is_due(run: Run, period: int, early: int = 0, pace: int = 0) -> Tensor | bool:
     """Say whether a step is due, see `due_at`: 0-d, or a bool where it is so for all lanes and nothing is compiled.
 
     Waits for the device in unrolls, but not in the plug-in, which says what the host knows.
     """
     if run.called is not None:
-        return bool(due_at(run.called, period, early, looks))
-    known = due = due_at(run.step, period, early, looks)
+        return bool(due_at(run.called, period, early, pace))
+    known = due = due_at(run.step, period, early, pace)
     if torch.compiler.is_compiling():
         return due
     while _functorch.is_functorch_wrapped_tensor(known):

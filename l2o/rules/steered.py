@@ -69,7 +69,7 @@ class Steered(UpdateRule):
     by_signal: power of a whitened matrix' own size over 0.3, which its size is instead of one; limits are of one.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
         at 0.01; ``constant``: warm-up alone.    deep: see `l2o.ops.alignment.begin`.
-    iterations: of Newton-Schulz.    period, early, looks: of looks at the basis, see `l2o.ops.eigenbasis.due_at`.
+    iterations: of Newton-Schulz.    period, early, pace: of looks at the basis, see `l2o.ops.eigenbasis.due_at`.
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.    memory: of a basis.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
@@ -100,7 +100,7 @@ class Steered(UpdateRule):
     memory: float = 0.95
     period: int = 10
     early: int = 0
-    looks: int = 0
+    pace: int = 0
     widest: int = 1024
     turned: int = 0
     by_gain: float = 0.0
@@ -122,7 +122,7 @@ class Steered(UpdateRule):
     def __post_init__(self) -> None:
         for name, literal in {"direction": Direction, "controller": Controller, "schedule": Schedule}.items():
             check_choice(name, getattr(self, name), get_args(literal))
-        for name in ("iterations", "period", "widest", "turned", "early", "looks", "tall", "deep"):
+        for name in ("iterations", "period", "widest", "turned", "early", "pace", "tall", "deep"):
             check_int(name, getattr(self, name), int(name in ("iterations", "period", "widest")))
         for name in ("fan_in", "by_gain", "wide", "by_signal", "rows", "haste"):
             check_float(name, getattr(self, name), 0.0 if name in ("rows", "haste") else -math.inf)
@@ -262,14 +262,14 @@ class Steered(UpdateRule):
         return {**new, "d": d.view_as(grad)}
 
     def is_usual(self, called: int) -> bool:
-        return self.direction != "eigenbasis" or not due_at(called, self.period, self.early, self.looks)
+        return self.direction != "eigenbasis" or not due_at(called, self.period, self.early, self.pace)
 
     def now(self, theta: Theta, run: Run, reduce: Reduce = LOCAL) -> Now:
         """Return what a step has for all groups."""
         decays, network = directions.decays_of(theta), partial(weigh, theta) if self.network else None
         if "memory" not in decays:
             return Now(theta, decays, None, reduce)
-        due = self.direction == "eigenbasis" and is_due(run, self.period, self.early, self.looks)
+        due = self.direction == "eigenbasis" and is_due(run, self.period, self.early, self.pace)
         parts = (decays["momentum"], decays["memory"].keep, due, network, self.carried, self.cautious)
         return Now(theta, decays, Whitening(*parts), reduce)
 
