@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(
         assert command(*SETTINGS) == 0
     assert len(asked) == 1 + 2 + 2 * (
         3 + 2 + 2
-    )  # configuration, start; two records and the state, θ and card, of the best
+    )  # configuration; start; records and state, checkpoint, best
     for writes in range(len(asked)):
         shutil.rmtree("run")
         capsys.readouterr()
