@@ -78,9 +78,7 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(
 ) -> None:
     with full_after(monkeypatch, 1_000) as asked:
         assert command(*SETTINGS) == 0
-    assert len(asked) == 1 + 2 + 2 * (
-        3 + 2 + 2
-    )  # configuration; start; records and state, checkpoint, best
+    assert len(asked) == 1 + 2 + 2 * (3 + 2 + 2)  # configuration; start; records and state, checkpoint, best
     for writes in range(len(asked)):
         shutil.rmtree("run")
         capsys.readouterr()

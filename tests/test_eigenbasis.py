@@ -5,7 +5,7 @@ import torch
 from tables import generator
 from torch.func import vmap
 
-from l2o.ops.eigenbasis import Whitening, init_basis, into_basis, is_due, whiten
+from l2o.ops.eigenbasis import Whitening, due_at, init_basis, into_basis, is_due, whiten
 from l2o.ops.kinds import infos_of
 from l2o.ops.moments import Shares
 from l2o.optim import LearnedOptimizer
@@ -82,6 +82,12 @@ def test_second_moments_follow_the_basis():
     expected = torch.einsum("ia,jb,ij->ab", rows**2, columns**2, old["v"])
     torch.testing.assert_close(new["v"][0], expected)
     assert (new["v"][0] - old["v"]).abs().max() > 0.1 * old["v"].max()
+
+
+def test_looks_become_rarer_to_the_period():
+    found = [step for step in range(24) if due_at(step, 4, pace=5)]
+    assert found == [*range(10), 10, 12, 14, 15, 18, 20]
+    assert [step for step in range(24) if due_at(torch.tensor(step), 4, pace=5)] == found
 
 
 def test_due_is_what_the_host_knows_or_what_all_lanes_say():

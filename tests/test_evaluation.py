@@ -14,7 +14,7 @@ from suites import ENTRANTS, GRIDS, NOISY, TASKS, learned, theta_of
 from torch import nn
 
 from l2o.bench.checks import HostReads
-from l2o.bench.cost import plug_in, usual
+from l2o.bench.cost import plug_in, typical
 from l2o.evaluation import (
     RuleEntrant,
     Setting,
@@ -232,11 +232,9 @@ def test_steps_are_timed_for_what_a_user_would_run():
     assert relative_step(ENTRANTS["adam"], setting) is None
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [([2.0] * 10 + [12.0] + [2.0] * 9 + [12.0], 3.0), ([1.0, 2.0, 9.0], 4.0)]
-)
-def test_what_every_tenth_step_takes_has_its_share_in_the_usual_time(seconds, expected):
-    assert usual(seconds) == pytest.approx(expected)
+@pytest.mark.parametrize(("rare", "share", "expected"), [([12.0, 11.0, 99.0], 0.1, 3.0), ([], 0.0, 2.0)])
+def test_what_rare_steps_take_has_its_share_in_the_typical_time(rare, share, expected):
+    assert typical({False: [2.0, 1.0, 9.0], True: rare}, share) == pytest.approx(expected)
 
 
 def test_the_cost_of_a_step():

@@ -24,7 +24,7 @@ RULES = {
     "eigenbasis": Steered(direction="eigenbasis", period=2, widest=64),
     "turned": Steered(direction="eigenbasis", period=2, widest=64, turned=6),
     "tall": Steered(direction="eigenbasis", period=2, widest=16, turned=6, tall=2, free_zeros=True),
-    "wide": Steered(direction="eigenbasis", early=3, widest=64, tall=10, wide=0.5, carried=True),
+    "wide": Steered(direction="eigenbasis", pace=2, widest=64, tall=10, wide=0.5, carried=True),
     "signal": Steered(direction="eigenbasis", period=2, widest=64, turned=6, cautious=True, by_signal=0.5, deep=2),
     "normalized": Steered(direction="normalized", fan_in=0.3),
     "diagonal": Steered(direction="diagonal"),
