@@ -55,7 +55,8 @@ def step(
         shared = control(theta, shared, cosine((weights * dots).sum(), norms.sum()), run)
     held = unheld(squares, [(own, 1) for own in map(state.per_param.__getitem__, params)])
     tables = tables_of(infos)
-    scales = rule.scales(theta, rule.size(theta, shared, run), held, shapes, [name in tables for name in params])
+    sizes = rule.size(theta, shared, run) * weights
+    scales = rule.scales(theta, sizes, held, shapes, [name in tables for name in params])
     usual = sums.isfinite().all() and gradients.sum().isfinite() and gradients.sum().sqrt() <= limit
     if not (usual and scales.isfinite().all()):
         return None  # nothing is written yet, and `update` shows what is wrong

@@ -192,5 +192,5 @@ def _followed(basis: Tensor, mean: Tensor) -> Tensor:
     with torch.no_grad():
         largest = mean.abs().amax((-2, -1), keepdim=True)
         scaled = mean / torch.where(largest > 0, largest, 1.0)
-        new, _ = torch.linalg.qr(product(scaled, basis) + _STAY * basis)
-        return new.contiguous()
+        new = product(scaled, basis) + _STAY * basis
+        return torch.linalg.householder_product(*torch.geqrf(new)).contiguous()  # `qr`, without the other factor

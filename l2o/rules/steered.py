@@ -212,7 +212,7 @@ class Steered(UpdateRule):
         size = self.size(theta, shared, run)
         sizes = size * decided["factor"].exp() if decided else size
         squares = unheld(sums["params"], [(g.slots, len(g.names)) for g in groups]) if "params" in sums else size
-        scales = -self.scales(theta, sizes, squares, shapes, tables)
+        scales = -self.scales(theta, sizes * factors, squares, shapes, tables)
         now = self.now(theta, run, reduce)
         slots: dict[str, Slots] = {}
         updates: Updates = {}
@@ -282,14 +282,14 @@ class Steered(UpdateRule):
         return factors * width_factors(shapes, forms, self.wide, factors) if self.wide else factors
 
     def scales(
-        self, theta: Theta, size: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]], tables: Sequence[bool]
+        self, theta: Theta, sizes: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]], tables: Sequence[bool]
     ) -> Tensor:
-        """Return those of the directions, ``[len(shapes)]``; of as many sums ``squares``, and which are embeddings."""
-        scales = size * self.factors(theta, shapes)
+        """Return those of the directions, ``[len(shapes)]``: ``sizes`` that are in bounds, of sums ``squares`` of the
+        parameters, of as many, some of which are ``tables``."""
         if self.direction == "adam":
-            return scales
+            return sizes
         forms, relative = [self.form(shape) for shape in shapes], theta["log_relative"].exp()
-        held = limited(scales, squares, forms, relative, self.by_gain, tables if self.tables else ())
+        held = limited(sizes, squares, forms, relative, self.by_gain, tables if self.tables else ())
         return lengthened(held, squares, shapes, forms, tables, self.rows) if self.rows else held
 
     def size(self, theta: Theta, shared: Slots, run: Run) -> Tensor:
