@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import re
@@ -131,18 +132,25 @@ def lost(losses: Curve) -> bool:
 
 def measure(names: Sequence[str], given: argparse.Namespace, records: Records) -> Iterator[Record]:
     """Run each problem with each optimizer, but for those that ``records`` have; to be entered there one by one."""
-    thetas = {source: read_card(source)["theta"].get("sha256") for source in given.sources}
+    checkpoints = {source: _identity(source) for source in given.sources}
     for name in names:
         own = PROBLEMS[name].steps
         steps = min(own, given.steps or own)
         for label, make in optimizers(given.sources).items():
             about = {"problem": name, "optimizer": label, "steps": steps, "seeds": given.seeds, "limit": given.steps}
-            about |= {"theta": thetas.get(label), "target": None if label in ADAM else best(records, name)["final"]}
+            target = None if label in ADAM else best(records, name)["final"]
+            about |= {"checkpoint": checkpoints.get(label), "target": target}
             old = records.get((name, label), {})
-            if about.items() <= old.items():  # θ as well: a name may mean another one by now
+            if about.items() <= old.items():  # the checkpoint as well: a name may mean another one by now
                 continue
             runs = [train(name, seed, make, steps) for seed in range(given.seeds)]
-            yield {**about, **_outcome(runs, about["target"])}
+            yield {**about, **_outcome(runs, target)}
+
+
+def _identity(source: str) -> str:
+    """A hash of what decides its steps: the rule, its hyperparameters and θ."""
+    card = read_card(source)
+    return hashlib.sha256(json.dumps([card[key] for key in ("rule", "hyperparameters", "theta")]).encode()).hexdigest()
 
 
 def _outcome(runs: list[tuple[Curve, list[Record]]], target: float | None) -> Record:
