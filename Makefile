@@ -23,10 +23,10 @@ help:  ## list the targets
 
 setup: $(READY)  ## the environment alone
 
-demo: $(READY)  ## meta-train an optimizer on real images, then measure it and `default` against SGD and Adam
-	$(PY) -m meta_train experiment=digits_demo run=$(RUN)
-	$(ONE) -m meta_train.evaluate experiment=digits_demo 'source=[$(RUN)/checkpoint,default]' \
-		out=$(RUN)/evaluation
+demo: $(READY)  ## meta-train the rule of `default` from its hand-made start, measure both on other kinds of problems
+	$(ONE) -m meta_train experiment=demo run=$(RUN)
+	$(ONE) -m meta_train.evaluate experiment=demo 'source=[$(RUN)/checkpoint,$(RUN)/start,default]' \
+		out=$(RUN)/evaluation jobs=2
 
 test: lint  ## lint, then all tests
 	$(PYTEST)
