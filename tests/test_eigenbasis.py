@@ -84,6 +84,20 @@ def test_second_moments_follow_the_basis():
     assert (new["v"][0] - old["v"]).abs().max() > 0.1 * old["v"].max()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, of forward mode
+def test_forward_mode_takes_bases_as_they_are():
+    rule = Steered(direction="eigenbasis", period=1)
+    theta, params = rule.init_theta(generator()), {"w": torch.randn(4, 5, generator=generator())}
+    state = rule.init(theta, params, infos_of(params))
+
+    def update(g):
+        run = Run(torch.tensor(0), torch.tensor(9), called=0)
+        return rule.update(theta, {"w": g}, state, params, infos_of(params), run)[0]["w"]
+
+    forward, backward = (of(update)(params["w"]) for of in (torch.func.jacfwd, torch.func.jacrev))
+    torch.testing.assert_close(forward, backward)
+
+
 def test_looks_become_rarer_to_the_period():
     found = [step for step in range(24) if due_at(step, 4, pace=5)]
     assert found == [*range(10), 10, 12, 14, 15, 18, 20]

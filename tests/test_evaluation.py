@@ -14,7 +14,7 @@ from suites import ENTRANTS, GRIDS, NOISY, TASKS, learned, theta_of
 from torch import nn
 
 from l2o.bench.checks import HostReads
-from l2o.bench.cost import plug_in, typical
+from l2o.bench.cost import Rarity, plug_in, usual
 from l2o.evaluation import (
     RuleEntrant,
     Setting,
@@ -30,7 +30,7 @@ from l2o.evaluation.baselines import Scheduled, adamw, cosine, torch_optimizer
 from l2o.evaluation.curves import evaluation_steps
 from l2o.evaluation.wall import relative_step
 from l2o.optim import LearnedOptimizer
-from l2o.rules import MLP, SGD, VeLO
+from l2o.rules import MLP, SGD, Steered, VeLO
 from l2o.tasks import GradientNoise, ImageMLP, ModuleTask, Quadratic, Repeated
 from l2o.types import ConfigurationError
 
@@ -232,9 +232,32 @@ def test_steps_are_timed_for_what_a_user_would_run():
     assert relative_step(ENTRANTS["adam"], setting) is None
 
 
-@pytest.mark.parametrize(("rare", "share", "expected"), [([12.0, 11.0, 99.0], 0.1, 3.0), ([], 0.0, 2.0)])
-def test_what_rare_steps_take_has_its_share_in_the_typical_time(rare, share, expected):
-    assert typical({False: [2.0, 1.0, 9.0], True: rare}, share) == pytest.approx(expected)
+def test_what_every_tenth_step_takes_has_its_share_in_the_usual_time():
+    assert usual([2.0] * 10 + [12.0] + [2.0] * 9 + [12.0]) == pytest.approx(3.0)
+    assert usual([1.0, 2.0, 9.0]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "begun", "rare", "expected"),
+    [
+        ({"period": 1}, 1, 1000, 12.0),
+        ({"period": 20}, 1, 50, 2.5),
+        ({"period": 10, "early": 20}, 16, 118, 3.18),
+        ({"period": 20, "pace": 20}, 40, 129, 3.29),
+        ({"period": 1000, "early": 5}, 1, 5, 2.05),
+    ],
+)
+def test_rare_steps_have_their_share_in_the_time_of_a_step(fields, begun, rare, expected):
+    rule = Steered(direction="eigenbasis", **fields)
+    rarity = Rarity([plug_in(rule, theta_of(rule), [torch.nn.Parameter(torch.ones(2, 2))])])
+    called = next(step for step in range(1000) if not rarity.is_early(step))
+    assert called == begun
+    assert sum(map(rarity.of, range(1000))) == rare
+    seconds = {False: [], True: []}
+    while not rarity.is_timed(called, seconds):
+        seconds[rarity.of(called)].append(12.0 if rarity.of(called) else 2.0)
+        called += 1
+    assert rarity.typical(seconds, usual) == pytest.approx(expected)
 
 
 def test_the_cost_of_a_step():

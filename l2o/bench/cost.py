@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,15 @@ USUAL: dict[str, MakeOptimizer] = {
 _RUN = 1000
 """Steps of the run in which steps that are not usual, as those in which bases follow, have their share."""
 _NEXT = 10
-"""Steps that are timed at least: most of them usual, and one not, where there are such."""
+"""Steps in a row of which at most half may be rare before any are timed, unless late ones are as well."""
+Seconds = dict[bool, list[float]]
+"""Of usual steps (False) and of rare ones."""
 
 
 class Cost(NamedTuple):
     """What a step costs.
 
-    seconds: `typical` time of a step.     state_bytes: of optimizer state, a parameter.
+    seconds: `Rarity.typical` time of a step.     state_bytes: of optimizer state, a parameter.
     cpu_seconds: such time that the thread ran for in a step, which other programs hardly lengthen; None where the
         work is not done by one thread of the CPU.
     scratch_bytes: memory that a step takes beyond what it finds, at its peak, a parameter; None where nobody counts it.
@@ -73,18 +75,50 @@ def step_cost(
 ) -> dict[str, Cost]:
     """Time optimizers in turn, each on its own copy of ``module`` with the same gradients, drawn once.
 
-    makers: by name.     rounds: steps of each that are timed, at least; those that a run begins with are not.
+    makers: by name.     rounds: steps of each that are timed, at least, and one of each kind; those that a run begins
+        with are not.
     seconds: how long to go on, at least.
     """
     stepping = {name: Stepping(make, module) for name, make in makers.items()}
     for each in stepping.values():
         each.begin()
     began, done = time.perf_counter(), 0
-    while done < rounds or time.perf_counter() - began < seconds:
+    while (
+        done < rounds or time.perf_counter() - began < seconds or not all(each.is_timed for each in stepping.values())
+    ):
         for each in stepping.values():
             each.timed_step()
         done += 1
     return {name: each.cost() for name, each in stepping.items()}
+
+
+class Rarity:
+    """Which steps of a run are rare, as those in which bases follow are, by what the rules of its optimizers say."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._rules = [each.rule for each in optimizers if isinstance(each, LearnedOptimizer)]
+
+    def of(self, called: int) -> bool:
+        """Return whether the step is rare that the plug-in calls so."""
+        return not all(rule.is_usual(called) for rule in self._rules)
+
+    def is_early(self, called: int) -> bool:
+        """Return whether a run is at its beginning, where rare steps are frequent."""
+        late, soon = (sum(map(self.of, range(first, first + _NEXT))) for first in (_RUN, called))
+        return called == 0 or soon > max(late, _NEXT // 2)
+
+    def is_timed(self, called: int, seconds: Seconds) -> bool:
+        """Return whether no kind of step is to come for the first time."""
+        return all(seconds[kind] or kind not in map(self.of, range(called, _RUN)) for kind in (False, True))
+
+    def typical(self, seconds: Seconds, mean: Callable[[Sequence[float]], float]) -> float:
+        """Return the time of a step of a run of ``_RUN``: rare ones have their share, unless a run only begins with
+        them."""
+        usual, rare = (mean(seconds[kind]) if seconds[kind] else None for kind in (False, True))
+        if usual is None or rare is None:
+            return cast("float", rare if usual is None else usual)
+        share = fmean(map(self.of, range(_RUN)))
+        return (1.0 - share) * usual + share * rare
 
 
 class Stepping:
@@ -95,18 +129,19 @@ class Stepping:
         made = make(self._params)
         self._optimizers = [made] if isinstance(made, Optimizer) else made
         self._device = self._params[0].device
-        self._called = 0
-        self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of usual and of rare steps
-        self._cpu_seconds: dict[bool, list[float]] = {False: [], True: []}
+        self._rarity, self._called = Rarity(self._optimizers), 0
+        self._seconds: Seconds = {False: [], True: []}
+        self._cpu_seconds: Seconds = {False: [], True: []}
 
     def begin(self) -> None:
-        """Take a step, and more while those that come are not mostly usual."""
-        while not self._called or 2 * sum(map(self._is_rare, range(self._called, self._called + _NEXT))) >= _NEXT:
+        """Take the steps that a run begins with."""
+        while self._rarity.is_early(self._called):
             self.step()
 
-    def _is_rare(self, called: int) -> bool:
-        rules = [optimizer.rule for optimizer in self._optimizers if isinstance(optimizer, LearnedOptimizer)]
-        return not all(rule.is_usual(called) for rule in rules)
+    @property
+    def is_timed(self) -> bool:
+        """Whether steps of each kind have been timed."""
+        return self._rarity.is_timed(self._called, self._seconds)
 
     def step(self) -> None:
         """Take one step, to its end."""
@@ -117,7 +152,7 @@ class Stepping:
 
     def timed_step(self) -> None:
         """Take one step whose time counts."""
-        rare = self._is_rare(self._called)
+        rare = self._rarity.of(self._called)
         began, cpu_began = time.perf_counter(), time.thread_time()
         self.step()
         self._cpu_seconds[rare].append(time.thread_time() - cpu_began)
@@ -128,22 +163,20 @@ class Stepping:
         entries = sum(p.numel() for p in self._params)
         alone = self._device.type == "cpu" and torch.get_num_threads() == 1
         scratch = scratch_bytes(self.step, self._device)
-        share = fmean(map(self._is_rare, range(_RUN)))
         return Cost(
-            seconds=typical(self._seconds, share),
+            seconds=self._rarity.typical(self._seconds, usual),
             state_bytes=sum(_state_bytes(optimizer) for optimizer in self._optimizers) / entries,
-            cpu_seconds=typical(self._cpu_seconds, share) if alone else None,
+            cpu_seconds=self._rarity.typical(self._cpu_seconds, usual) if alone else None,
             scratch_bytes=None if scratch is None else scratch / entries,
         )
 
 
-def typical(seconds: Mapping[bool, Sequence[float]], share: float) -> float:
-    """Return the mean of the medians of usual and rare steps, of which there is a ``share`` in a run.
+def usual(seconds: Sequence[float]) -> float:
+    """Return the mean over ten steps in a row of the median of every tenth: what every tenth step takes has its share.
 
-    seconds: of steps, by whether they are rare.
+    seconds: of steps in a row.
     """
-    usual, rare = (median(seconds[kind]) if seconds[kind] else 0.0 for kind in (False, True))
-    return (1.0 - share) * usual + share * rare if seconds[True] else usual
+    return fmean(median(seconds[first::_NEXT]) for first in range(min(_NEXT, len(seconds))))
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:

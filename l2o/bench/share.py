@@ -67,8 +67,7 @@ class Language(nn.Module):
 def product_flops(rule: Steered, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
     """Count the operations of the products by which a step of ``rule`` finds the directions of tensors of these shapes.
 
-    dtype: of the products, on which their form depends. Those of bases that follow, once in ``rule.period`` steps, do
-    not count.
+    dtype: of the products, on which their form depends. Those of bases that follow, in rare steps, do not count.
     """
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton, before it is known how that is to run
 

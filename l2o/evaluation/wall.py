@@ -12,28 +12,34 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from l2o.bench.cost import plug_in, wait
+from l2o.bench.cost import Rarity, Seconds, plug_in, wait
 from l2o.evaluation.entrants import Entrant, RuleEntrant, TorchEntrant, switch
 from l2o.evaluation.trials import Setting
 from l2o.optim import LearnedOptimizer
 from l2o.unroll import lane_losses
 
 _ROUNDS = 20
-"""Steps of each that are timed, in turn: of what is done every tenth step, as SOAP's bases, its share."""
+"""Steps of each that are timed, in turn, at least: of what is done every tenth step, as SOAP's bases, its share."""
 
 
 def relative_step(entrant: Entrant, setting: Setting, device: torch.device | str = "cpu") -> float | None:
     """Time of a step, gradient and optimizer, of one run with the optimizer's plug-in over that with torch's Adam.
 
-    Where one thread of the CPU does the work it is the time that it ran for, which other programs hardly lengthen.
+    A step is one of a run of 1,000 (`l2o.bench.cost.Rarity`). Where one thread of the CPU does the work it is the time
+    that it ran for, which other programs hardly lengthen.
     None for a `Baseline`, which is run as a rule only to be vectorised: nobody would use it so.
     """
     if not isinstance(entrant, RuleEntrant | TorchEntrant):
         return None
     ours, adam = _Run(setting, device, partial(_optimizers, entrant)), _Run(setting, device, _adam)
-    pairs = [(ours.step(), adam.step()) for _ in range(_ROUNDS + 1)][1:]  # the first ones compile and allocate
-    our_seconds, adam_seconds = zip(*pairs, strict=True)
-    return round(fmean(our_seconds) / fmean(adam_seconds), 3)
+    while ours.rarity.is_early(ours.called):  # the first ones compile and allocate
+        ours.step(), adam.step()
+    seconds: Seconds = {False: [], True: []}
+    others: list[float] = []
+    while len(others) < _ROUNDS or not ours.rarity.is_timed(ours.called, seconds):
+        seconds[ours.rarity.of(ours.called)].append(ours.step())
+        others.append(adam.step())
+    return round(ours.rarity.typical(seconds, fmean) / fmean(others), 3)
 
 
 def _optimizers(entrant: RuleEntrant | TorchEntrant, params: list[nn.Parameter]) -> Sequence[Optimizer]:
@@ -67,6 +73,7 @@ class _Run:
         self._batch = setting.family.batch(self._data, "train", generator)
         self._params = {name: nn.Parameter(p[0].clone()) for name, p in params.items()}
         self._optimizers = make(list(self._params.values()))
+        self.rarity, self.called = Rarity(self._optimizers), 0
 
     def step(self) -> float:
         """Take one step; return the seconds that it took."""
@@ -82,4 +89,5 @@ class _Run:
             else:
                 each.step()
         wait(self._device)
+        self.called += 1
         return self._clock() - began

@@ -95,7 +95,7 @@ def _whiten(rule: Steered, how: Whitening, grads: Sequence[Tensor], slots: Seque
         scaled = weigh(seen, m, v, float(how.momentum.keep), float(how.keep), how.cautious, turned.least)
         settle(turned_back(scaled, turned.bases).contiguous(), grad, d, power)
         for name, t in {"turned": m, "v": v, "d": d, **turned.new}.items():
-            if t.data_ptr() != some[0][name].data_ptr():  # else it is in its place
+            if t is not own[name] and t.data_ptr() != some[0][name].data_ptr():  # else it is in its place
                 _copy(t, [each[name] for each in some])
 
 

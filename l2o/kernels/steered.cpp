@@ -221,12 +221,12 @@ extern "C" int l2o_steered_settle(const Settle* w) {
 }
 
 extern "C" void l2o_layout_Weigh(int64_t* out) {
-    layout(out, &Weigh::matrices, &Weigh::entries, &Weigh::threads, &Weigh::momentum, &Weigh::memory, &Weigh::cautious,
+    layout(out, &Weigh::matrices, &Weigh::entries, &Weigh::momentum, &Weigh::memory, &Weigh::cautious,
            &Weigh::least, &Weigh::seen, &Weigh::m, &Weigh::v, &Weigh::scaled);
 }
 
 extern "C" void l2o_layout_Settle(int64_t* out) {
-    layout(out, &Settle::matrices, &Settle::entries, &Settle::threads, &Settle::sized, &Settle::power,
+    layout(out, &Settle::matrices, &Settle::entries, &Settle::sized, &Settle::power,
            &Settle::direction, &Settle::grad, &Settle::d);
 }
 

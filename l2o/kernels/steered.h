@@ -67,7 +67,10 @@ template <class F> void blocks(const Rows& r, F f) {
         const FlushDenormals flush;
         f(i, i * rows, std::min(r.rows, (i + 1) * rows));
     };
-    if (count == 1) return block(0);  // a parallel region of one takes longer than many a tensor
+    if (count == 1 || r.threads == 1) {  // a parallel region takes longer than many a tensor
+        for (int64_t i = 0; i < count; i++) block(i);
+        return;
+    }
 #pragma omp parallel for num_threads(r.threads)
     for (int64_t i = 0; i < count; i++) block(i);
 }

@@ -8,7 +8,7 @@
 // Matrices one after the other in memory, [matrices, entries].
 // weigh: in the basis, seen is the gradient; m and v are written, and scaled.
 struct Weigh {
-    int64_t matrices, entries, threads;
+    int64_t matrices, entries;
     double momentum, memory, cautious, least;
     const float* seen;
     float *m, *v, *scaled;
@@ -16,7 +16,7 @@ struct Weigh {
 
 // settle: direction and grad as they are, d the direction of the step before, which is written.
 struct Settle {
-    int64_t matrices, entries, threads;
+    int64_t matrices, entries;
     double sized, power;
     const float *direction, *grad;
     float* d;
@@ -44,7 +44,10 @@ float advance(const Weighing& how, const float* g, float* m, float* v, float* sc
         const float ahead = b * m[i] + a * g[i];
         const float sign = g[i] > 0 ? 1.f : -1.f;  // a product of the two may be too small for a number
         const float own = (ahead * sign < 0) & (g[i] != 0) ? against * ahead : ahead;
-        scaled[i] = RESTS & (scaled[i] == 0) & (g[i] == 0) ? 0.f : own;
+        if constexpr (RESTS)
+            scaled[i] = (scaled[i] == 0) & (g[i] == 0) ? 0.f : own;
+        else
+            scaled[i] = own;
         all += v[i];
     }
     return all;
@@ -104,10 +107,10 @@ inline void settle(const Rows& rows, const float* direction, const float* here, 
     });
 }
 
-// f(rows, at) of each matrix, at its first entry: those of many are shared out among threads, one is cut into blocks.
+// f(rows, at) of each matrix, at its first entry. By one thread: between products of torch, whose own threads still spin,
+// to wake others takes a hundred times as long as the pass.
 template <class W, class F> int each(const W& w, F f) {
-#pragma omp parallel for num_threads(w.threads) if (w.matrices > 1 && w.threads > 1)
-    for (int64_t i = 0; i < w.matrices; i++) f(Rows(w.matrices > 1 ? 1 : w.threads, w.entries, 1), i * w.entries);
+    for (int64_t i = 0; i < w.matrices; i++) f(Rows(1, w.entries, 1), i * w.entries);
     return 0;
 }
 }  // namespace

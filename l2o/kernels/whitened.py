@@ -10,9 +10,11 @@ import ctypes
 import torch
 from torch import Tensor
 
+from l2o.kernels.arrays import plain
 from l2o.kernels.build import run
+from l2o.types import L2OError
 
-_SIZES = tuple((name, ctypes.c_int64) for name in ("matrices", "entries", "threads"))
+_SIZES = tuple((name, ctypes.c_int64) for name in ("matrices", "entries"))
 
 
 class _Weigh(ctypes.Structure):
@@ -35,27 +37,32 @@ class _Settle(ctypes.Structure):
     )
 
 
-def _sizes(t: Tensor) -> tuple[int, int, int]:
-    return len(t), t[0].numel(), torch.get_num_threads()
+def _plan(*tensors: Tensor) -> tuple[int, ...]:
+    """Sizes and addresses; raises `L2OError` for what the kernel would read or write beyond, or as something else."""
+    first = tensors[0]
+    for t in tensors:
+        if not (t.shape == first.shape and t.ndim == 3 and t.is_contiguous() and plain([t])):
+            raise L2OError(f"expected contiguous float32 of {tuple(first.shape)} on the CPU, got {t.dtype} {t.shape}")
+    return len(first), first[:1].numel(), *(t.data_ptr() for t in tensors)
 
 
 def weigh(seen: Tensor, m: Tensor, v: Tensor, momentum: float, memory: float, cautious: bool, least: float) -> Tensor:
     """Do what `l2o.ops.eigenbasis.weighed` does: ``m`` and ``v`` are written, the direction is returned.
 
-    seen: the gradients in the basis; all are ``[matrices, rows, columns]``, contiguous, float32.
+    seen: the gradients in the basis; all are ``[matrices, rows, columns]``, contiguous, float32, else `L2OError`.
     least: share of the mean second moment.
     """
     scaled = torch.empty_like(seen)
-    addresses = (t.data_ptr() for t in (seen, m, v, scaled))
-    run("steered", "l2o_steered_weigh", _Weigh(*_sizes(seen), momentum, memory, cautious, least, *addresses))
+    matrices, entries, *addresses = _plan(seen, m, v, scaled)
+    run("steered", "l2o_steered_weigh", _Weigh(matrices, entries, momentum, memory, cautious, least, *addresses))
     return scaled
 
 
 def settle(direction: Tensor, grad: Tensor, d: Tensor, power: float | None) -> None:
     """Write to ``d`` the ``direction``, but for entries of which it and ``grad`` are 0, and bring it to size.
 
-    All ``[matrices, rows, columns]``, contiguous float32.     power: see `l2o.ops.scales.tempered`; 0 for a root mean
-    square of one, None to leave the size as it is.
+    All are ``[matrices, rows, columns]``, contiguous, float32, else `L2OError`.
+    power: see `l2o.ops.scales.tempered`; 0 for a root mean square of one, None to leave the size as it is.
     """
-    addresses = (t.data_ptr() for t in (direction, grad, d))
-    run("steered", "l2o_steered_settle", _Settle(*_sizes(d), power is not None, power or 0.0, *addresses))
+    matrices, entries, *addresses = _plan(direction, grad, d)
+    run("steered", "l2o_steered_settle", _Settle(matrices, entries, power is not None, power or 0.0, *addresses))

@@ -193,4 +193,4 @@ def _followed(basis: Tensor, mean: Tensor) -> Tensor:
         largest = mean.abs().amax((-2, -1), keepdim=True)
         scaled = mean / torch.where(largest > 0, largest, 1.0)
         new = product(scaled, basis) + _STAY * basis
-        return torch.linalg.householder_product(*torch.geqrf(new)).contiguous()  # `qr`, without the other factor
+        return torch.linalg.householder_product(*torch.geqrf(new.detach())).contiguous()  # `qr`, its first factor alone

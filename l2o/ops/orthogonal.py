@@ -128,7 +128,8 @@ def _add_product(scale: float, x: Tensor, factor: float, left: Tensor, right: Te
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """Return ``x @ y``, ``[..., rows, columns]``; a product of two matrices is faster than a batch of one."""
-    return (x.squeeze(0) @ y.squeeze(0)).unsqueeze(0) if len(x) == 1 and x.ndim == 3 else x @ y
+    alone = x.ndim == y.ndim == 3 and len(x) == len(y) == 1
+    return (x.squeeze(0) @ y.squeeze(0)).unsqueeze(0) if alone else x @ y
 
 
 def _is_wide(matrices: Tensor) -> bool:

@@ -116,6 +116,7 @@ class Steered(UpdateRule):
     deep: int = 0
     rows: float = 0.0
     haste: float = 0.0
+
     learned_init = False
     rests = True
 
@@ -241,12 +242,9 @@ class Steered(UpdateRule):
         """New slots, ``[k, ...]``."""
         if age is not None:
             return directions.adam_moments(now, group, age)
-        if (path := self.path(group.shape)) == "normalized":
+        grad, slots, path = group.grad, group.slots, self.path(group.shape)
+        if path == "normalized":
             return directions.normalized_moments(now, group)
-        return self.advance(now, group.grad, group.slots, path)
-
-    def advance(self, now: Now, grad: Tensor, slots: Slots, path: Direction) -> Slots:
-        """Return the new slots of tensors with a slot ``d``, ``[k, ...]``; ``grad [k, *shape]``."""
         if now.whitening is not None and "v" in slots:
             d, new = whiten(now.whitening, matrices(grad), slots)
         else:
