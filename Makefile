@@ -23,7 +23,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## the environment alone
 
-demo: $(READY)  ## meta-train the rule of `default` from its hand-made start, measure both on other kinds of problems
+demo: $(READY)  ## meta-train Steered from its hand-made start, then measure both on other kinds of problems
 	$(ONE) -m meta_train experiment=demo run=$(RUN)
 	$(ONE) -m meta_train.evaluate experiment=demo 'source=[$(RUN)/checkpoint,$(RUN)/start,default]' \
 		out=$(RUN)/evaluation jobs=2

@@ -157,9 +157,10 @@ def _outcome(runs: list[tuple[Curve, list[Record]]], target: float | None) -> Re
     """``step``, counted from 1: the first at which the mean over seeds, smoothed, is at the target, or None."""
     curve = smooth(np.mean([losses for losses, _ in runs], 0))
     reached = np.isfinite(curve) & (curve <= (-math.inf if target is None else target))
-    step = int(reached.argmax()) + 1 if reached.any() else None
+    whole = bool(np.isfinite(curve[-1]))
+    step = int(reached.argmax()) + 1 if whole and reached.any() else None
     return {
-        "final": float(curve[-1]),
+        "final": float(curve[-1]) if whole else None,
         "step": step,
         "diverged": [lost(losses) for losses, _ in runs],
         "events": [events for _, events in runs],
@@ -168,7 +169,11 @@ def _outcome(runs: list[tuple[Curve, list[Record]]], target: float | None) -> Re
 
 def best(records: Records, name: str) -> Record:
     """Return the record of Adam at the rate with the lowest final loss."""
-    return min((records[name, label] for label in ADAM), key=lambda record: record["final"])
+    return min((records[name, label] for label in ADAM), key=lambda record: _final(record, math.inf))
+
+
+def _final(record: Record, lost: float) -> float:
+    return lost if record["final"] is None else float(record["final"])
 
 
 def speed_up(record: Record) -> float:
@@ -188,10 +193,8 @@ def page(records: Records, command: str) -> str:
 
 
 def _summary(records: Records, names: list[str], others: list[str]) -> str:
-    lines = [
-        "| optimizer | problems reached | median speed-up | diverged runs | events of the guard |",
-        "|---" * 5 + "|",
-    ]
+    head = "| optimizer | problems reached | median speed-up | diverged runs | events of the guard |"
+    lines = [head, "|---" * 5 + "|"]
     for label in others:
         own = [records[name, label] for name in names if (name, label) in records]
         gains = [speed_up(record) for record in own] or [0.0]
@@ -209,10 +212,10 @@ def _table(records: Records, names: list[str], others: list[str]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         adam = best(records, name)
-        cells = [name, str(adam["steps"]), f"{ADAM[adam['optimizer']]:g}", f"{adam['final']:.4g}"]
+        cells = [name, str(adam["steps"]), f"{ADAM[adam['optimizer']]:g}", f"{_final(adam, math.nan):.4g}"]
         for label in others:
             own = records.get((name, label))
-            cells.append(f"{own['final']:.4g}, {speed_up(own):.2f}" if own else "–")
+            cells.append(f"{_final(own, math.nan):.4g}, {speed_up(own):.2f}" if own else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -281,14 +284,15 @@ def main() -> None:
     if_interrupted(f"{given.out} has all runs that were finished; the same command goes on from there")
     for record in measure(names, given, records):
         records[record["problem"], record["optimizer"]] = {**about, **record}
-        print(f"{record['problem']}, {record['optimizer']}: {record['final']:.4g}", flush=True)
+        print(f"{record['problem']}, {record['optimizer']}: {_final(record, math.nan):.4g}", flush=True)
         _write(given.out, records, command)
     _write(given.out, records, command)  # where nothing was to be run, the page may have been made by another version
 
 
 def _write(out: Path, records: Records, command: str) -> None:
     with writing(f"--out {out}"):
-        atomic_write(out / "results.json", (json.dumps([*records.values()], indent=1) + "\n").encode())
+        lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records.values())
+        atomic_write(out / "results.json", f"[\n{lines}\n]\n".encode())
         atomic_write(out / "README.md", page(records, command).encode())
 
 
