@@ -187,7 +187,7 @@ def graph_step(source: tuple[UpdateRule, Theta], network: str | Shapes, device: 
 
     costs = step_cost({name: partial(make, name) for name in ("eager", "graph")}, module, rounds=25)
     error = distance(made["graph"], made["eager"])
-    assert error <= _SAME, f"{error:.2g} apart after 27 steps, expected at most {_SAME:g}"
+    assert error <= _SAME, f"{error:.2g} apart after the same steps, expected at most {_SAME:g}"
     own, entries = costs["graph"], sum(p.numel() for p in module)
     scratch = None if own.scratch_bytes is None else own.scratch_bytes * entries
     return {"ms": 1e3 * own.seconds, "eager_ms": 1e3 * costs["eager"].seconds, "error": error, "scratch_bytes": scratch}

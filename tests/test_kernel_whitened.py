@@ -1,0 +1,69 @@
+"""The kernel's passes over entries in a basis do what torch's operations do, and refuse what they would misread."""
+
+import pytest
+import torch
+from tables import generator
+
+from l2o.kernels.build import available
+from l2o.kernels.whitened import settle, weigh
+from l2o.ops.eigenbasis import Turned, Whitening, weighed
+from l2o.ops.moments import Shares
+from l2o.ops.numeric import unit
+from l2o.ops.scales import tempered
+from l2o.types import L2OError
+
+SHAPES = [(1, 3, 1), (3, 20, 17), (2, 300, 230), (1, 7, 1)]  # of several blocks, too
+BASES = {torch.float32: 1e-10, torch.bfloat16: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> None:
+    assert available("steered")
+
+
+def drawn(shape: tuple[int, ...], count: int, scale: float = 1.0) -> list[torch.Tensor]:
+    return [scale * torch.randn(shape, generator=generator(seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("dtype", BASES)
+def test_weigh_is_weighed(shape: tuple[int, ...], cautious: bool, dtype: torch.dtype) -> None:
+    seen, m, v = drawn(shape, 3, 1e-3)
+    v = v.square() * torch.rand(shape, generator=generator(9)) ** 8  # of axes with hardly a gradient, too
+    seen[:, 0] = 0.0
+    how = Whitening(Shares(torch.tensor(0.9), torch.tensor(0.1)), torch.tensor(0.95), cautious=cautious)
+    turned = Turned(seen, m.clone(), v.clone(), {"rows": torch.eye(2, dtype=dtype)}, {})
+    assert turned.least == BASES[dtype]
+    expected = weighed(how, turned)
+    scaled = weigh(seen, m, v, 0.9, 0.95, cautious, turned.least)
+    for own, theirs in zip((scaled, m, v), expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_settle_brings_to_size_what_had_a_gradient(shape: tuple[int, ...]) -> None:
+    direction, grad, before = drawn(shape, 3)
+    grad[:, 0], before[:, 0] = 0.0, 0.0
+    chosen = torch.where((grad != 0) | (before != 0), direction, 0.0)
+    root = (shape[1] * shape[2]) ** 0.5
+    for power, expected in ((None, chosen), (0.0, unit(chosen, (-2, -1), root)), (0.5, tempered(chosen, 0.5))):
+        d = before.clone()
+        settle(direction, grad, d, power)
+        torch.testing.assert_close(d, expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.zeros(2, 3, 4, dtype=torch.float64), torch.zeros(2, 4, 3), torch.zeros(2, 4, 3).mT, torch.zeros(3, 4)],
+    ids=["float64", "shape", "transposed", "one"],
+)
+def test_what_would_be_misread_is_refused(wrong: torch.Tensor) -> None:
+    right = torch.zeros(2, 3, 4)
+    with pytest.raises(L2OError, match=r"expected contiguous float32 of \(2, 3, 4\)"):
+        settle(right, right.clone(), wrong, None)
+
+
+def test_there_may_be_no_matrix() -> None:
+    empty = torch.zeros(0, 3, 4)
+    assert weigh(empty, empty.clone(), empty.clone(), 0.9, 0.9, True, 1e-10).shape == (0, 3, 4)
