@@ -43,7 +43,7 @@ training losses, speed-ups are medians over problems with a miss as 0. Costs are
 the same tensors ([measured](../docs/performance.md), one thread; from the card where that has none).
 
 **Those without an alias are not for problems of yours.** They show what meta-training on few kinds of small problems
-makes, serve the demo and the tests, and are starts for meta-training of your own.
+makes, serve experiments and the tests, and are starts for meta-training of your own.
 
 ## Where they are from
 

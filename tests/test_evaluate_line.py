@@ -73,6 +73,7 @@ def test_problems_are_unlike_those_of_meta_training_only_where_they_say_so():
     assert Setting("as it stands", Quadratic(), steps=9).split == "unmarked"
     demo = [setting.split for setting in settings("experiment=digits_demo").values()]
     assert demo == ["like", "like", "like", "other"]
+    assert {setting.split for setting in settings("experiment=demo").values()} == {"other"}
 
 
 SUITES = sorted(path.stem for path in (ROOT / "configs" / "evaluate" / "suite").glob("*.yaml"))
