@@ -255,7 +255,7 @@ def test_a_run_goes_on_on_another_device() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")))
 def test_experiments_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     small = ["estimator.lanes=2", "estimator.horizon=2", "estimator.truncation=2", "evaluation.seeds=1"]
-    if name == "default":  # whole runs; what it compiles is tried in test_evolution
+    if name in ("default", "demo"):  # whole runs; what it compiles is tried in test_evolution
         small[1:3] = ["estimator.horizon=[2,3]", "estimator.compile=false"]
     assert command(f"experiment={name}", "run=run", "steps=1", "logger=none", "device=cpu", *small, base=[]) == 0
     assert load_file("run/checkpoint/theta.safetensors")
