@@ -109,6 +109,19 @@ def test_looks_become_rarer_to_the_period():
     assert [step for step in range(24) if due_at(torch.tensor(step), 4, pace=5)] == found
 
 
+def test_the_rule_looks_when_it_says_that_a_step_is_unusual():
+    rule = Steered(direction="eigenbasis", period=4, pace=5)
+    theta, params = rule.init_theta(generator()), {"w": torch.randn(4, 5, generator=generator())}
+    state, looked = rule.init(theta, params, infos_of(params)), []
+    for step in range(24):
+        grads, before = {"w": torch.randn(4, 5, generator=generator(step))}, state.per_param["w"]["rows"]
+        run = Run(torch.tensor(step), torch.tensor(99), called=step)
+        _, state = rule.update(theta, grads, state, params, infos_of(params), run)
+        looked.append(not torch.equal(state.per_param["w"]["rows"], before))
+    assert looked == [not rule.is_usual(step) for step in range(24)]
+    assert not all(looked[10:])
+
+
 def test_due_is_what_the_host_knows_or_what_all_lanes_say():
     total = torch.tensor(50)
     assert [is_due(Run(torch.tensor(i), total), 5) for i in (0, 4, 10)] == [True, False, True]

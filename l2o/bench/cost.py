@@ -34,6 +34,8 @@ _RUN = 1000
 """Steps of the run in which steps that are not usual, as those in which bases follow, have their share."""
 _NEXT = 10
 """Steps in a row of which at most half may be rare before any are timed, unless late ones are as well."""
+_PERIOD = 10
+"""Steps of which one may take longer than the others without a rule that says so, as those of SOAP do."""
 Seconds = dict[bool, list[float]]
 """Of usual steps (False) and of rare ones."""
 
@@ -176,7 +178,7 @@ def usual(seconds: Sequence[float]) -> float:
 
     seconds: of steps in a row.
     """
-    return fmean(median(seconds[first::_NEXT]) for first in range(min(_NEXT, len(seconds))))
+    return fmean(median(seconds[first::_PERIOD]) for first in range(min(_PERIOD, len(seconds))))
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:

@@ -33,7 +33,8 @@ def relative_step(entrant: Entrant, setting: Setting, device: torch.device | str
         return None
     ours, adam = _Run(setting, device, partial(_optimizers, entrant)), _Run(setting, device, _adam)
     while ours.rarity.is_early(ours.called):  # the first ones compile and allocate
-        ours.step(), adam.step()
+        ours.step()
+        adam.step()
     seconds: Seconds = {False: [], True: []}
     others: list[float] = []
     while len(others) < _ROUNDS or not ours.rarity.is_timed(ours.called, seconds):

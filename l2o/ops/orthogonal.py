@@ -149,7 +149,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def _has_bfloat16_units(device: str) -> bool:
-    if device == "cpu":  # AMX, ten times as fast as float32, or AVX-512's, two to four times, both by way of oneDNN
+    if device == "cpu":  # AMX, ten times as fast as float32, or AVX-512's, four times, both by way of oneDNN
         units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return units and torch.backends.mkldnn.is_available()
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
