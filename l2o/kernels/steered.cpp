@@ -1,4 +1,5 @@
 // One step of l2o.rules.Steered in place: first the sums of its controller, then moments, scales and parameters.
+// What is a product of large matrices is left to others between the two calls of a step.
 //
 // Large tensors are cut into blocks of rows, the same whatever the number of threads, and sums over blocks are taken in
 // their order: results do not depend on threads.
@@ -7,7 +8,8 @@
 #include <new>
 #include <vector>
 
-#include "layout.h"
+#include "controller.h"
+#include "eigenbasis.h"
 #include "whitened.h"
 
 namespace {
@@ -157,7 +159,7 @@ void normalized(const Step& s, Tensor& t) {
 void diagonal(const Step& s, Tensor& t) {
     const Weighing how{s.momentum, s.memory, s.cautious, LEAST};
     const double squares = weigh<true>({s, t}, how, t.grad, t.m, t.v, t.d);
-    const float size = to_size(s.power, squares / Rows(s, t).entries()), keep = t.keep, scale = t.scale;
+    const float size = to_size(s.by_signal, squares / Rows(s, t).entries()), keep = t.keep, scale = t.scale;
     blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         float *d = t.d, *p = t.param;
 #pragma omp simd
@@ -168,9 +170,7 @@ void diagonal(const Step& s, Tensor& t) {
     });
 }
 
-void finish(const Step& s, Tensor& t) {
-    if (t.path < ORTHOGONAL) return;
-    if (t.path == ORTHOGONAL) settle({s, t}, t.d, t.m, t.m, t.d, true, 0);  // momentum: had a gradient
+void move(const Step& s, Tensor& t) {
     const float keep = t.keep, scale = t.scale;
     blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
         const float* d = t.d;
@@ -178,6 +178,40 @@ void finish(const Step& s, Tensor& t) {
 #pragma omp simd
         for (int64_t i = first * t.cols; i < last * t.cols; i++) p[i] = keep * p[i] + scale * d[i];
     });
+}
+
+// In the basis of the gradients, which follows them where it is due. By one thread, as all of so few entries.
+void eigenbasis(const Step& s, Tensor& t) {
+    static thread_local Scratch scratch;
+    const FlushDenormals flush;
+    const int64_t rows = t.rows, cols = t.cols, n = rows * cols, most = std::max(rows, cols);
+    scratch.reserve(3 * n + rows * rows + cols * cols + 2 * most * most + most);
+    float *x = scratch.take(n), *y = scratch.take(n), *half = scratch.take(n);
+    float *left = t.left ? scratch.take(rows * rows) : nullptr, *right = t.right ? scratch.take(cols * cols) : nullptr;
+    float *square = scratch.take(most * most), *other = scratch.take(most * most), *tau = scratch.take(most);
+    transpose(rows, cols, t.grad, x);
+    if (t.left) follow(rows, cols, t.grad, cols, 1, x, s.memory, t.left);
+    if (t.right) follow(cols, rows, t.grad, 1, cols, t.grad, s.memory, t.right);
+    if (s.due) {
+        if (t.left) follow_basis(rows, t.left, t.row_basis, left, square, other, tau);
+        if (t.right) follow_basis(cols, t.right, t.column_basis, right, square, other, tau);
+        const Sides change{rows, cols, left, right};
+        change.into(t.m, half, x);
+        std::copy_n(x, n, t.m);
+        if (s.carried) {
+            for (int64_t i = 0; left && i < rows * rows; i++) left[i] *= left[i];
+            for (int64_t i = 0; right && i < cols * cols; i++) right[i] *= right[i];
+            change.into(t.v, half, x);
+            std::copy_n(x, n, t.v);
+        }
+    }
+    const Sides basis{rows, cols, t.row_basis, t.column_basis};
+    const Rows entries(1, n, 1);
+    basis.into(t.grad, half, x);
+    weigh<false>(entries, {s.momentum, s.memory, s.cautious, LEAST}, x, t.m, t.v, y);
+    basis.out_of(y, half, square, x);
+    settle(entries, x, t.grad, t.d, t.d, t.is_matrix, s.by_signal);  // vectors keep their size
+    move(s, t);
 }
 
 template <class F> int each(const Step* s, F f) {
@@ -188,23 +222,33 @@ template <class F> int each(const Step* s, F f) {
     }
     return 0;
 }
+
+void take(const Step& s, Tensor& t) {
+    switch (t.path) {
+        case ADAM: return adam(s, t);
+        case NORMALIZED: return normalized(s, t);
+        case DIAGONAL: return diagonal(s, t);
+        case ORTHOGONAL: return orthogonal(s, t);
+        case EIGENBASIS: return eigenbasis(s, t);
+    }
+}
 }  // namespace
 
-// The sums of every tensor; nothing else is written.
-extern "C" int l2o_steered_look(const Step* step) { return each(step, look); }
-
-// Moments, scales and counts of every tensor; parameters but those of orthogonal matrices and given directions.
-extern "C" int l2o_steered_advance(const Step* step) {
-    return each(step, [](const Step& s, Tensor& t) {
-        if (t.path == ADAM) adam(s, t);
-        if (t.path == NORMALIZED) normalized(s, t);
-        if (t.path == DIAGONAL) diagonal(s, t);
-        if (t.path == ORTHOGONAL) orthogonal(s, t);
-    });
+// The controller, and of every tensor moments, scales and counts; parameters but those of orthogonal matrices and given
+// directions. Returns 2, with nothing written but scales and sums, where something is not as usual, see `steer`.
+extern "C" int l2o_steered_begin(const Step* step) {
+    if (const int failed = each(step, look)) return failed;
+    return steer(*step) ? each(step, take) : 2;
 }
 
-// Once directions are in their place: those of orthogonal matrices, and parameters of these and given ones.
-extern "C" int l2o_steered_finish(const Step* step) { return each(step, finish); }
+// Once directions are in their place: those of orthogonal matrices brought to size, and parameters of these and given
+// ones.
+extern "C" int l2o_steered_finish(const Step* step) {
+    return each(step, [](const Step& s, Tensor& t) {
+        if (t.path == ORTHOGONAL) settle({s, t}, t.d, t.m, t.m, t.d, true, 0);  // momentum: had a gradient
+        if (t.path == ORTHOGONAL || t.path == GIVEN) move(s, t);
+    });
+}
 
 // Of every matrix, see `weigh` and `settle`.
 extern "C" int l2o_steered_weigh(const Weigh* w) {
@@ -232,10 +276,16 @@ extern "C" void l2o_layout_Settle(int64_t* out) {
 
 extern "C" void l2o_layout_Tensor(int64_t* out) {
     layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d,
-           &Tensor::v, &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::keep, &Tensor::scale, &Tensor::sums);
+           &Tensor::v, &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::left, &Tensor::right, &Tensor::row_basis,
+           &Tensor::column_basis, &Tensor::free, &Tensor::keep, &Tensor::rate, &Tensor::is_matrix, &Tensor::sized,
+           &Tensor::fan, &Tensor::entries, &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::scale, &Tensor::sums);
 }
 
 extern "C" void l2o_layout_Step(int64_t* out) {
     layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::memory,
-           &Step::cautious, &Step::power, &Step::tensor);
+           &Step::cautious, &Step::by_signal, &Step::due, &Step::carried, &Step::step, &Step::total, &Step::limit,
+           &Step::log_lr, &Step::warmup, &Step::decays, &Step::fall, &Step::haste, &Step::matrix, &Step::fan_in,
+           &Step::relative, &Step::by_gain, &Step::longer, &Step::deep, &Step::gain, &Step::slope, &Step::band_up,
+           &Step::band_down, &Step::fast, &Step::slow, &Step::sure, &Step::range, &Step::leak, &Step::log_step,
+           &Step::fast_mean, &Step::slow_mean, &Step::square_mean, &Step::missing, &Step::tensor);
 }

@@ -14,26 +14,37 @@
 
 namespace {
 
-enum Path : int64_t { ADAM, NORMALIZED, DIAGONAL, ORTHOGONAL, GIVEN };
+enum Path : int64_t { ADAM, NORMALIZED, DIAGONAL, ORTHOGONAL, GIVEN, EIGENBASIS };
 
 // A tensor as a matrix.  grad, param, m, d, v: [rows, cols].
 // A given one has no m: its direction comes from elsewhere before `finish`, at its size.
 // row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
-// param <- keep param + scale direction.  sums, written: gradient times direction, and squares of gradient, direction
-// and parameter.
+// left, right, row_basis, column_basis: of one in a basis, those of sides that have one; its m is momentum there.
+// free: whether it has no limit; null for no.
+// param <- keep param + rate update, update = -scale direction, for which a tensor counts as a matrix (is_matrix), is
+// sized as one (sized) of so many inputs (fan), looked up (table), has few gradients (rare), and a factor for its width.
+// Written: scale, with the rate, and sums: gradient times direction, and squares of gradient, direction and parameter.
 constexpr int64_t SUMS = 4;
 struct Tensor {
     int64_t path, rows, cols;
     const float* grad;
-    float *param, *m, *d, *v, *row, *col, *count;
-    double keep, scale;
+    float *param, *m, *d, *v, *row, *col, *count, *left, *right, *row_basis, *column_basis, *free;
+    double keep, rate, is_matrix, sized, fan, entries, table, rare, width, scale;
     double sums[SUMS];
 };
 
+// The constants of l2o.rules.Steered and of its controller, as values, not logarithms, but for log_lr.
+// cautious, by_signal: of directions over roots, see l2o.ops.eigenbasis.weighed and l2o.ops.scales.tempered.
+// due, carried: of bases, see l2o.ops.eigenbasis.Whitening.  limit: of the norm of all gradients.
+// decays, fall: whether the schedule has a decay, and its power.  longer: factor of what has few gradients.
+// log_step and so on: what the controller keeps, 0-d; null without one, missing also without `deep`.
 struct Step {
     int64_t tensors, threads;
-    double momentum, beta1, beta2, memory;
-    double cautious, power;  // of diagonal ones: see l2o.ops.eigenbasis.whiten; tempered, or 0: of size one
+    double momentum, beta1, beta2, memory, cautious, by_signal, due, carried;
+    double step, total, limit;
+    double log_lr, warmup, decays, fall, haste, matrix, fan_in, relative, by_gain, longer;
+    double deep, gain, slope, band_up, band_down, fast, slow, sure, range, leak;
+    float *log_step, *fast_mean, *slow_mean, *square_mean, *missing;
     Tensor* tensor;
 };
 

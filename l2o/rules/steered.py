@@ -277,7 +277,7 @@ class Steered(UpdateRule):
             return torch.ones_like(theta["log_lr"]).expand(len(shapes))
         forms = [self.form(shape) for shape in shapes]
         factors = matrix_factors(theta, forms)
-        return factors * width_factors(shapes, forms, self.wide, factors) if self.wide else factors
+        return factors * constant(width_factors(shapes, forms, self.wide), factors) if self.wide else factors
 
     def scales(
         self, theta: Theta, sizes: Tensor, squares: Tensor, shapes: Sequence[tuple[int, ...]], tables: Sequence[bool]

@@ -1,0 +1,114 @@
+// How far tensors go in a step of l2o.rules.Steered: l2o.ops.alignment, schedules and scales, in double precision.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "steered.h"
+
+namespace {
+
+// As in l2o.ops.alignment,
+constexpr double FASTEST = 0.1, LEAST_START = 0.31622776601683794, VARIANCE = 1e-8;
+// l2o.ops.schedules,
+constexpr double SHORT = 150, SHORTEST = 1.0 / 3, FLOOR = 0.01;
+// and l2o.ops.scales.
+constexpr double FAN_IN = 64, LEAST_LIMIT = 3e-4, UNHELD = 1e30;
+
+inline double within(double x, double least, double most) { return x < least ? least : x > most ? most : x; }
+
+// What the controller keeps from step to step.
+struct Shared {
+    double log_step = 0, fast = 0, slow = 0, square = 0, missing = 0;
+
+    static Shared of(const Step& s) {
+        return {*s.log_step, *s.fast_mean, *s.slow_mean, *s.square_mean, s.missing ? *s.missing : 0};
+    }
+    void keep(const Step& s) const {
+        *s.log_step = log_step, *s.fast_mean = fast, *s.slow_mean = slow, *s.square_mean = square;
+        if (s.missing) *s.missing = missing;
+    }
+};
+
+// See `begin`.
+inline void begin(const Step& s, Shared& now) {
+    if (!s.missing || now.missing <= 0) return;
+    double matrices = 0;
+    for (int64_t i = 0; i < s.tensors; i++) matrices += s.tensor[i].is_matrix;
+    now.missing = 2 * std::log(within(s.deep / matrices, LEAST_START, 1));
+}
+
+// See `control`.
+inline void control(const Step& s, double cosine, Shared& now) {
+    if (s.step <= 0) return;
+    const auto mean = [&](double& old, double x, double steps) {
+        const double keep = std::exp(-1 / steps);
+        old = x + keep * (old - x);
+        return old / (1 - std::pow(keep, s.step));
+    };
+    const double fast = mean(now.fast, cosine, s.fast), slow = mean(now.slow, cosine, s.slow);
+    const double square = mean(now.square, cosine * cosine, s.slow);
+    const double deviation = std::sqrt(std::max(square - slow * slow, 0.0) + VARIANCE);
+    const double off = 0.5 * (fast + slow), below = -slow / deviation;
+    const double error = std::max(off - s.band_up, 0.0) - std::max(-off - s.band_down, 0.0);
+    const double push = std::tanh(s.slope * error) * (error < 0 ? within(below - s.sure, 0, 1) : 1);
+    const double gain = std::min(s.gain / s.total, FASTEST) * std::max(1 - s.step / s.total, 0.0);
+    const double stays = 1 - std::min(s.leak / s.total, FASTEST);
+    now.log_step = within(stays * now.log_step + gain * push, -s.range, s.range);
+    if (s.missing) now.missing = std::min(stays * now.missing + gain * within(-below - s.sure, 0, 1), 0.0);
+}
+
+// That of the step of all tensors, before the controller's part.
+inline double scheduled(const Step& s) {
+    double size = std::min((s.step + 1) / (s.warmup * s.total), 1.0);
+    if (s.haste) size *= std::pow(within(s.total / SHORT, SHORTEST, 1), -s.haste);
+    if (s.decays) size *= FLOOR + (1 - FLOOR) * std::pow(std::max(1 - s.step / s.total, 0.0), s.fall);
+    return size;
+}
+
+inline double factor(const Step& s, const Tensor& t) {
+    return t.width * (t.sized ? s.matrix * std::pow(t.fan / FAN_IN, -s.fan_in) : 1);
+}
+
+// See `limited` and `lengthened`.  scale: of the direction of t.
+inline double bounded(const Step& s, const Tensor& t, double scale) {
+    const bool held = !(t.free && *t.free > 0);
+    const double squares = held ? t.sums[3] : UNHELD, size = std::sqrt(squares / t.entries), root = std::sqrt(t.fan);
+    if (t.sized) {
+        const double gain = s.by_gain && !t.table ? std::pow(std::min(size * root, 1.0), s.by_gain) : 1;
+        const double least = LEAST_LIMIT * (s.by_gain ? std::sqrt(FAN_IN) / root : 1);
+        const double over = scale / (s.relative * gain * size + least);
+        scale /= std::sqrt(1 + over * over);
+    }
+    return t.rare ? scale * s.longer * (1 + (held ? std::min(size, 1.0) : 0)) : scale;
+}
+
+// Writes the scale of each tensor, once its sums are known, and returns whether all is as usual: numbers that are finite
+// in single precision, and gradients within the limit. Otherwise the controller keeps what it had.
+inline bool steer(const Step& s) {
+    double dots = 0, norms = 0, gradients = 0, all = 0;
+    for (int64_t i = 0; i < s.tensors; i++) {
+        const Tensor& t = s.tensor[i];
+        for (double x : t.sums) all += std::abs(float(x));
+        const double weight = factor(s, t);
+        dots += weight * t.sums[0];
+        norms += weight * std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]);
+        gradients += t.sums[1];
+    }
+    Shared now;
+    if (s.log_step) {
+        now = Shared::of(s);
+        begin(s, now);
+        control(s, norms > 0 ? dots / norms : dots, now);
+    }
+    const double size = scheduled(s) * std::exp(s.log_lr + now.log_step + now.missing);
+    for (int64_t i = 0; i < s.tensors; i++) {
+        Tensor& t = s.tensor[i];
+        t.scale = -t.rate * bounded(s, t, size * factor(s, t));
+        all += std::abs(float(t.scale));
+    }
+    if (!(std::isfinite(all) && std::isfinite(float(gradients)) && float(std::sqrt(gradients)) <= s.limit)) return false;
+    if (s.log_step) now.keep(s);
+    return true;
+}
+}  // namespace
