@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from inspect import getattr_static
 from typing import Any
 
@@ -121,13 +121,16 @@ def has(table: Table, thing: UpdateRule | TaskFamily) -> bool:
 
 def _entry(table: Table, thing: Any, *methods: str) -> Callable[..., Any] | None:
     """The kernel of the nearest class that ``thing`` has these methods of, and all helpers (``_name``)."""
-    kind = type(thing)
-    for cls in kind.__mro__:
-        if cls in table:
-            helpers = [n for n, x in vars(cls).items() if n[0] == "_" and n[-2:] != "__" and hasattr(x, "__get__")]
-            same = (getattr_static(kind, n) is getattr_static(cls, n) for n in (*methods, *helpers))
-            return table[cls] if kind is cls or all(same) else None
-    return None
+    kind: Any = type(thing)
+    cls: Any = next((cls for cls in kind.__mro__ if cls in table), None)
+    return table[cls] if cls is not None and _is_alike(kind, cls, methods) else None
+
+
+@cache
+def _is_alike(kind: type, cls: type, methods: tuple[str, ...]) -> bool:
+    helpers = [n for n, x in vars(cls).items() if n[0] == "_" and n[-2:] != "__" and hasattr(x, "__get__")]
+    same = (getattr_static(kind, n) is getattr_static(cls, n) for n in (*methods, *helpers))
+    return kind is cls or all(same)
 
 
 def _augmented(family: Augmented, *arguments: Any) -> tuple[Tensor, Buffers, Grads] | None:

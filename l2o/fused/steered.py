@@ -7,15 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from inspect import getattr_static
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as
-from l2o.kernels.steered import CONSTANTS, SLOTS, Entries, fused_steps
+from l2o.kernels.steered import CONSTANTS, Kind, Layout, fused_steps, is_channels_last
 from l2o.kernels.whitened import settle, weigh
 from l2o.ops.eigenbasis import Whitening, is_due, turn, turned_back
 from l2o.ops.groups import stack, tables_of
@@ -23,14 +21,12 @@ from l2o.ops.numeric import entries_of
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import are_rare, fan_in, width_factors
 from l2o.rules import Steered
-from l2o.types import OptState, ParamInfo, Run, Slots, Theta
+from l2o.types import OptState, ParamInfo, Run, Theta
 
 _LARGE = 128
 """Rows and columns from which products are torch's, and as fast one by one as in a batch, which takes more memory."""
 _FORMULAS = ("factors", "scales", "size", "now")
 """Methods of the rule that the kernel does not call: it has their formulas."""
-_COLUMN = {"left": "right", "rows": "columns"}
-"""A column of entries is a row to the kernel."""
 
 
 def step(
@@ -40,56 +36,65 @@ def step(
     if rule.decides or rule.network or not _has_formulas(type(rule)):
         return None
     theta, grads, state, params, infos, run = inputs
-    plan = _plan(rule, tuple(infos[name] for name in params))
-    grads = {name: laid_out_as(grads[name], p) for name, p in params.items()}
-    tensors = [
-        _entries(path, grads[name], p, state.per_param[name], factors[name])
-        for path, (name, p) in zip(plan.paths, params.items(), strict=True)
-    ]
+    layout = _layout(
+        rule,
+        tuple(infos[name] for name in params),
+        tuple(None if p.is_contiguous() else p.stride() for p in params.values()),
+    )
+    if layout is None:
+        return None
+    own = [laid_out_as(grads[name], p) for name, p in params.items()]
+    slots, rates = [state.per_param[name] for name in params], [factors[name] for name in params]
     constants = _constants(rule, theta, run) | {"limit": limit}
-    steps = fused_steps(tensors, plan.facts, constants, state.shared)
+    steps = fused_steps(layout, own, list(params.values()), slots, rates, constants, state.shared)
     if steps is None or not steps.begin():
         return None  # nothing is written, and `update` shows what is wrong
-    others = _alike(params, tensors)
+    others = _alike(layout, own)
     if others:
         whitening = rule.now(theta, run).whitening
-        for (path, _), names in others.items():
-            of = [state.per_param[name] for name in names]
+        for (path, _), places in others.items():
+            some = [slots[i] for i in places]
             if path == "orthogonal":
-                _orthogonalise([own["d"] for own in of], rule.iterations)
+                _orthogonalise([each["d"] for each in some], rule.iterations)
             elif whitening is not None:
-                _whiten(rule, whitening, [grads[name] for name in names], of)
+                _whiten(rule, whitening, [own[i] for i in places], some)
         steps.finish()
-    slots = [t for name in params for t in state.per_param[name].values()]
-    torch.autograd.graph.increment_version([*params.values(), *slots, *state.shared.values()])
+    written = [t for each in slots for t in each.values()]
+    torch.autograd.graph.increment_version([*params.values(), *written, *state.shared.values()])
     return state
 
 
-class _Plan(NamedTuple):
-    """What of some tensors does not change from step to step: their paths, and ``FACTS`` of the kernel."""
-
-    paths: Sequence[str]
-    facts: np.ndarray
-
-
 @lru_cache(maxsize=64)
-def _plan(rule: Steered, infos: tuple[ParamInfo, ...]) -> _Plan:
-    shapes = [info.shape for info in infos]
+def _layout(rule: Steered, infos: tuple[ParamInfo, ...], strides: tuple[tuple[int, ...] | None, ...]) -> Layout | None:
+    """Return that of tensors, or None where one lies in memory in an order that is no matrix'.
+
+    strides: None for contiguous ones.
+    """
+    if not all(
+        stride is None or is_channels_last(info.shape, stride) for info, stride in zip(infos, strides, strict=True)
+    ):
+        return None
+    shapes, sizes = [info.shape for info in infos], rule.direction != "adam"
     found = tables_of({str(i): info for i, info in enumerate(infos)})
     tables = [str(i) in found for i in range(len(infos))]
-    paths = [rule.path(shape) for shape in shapes]
-    forms = shapes if rule.direction == "adam" else [rule.form(shape) for shape in shapes]
-    sized = [float(rule.direction != "adam" and is_matrix(form)) for form in forms]
-    facts = {
-        "is_matrix": [float(is_matrix(shape)) for shape in shapes],
-        "sized": sized,
-        "fan": [float(fan_in(form)) for form in forms],
-        "entries": [entries_of(shape) for shape in shapes],
-        "table": [float(rule.tables and table) for table in tables],
-        "rare": are_rare(shapes, forms, tables) if rule.rows and rule.direction != "adam" else [0.0] * len(shapes),
-        "width": width_factors(shapes, forms, rule.wide) if rule.direction != "adam" else [1.0] * len(shapes),
-    }
-    return _Plan(paths, np.array(list(facts.values())).T)
+    forms = [rule.form(shape) if sizes else shape for shape in shapes]
+    rare = are_rare(shapes, forms, tables) if rule.rows and sizes else [0.0] * len(shapes)
+    widths = width_factors(shapes, forms, rule.wide if sizes else 0.0)
+    kinds = []
+    for info, form, table, own, width, stride in zip(infos, forms, tables, rare, widths, strides, strict=True):
+        path, shape = rule.path(info.shape), as_matrix(info.shape)
+        torchs = path == "eigenbasis" and (max(shape) >= _LARGE or stride is not None)
+        facts = {
+            "is_matrix": is_matrix(info.shape),
+            "sized": sizes and is_matrix(form),
+            "fan": fan_in(form),
+            "entries": entries_of(info.shape),
+            "table": rule.tables and table,
+            "rare": own,
+            "width": width,
+        }
+        kinds.append(Kind("given" if torchs else path, shape, facts, rule.keeps_free(info), stride))
+    return Layout(kinds)
 
 
 @cache
@@ -115,17 +120,6 @@ def _decoded(name: str, value: float) -> float:
     if name.startswith("logit_"):
         return 1.0 / (1.0 + math.exp(-value))
     return math.exp(value) if name.startswith("log_") else value
-
-
-def _entries(path: str, grad: Tensor, param: Tensor, slots: Slots, factors: tuple[float, float]) -> Entries:
-    """What the kernel has to do with: of a tensor with a large basis, its direction alone."""
-    shape = as_matrix(param.shape)
-    if path == "eigenbasis" and not (max(shape) < _LARGE and param.is_contiguous()):
-        path = "given"
-    own = {slot: t for slot, t in slots.items() if slot in SLOTS[path] or slot == "free"}
-    if path == "eigenbasis" and shape[1] == 1:
-        return Entries(path, (1, shape[0]), grad, param, {_COLUMN.get(k, k): t for k, t in own.items()}, factors)
-    return Entries(path, shape, grad, param, own, factors)
 
 
 def _whiten(rule: Steered, how: Whitening, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]) -> None:
@@ -160,10 +154,10 @@ def _copy(stacked: Tensor, to: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(to), list(stacked.reshape(-1, *to[0].shape).unbind()))
 
 
-def _alike(params: Mapping[str, Tensor], tensors: Sequence[Entries]) -> dict[tuple[str, torch.Size], list[str]]:
-    """Return the names of the tensors whose directions are torch's, of each path and shape."""
-    names: dict[tuple[str, torch.Size], list[str]] = defaultdict(list)
-    for (name, p), entries in zip(params.items(), tensors, strict=True):
-        if entries.path in ("orthogonal", "given"):
-            names[entries.path, p.shape].append(name)
-    return names
+def _alike(layout: Layout, grads: Sequence[Tensor]) -> dict[tuple[str, torch.Size], list[int]]:
+    """Return the places of the tensors whose directions are torch's, by path and shape."""
+    places: dict[tuple[str, torch.Size], list[int]] = defaultdict(list)
+    for i, (kind, grad) in enumerate(zip(layout.kinds, grads, strict=True)):
+        if kind.path in ("orthogonal", "given"):
+            places[kind.path, grad.shape].append(i)
+    return places

@@ -127,8 +127,13 @@ struct Sides {
     void out_of(const float* x, float* half, float* turned, float* out) const {
         if (left) product(rows, cols, rows, left, rows, 1, x, right ? half : out);
         if (!right) return;
+        const float* rest = left ? half : x;
+        if (rows == 1) {
+            for (int64_t j = 0; j < cols; j++) out[j] = dot(rest, right + j * cols, cols);
+            return;
+        }
         transpose(cols, cols, right, turned);
-        product(rows, cols, cols, left ? half : x, cols, 1, turned, out);
+        product(rows, cols, cols, rest, cols, 1, turned, out);
     }
 };
 }  // namespace

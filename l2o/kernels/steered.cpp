@@ -277,8 +277,8 @@ extern "C" void l2o_layout_Settle(int64_t* out) {
 extern "C" void l2o_layout_Tensor(int64_t* out) {
     layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d,
            &Tensor::v, &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::left, &Tensor::right, &Tensor::row_basis,
-           &Tensor::column_basis, &Tensor::free, &Tensor::keep, &Tensor::rate, &Tensor::is_matrix, &Tensor::sized,
-           &Tensor::fan, &Tensor::entries, &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::scale, &Tensor::sums);
+           &Tensor::column_basis, &Tensor::free, &Tensor::is_matrix, &Tensor::sized, &Tensor::fan, &Tensor::entries,
+           &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::keep, &Tensor::rate, &Tensor::scale, &Tensor::sums);
 }
 
 extern "C" void l2o_layout_Step(int64_t* out) {

@@ -29,7 +29,7 @@ struct Tensor {
     int64_t path, rows, cols;
     const float* grad;
     float *param, *m, *d, *v, *row, *col, *count, *left, *right, *row_basis, *column_basis, *free;
-    double keep, rate, is_matrix, sized, fan, entries, table, rare, width, scale;
+    double is_matrix, sized, fan, entries, table, rare, width, keep, rate, scale;
     double sums[SUMS];
 };
 

@@ -6,7 +6,9 @@ Products of large matrices stay in torch, between the two calls of a step.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -16,30 +18,18 @@ from torch import Tensor
 from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
 
-SLOTS = {
-    "adam": {"m", "v", "count"},
-    "normalized": {"m", "row", "col"},
-    "diagonal": {"m", "d", "v"},
-    "orthogonal": {"m", "d"},
-    "given": {"d"},
-    "eigenbasis": {"turned", "d", "v", "left", "right", "rows", "columns"},
+SLOTS: Mapping[str, Mapping[str, str]] = {
+    "adam": {"m": "m", "v": "v", "count": "count"},
+    "normalized": {"m": "m", "row": "row", "col": "col"},
+    "diagonal": {"m": "m", "d": "d", "v": "v"},
+    "orthogonal": {"m": "m", "d": "d"},
+    "given": {"d": "d"},
+    "eigenbasis": {"m": "turned", "d": "d", "v": "v"},
 }
-"""Those that the kernel reads and writes, by path, in the order of ``Path`` of steered.h; the direction of ``given``
-ones comes from elsewhere before `finish`."""
-_ARRAYS = ("m", "d", "v", "row", "col", "count", "left", "right", "row_basis", "column_basis", "free")
-_NAMED = {"row_basis": "rows", "column_basis": "columns"}
-"""Slots that the structure has by another name; so it has momentum in a basis, ``turned``, as ``m``."""
-_SIDES = {"left": 0, "rows": 0, "right": 1, "columns": 1}
-"""Which side of a matrix a slot of a basis is of."""
-_LENGTHS: Mapping[str, Callable[[int, int], int]] = {
-    "row": lambda rows, _: rows,
-    "col": lambda _, columns: columns,
-    "count": lambda *_: 1,
-    "free": lambda *_: 1,
-    **{name: lambda *shape, side=side: shape[side] ** 2 for name, side in _SIDES.items()},
-}
-_SUMS = 4
-_UNUSUAL = 2
+"""Those that the kernel reads and writes, by path, in the order of ``Path`` of steered.h, and by the arrays that they
+are there; the direction of ``given`` ones comes from elsewhere before `FusedSteps.finish`."""
+_BASES = ({"left": "left", "row_basis": "rows"}, {"right": "right", "column_basis": "columns"})
+"""Further ones of a basis, of each side that has more than one entry."""
 FACTS = ("is_matrix", "sized", "fan", "entries", "table", "rare", "width")
 """Numbers that say how far a tensor goes, see steered.h."""
 CONSTANTS = (
@@ -51,29 +41,27 @@ CONSTANTS = (
 _SHARED = {"log_step": "log_step", "fast_mean": "fast", "slow_mean": "slow", "square_mean": "square"}
 _SHARED |= {"missing": "missing"}
 """What the controller keeps, by field."""
-_ORDER = {
-    path: (
-        number,
-        tuple("turned" if (path, name) == ("eigenbasis", "m") else _NAMED.get(name, name) for name in _ARRAYS),
-    )
-    for number, path in enumerate(SLOTS)
-}
-"""By path: its number, and the slots that ``_ARRAYS`` are of, where there are such."""
+_SIZES = ("path", "rows", "cols")
+_ARRAYS = ("grad", "param", "m", "d", "v", "row", "col", "count", "left", "right", "row_basis", "column_basis", "free")
+_NUMBERS = (*FACTS, "keep", "rate", "scale")
+_SUMS = 4
+_UNUSUAL = 2
 
 
 class _Tensor(ctypes.Structure):
     """``Tensor`` of steered.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("path", "rows", "cols")),
-        *((name, ctypes.c_void_p) for name in ("grad", "param", *_ARRAYS)),
-        *((name, ctypes.c_double) for name in ("keep", "rate", *FACTS, "scale")),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
+        *((name, ctypes.c_double) for name in _NUMBERS),
         ("sums", ctypes.c_double * _SUMS),
     )
 
 
-_FIELDS = ctypes.sizeof(_Tensor) // 8
-_FACTS = _Tensor.is_matrix.offset // 8
+_FIELDS = [*_SIZES, *_ARRAYS, *_NUMBERS]
+_WIDTH = ctypes.sizeof(_Tensor) // 8
+"""Fields of a tensor, of eight bytes each: tensors are a table with a column for each field."""
 
 
 class _Step(ctypes.Structure):
@@ -87,53 +75,76 @@ class _Step(ctypes.Structure):
     )
 
 
-class Entries(NamedTuple):
-    """A tensor as a matrix of ``shape`` on a path of ``SLOTS``, and the slots that `l2o.rules.Steered` has for it.
+class Kind(NamedTuple):
+    """What of a tensor stays from step to step.
 
-    factors: ``lr, keep`` of ``param <- keep param + lr update``.
-
-    Channels may be last in memory, but not of one in a basis; ``col`` is then in that order, and only the kernel's next
-    step reads it.
+    path: of ``SLOTS``.     shape: as a matrix.     facts: ``FACTS``, by name.     free: whether it has a slot ``free``.
+    stride: of the parameter and all that is like it, where it is not contiguous: of channels that are last in memory.
+        Columns in another order are the same to every formula, but for those of a basis.
     """
 
     path: str
     shape: tuple[int, int]
-    grad: Tensor
-    param: Tensor
-    slots: Mapping[str, Tensor]
-    factors: tuple[float, float]
-
-    def description(self) -> tuple[int, ...]:
-        """Return the first fields of `_Tensor`, before ``keep``; 0 for arrays that there are none of."""
-        number, order = _ORDER[self.path]
-        slots = self.slots
-        arrays = [slots[name].data_ptr() if name in slots else 0 for name in order]
-        return number, *self.shape, self.grad.data_ptr(), self.param.data_ptr(), *arrays
+    facts: Mapping[str, float]
+    free: bool = False
+    stride: tuple[int, ...] | None = None
 
     @property
-    def fits(self) -> bool:
-        """Whether the kernel would stay inside its arrays, and see every entry at one place in all of them."""
-        param, grad, slots, shape = self.param, self.grad, self.slots, self.shape
-        expected = SLOTS[self.path] - {side for side, axis in _SIDES.items() if shape[axis] == 1}
-        if slots.keys() - {"free"} != expected or grad.shape != param.shape:
-            return False
-        contiguous = param.is_contiguous() and grad.is_contiguous()
-        permuted = self.path != "eigenbasis" and grad.stride() == param.stride() and _channels_last(param)
-        if not (contiguous or permuted):
-            return False
-        for name, t in slots.items():
-            if name in _LENGTHS:
-                inside = t.is_contiguous() and t.numel() == _LENGTHS[name](*shape)
-            else:
-                inside = t.shape == param.shape and (t.is_contiguous() if contiguous else t.stride() == param.stride())
-            if not inside:
-                return False
-        return True
+    def slots(self) -> dict[str, tuple[str, int]]:
+        """By arrays of the kernel the slots that they are, and their numbers of entries."""
+        rows, columns = self.shape
+        of_one = {"row": rows, "col": columns, "count": 1}
+        found = {array: (slot, of_one.get(array, rows * columns)) for array, slot in SLOTS[self.path].items()}
+        if self.free:
+            found["free"] = ("free", 1)
+        if self.path == "eigenbasis":
+            for arrays, slots, n in zip(_BASES, _BASES, self.shape, strict=True):
+                # To the kernel a column of entries is a row.
+                arrays = _BASES[1] if columns == 1 else arrays
+                if n > 1:
+                    found |= {a: (slot, n * n) for a, slot in zip(arrays, slots.values(), strict=True)}
+        return found
 
 
-def _channels_last(t: Tensor) -> bool:
-    """Whether its matrix lies row by row in memory, in an order of columns of its own, which no formula here sees."""
-    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+def is_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Say whether the matrix of a tensor lies row by row in memory, in an order of columns of its own."""
+    if len(shape) != 4:
+        return False
+    _, channels, height, width = shape
+    return tuple(stride) == (channels * height * width, 1, width * channels, channels)
+
+
+class Layout:
+    """Where in the kernel's table what of tensors of these kinds is, made once for many steps."""
+
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        self.kinds, self.slots = kinds, [[slot for slot, _ in kind.slots.values()] for kind in kinds]
+        entries = [math.prod(kind.shape) for kind in kinds]
+        own = [[n, n, *(m for _, m in kind.slots.values())] for n, kind in zip(entries, kinds, strict=True)]
+        self.entries = list(chain(*own))
+        self.strides = [
+            kind.stride if m == n else None for n, kind, all_of in zip(entries, kinds, own, strict=True) for m in all_of
+        ]
+        self.table = np.zeros((len(kinds), _WIDTH), np.int64)
+        arrays = [["grad", "param", *kind.slots] for kind in kinds]
+        self.places = np.array([i * _WIDTH + _FIELDS.index(a) for i, some in enumerate(arrays) for a in some])
+        numbers, paths = self.table.view(np.float64), list(SLOTS)
+        for i, (path, (rows, columns), facts, _, _) in enumerate(kinds):
+            row = path == "eigenbasis" and columns == 1
+            self.table[i, : len(_SIZES)] = [paths.index(path), *((columns, rows) if row else (rows, columns))]
+            numbers[i, [_FIELDS.index(name) for name in FACTS]] = [facts[name] for name in FACTS]
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Say whether the kernel would stay inside its arrays, and see every entry at one place in all of them.
+
+        tensors: gradient, parameter and slots of each, ``[*shape]``, in the order of ``entries``.
+        """
+        if not plain(tensors) or [t.numel() for t in tensors] != self.entries:
+            return False
+        if not any(self.strides):
+            return all(map(Tensor.is_contiguous, tensors))
+        pairs = zip(tensors, self.strides, strict=True)
+        return all(t.is_contiguous() if stride is None else t.stride() == stride for t, stride in pairs)
 
 
 class FusedSteps:
@@ -141,22 +152,18 @@ class FusedSteps:
 
     def __init__(
         self,
-        tensors: Sequence[Entries],
-        facts: np.ndarray,
+        layout: Layout,
+        tensors: Sequence[Tensor],
+        factors: Sequence[tuple[float, float]],
         constants: Mapping[str, float],
         shared: Mapping[str, Tensor],
     ) -> None:
-        # Every field has eight bytes: a column each, written for all tensors at once.
-        self._fields = np.zeros((len(tensors), _FIELDS), np.int64)
-        described = [t.description() for t in tensors]
-        self._fields[:, : _FACTS - 2] = described
-        numbers = self._fields.view(np.float64)
-        numbers[:, _FACTS - 2 : _FACTS] = [(keep, lr) for lr, keep in (t.factors for t in tensors)]
-        numbers[:, _FACTS : _FACTS + len(FACTS)] = facts
+        self._table = layout.table.copy()
+        self._table.reshape(-1)[layout.places] = [t.data_ptr() for t in tensors]
+        self._table.view(np.float64)[:, [_FIELDS.index("rate"), _FIELDS.index("keep")]] = factors
         kept = {field: shared[name].data_ptr() for field, name in _SHARED.items() if name in shared}
-        table = self._fields.ctypes.data_as(ctypes.POINTER(_Tensor))
-        sizes = {"tensors": len(tensors), "threads": torch.get_num_threads()}
-        self._step = _Step(**sizes, **constants, **kept, tensor=table)
+        first = self._table.ctypes.data_as(ctypes.POINTER(_Tensor))
+        self._step = _Step(len(self._table), torch.get_num_threads(), **constants, **kept, tensor=first)
 
     def begin(self) -> bool:
         """Advance controller and moments, and parameters but of ``orthogonal`` and ``given`` tensors.
@@ -172,14 +179,25 @@ class FusedSteps:
 
 
 def fused_steps(
-    tensors: Sequence[Entries], facts: np.ndarray, constants: Mapping[str, float], shared: Mapping[str, Tensor]
+    layout: Layout,
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[Mapping[str, Tensor]],
+    factors: Sequence[tuple[float, float]],
+    constants: Mapping[str, float],
+    shared: Mapping[str, Tensor],
 ) -> FusedSteps | None:
     """Return the kernel for one step, or None, with nothing read, where it does not fit or cannot be had.
 
-    facts: ``FACTS`` of each tensor, ``[tensors, facts]``.     constants: ``CONSTANTS``, by name.
+    grads, params, slots: ``[*shape]`` of each tensor, in the order of the layout.
+    factors: ``lr, keep`` of ``param <- keep param + lr update``.    constants: ``CONSTANTS``, by name.
     shared: what the controller keeps, 0-d, by the names of `l2o.ops.alignment.init_alignment`; written.
     """
-    every = [each for t in tensors for each in (t.grad, t.param, *t.slots.values())]
-    if not (plain([*every, *shared.values()]) and all(t.fits for t in tensors) and available("steered")):
+    try:
+        own = zip(grads, params, slots, layout.slots, strict=True)
+        tensors = [t for grad, p, kept, names in own for t in (grad, p, *map(kept.__getitem__, names))]
+    except KeyError:
         return None
-    return FusedSteps(tensors, facts, constants, shared)
+    if not (layout.fits(tensors) and plain(shared.values()) and available("steered")):
+        return None
+    return FusedSteps(layout, tensors, factors, constants, shared)

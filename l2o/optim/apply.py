@@ -14,8 +14,11 @@ from l2o.fused import Inputs
 from l2o.optim.members import Member
 from l2o.types import ConfigurationError, OptState, Params, UpdateRule, Updates
 
-WORTH_A_KERNEL = 10**8
-"""Updates of single entries in a run, which torch's operations take some 10 s longer for than a kernel, on a CPU."""
+WORTH_A_KERNEL = 10**7
+"""Updates of single entries in a run, which torch's operations take a second longer for than a kernel, on a CPU; to
+compile one takes three, once a machine."""
+_OF_A_STEP = 10**4
+"""Entries that take as much longer as a step does beside what it does with entries."""
 
 
 class Ready(NamedTuple):
@@ -61,7 +64,8 @@ def apart(state: OptState) -> OptState:
 
 
 def _worth_a_kernel(inputs: Inputs, total_steps: int) -> bool:
-    return sum(p.numel() for p in inputs.params.values()) * total_steps >= WORTH_A_KERNEL
+    entries = sum(p.numel() for p in inputs.params.values())
+    return (entries + _OF_A_STEP) * total_steps >= WORTH_A_KERNEL
 
 
 def _fused(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates, OptState] | None:

@@ -168,9 +168,12 @@ class Steered(UpdateRule):
 
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
         own = directions.init_direction(self.path(info.shape), param, info.shape, self.network)
-        if self.free_zeros and self.needs_whole(info) and is_matrix(info.shape):
-            own["free"] = (param == 0).all().to(param.dtype)
+        own |= {"free": (param == 0).all().to(param.dtype)} if self.keeps_free(info) else {}
         return own | init_seen(param, self.controller) if self.decides else own
+
+    def keeps_free(self, info: ParamInfo) -> bool:
+        """Return whether a tensor has a slot that says whether it began as zeros."""
+        return self.free_zeros and self.needs_whole(info) and is_matrix(info.shape)
 
     def needs_whole(self, info: ParamInfo) -> bool:
         return self.path(info.shape) in ("eigenbasis", "diagonal", "orthogonal")
@@ -250,8 +253,7 @@ class Steered(UpdateRule):
         else:
             m, ahead = nesterov(slots["m"], grad, now.decays["momentum"])
             d, new = matrices(ahead), {"m": m}
-        if path == "orthogonal":
-            d = polar(d, self.iterations)
+        d = polar(d, self.iterations) if path == "orthogonal" else d
         had_gradient = matrices(torch.logical_or(slots["d"], grad))  # other entries rest
         d = torch.where(had_gradient, d, constant(0.0, d))
         if is_matrix(grad.shape[1:]):
