@@ -163,10 +163,10 @@ def updates(
     loss: ``[lanes]``.    kinds: those of the family.
     """
     run, theta = Run(state.step, state.total_steps, loss), in_dtype_of(state.params, theta)
-    found = fused.update(rule, theta, grads, state.opt, state.params, run)
+    infos, needs_loss = lane_infos(state.params, kinds), rule.needs_loss
+    found = fused.update(rule, theta, grads, state.opt, state.params, run, infos)
     if found is not None:
         return found
-    infos, needs_loss = lane_infos(state.params, kinds), rule.needs_loss
 
     def update(theta: Theta, g: Grads, opt: OptState, p: Params, now: Sequence[Any]) -> Any:
         step, total, loss = now

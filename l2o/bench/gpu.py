@@ -144,7 +144,7 @@ def _compiled(rule: MLP, device: str) -> Any:
 
 
 def _compiled_update(rule: Compiled, theta: Theta, *arguments: Any) -> tuple[Updates, OptState]:
-    found: tuple[Updates, OptState] = _compiled(rule, theta["b0"].device.type)(theta, *arguments)
+    found: tuple[Updates, OptState] = _compiled(rule, theta["b0"].device.type)(theta, *arguments[:-1])
     return found
 
 

@@ -26,6 +26,7 @@ from l2o.types import (
     Batch,
     Buffers,
     Grads,
+    Infos,
     InnerState,
     Kind,
     OptState,
@@ -51,10 +52,10 @@ class CompiledRule(Wrapped):
         self._update = _compiled(self._all)
 
     def update_lanes(
-        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
+        self, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run, infos: Infos
     ) -> tuple[Updates, OptState]:
         """Return ``update`` of all lanes, by a kernel or compiled."""
-        found = fused.update(self.rule, theta, grads, state, params, run)
+        found = fused.update(self.rule, theta, grads, state, params, run, infos)
         if found is not None:
             return found
         return cast("tuple[Updates, OptState]", self._update(theta, grads, state, params, run))

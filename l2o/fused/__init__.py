@@ -25,6 +25,7 @@ from l2o.fused import adam, coordinatewise, mlp, perceptrons, steered
 from l2o.fused.inputs import Inputs as Inputs
 from l2o.kernels.moments import HAD_GRADIENT as HAD_GRADIENT
 from l2o.kernels.unroll import Batches as Batches
+from l2o.ops.kinds import lane_infos
 from l2o.rules import MLP, STAR, AdafacMLP, Adam, Celo, Celo2, Steered, VeLO
 from l2o.tasks.augment import Augmented, Reparametrized
 from l2o.tasks.image import ImageMLP
@@ -33,6 +34,7 @@ from l2o.types import (
     Batch,
     Buffers,
     Grads,
+    Infos,
     InnerState,
     OptState,
     Params,
@@ -46,7 +48,7 @@ from l2o.types import (
 
 Table = dict[type, Callable[..., Any]]
 
-UPDATES: Table = {MLP: mlp.update}
+UPDATES: Table = {MLP: mlp.update, Steered: steered.update}
 STEPS: Table = {Adam: adam.step, Steered: steered.step}
 STEPS |= dict.fromkeys((AdafacMLP, STAR, Celo, Celo2, VeLO), coordinatewise.step)
 GRADIENTS: Table = {ImageMLP: perceptrons.gradient}
@@ -58,11 +60,23 @@ UNROLLS |= dict.fromkeys([(AdafacMLP, Batches), (STAR, Batches)], coordinatewise
 
 
 def update(
-    rule: UpdateRule, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
+    rule: UpdateRule,
+    theta: Theta,
+    grads: Grads,
+    state: OptState,
+    params: Params,
+    run: Run,
+    infos: Infos | None = None,
 ) -> tuple[Updates, OptState] | None:
-    """Return `UpdateRule.update` of all lanes at once, every tensor ``[lanes, ...]``."""
+    """Return `UpdateRule.update` of all lanes at once, every tensor ``[lanes, ...]``.
+
+    infos: of a lane's tensors, which kernels are handed last; by default what their shapes say.
+    """
     kernel = _entry(UPDATES, rule, "update")
-    found: tuple[Updates, OptState] | None = kernel and kernel(rule, theta, grads, state, params, run)
+    if kernel is None:
+        return None
+    infos = lane_infos(params) if infos is None else infos
+    found: tuple[Updates, OptState] | None = kernel(rule, theta, grads, state, params, run, infos)
     return found
 
 

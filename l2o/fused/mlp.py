@@ -14,11 +14,11 @@ from l2o.kernels.unroll import Batches
 from l2o.ops.features import EPS
 from l2o.ops.kinds import lane_infos
 from l2o.rules import MLP
-from l2o.types import Grads, InnerState, OptState, Params, Run, Theta, Updates
+from l2o.types import Grads, Infos, InnerState, OptState, Params, Run, Theta, Updates
 
 
 def update(
-    rule: MLP, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run
+    rule: MLP, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run, _: Infos
 ) -> tuple[Updates, OptState] | None:
     """See `l2o.fused.update`."""
     if rule.mup or not plain(theta.values(), anywhere=True):

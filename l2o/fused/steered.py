@@ -5,26 +5,31 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from inspect import getattr_static
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from l2o.fused.inputs import Inputs
-from l2o.kernels.arrays import laid_out_as
-from l2o.kernels.steered import CONSTANTS, Kind, Layout, fused_steps, is_channels_last
+from l2o.kernels.arrays import laid_out_as, plain
+from l2o.kernels.steered import CONSTANTS, Kind, Layout, fused_steps, is_channels_last, step_lanes
 from l2o.kernels.whitened import settle, weigh
-from l2o.ops.eigenbasis import Whitening, is_due, turn, turned_back
+from l2o.ops.eigenbasis import Whitening, due_at, turn, turned_back
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import entries_of
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import are_rare, fan_in, width_factors
 from l2o.rules import Steered
-from l2o.types import OptState, ParamInfo, Run, Theta
+from l2o.types import Grads, Infos, OptState, ParamInfo, Params, Run, Theta, Updates
 
 _LARGE = 128
 """Rows and columns from which products are torch's, and as fast one by one as in a batch, which takes more memory."""
+_RENAMED = {"power": "fall"}
+"""Constants that have another name than in θ."""
 _FORMULAS = ("factors", "scales", "size", "now")
 """Methods of the rule that the kernel does not call: it has their formulas."""
 
@@ -45,7 +50,7 @@ def step(
         return None
     own = [laid_out_as(grads[name], p) for name, p in params.items()]
     slots, rates = [state.per_param[name] for name in params], [factors[name] for name in params]
-    constants = _constants(rule, theta, run) | {"limit": limit}
+    constants = _constants(rule, theta, run, limit)
     steps = fused_steps(layout, own, list(params.values()), slots, rates, constants, state.shared)
     if steps is None or not steps.begin():
         return None  # nothing is written, and `update` shows what is wrong
@@ -64,11 +69,33 @@ def step(
     return state
 
 
+def update(
+    rule: Steered, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run, infos: Infos
+) -> tuple[Updates, OptState] | None:
+    """See `l2o.fused.update`.  Where nothing is differentiated."""
+    if torch.is_grad_enabled() or rule.decides or rule.network or not _has_formulas(type(rule)):
+        return None
+    if not plain([*theta.values(), *params.values()]):
+        return None
+    layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), math.inf)
+    assert layout is not None
+    # In copies: the kernel writes new slots where the old ones were, and updates where parameters were.
+    new, moves = _apart(state), {name: p.clone(memory_format=torch.contiguous_format) for name, p in params.items()}
+    slots, own = [new.per_param[name] for name in params], [grads[name].contiguous() for name in params]
+    taken = step_lanes(layout, own, list(moves.values()), slots, _constants(rule, theta, run), new.shared)
+    return (moves, new) if taken else None
+
+
 @lru_cache(maxsize=64)
-def _layout(rule: Steered, infos: tuple[ParamInfo, ...], strides: tuple[tuple[int, ...] | None, ...]) -> Layout | None:
+def _layout(
+    rule: Steered,
+    infos: tuple[ParamInfo, ...],
+    strides: tuple[tuple[int, ...] | None, ...],
+    large: float = _LARGE,
+) -> Layout | None:
     """Return that of tensors, or None where one lies in memory in an order that is no matrix'.
 
-    strides: None for contiguous ones.
+    strides: None for contiguous ones.     large: rows or columns from which products are torch's.
     """
     if not all(
         stride is None or is_channels_last(info.shape, stride) for info, stride in zip(infos, strides, strict=True)
@@ -83,7 +110,7 @@ def _layout(rule: Steered, infos: tuple[ParamInfo, ...], strides: tuple[tuple[in
     kinds = []
     for info, form, table, own, width, stride in zip(infos, forms, tables, rare, widths, strides, strict=True):
         path, shape = rule.path(info.shape), as_matrix(info.shape)
-        torchs = path == "eigenbasis" and (max(shape) >= _LARGE or stride is not None)
+        torchs = path == "eigenbasis" and (max(shape) >= large or stride is not None)
         facts = {
             "is_matrix": is_matrix(info.shape),
             "sized": sizes and is_matrix(form),
@@ -102,24 +129,50 @@ def _has_formulas(rule: type[Steered]) -> bool:
     return all(getattr_static(rule, name) is getattr_static(Steered, name) for name in _FORMULAS)
 
 
-def _constants(rule: Steered, theta: Theta, run: Run) -> dict[str, float]:
-    """``CONSTANTS`` of the kernel but for the limit, by name."""
-    values = dict(zip(theta, torch.stack(list(theta.values())).tolist(), strict=True))
-    found = {name: _decoded(name, x) for name, x in values.items()}
-    by_name = {name.removeprefix("log_").removeprefix("logit_"): x for name, x in found.items()}
-    due = rule.direction == "eigenbasis" and bool(is_due(run, rule.period, rule.early, rule.pace))
-    step, total = map(int, run[:2])
-    by_name |= {"log_lr": values["log_lr"], "fall": by_name.get("power", 0.0), "longer": rule.rows, "step": step}
-    by_name |= {"total": total, "due": due, "decays": rule.schedule == "decay"}
-    by_name |= {name: getattr(rule, name) for name in ("cautious", "by_signal", "carried", "haste", "by_gain", "deep")}
-    return {name: float(by_name.get(name, 0.0)) for name in CONSTANTS}
+def _constants(rule: Steered, theta: Theta, run: Run, limit: float = math.inf) -> np.ndarray:
+    """``CONSTANTS`` of the kernel, ``[lanes, constants]``, of θ without lanes or ``[lanes]``."""
+    values = torch.stack(list(theta.values()), -1).double().view(-1, len(theta)).numpy()
+    powers, shares = np.exp(values), 1.0 / (1.0 + np.exp(-values))
+    found, sources, fixed = np.empty((len(values), len(CONSTANTS))), _sources(tuple(theta)), _fixed(rule)
+    found[:] = fixed
+    found[:, sources.places] = np.concatenate([values, powers, shares], 1)[:, sources.columns]
+    step, total = (t.numpy() for t in run[:2])
+    now = run.step if run.called is None else run.called
+    due = rule.direction == "eigenbasis" and np.asarray(due_at(now, rule.period, rule.early, rule.pace))
+    for name, value in {"step": step, "total": total, "due": due, "limit": limit}.items():
+        found[:, CONSTANTS.index(name)] = value
+    return found
 
 
-def _decoded(name: str, value: float) -> float:
-    """Of an entry of θ, what it is the logarithm or the logit of."""
-    if name.startswith("logit_"):
-        return 1.0 / (1.0 + math.exp(-value))
-    return math.exp(value) if name.startswith("log_") else value
+def _apart(state: OptState) -> OptState:
+    return cast("OptState", tree_map_only(Tensor, partial(torch.clone, memory_format=torch.contiguous_format), state))
+
+
+class _Sources(NamedTuple):
+    """Which constants are of θ, and in which column of its values, their powers of e, and shares."""
+
+    places: Sequence[int]
+    columns: Sequence[int]
+
+
+@cache
+def _sources(names: tuple[str, ...]) -> _Sources:
+    """``names``: of θ."""
+    columns = {}
+    for i, name in enumerate(names):
+        kind, _, rest = name.partition("_")
+        known = {"log": (_RENAMED.get(rest, rest), 1), "logit": (rest, 2)}
+        constant, block = (name, 0) if name in ("log_lr", "fan_in") else known[kind]
+        columns[CONSTANTS.index(constant)] = block * len(names) + i
+    return _Sources(list(columns), list(columns.values()))
+
+
+@lru_cache(maxsize=64)
+def _fixed(rule: Steered) -> np.ndarray:
+    """``CONSTANTS`` that are the rule's; 0 for all others."""
+    known = {name: getattr(rule, name) for name in ("cautious", "by_signal", "carried", "haste", "by_gain", "deep")}
+    known |= {"longer": rule.rows, "decays": rule.schedule == "decay"}
+    return np.array([float(known.get(name, 0.0)) for name in CONSTANTS])
 
 
 def _whiten(rule: Steered, how: Whitening, grads: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]) -> None:

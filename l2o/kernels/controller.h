@@ -25,6 +25,7 @@ struct Shared {
         return {*s.log_step, *s.fast_mean, *s.slow_mean, *s.square_mean, s.missing ? *s.missing : 0};
     }
     void keep(const Step& s) const {
+        if (!s.log_step) return;
         *s.log_step = log_step, *s.fast_mean = fast, *s.slow_mean = slow, *s.square_mean = square;
         if (s.missing) *s.missing = missing;
     }
@@ -83,9 +84,9 @@ inline double bounded(const Step& s, const Tensor& t, double scale) {
     return t.rare ? scale * s.longer * (1 + (held ? std::min(size, 1.0) : 0)) : scale;
 }
 
-// Writes the scale of each tensor, once its sums are known, and returns whether all is as usual: numbers that are finite
-// in single precision, and gradients within the limit. Otherwise the controller keeps what it had.
-inline bool steer(const Step& s) {
+// Writes the scale of each tensor, once its sums are known, and what the controller is to keep. Returns whether all is as
+// usual: numbers that are finite in single precision, and gradients within the limit.
+inline bool steer(const Step& s, Shared& now) {
     double dots = 0, norms = 0, gradients = 0, all = 0;
     for (int64_t i = 0; i < s.tensors; i++) {
         const Tensor& t = s.tensor[i];
@@ -95,7 +96,6 @@ inline bool steer(const Step& s) {
         norms += weight * std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]);
         gradients += t.sums[1];
     }
-    Shared now;
     if (s.log_step) {
         now = Shared::of(s);
         begin(s, now);
@@ -107,8 +107,6 @@ inline bool steer(const Step& s) {
         t.scale = -t.rate * bounded(s, t, size * factor(s, t));
         all += std::abs(float(t.scale));
     }
-    if (!(std::isfinite(all) && std::isfinite(float(gradients)) && float(std::sqrt(gradients)) <= s.limit)) return false;
-    if (s.log_step) now.keep(s);
-    return true;
+    return std::isfinite(all) && std::isfinite(float(gradients)) && float(std::sqrt(gradients)) <= s.limit;
 }
 }  // namespace

@@ -35,28 +35,22 @@ inline void transpose(int64_t rows, int64_t cols, const float* x, float* out) {
         for (int64_t j = 0; j < cols; j++) out[j * rows + i] = x[i * cols + j];
 }
 
-// out [rows, cols] = a b, of a [rows, depth] with strides am and ak; finish(sum, at) gives what an entry is.
-template <class F>
-void product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, float* out,
-             F finish) {
-    multiply<6, 2>(
-        rows, cols, depth, a, am, ak, b, cols, out, cols, [](auto zero, int64_t, int64_t) { return zero; },
-        [=](auto sum, int64_t m, int64_t n) { return finish(sum, m * cols + n); });
-}
-
+// out [rows, cols] = size a b, of a [rows, depth] with strides am and ak.
 inline void product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b,
-                    float* out) {
-    product(rows, cols, depth, a, am, ak, b, out, [](auto sum, int64_t) { return sum; });
+                    float* out, float size = 1) {
+    const auto zero = [](auto zero, int64_t, int64_t) { return zero; };
+    const auto sized = [=](auto sum, int64_t, int64_t) { return size * sum; };
+    const int64_t whole = cols < WIDTH ? cols : cols / WIDTH * WIDTH;
+    multiply<6, 2>(rows, whole, depth, a, am, ak, b, cols, out, cols, zero, sized);
+    if (whole < cols)  // the last vector, some of it once more
+        strip<vec, 6, 1>(rows, cols - WIDTH, depth, a, am, ak, b, cols, out, cols, zero, sized);
 }
 
-// The running mean [n, n] of what a and b, as in `product`, make.
-inline void follow(int64_t n, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, double keep,
-                   float* mean) {
+// mean [n] <- keep mean + (1 - keep) x
+inline void follow(int64_t n, double keep, const float* x, float* mean) {
     const float fresh = 1 - keep;
-    product(n, n, depth, a, am, ak, b, mean, [=](auto sum, int64_t at) {
-        const auto old = load<decltype(sum)>(mean + at);
-        return old + fresh * (sum - old);
-    });
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) mean[i] += fresh * (x[i] - mean[i]);
 }
 
 inline float dot(const float* x, const float* y, int64_t n) {
@@ -66,50 +60,66 @@ inline float dot(const float* x, const float* y, int64_t n) {
     return all;
 }
 
-// x <- x - tau (v . x) v, of a v whose first entry is one and not in memory; n entries behind it.
-inline void reflect(float tau, const float* v, float* x, int64_t n) {
-    const float by = tau * (x[0] + dot(v, x + 1, n));
-    x[0] -= by;
+// x <- x - tau v (vᵀ x) of rows from k on of x [n, n]: v[k] is one, and what columns before k are to be does not matter.
+inline void reflect(int64_t n, int64_t k, float tau, const float* v, float* x, float* products) {
+    const int64_t from = k / WIDTH * WIDTH;  // whole vectors
+    std::copy(x + k * n + from, x + (k + 1) * n, products + from);
+    int64_t below = k + 1;
+    for (; below + 4 <= n; below += 4) {
+        const float *w = v + below, *row = x + below * n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) x[1 + i] -= by * v[i];
+        for (int64_t j = from; j < n; j++)
+            products[j] += (w[0] * row[j] + w[1] * row[n + j]) + (w[2] * row[2 * n + j] + w[3] * row[3 * n + j]);
+    }
+    for (; below < n; below++) {
+        const float weight = v[below], *row = x + below * n;
+#pragma omp simd
+        for (int64_t j = from; j < n; j++) products[j] += weight * row[j];
+    }
+    for (int64_t i = k; i < n; i++) {
+        const float weight = i == k ? tau : tau * v[i];
+        float* row = x + i * n;
+#pragma omp simd
+        for (int64_t j = from; j < n; j++) row[j] -= weight * products[j];
+    }
 }
 
-// The orthogonal factor of a matrix [n, n], signs as LAPACK's geqrf has them. Its columns are rows of x, which are
-// written, and those of q.
-inline void orthogonal_factor(int64_t n, float* x, float* tau, float* q) {
+// The orthogonal factor of x [n, n] in its place, signs as LAPACK's geqrf has them.  v [n, n], tau and products [n]: to
+// work in.
+inline void orthogonal_factor(int64_t n, float* x, float* v, float* tau, float* products) {
     for (int64_t k = 0; k < n; k++) {
-        float *own = x + k * n + k, *v = own + 1;
-        const int64_t below = n - k - 1;
-        const float tail = dot(v, v, below), first = own[0];
-        tau[k] = 0;
-        if (tail > 0) {
-            const float length = -std::copysign(std::sqrt(first * first + tail), first), scale = 1 / (first - length);
-            tau[k] = (length - first) / length;
-            for (int64_t i = 0; i < below; i++) v[i] *= scale;
+        float *own = v + k * n, tail = 0;
+        for (int64_t i = k + 1; i < n; i++) {
+            own[i] = x[i * n + k];
+            tail += own[i] * own[i];
         }
-        for (int64_t j = k + 1; j < n; j++) reflect(tau[k], v, x + j * n + k, below);
+        tau[k] = 0;
+        if (tail == 0) continue;
+        const float first = x[k * n + k], length = -std::copysign(std::sqrt(first * first + tail), first);
+        const float scale = 1 / (first - length);
+        tau[k] = (length - first) / length;
+        for (int64_t i = k + 1; i < n; i++) own[i] *= scale;
+        reflect(n, k, tau[k], own, x, products);
     }
-    std::fill(q, q + n * n, 0.f);
+    std::fill(x, x + n * n, 0.f);
     for (int64_t k = n; k-- > 0;) {
-        q[k * n + k] = 1;
-        for (int64_t j = k; j < n; j++) reflect(tau[k], x + k * n + k + 1, q + j * n + k, n - k - 1);
+        x[k * n + k] = 1;
+        if (tau[k] != 0) reflect(n, k, tau[k], v + k * n, x, products);
     }
 }
 
 // One step of orthogonal iteration by the mean of products, all [n, n]; cosines: of the old columns and the new ones.
-// next, columns [n, n], tau [n]: to work in.
-inline void follow_basis(int64_t n, const float* mean, float* basis, float* cosines, float* next, float* columns,
-                         float* tau) {
+// next, v [n, n], vectors [2, n]: to work in.
+inline void follow_basis(int64_t n, const float* mean, float* basis, float* cosines, float* next, float* v,
+                         float* vectors) {
     float largest = 0;
     for (int64_t i = 0; i < n * n; i++) largest = std::max(largest, std::abs(mean[i]));
     const float size = largest > 0 ? 1 / largest : 1;
-    product(n, n, n, mean, n, 1, basis, next,
-            [=](auto sum, int64_t at) { return size * sum + STAY * load<decltype(sum)>(basis + at); });
-    transpose(n, n, next, columns);
-    orthogonal_factor(n, columns, tau, next);
-    transpose(n, n, next, columns);
-    product(n, n, n, basis, 1, n, columns, cosines);
-    std::copy_n(columns, n * n, basis);
+    product(n, n, n, mean, n, 1, basis, next, size);
+    for (int64_t i = 0; i < n * n; i++) next[i] += STAY * basis[i];
+    orthogonal_factor(n, next, v, vectors, vectors + n);
+    product(n, n, n, basis, 1, n, next, cosines);
+    std::copy_n(next, n * n, basis);
 }
 
 // A matrix [rows, cols] and what turns each side of it; null for a side that has nothing to turn.

@@ -185,16 +185,22 @@ void eigenbasis(const Step& s, Tensor& t) {
     static thread_local Scratch scratch;
     const FlushDenormals flush;
     const int64_t rows = t.rows, cols = t.cols, n = rows * cols, most = std::max(rows, cols);
-    scratch.reserve(3 * n + rows * rows + cols * cols + 2 * most * most + most);
+    scratch.reserve(3 * n + rows * rows + cols * cols + 2 * most * most + 2 * most);
     float *x = scratch.take(n), *y = scratch.take(n), *half = scratch.take(n);
     float *left = t.left ? scratch.take(rows * rows) : nullptr, *right = t.right ? scratch.take(cols * cols) : nullptr;
-    float *square = scratch.take(most * most), *other = scratch.take(most * most), *tau = scratch.take(most);
+    float *square = scratch.take(most * most), *other = scratch.take(most * most), *vectors = scratch.take(2 * most);
     transpose(rows, cols, t.grad, x);
-    if (t.left) follow(rows, cols, t.grad, cols, 1, x, s.memory, t.left);
-    if (t.right) follow(cols, rows, t.grad, 1, cols, t.grad, s.memory, t.right);
+    if (t.left) {
+        product(rows, rows, cols, t.grad, cols, 1, x, square);
+        follow(rows * rows, s.memory, square, t.left);
+    }
+    if (t.right) {
+        product(cols, cols, rows, t.grad, 1, cols, t.grad, square);
+        follow(cols * cols, s.memory, square, t.right);
+    }
     if (s.due) {
-        if (t.left) follow_basis(rows, t.left, t.row_basis, left, square, other, tau);
-        if (t.right) follow_basis(cols, t.right, t.column_basis, right, square, other, tau);
+        if (t.left) follow_basis(rows, t.left, t.row_basis, left, square, other, vectors);
+        if (t.right) follow_basis(cols, t.right, t.column_basis, right, square, other, vectors);
         const Sides change{rows, cols, left, right};
         change.into(t.m, half, x);
         std::copy_n(x, n, t.m);
@@ -238,7 +244,25 @@ void take(const Step& s, Tensor& t) {
 // directions. Returns 2, with nothing written but scales and sums, where something is not as usual, see `steer`.
 extern "C" int l2o_steered_begin(const Step* step) {
     if (const int failed = each(step, look)) return failed;
-    return steer(*step) ? each(step, take) : 2;
+    Shared now;
+    if (!steer(*step, now)) return 2;
+    now.keep(*step);
+    return each(step, take);
+}
+
+// The same of lanes, whatever their numbers are; none has orthogonal matrices or given directions.
+extern "C" int l2o_steered_lanes(const Lanes* l) {
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(l->threads) reduction(| : failed)
+    for (int64_t i = 0; i < l->lanes; i++) {
+        const Step* step = l->step + i;
+        failed |= each(step, look);
+        Shared now;
+        steer(*step, now);
+        now.keep(*step);
+        failed |= each(step, take);
+    }
+    return failed;
 }
 
 // Once directions are in their place: those of orthogonal matrices brought to size, and parameters of these and given
@@ -280,6 +304,8 @@ extern "C" void l2o_layout_Tensor(int64_t* out) {
            &Tensor::column_basis, &Tensor::free, &Tensor::is_matrix, &Tensor::sized, &Tensor::fan, &Tensor::entries,
            &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::keep, &Tensor::rate, &Tensor::scale, &Tensor::sums);
 }
+
+extern "C" void l2o_layout_Lanes(int64_t* out) { layout(out, &Lanes::lanes, &Lanes::threads, &Lanes::step); }
 
 extern "C" void l2o_layout_Step(int64_t* out) {
     layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::memory,

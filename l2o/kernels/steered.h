@@ -48,6 +48,12 @@ struct Step {
     Tensor* tensor;
 };
 
+// Steps of lanes, each with its own constants.
+struct Lanes {
+    int64_t lanes, threads;
+    Step* step;
+};
+
 // What is cut into blocks of rows, and how many threads there are for it.
 struct Rows {
     int64_t threads, rows, cols;

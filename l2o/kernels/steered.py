@@ -62,6 +62,7 @@ class _Tensor(ctypes.Structure):
 _FIELDS = [*_SIZES, *_ARRAYS, *_NUMBERS]
 _WIDTH = ctypes.sizeof(_Tensor) // 8
 """Fields of a tensor, of eight bytes each: tensors are a table with a column for each field."""
+_FACTORS = [_FIELDS.index(name) for name in ("rate", "keep")]
 
 
 class _Step(ctypes.Structure):
@@ -147,23 +148,51 @@ class Layout:
         return all(t.is_contiguous() if stride is None else t.stride() == stride for t, stride in pairs)
 
 
-class FusedSteps:
-    """One step of some tensors. The methods are called in their order, and write to the tensors."""
+class _Lanes(ctypes.Structure):
+    """``Lanes`` of steered.h."""
+
+    _fields_ = (("lanes", ctypes.c_int64), ("threads", ctypes.c_int64), ("step", ctypes.POINTER(_Step)))
+
+
+class Tables:
+    """What the kernel reads of a step: a table of tensors and one of ``steps``, ``[lanes, ...]``. Keeps no tensors."""
 
     def __init__(
         self,
         layout: Layout,
         tensors: Sequence[Tensor],
         factors: Sequence[tuple[float, float]],
-        constants: Mapping[str, float],
+        constants: np.ndarray,
         shared: Mapping[str, Tensor],
+        threads: int,
     ) -> None:
-        self._table = layout.table.copy()
-        self._table.reshape(-1)[layout.places] = [t.data_ptr() for t in tensors]
-        self._table.view(np.float64)[:, [_FIELDS.index("rate"), _FIELDS.index("keep")]] = factors
-        kept = {field: shared[name].data_ptr() for field, name in _SHARED.items() if name in shared}
-        first = self._table.ctypes.data_as(ctypes.POINTER(_Tensor))
-        self._step = _Step(len(self._table), torch.get_num_threads(), **constants, **kept, tensor=first)
+        lanes, places = len(constants), layout.places
+        self._tensors = np.tile(layout.table, (lanes, 1, 1))
+        self._tensors.view(np.float64)[..., _FACTORS] = factors
+        self._tensors.reshape(lanes, -1)[:, places] = _addresses(tensors, layout.entries, lanes)
+        self.steps = np.zeros((lanes, ctypes.sizeof(_Step) // 8), np.int64)
+        self.steps[:, :2] = len(layout.kinds), threads
+        self.steps.view(np.float64)[:, 2 : 2 + len(CONSTANTS)] = constants
+        kept = [i for i, name in enumerate(_SHARED.values(), 2 + len(CONSTANTS)) if name in shared]
+        if kept:
+            own = [shared[name] for name in _SHARED.values() if name in shared]
+            self.steps[:, kept] = _addresses(own, [1] * len(own), lanes)
+        tensor_tables = self._tensors.ctypes.data + self._tensors.strides[0] * np.arange(lanes)
+        self.steps[:, -1] = tensor_tables
+
+
+def _addresses(tensors: Sequence[Tensor], entries: Sequence[int], lanes: int) -> np.ndarray:
+    """Those of each lane's part of ``tensors``, contiguous float32, ``[lanes, tensors]``."""
+    first, bytes_of = np.array([t.data_ptr() for t in tensors]), 4 * np.array(entries)
+    return first + bytes_of * np.arange(lanes)[:, None]
+
+
+class FusedSteps:
+    """One step of some tensors. The methods are called in their order, and write to the tensors."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._step = _Step.from_buffer(tables.steps.data)
 
     def begin(self) -> bool:
         """Advance controller and moments, and parameters but of ``orthogonal`` and ``given`` tensors.
@@ -178,26 +207,59 @@ class FusedSteps:
         run("steered", "l2o_steered_finish", self._step)
 
 
+def _ordered(
+    layout: Layout, grads: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[Mapping[str, Tensor]]
+) -> list[Tensor] | None:
+    """Gradient, parameter and slots of each tensor, ``[..., *shape]``; None where a slot is missing."""
+    try:
+        own = zip(grads, params, slots, layout.slots, strict=True)
+        return [t for grad, p, kept, names in own for t in (grad, p, *map(kept.__getitem__, names))]
+    except KeyError:
+        return None
+
+
 def fused_steps(
     layout: Layout,
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
     slots: Sequence[Mapping[str, Tensor]],
     factors: Sequence[tuple[float, float]],
-    constants: Mapping[str, float],
+    constants: np.ndarray,
     shared: Mapping[str, Tensor],
 ) -> FusedSteps | None:
     """Return the kernel for one step, or None, with nothing read, where it does not fit or cannot be had.
 
     grads, params, slots: ``[*shape]`` of each tensor, in the order of the layout.
-    factors: ``lr, keep`` of ``param <- keep param + lr update``.    constants: ``CONSTANTS``, by name.
+    factors: ``lr, keep`` of ``param <- keep param + lr update``.    constants: ``CONSTANTS``, ``[1, constants]``.
     shared: what the controller keeps, 0-d, by the names of `l2o.ops.alignment.init_alignment`; written.
     """
-    try:
-        own = zip(grads, params, slots, layout.slots, strict=True)
-        tensors = [t for grad, p, kept, names in own for t in (grad, p, *map(kept.__getitem__, names))]
-    except KeyError:
+    tensors = _ordered(layout, grads, params, slots)
+    if tensors is None or not (layout.fits(tensors) and plain(shared.values()) and available("steered")):
         return None
-    if not (layout.fits(tensors) and plain(shared.values()) and available("steered")):
-        return None
-    return FusedSteps(layout, tensors, factors, constants, shared)
+    return FusedSteps(Tables(layout, tensors, factors, constants, shared, torch.get_num_threads()))
+
+
+def step_lanes(
+    layout: Layout,
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[Mapping[str, Tensor]],
+    constants: np.ndarray,
+    shared: Mapping[str, Tensor],
+) -> bool:
+    """Take a step of each lane, in place, and leave updates where parameters were; all are ``[lanes, *shape]``.
+
+    constants: ``CONSTANTS``, ``[lanes, constants]``; the limit is not asked for.    As `fused_steps`.
+    Returns False, with nothing read, where the kernel does not fit or cannot be had.
+    """
+    lanes, tensors = len(constants), _ordered(layout, grads, params, slots)
+    if tensors is None or any(kind.path in ("orthogonal", "given") for kind in layout.kinds):
+        return False
+    sizes = [lanes * n for n in layout.entries]
+    inside = [t.numel() for t in tensors] == sizes and all(map(Tensor.is_contiguous, tensors))
+    if not (inside and plain([*tensors, *shared.values()]) and available("steered")):
+        return False
+    tables = Tables(layout, tensors, [(1.0, 0.0)] * len(layout.kinds), constants, shared, 1)
+    first = tables.steps.ctypes.data_as(ctypes.POINTER(_Step))
+    run("steered", "l2o_steered_lanes", _Lanes(lanes, torch.get_num_threads(), first))
+    return True

@@ -72,7 +72,7 @@ def _fused(rule: UpdateRule, inputs: Inputs, total_steps: int) -> tuple[Updates,
     if not fused.has(fused.UPDATES, rule) or not _worth_a_kernel(inputs, total_steps):
         return None
     lanes = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
-    found = fused.update(rule, lanes.theta, lanes.grads, lanes.state, lanes.params, lanes.run)
+    found = fused.update(rule, lanes.theta, lanes.grads, lanes.state, lanes.params, lanes.run, inputs.infos)
     return cast("tuple[Updates, OptState] | None", tree_map_only(Tensor, lambda t: t.squeeze(0), found))
 
 

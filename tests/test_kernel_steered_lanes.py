@@ -1,0 +1,145 @@
+"""The kernel of Steered updates of lanes, each with its own θ and at its own step, as the rule's update of each."""
+
+import dataclasses
+
+import pytest
+import torch
+from steered_rules import every_direction
+from tables import generator, identical
+from torch.func import vmap
+from torch.utils._pytree import tree_map_only
+
+import l2o.fused
+from l2o.ops.kinds import infos_of, lane_infos
+from l2o.rules import Steered
+from l2o.types import OptState, Run
+from l2o.unroll import expand_theta, updates
+
+SHAPES = {"scalar": (), "vector": (5,), "row": (1, 7), "matrix": (30, 41), "conv": (7, 3, 2, 2), "empty": (0, 3)}
+SHAPES |= {"tall": (90, 20), "wide": (6, 150)}
+KINDS = {"tall": "embedding"}
+LANES = 3
+
+
+def draws(seed, scale=1.0):
+    g = generator(seed)
+    return {name: scale * torch.randn(LANES, *shape, generator=g) for name, shape in SHAPES.items()}
+
+
+def gradients(step):
+    """Without an entry, and once without any."""
+    grads = draws(100 + step, scale=0.0 if step == 3 else 1e-3)
+    grads["matrix"][:, 2, 3] = 0.0
+    return grads
+
+
+def started(rule):
+    """θ of lanes that differ, parameters, and the state of runs that begin."""
+    g, params = generator(), draws(0, scale=0.1)
+    theta = expand_theta(rule.init_theta(g), LANES)
+    theta = {name: t + 0.05 * torch.randn(t.shape, generator=g) for name, t in theta.items()}
+    infos = lane_infos(params, KINDS)
+    return theta, params, vmap(lambda th, p: rule.init(th, p, infos))(theta, params)
+
+
+def reference(rule, theta, grads, state, params, run):
+    """Return ``update`` of all lanes by the rule itself."""
+    infos = lane_infos(params, KINDS)
+    return vmap(lambda *args: rule.update(*args[:4], infos, Run(*args[4:])))(theta, grads, state, params, *run[:2])
+
+
+def clock(step):
+    return Run(torch.tensor([step, step + 1, step + 4]), torch.tensor([60, 80, 200]))
+
+
+def settled(rule, steps=60):
+    """Lanes whose bases are full: before, rounding has a say in them, which second moments amplify."""
+    theta, params, state = started(rule)
+    for step in range(steps if rule.direction == "eigenbasis" else 2):
+        moves, state = reference(rule, theta, gradients(step), state, params, clock(step))
+        params = {name: p + moves[name] for name, p in params.items()}
+    return theta, params, state
+
+
+def kernel(rule, theta, grads, state, params, run):
+    return l2o.fused.update(rule, theta, grads, state, params, run, lane_infos(params, KINDS))
+
+
+@every_direction
+@torch.no_grad()
+def test_updates_of_lanes_are_those_of_the_rule(rule):
+    if rule.direction == "eigenbasis":
+        rule = dataclasses.replace(rule, widest=200)
+    theta, params, state = settled(rule)
+    if any(rule.path(shape) == "orthogonal" for shape in SHAPES.values()):
+        assert kernel(rule, theta, gradients(0), state, params, clock(0)) is None
+        return
+    new, expected = state, state
+    for step in range(60, 64):
+        before = tree_map_only(torch.Tensor, torch.clone, (new, params))
+        args = gradients(step), new, params, clock(step)
+        moves, new = kernel(rule, theta, *args)
+        assert identical(before, (args[1], params))  # nothing that came is written to
+        wanted, expected = reference(rule, theta, gradients(step), expected, params, clock(step))
+        torch.testing.assert_close(moves, wanted, rtol=1e-3, atol=2e-5)
+        params = {name: p + wanted[name] for name, p in params.items()}
+    torch.testing.assert_close(new.shared, expected.shared, rtol=1e-2, atol=1e-5)
+    for name, slots in expected.per_param.items():
+        torch.testing.assert_close(new.per_param[name], slots, rtol=1e-3, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_lane_that_is_not_finite_spoils_no_other():
+    rule = Steered(direction="eigenbasis", widest=200, carried=True)
+    theta, params, state = settled(rule, 3)
+    grads = gradients(3)
+    clean, _ = kernel(rule, theta, grads, state, params, clock(3))
+    grads["matrix"][1, 0, 0] = float("nan")
+    moves, new = kernel(rule, theta, grads, state, params, clock(3))
+    for name in SHAPES:
+        assert moves[name][1].isnan().all()
+        assert all(torch.equal(moves[name][lane], clean[name][lane]) for lane in (0, 2))
+    assert new.shared["log_step"][1].isnan()
+
+
+@torch.no_grad()
+def test_the_number_of_threads_changes_no_bit():
+    rule, before, found = Steered(direction="eigenbasis", widest=200, carried=True), torch.get_num_threads(), []
+    theta, params, state = settled(rule, 3)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(kernel(rule, theta, gradients(9), state, params, clock(3)))
+    finally:
+        torch.set_num_threads(before)
+    assert identical(*found)
+
+
+@pytest.mark.parametrize("what", ["derivatives", "float64", "network", "shape"])
+def test_what_the_kernel_cannot_take_is_left_to_torch(what):
+    rule = Steered(direction="diagonal", network=what == "network")
+    theta, params, state = started(rule)
+    grads = gradients(0)
+    if what == "shape":
+        grads["matrix"] = grads["matrix"][:, :-1]
+    if what == "float64":
+        theta, params, state, grads = tree_map_only(torch.Tensor, torch.Tensor.double, (theta, params, state, grads))
+    with torch.set_grad_enabled(what == "derivatives"):
+        assert kernel(rule, theta, grads, state, params, clock(0)) is None
+
+
+@torch.no_grad()
+def test_the_engine_takes_the_kernel_and_knows_kinds(monkeypatch):
+    rule, taken, kernels = Steered(direction="diagonal", tables=True, rows=2.0), [], dict(l2o.fused.UPDATES)
+    monkeypatch.setitem(l2o.fused.UPDATES, Steered, lambda *args: taken.append(args[-1]) or kernels[Steered](*args))
+    theta, params, state = started(rule)
+
+    class Inner:
+        opt, step, total_steps = state, *clock(0)[:2]
+
+    Inner.params = params
+    moves, new = updates(rule, theta, gradients(0), Inner, torch.zeros(LANES), KINDS)
+    wanted, _ = reference(rule, theta, gradients(0), state, params, clock(0))
+    torch.testing.assert_close(moves, wanted, rtol=1e-4, atol=1e-6)
+    assert isinstance(new, OptState)
+    assert taken == [infos_of({name: p[0] for name, p in params.items()}, KINDS)]
