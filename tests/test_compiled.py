@@ -36,7 +36,7 @@ def test_rules_with_networks_can_be_compiled(rule: UpdateRule) -> None:
 
     with torch.no_grad():
         state = OptState(*vmap(lambda theta, p: tuple(rule.init(theta, p, infos)))(theta, params))
-        got = CompiledRule(rule, {}).update_lanes(theta, grads, state, params, run)
+        got = CompiledRule(rule, {}).update_lanes(theta, grads, state, params, run, infos)
         torch.testing.assert_close(got, vmap(update)(theta, grads, params, run[:2]), rtol=1e-4, atol=1e-6)
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 import l2o.fused
 from l2o.ops.kinds import infos_of, lane_infos
 from l2o.rules import Steered
-from l2o.types import OptState, Run
+from l2o.types import InnerState, OptState, Run
 from l2o.unroll import expand_theta, updates
 
 SHAPES = {"scalar": (), "vector": (5,), "row": (1, 7), "matrix": (30, 41), "conv": (7, 3, 2, 2), "empty": (0, 3)}
@@ -133,12 +133,8 @@ def test_the_engine_takes_the_kernel_and_knows_kinds(monkeypatch):
     rule, taken, kernels = Steered(direction="diagonal", tables=True, rows=2.0), [], dict(l2o.fused.UPDATES)
     monkeypatch.setitem(l2o.fused.UPDATES, Steered, lambda *args: taken.append(args[-1]) or kernels[Steered](*args))
     theta, params, state = started(rule)
-
-    class Inner:
-        opt, step, total_steps = state, *clock(0)[:2]
-
-    Inner.params = params
-    moves, new = updates(rule, theta, gradients(0), Inner, torch.zeros(LANES), KINDS)
+    inner = InnerState({}, params, {}, state, *clock(0)[:2], torch.zeros(LANES))
+    moves, new = updates(rule, theta, gradients(0), inner, torch.zeros(LANES), KINDS)
     wanted, _ = reference(rule, theta, gradients(0), state, params, clock(0))
     torch.testing.assert_close(moves, wanted, rtol=1e-4, atol=1e-6)
     assert isinstance(new, OptState)

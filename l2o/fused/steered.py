@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from inspect import getattr_static
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from l2o.fused.inputs import Inputs
 from l2o.kernels.arrays import laid_out_as, plain
@@ -38,7 +37,7 @@ def step(
     rule: Steered, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
     """See `l2o.fused.step`."""
-    if rule.decides or rule.network or not _has_formulas(type(rule)):
+    if not _is_known(rule, inputs.theta):
         return None
     theta, grads, state, params, infos, run = inputs
     layout = _layout(
@@ -73,17 +72,21 @@ def update(
     rule: Steered, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run, infos: Infos
 ) -> tuple[Updates, OptState] | None:
     """See `l2o.fused.update`.  Where nothing is differentiated."""
-    if torch.is_grad_enabled() or rule.decides or rule.network or not _has_formulas(type(rule)):
-        return None
-    if not plain([*theta.values(), *params.values()]):
+    if torch.is_grad_enabled() or not _is_known(rule, theta):
         return None
     layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), math.inf)
     assert layout is not None
-    # In copies: the kernel writes new slots where the old ones were, and updates where parameters were.
-    new, moves = _apart(state), {name: p.clone(memory_format=torch.contiguous_format) for name, p in params.items()}
-    slots, own = [new.per_param[name] for name in params], [grads[name].contiguous() for name in params]
-    taken = step_lanes(layout, own, list(moves.values()), slots, _constants(rule, theta, run), new.shared)
-    return (moves, new) if taken else None
+    slots, own = [state.per_param[name] for name in params], [grads[name] for name in params]
+    found = step_lanes(layout, own, list(params.values()), slots, _constants(rule, theta, run), state.shared)
+    if found is None:
+        return None
+    moves, new, shared = found
+    return dict(zip(params, moves, strict=True)), OptState(dict(zip(params, new, strict=True)), shared)
+
+
+def _is_known(rule: Steered, theta: Theta) -> bool:
+    """Whether the kernel has the formulas of the rule, and reads its θ."""
+    return not (rule.decides or rule.network) and _has_formulas(type(rule)) and plain(theta.values())
 
 
 @lru_cache(maxsize=64)
@@ -142,10 +145,6 @@ def _constants(rule: Steered, theta: Theta, run: Run, limit: float = math.inf) -
     for name, value in {"step": step, "total": total, "due": due, "limit": limit}.items():
         found[:, CONSTANTS.index(name)] = value
     return found
-
-
-def _apart(state: OptState) -> OptState:
-    return cast("OptState", tree_map_only(Tensor, partial(torch.clone, memory_format=torch.contiguous_format), state))
 
 
 class _Sources(NamedTuple):

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "vector.h"
+#include "whitened.h"
 
 namespace {
 
@@ -146,4 +147,43 @@ struct Sides {
         product(rows, cols, cols, rest, cols, 1, turned, out);
     }
 };
+// In the basis of the gradients, which follows them where it is due. By one thread, as all of so few entries.
+void eigenbasis(const Step& s, Tensor& t) {
+    static thread_local Scratch scratch;
+    const FlushDenormals flush;
+    const int64_t rows = t.rows, cols = t.cols, n = rows * cols, most = std::max(rows, cols);
+    scratch.reserve(3 * n + rows * rows + cols * cols + 2 * most * most + 2 * most);
+    float *x = scratch.take(n), *y = scratch.take(n), *half = scratch.take(n);
+    float *left = t.left ? scratch.take(rows * rows) : nullptr, *right = t.right ? scratch.take(cols * cols) : nullptr;
+    float *square = scratch.take(most * most), *other = scratch.take(most * most), *vectors = scratch.take(2 * most);
+    transpose(rows, cols, t.grad, x);
+    if (t.left) {
+        product(rows, rows, cols, t.grad, cols, 1, x, square);
+        follow(rows * rows, s.memory, square, t.left);
+    }
+    if (t.right) {
+        product(cols, cols, rows, t.grad, 1, cols, t.grad, square);
+        follow(cols * cols, s.memory, square, t.right);
+    }
+    if (s.due) {
+        if (t.left) follow_basis(rows, t.left, t.row_basis, left, square, other, vectors);
+        if (t.right) follow_basis(cols, t.right, t.column_basis, right, square, other, vectors);
+        const Sides change{rows, cols, left, right};
+        change.into(t.m, half, x);
+        std::copy_n(x, n, t.m);
+        if (s.carried) {
+            for (int64_t i = 0; left && i < rows * rows; i++) left[i] *= left[i];
+            for (int64_t i = 0; right && i < cols * cols; i++) right[i] *= right[i];
+            change.into(t.v, half, x);
+            std::copy_n(x, n, t.v);
+        }
+    }
+    const Sides basis{rows, cols, t.row_basis, t.column_basis};
+    const Rows entries(1, n, 1);
+    basis.into(t.grad, half, x);
+    weigh<false>(entries, {s.momentum, s.memory, s.cautious, LEAST}, x, t.m, t.v, y);
+    basis.out_of(y, half, square, x);
+    settle(entries, x, t.grad, t.d, t.d, t.is_matrix, s.by_signal);  // vectors keep their size
+    move(s, t);
+}
 }  // namespace

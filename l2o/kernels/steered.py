@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ _ARRAYS = ("grad", "param", "m", "d", "v", "row", "col", "count", "left", "right
 _NUMBERS = (*FACTS, "keep", "rate", "scale")
 _SUMS = 4
 _UNUSUAL = 2
+_WORTH_THREADS = 1 << 23
+"""Products of entries, some 0.1 ms of one thread, from which several are sooner done: they wait for one another."""
 
 
 class _Tensor(ctypes.Structure):
@@ -126,6 +129,7 @@ class Layout:
         self.strides = [
             kind.stride if m == n else None for n, kind, all_of in zip(entries, kinds, own, strict=True) for m in all_of
         ]
+        self.work = sum(n * sum(kind.shape) for n, kind in zip(entries, kinds, strict=True))
         self.table = np.zeros((len(kinds), _WIDTH), np.int64)
         arrays = [["grad", "param", *kind.slots] for kind in kinds]
         self.places = np.array([i * _WIDTH + _FIELDS.index(a) for i, some in enumerate(arrays) for a in some])
@@ -246,20 +250,25 @@ def step_lanes(
     slots: Sequence[Mapping[str, Tensor]],
     constants: np.ndarray,
     shared: Mapping[str, Tensor],
-) -> bool:
-    """Take a step of each lane, in place, and leave updates where parameters were; all are ``[lanes, *shape]``.
+) -> tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """Return the updates, new slots and what is shared after a step of each lane; all are ``[lanes, *shape]``.
 
-    constants: ``CONSTANTS``, ``[lanes, constants]``; the limit is not asked for.    As `fused_steps`.
-    Returns False, with nothing read, where the kernel does not fit or cannot be had.
+    constants: ``CONSTANTS``, ``[lanes, constants]``; the limit is not asked for.    As `fused_steps`; nothing that came
+    is written to.
     """
     lanes, tensors = len(constants), _ordered(layout, grads, params, slots)
     if tensors is None or any(kind.path in ("orthogonal", "given") for kind in layout.kinds):
-        return False
-    sizes = [lanes * n for n in layout.entries]
-    inside = [t.numel() for t in tensors] == sizes and all(map(Tensor.is_contiguous, tensors))
+        return None
+    inside = [t.numel() for t in tensors] == [lanes * n for n in layout.entries]
     if not (inside and plain([*tensors, *shared.values()]) and available("steered")):
-        return False
-    tables = Tables(layout, tensors, [(1.0, 0.0)] * len(layout.kinds), constants, shared, 1)
+        return None
+    # The kernel writes new slots where the old ones were, and updates where parameters were.
+    copy = partial(torch.clone, memory_format=torch.contiguous_format)
+    moves, new = list(map(copy, params)), [{name: copy(t) for name, t in own.items()} for own in slots]
+    now = {name: copy(t) for name, t in shared.items()}
+    tensors = _ordered(layout, [g.contiguous() for g in grads], moves, new) or []
+    tables = Tables(layout, tensors, [(1.0, 0.0)] * len(layout.kinds), constants, now, 1)
     first = tables.steps.ctypes.data_as(ctypes.POINTER(_Step))
-    run("steered", "l2o_steered_lanes", _Lanes(lanes, torch.get_num_threads(), first))
-    return True
+    threads = torch.get_num_threads() if lanes * layout.work > _WORTH_THREADS else 1
+    run("steered", "l2o_steered_lanes", _Lanes(lanes, threads, first))
+    return moves, new, now

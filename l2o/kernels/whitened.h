@@ -24,7 +24,8 @@ struct Settle {
 
 namespace {
 
-constexpr double USUAL = 0.3;  // as in l2o.ops.scales
+constexpr double USUAL = 0.3;    // as in l2o.ops.scales
+constexpr double LEAST = 1e-10;  // as in l2o.ops.eigenbasis
 
 struct Weighing {
     double momentum, memory, cautious, least;
@@ -104,6 +105,17 @@ inline void settle(const Rows& rows, const float* direction, const float* here, 
         float* own = d;
 #pragma omp simd
         for (int64_t i = first * rows.cols; i < last * rows.cols; i++) own[i] *= size;
+    });
+}
+
+// Of parameters, once the direction is at its size.
+inline void move(const Step& s, Tensor& t) {
+    const float keep = t.keep, scale = t.scale;
+    blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
+        const float* d = t.d;
+        float* p = t.param;
+#pragma omp simd
+        for (int64_t i = first * t.cols; i < last * t.cols; i++) p[i] = keep * p[i] + scale * d[i];
     });
 }
 
