@@ -50,7 +50,7 @@ def _work(rank: int, count: int, folder: str, jobs: Mapping[str, Job]) -> None:
         except Exception:
             said[name] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(said), "utf-8")
-    dist.barrier()
+    dist.monitored_barrier()  # not `barrier`, which gloo's threads may let go of as Python ends: they would abort
     dist.destroy_process_group()
 
 
