@@ -20,15 +20,26 @@ from typing import Any, TypeVar
 import torch
 
 from l2o.bench.engine import Engine, measure, measure_checkpointing, measure_sharing
+from l2o.bench.mixture import measure_mixture
 from l2o.bench.share import measure_share
 from l2o.bench.steps import checked_shapes, measure_steps
 from l2o.checkpoints.store import known_rules, load
 from l2o.checks import check_each, check_float, check_int, lookup
 from l2o.disk import atomic_write, user_path
 from l2o.distributed import ranks
-from l2o.types import ConfigurationError
-from meta_train.config.build import refused
-from meta_train.config.compose import config_path, if_interrupted, main_guard, open_settings, resolve_device, wrapped
+from l2o.types import ConfigurationError, Mixture, TaskFamily, UpdateRule
+from meta_train.config.assemble import families
+from meta_train.config.build import make, refused
+from meta_train.config.compose import (
+    TRAINING,
+    composed,
+    config_path,
+    if_interrupted,
+    main_guard,
+    open_settings,
+    resolve_device,
+    wrapped,
+)
 from meta_train.run.card import commit, hardware
 from meta_train.run.processes import joined
 
@@ -112,6 +123,22 @@ def _share(config: Mapping[str, Any], device: str) -> Iterator[Record]:
         yield _alone(_shares, tokens, threads)
 
 
+def _mixture(config: Mapping[str, Any], device: str) -> Iterator[Record]:
+    lanes, steps, rounds = (check_int(name, config[name]) for name in ("lanes", "steps", "rounds"))
+    check_each("threads", config["threads"], check_int)
+    from omegaconf import OmegaConf
+
+    with refused("recipe"):
+        overrides = [f"experiment={config['recipe']}", *config["recipe_settings"]]
+        node: Any = OmegaConf.to_container(composed("train", open_settings(overrides, TRAINING)), resolve=True)
+    rule, problems = make(node["rule"], "rule", UpdateRule), make(node["task"], "task", TaskFamily, Mixture)
+    for threads in config["threads"] or [None]:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        for record in measure_mixture(rule, families(problems), lanes, steps, rounds, device):
+            yield {"recipe": config["recipe"], **record}
+
+
 def _shares(tokens: int, threads: int | None) -> Record:
     if threads is not None:
         torch.set_num_threads(threads)
@@ -146,6 +173,7 @@ SUITES: dict[str, Callable[[Mapping[str, Any], str], Iterator[Record]]] = {
     "sharing": _sharing,
     "step": _step,
     "share": _share,
+    "mixture": _mixture,
 }
 COLUMNS = {
     "shapes": ("shapes", 11),

@@ -50,6 +50,17 @@ def test_records_of_checkpointing(here: Path) -> None:
     assert parts["unroll_mb"] < 0.7 * whole["unroll_mb"]
 
 
+def test_records_of_a_mixture(here: Path) -> None:
+    assert bench("suite=mixture", "lanes=2", "steps=3", "rounds=1", "threads=[1]", "out=records.json") == 0
+    *families, whole = read("records.json")
+    assert (whole["recipe"], whole["rule"], whole["family"], whole["steps"]) == ("demo", "Steered", "all", 3)
+    assert [record["family"] for record in families][:2] == ["mlp", "deep_ln"]
+    slowest, *_, fastest = sorted(record["steps_per_second"] for record in families)
+    assert slowest < whole["steps_per_second"] < fastest
+    mean = sum(1.0 / record["yardstick_steps_per_second"] for record in families) / len(families)
+    assert whole["yardstick_steps_per_second"] == pytest.approx(1.0 / mean)
+
+
 def test_records_of_a_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a rule with a kernel and one that has none, on shapes that are named and on shapes that are not."""
     small = [
@@ -140,6 +151,8 @@ def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -
         (["engines=[{setup: pess}]"], "unknown setup 'pess', did you mean 'pes'"),
         (["engines=[{setup: pes, lane: 4}]"], "engines: "),
         (["seconds=0"], "seconds=0"),
+        (["suite=mixture", "lanes=0"], "lanes=0"),
+        (["suite=mixture", "recipe=demmo"], "demmo"),
         (["suite=step", "sources=default"], "sources='default' (str): expected a tuple or list"),
         (["suite=step", "sources=[defaul]"], "'defaul'"),
         (["suite=step", "rules=[AdafacMPL]"], "unknown rules[0] 'AdafacMPL', did you mean 'AdafacMLP'"),
