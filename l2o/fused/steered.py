@@ -25,8 +25,9 @@ from l2o.ops.scales import are_rare, fan_in, width_factors
 from l2o.rules import Steered
 from l2o.types import Grads, Infos, OptState, ParamInfo, Params, Run, Theta, Updates
 
-_LARGE = 128
-"""Rows and columns from which products are torch's, and as fast one by one as in a batch, which takes more memory."""
+_LARGE, _LARGE_LANES = 128, 512
+"""Rows or columns from which products are torch's, in a step and in updates of lanes; and from which, both, they are as
+fast one by one as in a batch, which takes more memory."""
 _RENAMED = {"power": "fall"}
 """Constants that have another name than in θ."""
 _FORMULAS = ("factors", "scales", "size", "now")
@@ -74,7 +75,7 @@ def update(
     """See `l2o.fused.update`.  Where nothing is differentiated."""
     if torch.is_grad_enabled() or not _is_known(rule, theta):
         return None
-    layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), math.inf)
+    layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), _LARGE_LANES)
     assert layout is not None
     slots, own = [state.per_param[name] for name in params], [grads[name] for name in params]
     found = step_lanes(layout, own, list(params.values()), slots, _constants(rule, theta, run), state.shared)
@@ -94,7 +95,7 @@ def _layout(
     rule: Steered,
     infos: tuple[ParamInfo, ...],
     strides: tuple[tuple[int, ...] | None, ...],
-    large: float = _LARGE,
+    large: int = _LARGE,
 ) -> Layout | None:
     """Return that of tensors, or None where one lies in memory in an order that is no matrix'.
 
