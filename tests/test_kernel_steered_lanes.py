@@ -129,6 +129,16 @@ def test_what_the_kernel_cannot_take_is_left_to_torch(what):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("columns", "taken"), [(511, True), (512, False)])
+def test_large_matrices_of_lanes_are_left_to_torch(columns, taken):
+    rule, params = Steered(direction="eigenbasis"), {"x": torch.randn(2, 2, columns, generator=generator())}
+    theta = expand_theta(rule.init_theta(generator()), 2)
+    state = vmap(lambda th, p: rule.init(th, p, lane_infos(params)))(theta, params)
+    run = Run(torch.ones(2, dtype=torch.long), torch.full((2,), 9))
+    assert (l2o.fused.update(rule, theta, params, state, params, run) is not None) == taken
+
+
+@torch.no_grad()
 def test_the_engine_takes_the_kernel_and_knows_kinds(monkeypatch):
     rule, taken, kernels = Steered(direction="diagonal", tables=True, rows=2.0), [], dict(l2o.fused.UPDATES)
     monkeypatch.setitem(l2o.fused.UPDATES, Steered, lambda *args: taken.append(args[-1]) or kernels[Steered](*args))

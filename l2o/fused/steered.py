@@ -25,9 +25,11 @@ from l2o.ops.scales import are_rare, fan_in, width_factors
 from l2o.rules import Steered
 from l2o.types import Grads, Infos, OptState, ParamInfo, Params, Run, Theta, Updates
 
-_LARGE, _LARGE_LANES = 128, 512
-"""Rows or columns from which products are torch's, in a step and in updates of lanes; and from which, both, they are as
-fast one by one as in a batch, which takes more memory."""
+_LARGE = 128
+"""Rows or columns from which products are torch's; where both are as many, they are as fast one by one as in a batch, which
+takes more memory."""
+_LARGE_LANES = 512
+"""Rows or columns from which those of lanes are torch's, whose batched decompositions are slow."""
 _RENAMED = {"power": "fall"}
 """Constants that have another name than in θ."""
 _FORMULAS = ("factors", "scales", "size", "now")
