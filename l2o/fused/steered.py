@@ -26,7 +26,7 @@ from l2o.rules import Steered
 from l2o.types import Grads, Infos, OptState, ParamInfo, Params, Run, Theta, Updates
 
 _LARGE = 128
-"""Rows or columns from which products are torch's; where both are as many, they are as fast one by one as in a batch, which
+"""Rows or columns from which products are torch's; of as many of both, one by one they are as fast as in a batch, which
 takes more memory."""
 _LARGE_LANES = 512
 """Rows or columns from which those of lanes are torch's, whose batched decompositions are slow."""
