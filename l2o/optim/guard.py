@@ -19,9 +19,13 @@ from l2o.types import Grads, OptState, Slots, Updates
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
     """Keep arithmetic as it is by itself, wherever ``step`` is called: no autocast, no inference mode, no graph."""
-    known = torch.amp.is_autocast_available(device.type)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type if known else "cpu", enabled=False):
-        yield
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+            yield
+    else:  # as nearly always; what is off takes time to turn off
+        with torch.no_grad():
+            yield
 
 
 def readable(device: torch.device) -> bool:

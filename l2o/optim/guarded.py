@@ -186,9 +186,10 @@ def _seen(optimizer: Optimizer, guard: Guard, trained: Sequence[Member], stride:
     good = [optimizer.state.get(m.param, {}).get(GOOD, p) for m, p in zip(trained, params, strict=True)]
     moves = zip(trained, params, good, strict=True)
     known = [(checked_gradient(m), p, old) for m, p, old in moves if m.param.grad is not None]
-    grads, slopes = [g for g, _, _ in known], [_product(g, p) - _product(g, old) for g, p, old in known]
-    dots = [_product(p, old) for p, old in zip(params, good, strict=True)]
-    sums = [_norm(grads), _norm(params), _norm(good), torch.stack(dots).sum(), torch.stack(slopes).sum()]
+    grads, here, there = (_together(each) for each in zip(*known, strict=True))
+    sizes, bases = _together(params), _together(good)
+    slope = _products(grads, here) - _products(grads, there)
+    sums = [_norm(grads), _norm(sizes), _norm(bases), _products(sizes, bases), slope]
     losses = [torch.as_tensor(x, dtype=_DTYPE, device=params[0].device).reshape(()) for x in guard["losses"]]
     gradient, size, base, product, slope, *heard = torch.stack([*sums, *losses]).tolist()
     step, skipped = counts(optimizer)
@@ -203,6 +204,14 @@ def _entries(members: Sequence[Member]) -> int:
 
 
 _DTYPE = torch.float32
+_FEW = 1 << 16
+"""Entries that are sooner copied than asked for one tensor at a time."""
+
+
+def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same entries, ``[entries]``: in one tensor where to copy them takes less time than an operation for each."""
+    flat = [t.flatten() for t in tensors]
+    return [torch.cat(flat)] if sum(t.numel() for t in tensors) <= _FEW else flat
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
@@ -210,10 +219,11 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).norm().to(_DTYPE)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of products of all entries."""
-    dtype = torch.promote_types(a.dtype, _DTYPE)
-    return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)).to(_DTYPE)
+def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The sum of products of all entries, ``[entries]`` each."""
+    dtypes = [torch.promote_types(x.dtype, _DTYPE) for x in a]
+    dots = [torch.dot(x.to(dtype), y.to(dtype)) for x, y, dtype in zip(a, b, dtypes, strict=True)]
+    return torch.stack([dot.to(_DTYPE) for dot in dots]).sum()
 
 
 def keep_good(state: dict[Any, Any], members: Sequence[Member]) -> None:

@@ -19,8 +19,11 @@ not in the state, where distributed checkpoints and sharded optimizers know of n
 
 def run_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     """Return what is kept of the run, also where a group was taken from before the first one."""
-    run: Mapping[str, Any] = next((group[RUN] for group in optimizer.param_groups if RUN in group), {})
-    return run
+    for group in optimizer.param_groups:
+        if RUN in group:
+            run: Mapping[str, Any] = group[RUN]
+            return run
+    return {}
 
 
 def record(optimizer: torch.optim.Optimizer, **facts: Any) -> None:
