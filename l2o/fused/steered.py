@@ -138,7 +138,8 @@ def _has_formulas(rule: type[Steered]) -> bool:
 def _constants(rule: Steered, theta: Theta, run: Run, limit: float = math.inf) -> np.ndarray:
     """``CONSTANTS`` of the kernel, ``[lanes, constants]``, of θ without lanes or ``[lanes]``."""
     values = torch.stack(list(theta.values()), -1).double().view(-1, len(theta)).numpy()
-    powers, shares = np.exp(values), 1.0 / (1.0 + np.exp(-values))
+    with np.errstate(over="ignore"):
+        powers, shares = np.exp(values), 1.0 / (1.0 + np.exp(-values))
     found, sources, fixed = np.empty((len(values), len(CONSTANTS))), _sources(tuple(theta)), _fixed(rule)
     found[:] = fixed
     found[:, sources.places] = np.concatenate([values, powers, shares], 1)[:, sources.columns]
