@@ -47,6 +47,9 @@ _ARRAYS = ("grad", "param", "m", "d", "v", "row", "col", "count", "left", "right
 _NUMBERS = (*FACTS, "keep", "rate", "scale")
 _SUMS = 4
 _UNUSUAL = 2
+_DUE = CONSTANTS.index("due")
+_STAY = {True: {"free"}, False: {"free", "rows", "columns"}}
+"""Slots that a step does not write, where it is due for bases to follow and where not."""
 _WORTH_THREADS = 1 << 23
 """Products of entries, some 0.1 ms of one thread, from which several are sooner done: they wait for one another."""
 
@@ -262,9 +265,10 @@ def step_lanes(
     inside = [t.numel() for t in tensors] == [lanes * n for n in layout.entries]
     if not (inside and plain([*tensors, *shared.values()]) and available("steered")):
         return None
-    # The kernel writes new slots where the old ones were, and updates where parameters were.
-    copy = partial(torch.clone, memory_format=torch.contiguous_format)
-    moves, new = list(map(copy, params)), [{name: copy(t) for name, t in own.items()} for own in slots]
+    # The kernel writes new slots where the old ones were, and updates where parameters were; bases, where they follow.
+    copy, stay = partial(torch.clone, memory_format=torch.contiguous_format), _STAY[bool(constants[:, _DUE].any())]
+    moves = list(map(copy, params))
+    new = [{k: t.contiguous() if k in stay else copy(t) for k, t in own.items()} for own in slots]
     now = {name: copy(t) for name, t in shared.items()}
     tensors = _ordered(layout, [g.contiguous() for g in grads], moves, new) or []
     tables = Tables(layout, tensors, [(1.0, 0.0)] * len(layout.kinds), constants, now, 1)
