@@ -132,11 +132,14 @@ def _mixture(config: Mapping[str, Any], device: str) -> Iterator[Record]:
         overrides = [f"experiment={config['recipe']}", *config["recipe_settings"]]
         node: Any = OmegaConf.to_container(composed("train", open_settings(overrides, TRAINING)), resolve=True)
     rule, problems = make(node["rule"], "rule", UpdateRule), make(node["task"], "task", TaskFamily, Mixture)
-    for threads in config["threads"] or [None]:
-        if threads is not None:
+    before = torch.get_num_threads()
+    try:
+        for threads in config["threads"] or [before]:
             torch.set_num_threads(threads)
-        for record in measure_mixture(rule, families(problems), lanes, steps, rounds, device):
-            yield {"recipe": config["recipe"], **record}
+            for record in measure_mixture(rule, families(problems), lanes, steps, rounds, device):
+                yield {"recipe": config["recipe"], **record}
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shares(tokens: int, threads: int | None) -> Record:

@@ -17,7 +17,7 @@ from l2o.rules import Steered
 from l2o.types import Run
 
 SHAPES = {"scalar": (), "vector": (5,), "row": (1, 7), "matrix": (30, 41), "conv": (7, 3, 2, 2), "empty": (0, 3)}
-SHAPES |= {"tall": (900, 70), "same": (900, 70)}  # of several blocks
+SHAPES |= {"tall": (900, 70), "same": (900, 70), "zeros": (6, 5)}  # the first two of several blocks
 
 
 class Reversed(Steered):
@@ -42,13 +42,16 @@ def settled(rule, factors=(1.0, 1.0)):
 
 
 def tensors(seed, scale=1.0):
+    """One matrix begins as zeros."""
     g = generator(seed)
-    return {name: scale * torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+    drawn = {name: scale * torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+    return drawn if seed else drawn | {"zeros": torch.zeros_like(drawn["zeros"])}
 
 
 def gradients(step):
-    """Without some entries and rows, and once without any."""
+    """Without some entries and rows, once without any, and of one matrix only later."""
     grads = tensors(100 + step, scale=0.0 if step == 3 else 1e-3)
+    grads["zeros"] *= step > 1
     grads["matrix"][3], grads["tall"][5, 7], grads["vector"][2] = 0.0, 0.0, 0.0
     return grads
 
@@ -87,8 +90,30 @@ def test_the_kernel_steps_as_update_does(rule, factors):
     (params, state), (expected, slots) = (run(rule, factors, in_place, start=start) for in_place in (True, False))
     for name, p in expected.items():
         torch.testing.assert_close(params[name], p, rtol=1e-4, atol=2e-5)
-        torch.testing.assert_close(state.per_param[name], slots.per_param[name], rtol=1e-3, atol=1e-2)
+        for slot, want in slots.per_param[name].items():
+            atol = (1e-2 if slot in ("rows", "columns") else 1e-3) * want.abs().max().item() if want.numel() else 0.0
+            torch.testing.assert_close(state.per_param[name][slot], want, rtol=1e-3, atol=atol)
     torch.testing.assert_close(state.shared, slots.shared, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("logit", [-40.0, 40.0])
+def test_shares_that_round_to_one_and_the_range_of_the_controller_are_those_of_update(logit):
+    rule, params = Steered(direction="adam"), {"x": torch.ones(3), "y": torch.ones(2, 2)}
+    infos, grads = infos_of(params), {"x": torch.ones(3), "y": torch.full((2, 2), -2.0)}
+    theta = rule.init_theta(generator()) | {"logit_beta1": torch.tensor(logit), "log_range": torch.tensor(0.02).log()}
+    mine, state = {name: p.clone() for name, p in params.items()}, rule.init(theta, params, infos)
+    expected = copy.deepcopy(state)
+    with torch.no_grad():
+        for step in range(4):
+            run = Run(torch.tensor(step), torch.tensor(9))
+            state = l2o.fused.step(
+                rule, Inputs(theta, grads, state, mine, infos, run), dict.fromkeys(params, (1.0, 1.0))
+            )
+            updates, expected = rule.update(theta, grads, expected, params, infos, run)
+            params = {name: p + updates[name] for name, p in params.items()}
+    torch.testing.assert_close(mine, params)
+    torch.testing.assert_close(state.shared["log_step"], expected.shared["log_step"])
+    assert state.shared["log_step"] == pytest.approx(0.02, rel=1e-5)
 
 
 @every_direction

@@ -10,26 +10,30 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map_only
 
 import l2o.fused
+from l2o.kernels import steered
 from l2o.ops.kinds import infos_of, lane_infos
 from l2o.rules import Steered
 from l2o.types import InnerState, OptState, Run
 from l2o.unroll import expand_theta, updates
 
 SHAPES = {"scalar": (), "vector": (5,), "row": (1, 7), "matrix": (30, 41), "conv": (7, 3, 2, 2), "empty": (0, 3)}
-SHAPES |= {"tall": (90, 20), "wide": (6, 150)}
+SHAPES |= {"tall": (90, 20), "wide": (6, 150), "zeros": (6, 5)}
 KINDS = {"tall": "embedding"}
 LANES = 3
 
 
 def draws(seed, scale=1.0):
+    """One matrix begins as zeros."""
     g = generator(seed)
-    return {name: scale * torch.randn(LANES, *shape, generator=g) for name, shape in SHAPES.items()}
+    drawn = {name: scale * torch.randn(LANES, *shape, generator=g) for name, shape in SHAPES.items()}
+    return drawn if seed else drawn | {"zeros": torch.zeros_like(drawn["zeros"])}
 
 
 def gradients(step):
-    """Without an entry, and once without any."""
+    """Without an entry, once without any, and of one matrix only later."""
     grads = draws(100 + step, scale=0.0 if step == 3 else 1e-3)
     grads["matrix"][:, 2, 3] = 0.0
+    grads["zeros"] *= step > 1
     return grads
 
 
@@ -85,7 +89,34 @@ def test_updates_of_lanes_are_those_of_the_rule(rule):
         params = {name: p + wanted[name] for name, p in params.items()}
     torch.testing.assert_close(new.shared, expected.shared, rtol=1e-2, atol=1e-5)
     for name, slots in expected.per_param.items():
-        torch.testing.assert_close(new.per_param[name], slots, rtol=1e-3, atol=1e-2)
+        for slot, want in slots.items():
+            atol = (1e-2 if slot in ("rows", "columns") else 1e-3) * want.abs().max().item() if want.numel() else 0.0
+            torch.testing.assert_close(new.per_param[name][slot], want, rtol=1e-3, atol=atol)
+
+
+@every_direction
+@torch.no_grad()
+def test_a_parameter_that_is_not_finite_has_a_finite_update(rule):
+    """As the rule's own: it counts as one of no size."""
+    theta, params, state = started(dataclasses.replace(rule, widest=200))
+    params["matrix"][1, 0, 0] = float("nan")
+    found = kernel(rule, theta, gradients(0), state, params, clock(0))
+    wanted, _ = reference(rule, theta, gradients(0), state, params, clock(0))
+    if found is not None:
+        square = {name: t for name, t in found[0].items() if name in ("scalar", "vector", "zeros")}
+        torch.testing.assert_close(square, {name: wanted[name] for name in square}, rtol=1e-3, atol=1e-5)
+        assert found[0]["matrix"].isfinite().all()
+        assert wanted["matrix"].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", [{"log_step": torch.zeros(1)}, {}, None])
+def test_what_the_controller_keeps_is_measured(wrong):
+    rule = Steered(direction="diagonal")
+    theta, params, state = started(rule)
+    shared = {**state.shared, **wrong} if wrong else {"log_step": torch.zeros(LANES)} if wrong is None else {}
+    found = kernel(rule, theta, gradients(0), OptState(state.per_param, shared), params, clock(0))
+    assert (found is None) == (wrong != {})
 
 
 @torch.no_grad()
@@ -103,7 +134,8 @@ def test_a_lane_that_is_not_finite_spoils_no_other():
 
 
 @torch.no_grad()
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(steered, "_WORTH_THREADS", 0)
     rule, before, found = Steered(direction="eigenbasis", widest=200, carried=True), torch.get_num_threads(), []
     theta, params, state = settled(rule, 3)
     try:

@@ -1,5 +1,7 @@
 """The plug-in with the kernel of Steered steps: the same run, resumed and skipped as without."""
 
+import dataclasses
+
 import pytest
 import torch
 from plugin import snapshot, source
@@ -10,6 +12,11 @@ from torch import nn
 import l2o.fused
 from l2o.optim import LearnedOptimizer, apply
 from l2o.rules import Steered
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted(Steered):
+    notes: list = dataclasses.field(default_factory=list)
 
 
 def trained(steps, rule, **settings):
@@ -86,13 +93,22 @@ def test_a_gradient_that_is_not_finite_is_skipped_in_place_too(bad, worth):
     assert identical(now, state)
 
 
-def test_a_parameter_that_is_not_finite_spoils_no_other(worth):
-    optimizer = trained(3, Steered())
+@every_direction
+def test_a_parameter_that_is_not_finite_spoils_no_other(rule, worth):
+    optimizer = trained(3, rule)
     broken, *others = optimizer.param_groups[0]["params"]
     broken.data[0, 0] = float("nan")
+    before = [p.clone() for p in others]
     optimizer.step()
-    assert all(p.isfinite().all() for p in others)
-    assert optimizer.param_groups[0]["run"]["shared"]["log_step"].isfinite()
+    assert optimizer.skipped_steps == 0
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(others, before, strict=True))
+    assert all(t.isfinite() for t in optimizer.param_groups[0]["run"].get("shared", {}).values())
+
+
+def test_a_rule_of_ones_own_that_cannot_be_hashed_steps_by_torch(worth):
+    optimizer = trained(2, Noted())
+    assert optimizer.skipped_steps == 0
+    assert len(worth) == 2
 
 
 @pytest.mark.filterwarnings("ignore:step 4 was skipped")

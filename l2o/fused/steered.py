@@ -1,4 +1,4 @@
-"""`l2o.rules.Steered`: a step in place, all of it by a kernel but for products of large matrices."""
+"""`l2o.rules.Steered`: a step in place, by a kernel but for products of large matrices, and updates of lanes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _LARGE = 128
 takes more memory."""
 _LARGE_LANES = 512
 """Rows or columns from which those of lanes are torch's, whose batched decompositions are slow."""
-_RENAMED = {"power": "fall"}
-"""Constants that have another name than in θ."""
+_RENAMED = {"power": ("fall", 1), "beta1": ("fresh1", 3), "beta2": ("fresh2", 3)}
+"""Constants that have another name than in θ, and which of its columns they are, see `_Sources`."""
 _FORMULAS = ("factors", "scales", "size", "now")
 """Methods of the rule that the kernel does not call: it has their formulas."""
 
@@ -89,6 +89,10 @@ def update(
 
 def _is_known(rule: Steered, theta: Theta) -> bool:
     """Whether the kernel has the formulas of the rule, and reads its θ."""
+    try:
+        hash(rule)  # what is made for it is kept
+    except TypeError:
+        return False
     return not (rule.decides or rule.network) and _has_formulas(type(rule)) and plain(theta.values())
 
 
@@ -139,10 +143,10 @@ def _constants(rule: Steered, theta: Theta, run: Run, limit: float = math.inf) -
     """``CONSTANTS`` of the kernel, ``[lanes, constants]``, of θ without lanes or ``[lanes]``."""
     values = torch.stack(list(theta.values()), -1).double().view(-1, len(theta)).numpy()
     with np.errstate(over="ignore"):
-        powers, shares = np.exp(values), 1.0 / (1.0 + np.exp(-values))
+        powers, shares, fresh = np.exp(values), 1.0 / (1.0 + np.exp(-values)), 1.0 / (1.0 + np.exp(values))
     found, sources, fixed = np.empty((len(values), len(CONSTANTS))), _sources(tuple(theta)), _fixed(rule)
     found[:] = fixed
-    found[:, sources.places] = np.concatenate([values, powers, shares], 1)[:, sources.columns]
+    found[:, sources.places] = np.concatenate([values, powers, shares, fresh], 1)[:, sources.columns]
     step, total = (t.numpy() for t in run[:2])
     now = run.step if run.called is None else run.called
     due = rule.direction == "eigenbasis" and np.asarray(due_at(now, rule.period, rule.early, rule.pace))
@@ -152,7 +156,7 @@ def _constants(rule: Steered, theta: Theta, run: Run, limit: float = math.inf) -
 
 
 class _Sources(NamedTuple):
-    """Which constants are of θ, and in which column of its values, their powers of e, and shares."""
+    """Which constants are of θ, and in which column of its values, their powers of e, shares, and what these leave."""
 
     places: Sequence[int]
     columns: Sequence[int]
@@ -164,8 +168,8 @@ def _sources(names: tuple[str, ...]) -> _Sources:
     columns = {}
     for i, name in enumerate(names):
         kind, _, rest = name.partition("_")
-        known = {"log": (_RENAMED.get(rest, rest), 1), "logit": (rest, 2)}
-        constant, block = (name, 0) if name in ("log_lr", "fan_in") else known[kind]
+        constant, block = _RENAMED.get(rest, (rest, {"log": 1, "logit": 2}.get(kind, 0)))
+        constant, block = (name, 0) if name in ("log_lr", "fan_in") else (constant, block)
         columns[CONSTANTS.index(constant)] = block * len(names) + i
     return _Sources(list(columns), list(columns.values()))
 

@@ -74,7 +74,8 @@ inline double factor(const Step& s, const Tensor& t) {
 // See `limited` and `lengthened`.  scale: of the direction of t.
 inline double bounded(const Step& s, const Tensor& t, double scale) {
     const bool held = !(t.free && *t.free > 0);
-    const double squares = held ? t.sums[3] : UNHELD, size = std::sqrt(squares / t.entries), root = std::sqrt(t.fan);
+    const double squares = held ? t.sums[3] : UNHELD, root = std::sqrt(t.fan);
+    const double size = squares >= 0 ? std::sqrt(squares / t.entries) : 0;  // of what is no number as by l2o.ops.numeric.safe_sqrt
     if (t.sized) {
         const double gain = s.by_gain && !t.table ? std::pow(std::min(size * root, 1.0), s.by_gain) : 1;
         const double least = LEAST_LIMIT * (s.by_gain ? std::sqrt(FAN_IN) / root : 1);

@@ -1,5 +1,5 @@
 // A direction that a matrix has in the eigenbasis of its gradients: l2o.ops.eigenbasis, of matrices so small that to ask
-// torch for their products takes longer than the products.
+// torch for their products takes longer than the products, or of lanes, whose decompositions torch is slow at.
 #pragma once
 
 #include <algorithm>

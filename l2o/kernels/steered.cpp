@@ -17,12 +17,12 @@ namespace {
 constexpr int64_t PIECE = 1 << 12;  // entries of a sum in single precision
 constexpr double SMALL = 0.01;      // as in l2o.ops.orthogonal
 
-// 1 - beta ** count
-inline double correction(double beta, double count) { return -std::expm1(count * std::log(beta)); }
+// 1 - (1 - fresh) ** count
+inline double correction(double fresh, double count) { return -std::expm1(count * std::log1p(-fresh)); }
 
 // Adam's direction is m / sqrt(v) times this.
 inline float adam_scale(const Step& s, double count) {
-    return float(std::sqrt(correction(s.beta2, count)) / correction(s.beta1, count));
+    return float(std::sqrt(correction(s.fresh2, count)) / correction(s.fresh1, count));
 }
 
 inline float over_root(float x, float squares) { return squares > 0 ? x / std::sqrt(squares) : 0.f; }
@@ -70,7 +70,7 @@ void look(const Step& s, Tensor& t) {
 }
 
 void adam(const Step& s, Tensor& t) {
-    const float b1 = s.beta1, a1 = 1 - s.beta1, b2 = s.beta2, a2 = 1 - s.beta2;
+    const float b1 = 1 - s.fresh1, a1 = s.fresh1, b2 = 1 - s.fresh2, a2 = s.fresh2;
     *t.count += 1;
     const float keep = t.keep, scale = float(t.scale) * adam_scale(s, *t.count);
     blocks({s, t}, [&](int64_t, int64_t first, int64_t last) {
@@ -209,6 +209,10 @@ extern "C" int l2o_steered_lanes(const Lanes* l) {
         Shared now;
         steer(*step, now);
         now.keep(*step);
+        for (int64_t j = 0; j < step->tensors; j++) {  // seen by now; zero times what is not finite would not be zero
+            const Tensor& t = step->tensor[j];
+            std::fill_n(t.param, t.rows * t.cols, 0.f);
+        }
         failed |= each(step, take);
     }
     return failed;
@@ -257,7 +261,7 @@ extern "C" void l2o_layout_Tensor(int64_t* out) {
 extern "C" void l2o_layout_Lanes(int64_t* out) { layout(out, &Lanes::lanes, &Lanes::threads, &Lanes::step); }
 
 extern "C" void l2o_layout_Step(int64_t* out) {
-    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::beta1, &Step::beta2, &Step::memory,
+    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::fresh1, &Step::fresh2, &Step::memory,
            &Step::cautious, &Step::by_signal, &Step::due, &Step::carried, &Step::step, &Step::total, &Step::limit,
            &Step::log_lr, &Step::warmup, &Step::decays, &Step::fall, &Step::haste, &Step::matrix, &Step::fan_in,
            &Step::relative, &Step::by_gain, &Step::longer, &Step::deep, &Step::gain, &Step::slope, &Step::band_up,

@@ -34,13 +34,14 @@ struct Tensor {
 };
 
 // The constants of l2o.rules.Steered and of its controller, as values, not logarithms, but for log_lr.
+// fresh1, fresh2: one minus beta1 and beta2, which may be too near one for their difference from it.
 // cautious, by_signal: of directions over roots, see l2o.ops.eigenbasis.weighed and l2o.ops.scales.tempered.
 // due, carried: of bases, see l2o.ops.eigenbasis.Whitening.  limit: of the norm of all gradients.
 // decays, fall: whether the schedule has a decay, and its power.  longer: factor of what has few gradients.
 // log_step and so on: what the controller keeps, 0-d; null without one, missing also without `deep`.
 struct Step {
     int64_t tensors, threads;
-    double momentum, beta1, beta2, memory, cautious, by_signal, due, carried;
+    double momentum, fresh1, fresh2, memory, cautious, by_signal, due, carried;
     double step, total, limit;
     double log_lr, warmup, decays, fall, haste, matrix, fan_in, relative, by_gain, longer;
     double deep, gain, slope, band_up, band_down, fast, slow, sure, range, leak;

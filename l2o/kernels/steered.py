@@ -1,6 +1,6 @@
-"""`l2o.rules.Steered` over the entries of all tensors, in place: one lane, float32, on the CPU.
+"""`l2o.rules.Steered` over the entries of all tensors, float32, on the CPU: steps in place, and updates of lanes.
 
-Products of large matrices stay in torch, between the two calls of a step.
+Products of large matrices stay in torch, between the two calls of a step; of lanes there are none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BASES = ({"left": "left", "row_basis": "rows"}, {"right": "right", "column_basi
 FACTS = ("is_matrix", "sized", "fan", "entries", "table", "rare", "width")
 """Numbers that say how far a tensor goes, see steered.h."""
 CONSTANTS = (
-    *("momentum", "beta1", "beta2", "memory", "cautious", "by_signal", "due", "carried", "step", "total", "limit"),
+    *("momentum", "fresh1", "fresh2", "memory", "cautious", "by_signal", "due", "carried", "step", "total", "limit"),
     *("log_lr", "warmup", "decays", "fall", "haste", "matrix", "fan_in", "relative", "by_gain", "longer"),
     *("deep", "gain", "slope", "band_up", "band_down", "fast", "slow", "sure", "range", "leak"),
 )
@@ -87,7 +87,8 @@ class Kind(NamedTuple):
 
     path: of ``SLOTS``.     shape: as a matrix.     facts: ``FACTS``, by name.     free: whether it has a slot ``free``.
     stride: of the parameter and all that is like it, where it is not contiguous: of channels that are last in memory.
-        Columns in another order are the same to every formula, but for those of a basis.
+        Columns in another order are the same to every formula, but for those of a basis; ``col`` is then in that order,
+        and only the kernel's next step reads it.
     """
 
     path: str
@@ -225,6 +226,12 @@ def _ordered(
         return None
 
 
+def _are_kept(shared: Mapping[str, Tensor], lanes: int) -> bool:
+    """Whether these are what the controller keeps of so many lanes, or nothing."""
+    known = not shared or shared.keys() - {"missing"} == set(_SHARED.values()) - {"missing"}
+    return known and plain(shared.values()) and all(t.numel() == lanes for t in shared.values())
+
+
 def fused_steps(
     layout: Layout,
     grads: Sequence[Tensor],
@@ -241,7 +248,7 @@ def fused_steps(
     shared: what the controller keeps, 0-d, by the names of `l2o.ops.alignment.init_alignment`; written.
     """
     tensors = _ordered(layout, grads, params, slots)
-    if tensors is None or not (layout.fits(tensors) and plain(shared.values()) and available("steered")):
+    if tensors is None or not (layout.fits(tensors) and _are_kept(shared, 1) and available("steered")):
         return None
     return FusedSteps(Tables(layout, tensors, factors, constants, shared, torch.get_num_threads()))
 
@@ -263,7 +270,7 @@ def step_lanes(
     if tensors is None or any(kind.path in ("orthogonal", "given") for kind in layout.kinds):
         return None
     inside = [t.numel() for t in tensors] == [lanes * n for n in layout.entries]
-    if not (inside and plain([*tensors, *shared.values()]) and available("steered")):
+    if not (inside and plain(tensors) and _are_kept(shared, lanes) and available("steered")):
         return None
     # The kernel writes new slots where the old ones were, and updates where parameters were; bases, where they follow.
     copy, stay = partial(torch.clone, memory_format=torch.contiguous_format), _STAY[bool(constants[:, _DUE].any())]

@@ -208,21 +208,21 @@ _FEW = 1 << 16
 """Entries that are sooner copied than asked for one tensor at a time."""
 
 
-def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same entries, ``[entries]``: in one tensor where to copy them takes less time than an operation for each."""
-    flat = [t.flatten() for t in tensors]
-    return [torch.cat(flat)] if sum(t.numel() for t in tensors) <= _FEW else flat
+def _together(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same entries in one tensor, ``[entries]``, where to copy them takes less time than an operation for each."""
+    few = sum(t.numel() for t in tensors) <= _FEW
+    return [torch.cat([t.flatten() for t in tensors])] if few else tensors
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else _DTYPE  # torch narrows none
-    return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).norm().to(_DTYPE)
+    return torch.stack(torch._foreach_norm(list(tensors), dtype=dtype)).norm().to(_DTYPE)
 
 
 def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The sum of products of all entries, ``[entries]`` each."""
+    """The sum of products of all entries, of tensors of the same shapes."""
     dtypes = [torch.promote_types(x.dtype, _DTYPE) for x in a]
-    dots = [torch.dot(x.to(dtype), y.to(dtype)) for x, y, dtype in zip(a, b, dtypes, strict=True)]
+    dots = [torch.dot(x.flatten().to(dtype), y.flatten().to(dtype)) for x, y, dtype in zip(a, b, dtypes, strict=True)]
     return torch.stack([dot.to(_DTYPE) for dot in dots]).sum()
 
 
