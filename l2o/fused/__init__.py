@@ -6,8 +6,9 @@ They stand above rules and tasks, which know nothing of them. Whoever has a kern
 
 A kernel gives None, with nothing drawn or written, where it does not fit or cannot be had; the engine and the plug-in
 then go by the contract. A subclass has the kernels of its class unless it overrides what they are a kernel of, or a
-helper of the class (``_name``); what else they depend on they call. Results differ from the contract's by rounding
-alone. Each is differentiable where grad mode is on, or gives None there, but for steps in place.
+helper of the class (``_name``); what else they depend on they call, or give None where it is overridden. Results differ
+from the contract's by rounding alone. Each is differentiable where grad mode is on, or gives None there, but for steps
+in place.
 """
 
 from __future__ import annotations

@@ -168,8 +168,9 @@ def _sources(names: tuple[str, ...]) -> _Sources:
     columns = {}
     for i, name in enumerate(names):
         kind, _, rest = name.partition("_")
-        constant, block = _RENAMED.get(rest, (rest, {"log": 1, "logit": 2}.get(kind, 0)))
-        constant, block = (name, 0) if name in ("log_lr", "fan_in") else (constant, block)
+        constant, block = _RENAMED.get(rest, (rest, 1 if kind == "log" else 2))
+        if name in ("log_lr", "fan_in"):
+            constant, block = name, 0
         columns[CONSTANTS.index(constant)] = block * len(names) + i
     return _Sources(list(columns), list(columns.values()))
 

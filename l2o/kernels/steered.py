@@ -106,11 +106,10 @@ class Kind(NamedTuple):
         if self.free:
             found["free"] = ("free", 1)
         if self.path == "eigenbasis":
-            for arrays, slots, n in zip(_BASES, _BASES, self.shape, strict=True):
-                # To the kernel a column of entries is a row.
-                arrays = _BASES[1] if columns == 1 else arrays
+            for side, n in zip(_BASES, self.shape, strict=True):
+                arrays = _BASES[1] if columns == 1 else side  # to the kernel a column of entries is a row
                 if n > 1:
-                    found |= {a: (slot, n * n) for a, slot in zip(arrays, slots.values(), strict=True)}
+                    found |= {array: (slot, n * n) for array, slot in zip(arrays, side.values(), strict=True)}
         return found
 
 
@@ -118,8 +117,8 @@ def is_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Say whether the matrix of a tensor lies row by row in memory, in an order of columns of its own."""
     if len(shape) != 4:
         return False
-    _, channels, height, width = shape
-    return tuple(stride) == (channels * height * width, 1, width * channels, channels)
+    like = torch.empty(tuple(shape), device="meta", memory_format=torch.channels_last)
+    return like.stride() == tuple(stride)
 
 
 class Layout:

@@ -16,7 +16,7 @@ from l2o.types import ConfigurationError, OptState, Params, UpdateRule, Updates
 
 WORTH_A_KERNEL = 10**7
 """Updates of single entries in a run, which torch's operations take a second longer for than a kernel, on a CPU; to
-compile one takes three, once a machine."""
+compile one takes one to three, once a machine."""
 _OF_A_STEP = 10**4
 """Entries that take as much longer as a step does beside what it does with entries."""
 
