@@ -90,18 +90,29 @@ def in_dtype_of(params: Params, theta: Theta) -> Theta:
 
 
 def inner_step(
-    rule: UpdateRule, theta: Theta, family: TaskFamily, state: InnerState, batch: Batch, second_order: bool = True
+    rule: UpdateRule,
+    theta: Theta,
+    family: TaskFamily,
+    state: InnerState,
+    batch: Batch,
+    second_order: bool = True,
+    in_place: bool = False,
 ) -> tuple[InnerState, Tensor]:
     """Take one inner training step of every lane: the new state, and the losses ``[lanes]`` before the update.
 
     Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
-    A lane at its horizon is frozen.
+    A lane at its horizon is frozen.    in_place: whether a kernel may write the new parameters and the rule's state to
+    those of ``state``, which nobody else then reads.
     """
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
     grads, buffers = checked_gradients(family, grads, buffers, state.data, batch)
-    moves, opt = updates(rule, theta, grads, state._replace(params=params), loss, family.kinds)
     ahead = state.step < state.total_steps
-    moved = {k: p + torch.where(_along(ahead, p), moves[k], 0.0) for k, p in params.items()}
+    run, infos = Run(state.step, state.total_steps, loss), lane_infos(params, family.kinds)
+    if in_place and fused.step_lanes(rule, fused.Inputs(theta, grads, state.opt, params, infos, run), ahead):
+        moved, opt = params, state.opt
+    else:
+        moves, opt = updates(rule, theta, grads, state._replace(params=params), loss, family.kinds)
+        moved = {k: p + torch.where(_along(ahead, p), moves[k], 0.0) for k, p in params.items()}
     first_loss = torch.where(state.step == 0, loss.detach(), state.first_loss)
     return InnerState(state.data, moved, buffers, opt, state.step + ahead, state.total_steps, first_loss), loss
 
@@ -199,11 +210,14 @@ def unroll(
         result = fused.unroll(rule, theta, family, state, steps, generator)
         if result is not None:
             return result
+    in_place = not torch.is_grad_enabled() and fused.has(fused.LANE_STEPS, rule)
+    if in_place:
+        state = state._replace(params=fused.copied(state.params), opt=fused.copied(state.opt))
     losses = []
     for _ in range(steps):
         batch = checked_batch(family, state.data, "train", generator)
         valid = _validation_loss(family, state, generator) if valid_weight else None
-        state, loss = inner_step(rule, theta, family, state, batch, second_order)
+        state, loss = inner_step(rule, theta, family, state, batch, second_order, in_place)
         losses.append(loss if valid is None else torch.lerp(loss, valid, valid_weight))
     return state, torch.stack(losses)
 

@@ -7,14 +7,15 @@ import torch
 from steered_rules import every_direction
 from tables import generator, identical
 from torch.func import vmap
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import l2o.fused
 from l2o.kernels import steered
 from l2o.ops.kinds import infos_of, lane_infos
 from l2o.rules import Steered
+from l2o.tasks import Quadratic
 from l2o.types import InnerState, OptState, Run
-from l2o.unroll import expand_theta, updates
+from l2o.unroll import expand_theta, inner_step, sample_runs, unroll, updates
 
 SHAPES = {"scalar": (), "vector": (5,), "row": (1, 7), "matrix": (30, 41), "conv": (7, 3, 2, 2), "empty": (0, 3)}
 SHAPES |= {"tall": (90, 20), "wide": (6, 150), "zeros": (6, 5)}
@@ -162,13 +163,52 @@ def test_what_the_kernel_cannot_take_is_left_to_torch(what):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("columns", "taken"), [(511, True), (512, False)])
-def test_large_matrices_of_lanes_are_left_to_torch(columns, taken):
+@pytest.mark.parametrize(("columns", "taken"), [(1024, True), (1025, False)])
+def test_matrices_too_wide_for_a_basis_are_left_to_torch(columns, taken):
     rule, params = Steered(direction="eigenbasis"), {"x": torch.randn(2, 2, columns, generator=generator())}
     theta = expand_theta(rule.init_theta(generator()), 2)
     state = vmap(lambda th, p: rule.init(th, p, lane_infos(params)))(theta, params)
     run = Run(torch.ones(2, dtype=torch.long), torch.full((2,), 9))
     assert (l2o.fused.update(rule, theta, params, state, params, run) is not None) == taken
+
+
+@every_direction
+@torch.no_grad()
+def test_steps_in_place_are_updates_and_leave_other_lanes_alone(rule):
+    if rule.direction == "eigenbasis":
+        rule = dataclasses.replace(rule, widest=200)
+    theta, *found = settled(rule)
+    params, state = l2o.fused.copied(found)
+    before = l2o.fused.copied((params, state))
+    found = kernel(rule, theta, gradients(60), state, params, clock(60))
+    ahead = torch.tensor([True, False, True])
+    inputs = l2o.fused.Inputs(theta, gradients(60), state, params, lane_infos(params, KINDS), clock(60))
+    assert l2o.fused.step_lanes(rule, inputs, ahead) == (found is not None)
+    if found is None:
+        assert identical((params, state), before)
+        return
+    moves, new = found
+    after = {name: before[0][name] + moves[name] for name in params}, new
+    for now, moved, old in zip(*map(tree_leaves, ((params, state), after, before)), strict=True):
+        torch.testing.assert_close(now[[0, 2]], moved[[0, 2]], rtol=1e-6, atol=1e-7)
+        assert torch.equal(now[1], old[1])
+
+
+@torch.no_grad()
+def test_an_unroll_in_place_keeps_what_it_was_given_and_is_its_steps():
+    rule, family, g = Steered(direction="eigenbasis", period=3, carried=True), Quadratic(), generator()
+    theta = expand_theta(rule.init_theta(g), LANES)
+    state = sample_runs(rule, theta, family, torch.tensor([2, 5, 9]), g)
+    state, _ = unroll(rule, theta, family, state, 1, generator(1))
+    before = tree_map_only(torch.Tensor, torch.clone, state)
+    after, losses = unroll(rule, theta, family, state, 6, generator(2))
+    assert identical(state, before)
+    g = generator(2)
+    for loss in losses:
+        state, own = inner_step(rule, theta, family, state, family.batch(state.data, "train", g))
+        torch.testing.assert_close(loss, own)
+    torch.testing.assert_close(after.params, state.params)
+    assert torch.equal(after.step, state.step)
 
 
 @torch.no_grad()

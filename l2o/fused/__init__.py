@@ -24,6 +24,7 @@ from torch import Tensor
 
 from l2o.fused import adam, coordinatewise, mlp, perceptrons, steered
 from l2o.fused.inputs import Inputs as Inputs
+from l2o.fused.inputs import copied as copied
 from l2o.kernels.moments import HAD_GRADIENT as HAD_GRADIENT
 from l2o.kernels.unroll import Batches as Batches
 from l2o.ops.kinds import lane_infos
@@ -50,6 +51,7 @@ from l2o.types import (
 Table = dict[type, Callable[..., Any]]
 
 UPDATES: Table = {MLP: mlp.update, Steered: steered.update}
+LANE_STEPS: Table = {Steered: steered.step_lanes}
 STEPS: Table = {Adam: adam.step, Steered: steered.step}
 STEPS |= dict.fromkeys((AdafacMLP, STAR, Celo, Celo2, VeLO), coordinatewise.step)
 GRADIENTS: Table = {ImageMLP: perceptrons.gradient}
@@ -79,6 +81,15 @@ def update(
     infos = lane_infos(params) if infos is None else infos
     found: tuple[Updates, OptState] | None = kernel(rule, theta, grads, state, params, run, infos)
     return found
+
+
+def step_lanes(rule: UpdateRule, inputs: Inputs, ahead: Tensor) -> bool:
+    """Do ``p <- p + update`` in place, also of the state, in the lanes that are ``ahead``, bool ``[lanes]``.
+
+    inputs: of all lanes, every tensor ``[lanes, ...]``.     Says whether a kernel did it; else nothing is written.
+    """
+    kernel = _entry(LANE_STEPS, rule, "update")
+    return kernel is not None and bool(kernel(rule, inputs, ahead))
 
 
 def step(

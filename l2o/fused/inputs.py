@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+from torch.utils._pytree import tree_map
 
 from l2o.types import Grads, Infos, OptState, Params, Run, Theta
+
+Tree = TypeVar("Tree")
 
 
 class Inputs(NamedTuple):
@@ -16,3 +22,8 @@ class Inputs(NamedTuple):
     params: Params
     infos: Infos
     run: Run
+
+
+def copied(tree: Tree) -> Tree:
+    """Return a nested structure with copies of all its tensors, contiguous, for a kernel to write to."""
+    return cast("Tree", tree_map(partial(torch.clone, memory_format=torch.contiguous_format), tree))

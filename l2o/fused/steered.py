@@ -12,24 +12,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from l2o.fused.inputs import Inputs
+from l2o.fused.inputs import Inputs, copied
+from l2o.kernels import steered as kernels
 from l2o.kernels.arrays import laid_out_as, plain
-from l2o.kernels.steered import CONSTANTS, Kind, Layout, fused_steps, is_channels_last, step_lanes
-from l2o.kernels.whitened import settle, weigh
-from l2o.ops.eigenbasis import Whitening, due_at, turn, turned_back
+from l2o.kernels.steered import CONSTANTS, Kind, Layout, fits_lanes, fused_steps, is_channels_last
+from l2o.kernels.whitened import follow, settle, weigh
+from l2o.ops.eigenbasis import BASES, MEANS, Whitening, due_at, turn, turned_back
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import entries_of
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import are_rare, fan_in, width_factors
 from l2o.rules import Steered
-from l2o.types import Grads, Infos, OptState, ParamInfo, Params, Run, Theta, Updates
+from l2o.types import Grads, Infos, OptState, ParamInfo, Params, Run, Slots, Theta, Updates
 
-_LARGE = 128
+_LARGE = 256
 """Rows or columns from which products are torch's; of as many of both, one by one they are as fast as in a batch, which
 takes more memory."""
-_LARGE_LANES = 512
-"""Rows or columns from which those of lanes are torch's, whose batched decompositions are slow."""
 _RENAMED = {"power": ("fall", 1), "beta1": ("fresh1", 3), "beta2": ("fresh2", 3)}
 """Constants that have another name than in θ, and which of its columns they are, see `_Sources`."""
 _FORMULAS = ("factors", "scales", "size", "now")
@@ -71,20 +71,44 @@ def step(
     return state
 
 
+def step_lanes(rule: Steered, inputs: Inputs, ahead: Tensor) -> bool:
+    """See `l2o.fused.step_lanes`.  Where nothing is differentiated.  ahead: bool ``[lanes]``."""
+    layout = _layout_of_lanes(rule, inputs)
+    if layout is None or not all(map(Tensor.is_contiguous, tree_leaves((dict(inputs.params), inputs.state)))):
+        return False
+    _step_lanes(rule, inputs, layout, ahead.nonzero()[:, 0].numpy())
+    return True
+
+
 def update(
     rule: Steered, theta: Theta, grads: Grads, state: OptState, params: Params, run: Run, infos: Infos
 ) -> tuple[Updates, OptState] | None:
-    """See `l2o.fused.update`.  Where nothing is differentiated."""
+    """See `l2o.fused.update`.  Where nothing is differentiated: a step in place of copies."""
+    layout = _layout_of_lanes(rule, Inputs(theta, grads, state, params, infos, run))
+    if layout is None:
+        return None
+    moves, new = copied(dict(params)), copied(state)
+    _step_lanes(rule, Inputs(theta, grads, new, moves, infos, run), layout, np.arange(len(run.step)), moves=True)
+    return moves, new
+
+
+def _layout_of_lanes(rule: Steered, inputs: Inputs) -> Layout | None:
+    """That of a lane's tensors, or None where the kernel is not for them."""
+    theta, grads, state, params, infos, run = inputs
     if torch.is_grad_enabled() or not _is_known(rule, theta):
         return None
-    layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), _LARGE_LANES)
+    layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), large=math.inf)
     assert layout is not None
     slots, own = [state.per_param[name] for name in params], [grads[name] for name in params]
-    found = step_lanes(layout, own, list(params.values()), slots, _constants(rule, theta, run), state.shared)
-    if found is None:
-        return None
-    moves, new, shared = found
-    return dict(zip(params, moves, strict=True)), OptState(dict(zip(params, new, strict=True)), shared)
+    return layout if fits_lanes(layout, own, list(params.values()), slots, state.shared, len(run.step)) else None
+
+
+def _step_lanes(rule: Steered, inputs: Inputs, layout: Layout, lanes: np.ndarray, moves: bool = False) -> None:
+    theta, grads, state, params, _, run = inputs
+    slots, own = [state.per_param[name] for name in params], [grads[name].contiguous() for name in params]
+    kernels.step_lanes(
+        layout, own, list(params.values()), slots, _constants(rule, theta, run), state.shared, lanes, moves
+    )
 
 
 def _is_known(rule: Steered, theta: Theta) -> bool:
@@ -101,7 +125,7 @@ def _layout(
     rule: Steered,
     infos: tuple[ParamInfo, ...],
     strides: tuple[tuple[int, ...] | None, ...],
-    large: int = _LARGE,
+    large: float = _LARGE,
 ) -> Layout | None:
     """Return that of tensors, or None where one lies in memory in an order that is no matrix'.
 
@@ -190,13 +214,21 @@ def _whiten(rule: Steered, how: Whitening, grads: Sequence[Tensor], slots: Seque
         some = slots[part]
         own = {name: stack([each[name] for each in some]) for name in some[0]}
         grad, d = (matrices(t).contiguous() for t in (stack(grads[part]), own["d"]))
-        turned = turn(how, grad, own)
+        turned = turn(how, grad, own, _follow)
         seen, m, v = (t.contiguous() for t in turned[:3])
         scaled = weigh(seen, m, v, float(how.momentum.keep), float(how.keep), how.cautious, turned.least)
         settle(turned_back(scaled, turned.bases).contiguous(), grad, d, power)
         for name, t in {"turned": m, "v": v, "d": d, **turned.new}.items():
             if t is not own[name] and t.data_ptr() != some[0][name].data_ptr():  # else it is in its place
                 _copy(t, [each[name] for each in some])
+
+
+def _follow(how: Whitening, kept: Slots, means: Slots) -> Slots:
+    """`l2o.ops.eigenbasis.followed`, in the place of what was: other tensors, so that one sees they are new."""
+    to = {name: t.contiguous().detach() for name, t in kept.items()}
+    products, bases = ([of.get(side) for side in sides] for of, sides in ((means, MEANS), (to, BASES)))
+    follow(products, bases, to["turned"], to["v"], how.carried)
+    return to
 
 
 def _orthogonalise(tensors: Sequence[Tensor], iterations: int) -> None:

@@ -7,28 +7,34 @@
 #include <cstdint>
 #include <vector>
 
-#include "vector.h"
+#include "orthogonal_factor.h"
 #include "whitened.h"
+
+// follow: of every matrix in a basis, [matrices, *], see `follow_bases`; null for a side that has none.
+struct Follow {
+    int64_t matrices, rows, cols;
+    double carried;
+    const float *left, *right;
+    float *row_basis, *column_basis, *m, *v;
+};
 
 namespace {
 
 constexpr float STAY = 1e-6f;  // as in l2o.ops.eigenbasis
 
-// Arrays to work in that stay from call to call: fresh ones of this size cost more than what is done in them.
+// Floats to work in, of a thread's own memory that stays from call to call: fresh arrays of this size cost more than what
+// is done in them.
 class Scratch {
-    std::vector<float> memory;
-    size_t used = 0;
+    float* next;
 
 public:
-    // Room for n floats in all; what was taken before is lost.
-    void reserve(int64_t n) {
+    // n floats in all; what was had of it before is lost.
+    explicit Scratch(int64_t n) {
+        static thread_local std::vector<float> memory;
         if (memory.size() < size_t(n)) memory.resize(n);
-        used = 0;
+        next = memory.data();
     }
-    float* take(int64_t n) {
-        used += n;
-        return memory.data() + used - n;
-    }
+    float* take(int64_t n) { return (next += n) - n; }
 };
 
 inline void transpose(int64_t rows, int64_t cols, const float* x, float* out) {
@@ -36,15 +42,35 @@ inline void transpose(int64_t rows, int64_t cols, const float* x, float* out) {
         for (int64_t j = 0; j < cols; j++) out[j * rows + i] = x[i * cols + j];
 }
 
-// out [rows, cols] = size a b, of a [rows, depth] with strides am and ak.
+// out [rows, cols] = a b, of a [rows, depth] with strides am and ak, and b in one piece.
+// Of a large b, columns are copied to where their rows lie side by side: a page and a line of the cache for each is too
+// many.
 inline void product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b,
-                    float* out, float size = 1) {
+                    float* out) {
+    constexpr int64_t PACK = 2 * WIDTH, DEPTH = 256, LARGE = 1 << 15;
     const auto zero = [](auto zero, int64_t, int64_t) { return zero; };
-    const auto sized = [=](auto sum, int64_t, int64_t) { return size * sum; };
+    const auto same = [](auto sum, int64_t, int64_t) { return sum; };
+    if (cols >= PACK && cols * depth >= LARGE) {
+        float packed[DEPTH * PACK];
+        for (int64_t next = 0; next < cols; next += PACK) {
+            const int64_t n = std::min(next, cols - PACK);  // the last columns, some of them once more
+            const auto old = [=](auto zero, int64_t i, int64_t j) { return load<decltype(zero)>(out + i * cols + n + j); };
+            for (int64_t k = 0; k < depth; k += DEPTH) {
+                const int64_t some = std::min(DEPTH, depth - k);
+                for (int64_t i = 0; i < some; i++) std::copy_n(b + (k + i) * cols + n, PACK, packed + i * PACK);
+                const float* own = a + k * ak;
+                if (k == 0)
+                    multiply<6, 2>(rows, PACK, some, own, am, ak, packed, PACK, out + n, cols, zero, same);
+                else
+                    multiply<6, 2>(rows, PACK, some, own, am, ak, packed, PACK, out + n, cols, old, same);
+            }
+        }
+        return;
+    }
     const int64_t whole = cols < WIDTH ? cols : cols / WIDTH * WIDTH;
-    multiply<6, 2>(rows, whole, depth, a, am, ak, b, cols, out, cols, zero, sized);
+    multiply<6, 2>(rows, whole, depth, a, am, ak, b, cols, out, cols, zero, same);
     if (whole < cols)  // the last vector, some of it once more
-        strip<vec, 6, 1>(rows, cols - WIDTH, depth, a, am, ak, b, cols, out, cols, zero, sized);
+        strip<vec, 6, 1>(rows, cols - WIDTH, depth, a, am, ak, b, cols, out, cols, zero, same);
 }
 
 // mean [n] <- keep mean + (1 - keep) x
@@ -61,67 +87,24 @@ inline float dot(const float* x, const float* y, int64_t n) {
     return all;
 }
 
-// x <- x - tau v (vᵀ x) of rows from k on of x [n, n]: v[k] is one, and what columns before k are to be does not matter.
-inline void reflect(int64_t n, int64_t k, float tau, const float* v, float* x, float* products) {
-    const int64_t from = k / WIDTH * WIDTH;  // whole vectors
-    std::copy(x + k * n + from, x + (k + 1) * n, products + from);
-    int64_t below = k + 1;
-    for (; below + 4 <= n; below += 4) {
-        const float *w = v + below, *row = x + below * n;
-#pragma omp simd
-        for (int64_t j = from; j < n; j++)
-            products[j] += (w[0] * row[j] + w[1] * row[n + j]) + (w[2] * row[2 * n + j] + w[3] * row[3 * n + j]);
-    }
-    for (; below < n; below++) {
-        const float weight = v[below], *row = x + below * n;
-#pragma omp simd
-        for (int64_t j = from; j < n; j++) products[j] += weight * row[j];
-    }
-    for (int64_t i = k; i < n; i++) {
-        const float weight = i == k ? tau : tau * v[i];
-        float* row = x + i * n;
-#pragma omp simd
-        for (int64_t j = from; j < n; j++) row[j] -= weight * products[j];
-    }
-}
-
-// The orthogonal factor of x [n, n] in its place, signs as LAPACK's geqrf has them.  v [n, n], tau and products [n]: to
-// work in.
-inline void orthogonal_factor(int64_t n, float* x, float* v, float* tau, float* products) {
-    for (int64_t k = 0; k < n; k++) {
-        float *own = v + k * n, tail = 0;
-        for (int64_t i = k + 1; i < n; i++) {
-            own[i] = x[i * n + k];
-            tail += own[i] * own[i];
-        }
-        tau[k] = 0;
-        if (tail == 0) continue;
-        const float first = x[k * n + k], length = -std::copysign(std::sqrt(first * first + tail), first);
-        const float scale = 1 / (first - length);
-        tau[k] = (length - first) / length;
-        for (int64_t i = k + 1; i < n; i++) own[i] *= scale;
-        reflect(n, k, tau[k], own, x, products);
-    }
-    std::fill(x, x + n * n, 0.f);
-    for (int64_t k = n; k-- > 0;) {
-        x[k * n + k] = 1;
-        if (tau[k] != 0) reflect(n, k, tau[k], v + k * n, x, products);
-    }
-}
-
 // One step of orthogonal iteration by the mean of products, all [n, n]; cosines: of the old columns and the new ones.
-// next, v [n, n], vectors [2, n]: to work in.
-inline void follow_basis(int64_t n, const float* mean, float* basis, float* cosines, float* next, float* v,
-                         float* vectors) {
-    float largest = 0;
+// room: basis_room(n) floats.
+inline void follow_basis(int64_t n, const float* mean, float* basis, float* cosines, float* room) {
+    const int64_t ld = padded(n);
+    float largest = 0, *next = room;
     for (int64_t i = 0; i < n * n; i++) largest = std::max(largest, std::abs(mean[i]));
     const float size = largest > 0 ? 1 / largest : 1;
-    product(n, n, n, mean, n, 1, basis, next, size);
-    for (int64_t i = 0; i < n * n; i++) next[i] += STAY * basis[i];
-    orthogonal_factor(n, next, v, vectors, vectors + n);
-    product(n, n, n, basis, 1, n, next, cosines);
-    std::copy_n(next, n * n, basis);
+    product(n, n, n, mean, n, 1, basis, cosines);
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = 0; j < n; j++) next[i * ld + j] = size * cosines[i * n + j] + STAY * basis[i * n + j];
+        std::fill(next + i * ld + n, next + (i + 1) * ld, 0.f);
+    }
+    orthogonal_factor(n, next, room + n * ld);
+    for (int64_t i = 0; i < n; i++) std::copy_n(next + i * ld, n, room + i * n);
+    product(n, n, n, basis, 1, n, room, cosines);
+    std::copy_n(room, n * n, basis);
 }
+inline int64_t basis_room(int64_t n) { return n * padded(n) + factor_room(n); }
 
 // A matrix [rows, cols] and what turns each side of it; null for a side that has nothing to turn.
 struct Sides {
@@ -147,15 +130,35 @@ struct Sides {
         product(rows, cols, cols, rest, cols, 1, turned, out);
     }
 };
+// One step of orthogonal iteration of each side that has a basis; momentum and second moments follow, these by squares of
+// cosines, where they are `carried`.
+void follow_bases(int64_t rows, int64_t cols, const float* left, const float* right, float* row_basis,
+                  float* column_basis, float* m, float* v, bool carried, Scratch& scratch) {
+    const int64_t n = rows * cols;
+    float *row_cosines = left ? scratch.take(rows * rows) : nullptr;
+    float *column_cosines = right ? scratch.take(cols * cols) : nullptr, *half = scratch.take(n), *x = scratch.take(n);
+    float* room = scratch.take(basis_room(std::max(rows, cols)));
+    if (left) follow_basis(rows, left, row_basis, row_cosines, room);
+    if (right) follow_basis(cols, right, column_basis, column_cosines, room);
+    const Sides change{rows, cols, row_cosines, column_cosines};
+    change.into(m, half, x);
+    std::copy_n(x, n, m);
+    if (!carried) return;
+    for (int64_t i = 0; left && i < rows * rows; i++) row_cosines[i] *= row_cosines[i];
+    for (int64_t i = 0; right && i < cols * cols; i++) column_cosines[i] *= column_cosines[i];
+    change.into(v, half, x);
+    std::copy_n(x, n, v);
+}
+inline int64_t follow_room(int64_t rows, int64_t cols) {
+    return 2 * rows * cols + rows * rows + cols * cols + basis_room(std::max(rows, cols));
+}
+
 // In the basis of the gradients, which follows them where it is due. By one thread, as all of so few entries.
 void eigenbasis(const Step& s, Tensor& t) {
-    static thread_local Scratch scratch;
     const FlushDenormals flush;
     const int64_t rows = t.rows, cols = t.cols, n = rows * cols, most = std::max(rows, cols);
-    scratch.reserve(3 * n + rows * rows + cols * cols + 2 * most * most + 2 * most);
-    float *x = scratch.take(n), *y = scratch.take(n), *half = scratch.take(n);
-    float *left = t.left ? scratch.take(rows * rows) : nullptr, *right = t.right ? scratch.take(cols * cols) : nullptr;
-    float *square = scratch.take(most * most), *other = scratch.take(most * most), *vectors = scratch.take(2 * most);
+    Scratch scratch(3 * n + most * most + (s.due ? follow_room(rows, cols) : 0));
+    float *x = scratch.take(n), *y = scratch.take(n), *half = scratch.take(n), *square = scratch.take(most * most);
     transpose(rows, cols, t.grad, x);
     if (t.left) {
         product(rows, rows, cols, t.grad, cols, 1, x, square);
@@ -165,19 +168,7 @@ void eigenbasis(const Step& s, Tensor& t) {
         product(cols, cols, rows, t.grad, 1, cols, t.grad, square);
         follow(cols * cols, s.memory, square, t.right);
     }
-    if (s.due) {
-        if (t.left) follow_basis(rows, t.left, t.row_basis, left, square, other, vectors);
-        if (t.right) follow_basis(cols, t.right, t.column_basis, right, square, other, vectors);
-        const Sides change{rows, cols, left, right};
-        change.into(t.m, half, x);
-        std::copy_n(x, n, t.m);
-        if (s.carried) {
-            for (int64_t i = 0; left && i < rows * rows; i++) left[i] *= left[i];
-            for (int64_t i = 0; right && i < cols * cols; i++) right[i] *= right[i];
-            change.into(t.v, half, x);
-            std::copy_n(x, n, t.v);
-        }
-    }
+    if (s.due) follow_bases(rows, cols, t.left, t.right, t.row_basis, t.column_basis, t.m, t.v, s.carried, scratch);
     const Sides basis{rows, cols, t.row_basis, t.column_basis};
     const Rows entries(1, n, 1);
     basis.into(t.grad, half, x);

@@ -209,7 +209,7 @@ extern "C" int l2o_steered_lanes(const Lanes* l) {
         Shared now;
         steer(*step, now);
         now.keep(*step);
-        for (int64_t j = 0; j < step->tensors; j++) {  // seen by now; zero times what is not finite would not be zero
+        for (int64_t j = 0; l->moves && j < step->tensors; j++) {  // seen by now; zero times what is not finite would not be zero
             const Tensor& t = step->tensor[j];
             std::fill_n(t.param, t.rows * t.cols, 0.f);
         }
@@ -241,6 +241,29 @@ extern "C" int l2o_steered_settle(const Settle* w) {
     });
 }
 
+// Of every matrix, see `follow_bases`.
+extern "C" int l2o_steered_follow(const Follow* w) {
+    const FlushDenormals flush;
+    const int64_t rows = w->rows, cols = w->cols;
+    try {
+        for (int64_t i = 0; i < w->matrices; i++) {
+            const auto own = [i](auto* of, int64_t n) { return of ? of + i * n : of; };
+            const int64_t left = rows * rows, right = cols * cols, entries = rows * cols;
+            Scratch scratch(follow_room(rows, cols));
+            follow_bases(rows, cols, own(w->left, left), own(w->right, right), own(w->row_basis, left),
+                         own(w->column_basis, right), w->m + i * entries, w->v + i * entries, w->carried, scratch);
+        }
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+extern "C" void l2o_layout_Follow(int64_t* out) {
+    layout(out, &Follow::matrices, &Follow::rows, &Follow::cols, &Follow::carried, &Follow::left, &Follow::right,
+           &Follow::row_basis, &Follow::column_basis, &Follow::m, &Follow::v);
+}
+
 extern "C" void l2o_layout_Weigh(int64_t* out) {
     layout(out, &Weigh::matrices, &Weigh::entries, &Weigh::momentum, &Weigh::memory, &Weigh::cautious,
            &Weigh::least, &Weigh::seen, &Weigh::m, &Weigh::v, &Weigh::scaled);
@@ -258,7 +281,7 @@ extern "C" void l2o_layout_Tensor(int64_t* out) {
            &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::keep, &Tensor::rate, &Tensor::scale, &Tensor::sums);
 }
 
-extern "C" void l2o_layout_Lanes(int64_t* out) { layout(out, &Lanes::lanes, &Lanes::threads, &Lanes::step); }
+extern "C" void l2o_layout_Lanes(int64_t* out) { layout(out, &Lanes::lanes, &Lanes::threads, &Lanes::moves, &Lanes::step); }
 
 extern "C" void l2o_layout_Step(int64_t* out) {
     layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::fresh1, &Step::fresh2, &Step::memory,

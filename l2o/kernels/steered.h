@@ -51,7 +51,7 @@ struct Step {
 
 // Steps of lanes, each with its own constants.
 struct Lanes {
-    int64_t lanes, threads;
+    int64_t lanes, threads, moves;
     Step* step;
 };
 

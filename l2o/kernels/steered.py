@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -47,9 +46,7 @@ _ARRAYS = ("grad", "param", "m", "d", "v", "row", "col", "count", "left", "right
 _NUMBERS = (*FACTS, "keep", "rate", "scale")
 _SUMS = 4
 _UNUSUAL = 2
-_DUE = CONSTANTS.index("due")
-_STAY = {True: {"free"}, False: {"free", "rows", "columns"}}
-"""Slots that a step does not write, where it is due for bases to follow and where not."""
+_ONLY = np.zeros(1, np.int64)
 _WORTH_THREADS = 1 << 23
 """Products of entries, some 0.1 ms of one thread, from which several are sooner done: they wait for one another."""
 
@@ -158,11 +155,17 @@ class Layout:
 class _Lanes(ctypes.Structure):
     """``Lanes`` of steered.h."""
 
-    _fields_ = (("lanes", ctypes.c_int64), ("threads", ctypes.c_int64), ("step", ctypes.POINTER(_Step)))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("lanes", "threads", "moves")),
+        ("step", ctypes.POINTER(_Step)),
+    )
 
 
 class Tables:
-    """What the kernel reads of a step: a table of tensors and one of ``steps``, ``[lanes, ...]``. Keeps no tensors."""
+    """What the kernel reads of a step: a table of tensors and one of ``steps``, ``[lanes, ...]``. Keeps no tensors.
+
+    chosen: which lanes of ``tensors`` and ``shared`` these are; by default the only one.
+    """
 
     def __init__(
         self,
@@ -172,26 +175,27 @@ class Tables:
         constants: np.ndarray,
         shared: Mapping[str, Tensor],
         threads: int,
+        chosen: np.ndarray = _ONLY,
     ) -> None:
         lanes, places = len(constants), layout.places
         self._tensors = np.tile(layout.table, (lanes, 1, 1))
         self._tensors.view(np.float64)[..., _FACTORS] = factors
-        self._tensors.reshape(lanes, -1)[:, places] = _addresses(tensors, layout.entries, lanes)
+        self._tensors.reshape(lanes, -1)[:, places] = _addresses(tensors, layout.entries, chosen)
         self.steps = np.zeros((lanes, ctypes.sizeof(_Step) // 8), np.int64)
         self.steps[:, :2] = len(layout.kinds), threads
         self.steps.view(np.float64)[:, 2 : 2 + len(CONSTANTS)] = constants
         kept = [i for i, name in enumerate(_SHARED.values(), 2 + len(CONSTANTS)) if name in shared]
         if kept:
             own = [shared[name] for name in _SHARED.values() if name in shared]
-            self.steps[:, kept] = _addresses(own, [1] * len(own), lanes)
+            self.steps[:, kept] = _addresses(own, [1] * len(own), chosen)
         tensor_tables = self._tensors.ctypes.data + self._tensors.strides[0] * np.arange(lanes)
         self.steps[:, -1] = tensor_tables
 
 
-def _addresses(tensors: Sequence[Tensor], entries: Sequence[int], lanes: int) -> np.ndarray:
-    """Those of each lane's part of ``tensors``, contiguous float32, ``[lanes, tensors]``."""
+def _addresses(tensors: Sequence[Tensor], entries: Sequence[int], lanes: np.ndarray) -> np.ndarray:
+    """Those of the lanes' parts of ``tensors``, contiguous float32, ``[lanes, tensors]``.  lanes: indices."""
     first, bytes_of = np.array([t.data_ptr() for t in tensors]), 4 * np.array(entries)
-    return first + bytes_of * np.arange(lanes)[:, None]
+    return first + bytes_of * lanes[:, None]
 
 
 class FusedSteps:
@@ -252,6 +256,22 @@ def fused_steps(
     return FusedSteps(Tables(layout, tensors, factors, constants, shared, torch.get_num_threads()))
 
 
+def fits_lanes(
+    layout: Layout,
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+    lanes: int,
+) -> bool:
+    """Say whether `step_lanes` is for these, ``[lanes, *shape]``, once they are contiguous."""
+    tensors = _ordered(layout, grads, params, slots)
+    if tensors is None or any(kind.path in ("orthogonal", "given") for kind in layout.kinds):
+        return False
+    inside = [t.numel() for t in tensors] == [lanes * n for n in layout.entries]
+    return inside and plain(tensors) and _are_kept(shared, lanes) and available("steered")
+
+
 def step_lanes(
     layout: Layout,
     grads: Sequence[Tensor],
@@ -259,26 +279,19 @@ def step_lanes(
     slots: Sequence[Mapping[str, Tensor]],
     constants: np.ndarray,
     shared: Mapping[str, Tensor],
-) -> tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]] | None:
-    """Return the updates, new slots and what is shared after a step of each lane; all are ``[lanes, *shape]``.
+    lanes: np.ndarray,
+    moves: bool = False,
+) -> None:
+    """Take one step of some lanes in place.  Tensors are ``[lanes, *shape]``, contiguous, and fit, see `fits_lanes`.
 
-    constants: ``CONSTANTS``, ``[lanes, constants]``; the limit is not asked for.    As `fused_steps`; nothing that came
-    is written to.
+    lanes: indices of those that take it, ``[n]``.    moves: whether parameters become their updates instead.
+    constants: ``CONSTANTS``, ``[lanes, constants]``; the limit is not asked for.    As `fused_steps`.
     """
-    lanes, tensors = len(constants), _ordered(layout, grads, params, slots)
-    if tensors is None or any(kind.path in ("orthogonal", "given") for kind in layout.kinds):
-        return None
-    inside = [t.numel() for t in tensors] == [lanes * n for n in layout.entries]
-    if not (inside and plain(tensors) and _are_kept(shared, lanes) and available("steered")):
-        return None
-    # The kernel writes new slots where the old ones were, and updates where parameters were; bases, where they follow.
-    copy, stay = partial(torch.clone, memory_format=torch.contiguous_format), _STAY[bool(constants[:, _DUE].any())]
-    moves = list(map(copy, params))
-    new = [{k: t.contiguous() if k in stay else copy(t) for k, t in own.items()} for own in slots]
-    now = {name: copy(t) for name, t in shared.items()}
-    tensors = _ordered(layout, [g.contiguous() for g in grads], moves, new) or []
-    tables = Tables(layout, tensors, [(1.0, 0.0)] * len(layout.kinds), constants, now, 1)
+    if len(lanes) == 0:
+        return
+    tensors = _ordered(layout, grads, params, slots)
+    assert tensors is not None
+    tables = Tables(layout, tensors, [(1.0, float(not moves))], constants[lanes], shared, 1, lanes)
     first = tables.steps.ctypes.data_as(ctypes.POINTER(_Step))
-    threads = torch.get_num_threads() if lanes * layout.work > _WORTH_THREADS else 1
-    run("steered", "l2o_steered_lanes", _Lanes(lanes, threads, first))
-    return moves, new, now
+    threads = torch.get_num_threads() if len(lanes) * layout.work > _WORTH_THREADS else 1
+    run("steered", "l2o_steered_lanes", _Lanes(len(lanes), threads, moves, first))

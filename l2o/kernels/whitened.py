@@ -6,6 +6,7 @@ What is not about entries (products of matrices) stays in torch, before, between
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ class _Settle(ctypes.Structure):
         *_SIZES,
         *((name, ctypes.c_double) for name in ("sized", "power")),
         *((name, ctypes.c_void_p) for name in ("direction", "grad", "d")),
+    )
+
+
+class _Follow(ctypes.Structure):
+    """``Follow`` of eigenbasis.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("matrices", "rows", "cols")),
+        ("carried", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "row_basis", "column_basis", "m", "v")),
     )
 
 
@@ -66,3 +77,26 @@ def settle(direction: Tensor, grad: Tensor, d: Tensor, power: float | None) -> N
     """
     matrices, entries, *addresses = _plan(direction, grad, d)
     run("steered", "l2o_steered_settle", _Settle(matrices, entries, power is not None, power or 0.0, *addresses))
+
+
+def follow(means: Sequence[Tensor | None], bases: Sequence[Tensor | None], m: Tensor, v: Tensor, carried: bool) -> None:
+    """Do what `l2o.ops.eigenbasis.followed` does, where it is due, in place.
+
+    means, bases: of rows and of columns, ``[matrices, n, n]``; None for a side without a basis.
+    m, v: ``[matrices, rows, columns]``.    All are contiguous and float32, else `L2OError`.
+    """
+    matrices, _, *moments = _plan(m, v)
+    rows, columns = m.shape[1:]
+    addresses: list[tuple[int | None, ...]] = []
+    for n, mean, basis in zip((rows, columns), means, bases, strict=True):
+        if mean is None or basis is None:
+            addresses.append((None, None))
+            continue
+        if mean.shape != (matrices, n, n):
+            raise L2OError(f"expected means of {(matrices, n, n)}, got {tuple(mean.shape)}")
+        addresses.append(_plan(mean, basis)[2:])
+    if columns == 1:  # to the kernel a column of entries is a row
+        rows, columns, addresses = columns, rows, addresses[::-1]
+    (left, row_basis), (right, column_basis) = addresses
+    sides = (left, right, row_basis, column_basis)
+    run("steered", "l2o_steered_follow", _Follow(matrices, rows, columns, carried, *sides, *moments))

@@ -19,11 +19,13 @@ from l2o.ops.orthogonal import as_matrix, product, product_dtype
 from l2o.types import Run, Slots
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+Follow = Callable[["Whitening", Slots, Slots], Slots]
 
 _STAY = 1e-6
 """Beside the largest entry of a product: directions in which no gradient lies yet stay, and do not follow rounding."""
-_SIDES = (("left", "rows"), ("right", "columns"))
-"""The products of a side, and its basis."""
+MEANS, BASES = ("left", "right"), ("rows", "columns")
+"""By side: the running mean of its products, and its basis."""
+_SIDES = tuple(zip(MEANS, BASES, strict=True))
 _LEAST, _LEAST_BFLOAT16 = 1e-10, 1e-5
 """Share of the mean second moment under which one is rounding: that of directions in which no gradient lies yet."""
 
@@ -97,8 +99,11 @@ def whiten(how: Whitening, grad: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
     return turned_back(scaled, turned.bases), new | turned.new
 
 
-def turn(how: Whitening, grad: Tensor, slots: Slots) -> Turned:
-    """Return what a step weighs, in bases that have followed.  grad: ``[..., rows, columns]``.  As in `whiten`."""
+def turn(how: Whitening, grad: Tensor, slots: Slots, follow: Follow | None = None) -> Turned:
+    """Return what a step weighs, in bases that have followed.  grad: ``[..., rows, columns]``.  As in `whiten`.
+
+    follow: `followed`, unless somebody has it faster.
+    """
     narrow = product_dtype(grad)
     turns = any(basis in slots for _, basis in _SIDES)
     g = grad.to(narrow if turns and product_dtype(grad.mT) == narrow else grad.dtype)
@@ -106,14 +111,31 @@ def turn(how: Whitening, grad: Tensor, slots: Slots) -> Turned:
     for (mean, basis), x in zip(_SIDES, (g, g.mT), strict=True):
         if basis in slots:
             new[mean] = torch.lerp(product(x, x.mT).to(grad.dtype), slots[mean], how.keep)
-            new[basis] = _chosen(how.due, slots[basis], partial(_followed, slots[basis], new[mean]))
-    m, v = (slots[name].reshape(grad.shape) for name in ("turned" if turns else "m", "v"))
-    if how.due is not False:
-        cosines = {basis: product(slots[basis].mT, new[basis]) for _, basis in _SIDES if basis in new}
-        m = _chosen(how.due, m, partial(_turned, m, cosines))
-        v = _chosen(how.carried and how.due, v, partial(_turned, v, {b: t.square() for b, t in cosines.items()}))
+    momentum = "turned" if turns else "m"
+    moments = {name: slots[name].reshape(grad.shape) for name in (momentum, "v")}
+    kept = moments | {basis: slots[basis] for _, basis in _SIDES if basis in slots}
+    if turns and how.due is not False:
+        kept = (follow or followed)(how, kept, new)
+    new |= {basis: kept[basis] for _, basis in _SIDES if basis in kept}
     bases = {basis: new[basis].to(g.dtype) for _, basis in _SIDES if basis in new}
-    return Turned(_turned(g, bases).to(grad.dtype), m, v, bases, new)
+    return Turned(_turned(g, bases).to(grad.dtype), kept[momentum], kept["v"], bases, new)
+
+
+def followed(how: Whitening, kept: Slots, means: Slots) -> Slots:
+    """Return bases that have followed ``means``, and moments in them, where it is due; else as they are.
+
+    kept: bases, ``turned`` and ``v``, ``[..., rows, columns]``.
+    """
+    bases = {
+        basis: _chosen(how.due, kept[basis], partial(_followed, kept[basis], means[mean]))
+        for mean, basis in _SIDES
+        if basis in kept
+    }
+    cosines = {basis: product(kept[basis].mT, new) for basis, new in bases.items()}
+    m = _chosen(how.due, kept["turned"], partial(_turned, kept["turned"], cosines))
+    squares = {basis: t.square() for basis, t in cosines.items()}
+    v = _chosen(how.carried and how.due, kept["v"], partial(_turned, kept["v"], squares))
+    return {**bases, "turned": m, "v": v}
 
 
 def weighed(how: Whitening, turned: Turned) -> tuple[Tensor, Tensor, Tensor]:
