@@ -16,6 +16,8 @@ RULES = {
     "diagonal": Steered(direction="diagonal"),
     "light": Steered(direction="diagonal", cautious=True, by_signal=0.5, tall=2, widest=16, free_zeros=True, deep=2),
     "adam": Steered(direction="adam"),
+    "own": Steered(direction="eigenbasis", period=2, widest=64, turned=6, own=2.0),
+    "own diagonal": Steered(direction="diagonal", free_zeros=True, own=0.5),
     "uncontrolled": Steered(controller="none", schedule="constant"),
 }
 every_direction = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())

@@ -154,7 +154,7 @@ def _layout(
             "rare": own,
             "width": width,
         }
-        kinds.append(Kind("given" if torchs else path, shape, facts, rule.keeps_free(info), stride))
+        kinds.append(Kind("given" if torchs else path, shape, facts, rule.keeps_free(info), rule.own > 0, stride))
     return Layout(kinds)
 
 

@@ -26,6 +26,8 @@ struct Shared {
     }
     void keep(const Step& s) const {
         if (!s.log_step) return;
+        for (int64_t i = 0; i < s.tensors; i++)
+            if (const Tensor& t = s.tensor[i]; t.own) std::copy_n(t.sums, SUMS, t.own);
         *s.log_step = log_step, *s.fast_mean = fast, *s.slow_mean = slow, *s.square_mean = square;
         if (s.missing) *s.missing = missing;
     }
@@ -39,8 +41,8 @@ inline void begin(const Step& s, Shared& now) {
     now.missing = 2 * std::log(within(s.deep / matrices, LEAST_START, 1));
 }
 
-// See `control`.
-inline void control(const Step& s, double cosine, Shared& now) {
+// See `control`, of all tensors or of one.
+inline void control(const Step& s, double cosine, bool single, Shared& now) {
     if (s.step <= 0) return;
     const auto mean = [&](double& old, double x, double steps) {
         const double keep = std::exp(-1 / steps);
@@ -52,10 +54,11 @@ inline void control(const Step& s, double cosine, Shared& now) {
     const double deviation = std::sqrt(std::max(square - slow * slow, 0.0) + VARIANCE);
     const double off = 0.5 * (fast + slow), below = -slow / deviation;
     const double error = std::max(off - s.band_up, 0.0) - std::max(-off - s.band_down, 0.0);
-    const double push = std::tanh(s.slope * error) * (error < 0 ? within(below - s.sure, 0, 1) : 1);
+    const double along = single ? within(-below, 0, 1) : 1, range = single ? s.own : s.range;
+    const double push = std::tanh(s.slope * error) * (error < 0 ? within(below - s.sure, 0, 1) : along);
     const double gain = std::min(s.gain / s.total, FASTEST) * std::max(1 - s.step / s.total, 0.0);
     const double stays = 1 - std::min(s.leak / s.total, FASTEST);
-    now.log_step = within(stays * now.log_step + gain * push, -s.range, s.range);
+    now.log_step = within(stays * now.log_step + gain * push, -range, range);
     if (s.missing) now.missing = std::min(stays * now.missing + gain * within(-below - s.sure, 0, 1), 0.0);
 }
 
@@ -70,6 +73,9 @@ inline double scheduled(const Step& s) {
 inline double factor(const Step& s, const Tensor& t) {
     return t.width * (t.sized ? s.matrix * std::pow(t.fan / FAN_IN, -s.fan_in) : 1);
 }
+
+// Of the step before, see `control_each`.
+inline double own_factor(const Tensor& t) { return t.own ? std::exp(double(t.own[0])) : 1; }
 
 // See `limited` and `lengthened`.  scale: of the direction of t.
 inline double bounded(const Step& s, const Tensor& t, double scale) {
@@ -92,7 +98,7 @@ inline bool steer(const Step& s, Shared& now) {
     for (int64_t i = 0; i < s.tensors; i++) {
         const Tensor& t = s.tensor[i];
         for (double x : t.sums) all += std::abs(float(x));
-        const double weight = factor(s, t);
+        const double weight = factor(s, t) * own_factor(t);
         dots += weight * t.sums[0];
         norms += weight * std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]);
         gradients += t.sums[1];
@@ -100,12 +106,22 @@ inline bool steer(const Step& s, Shared& now) {
     if (s.log_step) {
         now = Shared::of(s);
         begin(s, now);
-        control(s, norms > 0 ? dots / norms : dots, now);
+        control(s, norms > 0 ? dots / norms : dots, false, now);
     }
     const double size = scheduled(s) * std::exp(s.log_lr + now.log_step + now.missing);
     for (int64_t i = 0; i < s.tensors; i++) {
         Tensor& t = s.tensor[i];
-        t.scale = -t.rate * bounded(s, t, size * factor(s, t));
+        double step = size * factor(s, t);
+        Shared own;
+        if (t.own) {
+            const double norm = std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]);
+            own = {t.own[0], t.own[1], t.own[2], t.own[3]};
+            control(s, norm > 0 ? t.sums[0] / norm : t.sums[0], true, own);
+            step *= std::exp(own.log_step);
+        }
+        t.scale = -t.rate * bounded(s, t, step);
+        const double kept[SUMS] = {own.log_step, own.fast, own.slow, own.square};
+        std::copy_n(kept, SUMS, t.sums);
         all += std::abs(float(t.scale));
     }
     return std::isfinite(all) && std::isfinite(float(gradients)) && float(std::sqrt(gradients)) <= s.limit;

@@ -277,7 +277,7 @@ extern "C" void l2o_layout_Settle(int64_t* out) {
 extern "C" void l2o_layout_Tensor(int64_t* out) {
     layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d,
            &Tensor::v, &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::left, &Tensor::right, &Tensor::row_basis,
-           &Tensor::column_basis, &Tensor::free, &Tensor::is_matrix, &Tensor::sized, &Tensor::fan, &Tensor::entries,
+           &Tensor::column_basis, &Tensor::free, &Tensor::own, &Tensor::is_matrix, &Tensor::sized, &Tensor::fan, &Tensor::entries,
            &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::keep, &Tensor::rate, &Tensor::scale, &Tensor::sums);
 }
 
@@ -288,6 +288,6 @@ extern "C" void l2o_layout_Step(int64_t* out) {
            &Step::cautious, &Step::by_signal, &Step::due, &Step::carried, &Step::step, &Step::total, &Step::limit,
            &Step::log_lr, &Step::warmup, &Step::decays, &Step::fall, &Step::haste, &Step::matrix, &Step::fan_in,
            &Step::relative, &Step::by_gain, &Step::longer, &Step::deep, &Step::gain, &Step::slope, &Step::band_up,
-           &Step::band_down, &Step::fast, &Step::slow, &Step::sure, &Step::range, &Step::leak, &Step::log_step,
+           &Step::band_down, &Step::fast, &Step::slow, &Step::sure, &Step::range, &Step::leak, &Step::own, &Step::log_step,
            &Step::fast_mean, &Step::slow_mean, &Step::square_mean, &Step::missing, &Step::tensor);
 }

@@ -20,15 +20,16 @@ enum Path : int64_t { ADAM, NORMALIZED, DIAGONAL, ORTHOGONAL, GIVEN, EIGENBASIS 
 // A given one has no m: its direction comes from elsewhere before `finish`, at its size.
 // row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
 // left, right, row_basis, column_basis: of one in a basis, those of sides that have one; its m is momentum there.
-// free: whether it has no limit; null for no.
+// free: whether it has no limit; null for no.  own: [4], its own log step and means, or null.
 // param <- keep param + rate update, update = -scale direction, for which a tensor counts as a matrix (is_matrix), is
 // sized as one (sized) of so many inputs (fan), looked up (table), has few gradients (rare), and a factor for its width.
-// Written: scale, with the rate, and sums: gradient times direction, and squares of gradient, direction and parameter.
+// Written: scale, with the rate, and sums: gradient times direction, and squares of gradient, direction and parameter,
+// once these are known what own is to be.
 constexpr int64_t SUMS = 4;
 struct Tensor {
     int64_t path, rows, cols;
     const float* grad;
-    float *param, *m, *d, *v, *row, *col, *count, *left, *right, *row_basis, *column_basis, *free;
+    float *param, *m, *d, *v, *row, *col, *count, *left, *right, *row_basis, *column_basis, *free, *own;
     double is_matrix, sized, fan, entries, table, rare, width, keep, rate, scale;
     double sums[SUMS];
 };
@@ -44,7 +45,7 @@ struct Step {
     double momentum, fresh1, fresh2, memory, cautious, by_signal, due, carried;
     double step, total, limit;
     double log_lr, warmup, decays, fall, haste, matrix, fan_in, relative, by_gain, longer;
-    double deep, gain, slope, band_up, band_down, fast, slow, sure, range, leak;
+    double deep, gain, slope, band_up, band_down, fast, slow, sure, range, leak, own;
     float *log_step, *fast_mean, *slow_mean, *square_mean, *missing;
     Tensor* tensor;
 };

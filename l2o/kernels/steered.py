@@ -35,14 +35,17 @@ FACTS = ("is_matrix", "sized", "fan", "entries", "table", "rare", "width")
 CONSTANTS = (
     *("momentum", "fresh1", "fresh2", "memory", "cautious", "by_signal", "due", "carried", "step", "total", "limit"),
     *("log_lr", "warmup", "decays", "fall", "haste", "matrix", "fan_in", "relative", "by_gain", "longer"),
-    *("deep", "gain", "slope", "band_up", "band_down", "fast", "slow", "sure", "range", "leak"),
+    *("deep", "gain", "slope", "band_up", "band_down", "fast", "slow", "sure", "range", "leak", "own"),
 )
 """Of a step, see steered.h."""
 _SHARED = {"log_step": "log_step", "fast_mean": "fast", "slow_mean": "slow", "square_mean": "square"}
 _SHARED |= {"missing": "missing"}
 """What the controller keeps, by field."""
 _SIZES = ("path", "rows", "cols")
-_ARRAYS = ("grad", "param", "m", "d", "v", "row", "col", "count", "left", "right", "row_basis", "column_basis", "free")
+_ARRAYS = (
+    *("grad", "param", "m", "d", "v", "row", "col", "count"),
+    *("left", "right", "row_basis", "column_basis", "free", "own"),
+)
 _NUMBERS = (*FACTS, "keep", "rate", "scale")
 _SUMS = 4
 _UNUSUAL = 2
@@ -82,7 +85,7 @@ class _Step(ctypes.Structure):
 class Kind(NamedTuple):
     """What of a tensor stays from step to step.
 
-    path: of ``SLOTS``.     shape: as a matrix.     facts: ``FACTS``, by name.     free: whether it has a slot ``free``.
+    path: of ``SLOTS``.     shape: as a matrix.     facts: ``FACTS``, by name.     free, own: whether it has such slots.
     stride: of the parameter and all that is like it, where it is not contiguous: of channels that are last in memory.
         Columns in another order are the same to every formula, but for those of a basis; ``col`` is then in that order,
         and only the kernel's next step reads it.
@@ -92,6 +95,7 @@ class Kind(NamedTuple):
     shape: tuple[int, int]
     facts: Mapping[str, float]
     free: bool = False
+    own: bool = False
     stride: tuple[int, ...] | None = None
 
     @property
@@ -100,8 +104,7 @@ class Kind(NamedTuple):
         rows, columns = self.shape
         of_one = {"row": rows, "col": columns, "count": 1}
         found = {array: (slot, of_one.get(array, rows * columns)) for array, slot in SLOTS[self.path].items()}
-        if self.free:
-            found["free"] = ("free", 1)
+        found |= {name: (name, n) for name, n, kept in (("free", 1, self.free), ("own", 4, self.own)) if kept}
         if self.path == "eigenbasis":
             for side, n in zip(_BASES, self.shape, strict=True):
                 arrays = _BASES[1] if columns == 1 else side  # to the kernel a column of entries is a row
@@ -134,7 +137,7 @@ class Layout:
         arrays = [["grad", "param", *kind.slots] for kind in kinds]
         self.places = np.array([i * _WIDTH + _FIELDS.index(a) for i, some in enumerate(arrays) for a in some])
         numbers, paths = self.table.view(np.float64), list(SLOTS)
-        for i, (path, (rows, columns), facts, _, _) in enumerate(kinds):
+        for i, (path, (rows, columns), facts, *_) in enumerate(kinds):
             row = path == "eigenbasis" and columns == 1
             self.table[i, : len(_SIZES)] = [paths.index(path), *((columns, rows) if row else (rows, columns))]
             numbers[i, [_FIELDS.index(name) for name in FACTS]] = [facts[name] for name in FACTS]

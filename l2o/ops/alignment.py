@@ -59,15 +59,38 @@ def begin(shared: Slots, deep: int, matrices: Tensor) -> Slots:
     return {**shared, "missing": torch.where(shared["missing"] > 0, missing, shared["missing"])}
 
 
+def control_each(theta: Theta, own: Tensor, cosines: Tensor, run: Run) -> Tensor:
+    """Return ``own [tensors, 4]`` once the ``cosines [tensors]`` are known: of each tensor its own log step, beside
+    that of all, and means, by the same formula.
+
+    What is an input's weight, a bias, a temperature or a place on a map may have a hundred times as far to go as the
+    rest, and is lost in the sum over all tensors.
+    """
+    names = ("log_step", "fast", "slow", "square")
+    new = control(theta, dict(zip(names, own.unbind(-1), strict=True)), cosines, run, single=True)
+    return torch.stack([new[name] for name in names], -1)
+
+
 def cosine(dot: Tensor, norm: Tensor) -> Tensor:
-    """Return ``dot / norm``, 0 without norm.  Both 0-d, summed over tensors: products of gradient and step, norms."""
+    """Return ``dot / norm``, 0 without norm: products of gradient and step, and of norms.  Both 0-d, of all tensors, or
+    ``[tensors]``."""
     return dot / torch.where(norm > 0, norm, constant(1.0, norm))
 
 
-def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run, more: Tensor | float = 0.0) -> Slots:
-    """Return the slots once the 0-d ``cosine`` of the gradient at ``run.step`` and the step before is known.
+def control(
+    theta: Theta,
+    slots: Mapping[str, Tensor],
+    cosine: Tensor,
+    run: Run,
+    more: Tensor | float = 0.0,
+    single: bool = False,
+) -> Slots:
+    """Return the slots once the ``cosine`` of the gradient at ``run.step`` and the step before is known; 0-d, or all of
+    one shape.
 
     more: push from elsewhere, from -1 to 1 as the signal's own.
+    single: of single tensors, whose cosines are noisier: they grow by as much as the sign is sure, up to one standard
+        deviation, and have a range of their own, ``log_own`` of θ.
 
     The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
     its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
@@ -88,10 +111,12 @@ def control(theta: Theta, slots: Mapping[str, Tensor], cosine: Tensor, run: Run,
     error = torch.relu(error - value["band_up"]) - torch.relu(-error - value["band_down"])
     below = over_root(-mean["slow"], deviation)
     against = (below - value["sure"]).clamp(0.0, 1.0)
-    push = torch.tanh(value["slope"] * error) * torch.where(error < 0, against, constant(1.0, against))
+    along = (-below).clamp(0.0, 1.0) if single else constant(1.0, against)
+    push = torch.tanh(value["slope"] * error) * torch.where(error < 0, against, along)
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
     leak = (value["leak"] / total).clamp(max=_FASTEST)
-    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -value["range"], value["range"])
+    most = theta["log_own"].exp() if single else value["range"]
+    log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -most, most)
     moved = {"log_step": log_step, **new}
     if "missing" in slots:
         agree = (-below - value["sure"]).clamp(0.0, 1.0)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2o.ops.alignment import begin, control, cosine
+from l2o.ops.alignment import begin, control, control_each, cosine
 from l2o.ops.groups import Group, tensor_sum
 from l2o.ops.networks import init_linear, init_mlp, linear, lstm_cell, mlp
 from l2o.ops.numeric import constant, entries_of, of_shapes, over_root, safe_sqrt
@@ -25,7 +25,7 @@ OF_LOSS = ("trend", "course")
 OF_TENSOR = ("signal", "size", "fan_in", "fan_out", "matrix", "near", "far", "factor")
 """Inputs: what the tensors of a run share, also where the loss is read, and what each has of its own; see `decide`."""
 _PREFIX = "decide_"
-_SLOTS = ("near", "far", "factor", "h", "c")
+_SLOTS = ("near", "far", "factor", "h", "c", "own")
 _HIDDEN = 16
 _NEAR, _FAR, _LONG = 5.0, 20.0, 100.0
 """Steps that means of cosines go over: of single tensors, and the longest of all together."""
@@ -87,7 +87,8 @@ def steer(
     reduce: Reduce,
     deep: int = 0,
 ) -> tuple[Slots, Slots]:
-    """Return what is shared after a step, and what the network decided of each tensor: nothing, without one.
+    """Return what is shared after a step, and new slots of each tensor: what the network decided, and ``own`` of
+    `l2o.ops.alignment.control_each`, of those that there are.
 
     shared: of `l2o.ops.alignment`, or nothing, and for the network ``long``.    deep: see `l2o.ops.alignment.begin`.
     sums: of whole tensors, ``[tensors]``, in the order of the groups: of ``dots`` (gradient and step before), of
@@ -102,20 +103,27 @@ def steer(
     counted = torch.cat([products, are_matrices(shapes, products).unsqueeze(1)], 1) if deep else products
     dot, norm, *count = tensor_sum(groups, counted, reduce)
     aligned, shared = cosine(dot, norm), begin(shared, deep, *count) if deep else shared
+    own = {"own": control_each(theta, memory["own"], cosine(*products.unbind(1)), run)} if "own" in memory else {}
     if "long" not in shared:
-        return control(theta, shared, aligned, run), {}
+        return control(theta, shared, aligned, run), own
     growth, decided = decide(theta, shared, _seen(shapes, sums, products), memory, shapes, run)
     weights = products[:, 1]
     push = torch.tanh(cosine(*tensor_sum(groups, torch.stack([growth * weights, weights], 1), reduce)))
     shown = {"long": _follow(shared["long"], aligned, _LONG, run.step), **_loss_means(shared, run)}
-    return control(theta, shared, aligned, run, push) | shown, decided
+    return control(theta, shared, aligned, run, push) | shown, decided | own
 
 
 def _products(memory: Slots, sums: Slots, factors: Tensor) -> Tensor:
     """``[tensors, 2]``: of gradients and the step before, and of their norms, but for a factor of all."""
     norms = safe_sqrt(sums["grads"]) * safe_sqrt(sums["directions"])
-    products = factors.unsqueeze(1) * torch.stack([sums["dots"], norms], 1)
-    return products * memory["factor"].exp().unsqueeze(1) if "factor" in memory else products
+    return (factors * own_factors(memory)).unsqueeze(1) * torch.stack([sums["dots"], norms], 1)
+
+
+def own_factors(slots: Slots) -> Tensor | float:
+    """Return those of the steps of single tensors, ``[tensors]``, by slots: the network's, and their own, if any."""
+    logarithms = [slots["factor"]] if "factor" in slots else []
+    logarithms += [slots["own"][:, 0]] if "own" in slots else []
+    return torch.stack(logarithms).sum(0).exp() if logarithms else 1.0
 
 
 def _seen(shapes: Sequence[tuple[int, ...]], sums: Slots, products: Tensor) -> Seen:

@@ -14,7 +14,7 @@ from torch import Tensor
 from l2o.checks import check_choice, check_float, check_int
 from l2o.ops import directions
 from l2o.ops.alignment import init_alignment, init_controller
-from l2o.ops.controller import init_decisions, init_seen, init_shown, steer
+from l2o.ops.controller import init_decisions, init_seen, init_shown, own_factors, steer
 from l2o.ops.directions import Age, Now, direction_of
 from l2o.ops.eigenbasis import Whitening, due_at, is_due, whiten
 from l2o.ops.entries import init_entries, weigh
@@ -60,15 +60,16 @@ class Steered(UpdateRule):
         ``adam``: like scalars and all other vectors, Adam (Kingma and Ba 2015, arXiv 1412.6980) without eps.
     controller: of ``z``, one number for all tensors. ``alignment``: `l2o.ops.alignment`; ``none``: 0; ``mlp`` and
         ``lstm``: ``alignment``, and a network that adds to its push and gives tensors factors (`l2o.ops.controller`).
-    network: whether a perceptron weighs momentum and gradient (`l2o.ops.entries`): in the basis, of entries, or of
-        entries before they are orthogonalised.     reads_loss: whether the controller's network sees how the loss goes.
+    network: whether a perceptron weighs momentum and gradient (`l2o.ops.entries`): in the basis, or of entries, before
+        they are orthogonalised.     reads_loss: whether the controller's network sees how the loss goes.
     tall: ratio of sides from which a matrix with one over ``widest`` moves as vectors do, for few rows have gradients.
     free_zeros: whether a matrix that begins as zeros has no limit: there is no size that it could be held to.
     wide: power by which factors fall with inputs above 64: a matrix' fan-in, the short side of one that is ``tall``.
     carried, cautious: whether second moments follow the basis, and momentum rests where the gradient contradicts it.
     by_signal: power of a whitened matrix' own size over 0.3, which its size is instead of one; limits are of one.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
-        at 0.01; ``constant``: warm-up alone.    deep: see `l2o.ops.alignment.begin`.
+        at 0.01; ``constant``: warm-up alone.    deep: see `l2o.ops.alignment.begin`.    own: range of the logarithm of
+        a factor that each tensor's own cosine moves, see `l2o.ops.alignment.control_each`; 0 for none.
     iterations: of Newton-Schulz.    period, early, pace: of looks at the basis, see `l2o.ops.eigenbasis.due_at`.
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.    memory: of a basis.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
@@ -80,7 +81,7 @@ class Steered(UpdateRule):
     θ: those of ``log_lr, log_matrix, log_relative, logit_momentum, logit_beta1, logit_beta2, fan_in, logit_warmup,
     log_power, logit_memory`` that the parts need, and those of the controller, ``log_*``; all 0-d.
     Slots: ``m, d`` (direction) of an orthogonal matrix, ``d`` and those of `init_basis` in a basis, ``m, row, col``
-        (scales) of a normalized one, else ``m, v, count``; ``free`` (began as zeros); shared: those of the controller.
+        (scales) of a normalized one, else ``m, v, count``; ``free`` (began as 0); ``own``; shared: the controller's.
     The controller sums over all tensors, of which it sees no ``lr``: freeze by ``requires_grad``, not by lr=0.
     """
 
@@ -116,6 +117,7 @@ class Steered(UpdateRule):
     deep: int = 0
     rows: float = 0.0
     haste: float = 0.0
+    own: float = 0.0
 
     learned_init = False
     rests = True
@@ -125,15 +127,15 @@ class Steered(UpdateRule):
             check_choice(name, getattr(self, name), get_args(literal))
         for name in ("iterations", "period", "widest", "turned", "early", "pace", "tall", "deep"):
             check_int(name, getattr(self, name), int(name in ("iterations", "period", "widest")))
-        for name in ("fan_in", "by_gain", "wide", "by_signal", "rows", "haste"):
-            check_float(name, getattr(self, name), 0.0 if name in ("rows", "haste") else -math.inf)
+        for name in ("fan_in", "by_gain", "wide", "by_signal", "rows", "haste", "own"):
+            check_float(name, getattr(self, name), 0.0 if name in ("rows", "haste", "own") else -math.inf)
         check_float("memory", self.memory, above=0.0, below=1.0)
         if self.network and (came := self.direction) in ("normalized", "adam"):
             raise ConfigurationError(f"network=True: expected direction=eigenbasis, diagonal or orthogonal, not {came}")
         if self.reads_loss and not self.decides:
             raise ConfigurationError(f"reads_loss=True: expected controller=mlp or lstm, not {self.controller}")
-        if self.deep and self.controller == "none":
-            raise ConfigurationError("deep: expected controller=alignment, mlp or lstm, which it begins, not none")
+        if (self.deep or self.own) and self.controller == "none":
+            raise ConfigurationError("deep, own: expected controller=alignment, mlp or lstm, not none")
         self.init_theta(torch.Generator())  # the transforms know what they take
 
     @property
@@ -158,6 +160,7 @@ class Steered(UpdateRule):
         unused += ["log_power"] if self.schedule == "constant" else []
         theta = {name: scalar_like(value, generator) for name, value in start.items() if name not in unused}
         theta |= init_controller(generator) if self.controller != "none" else {}
+        theta |= {"log_own": scalar_like(math.log(self.own), generator)} if self.own else {}
         theta |= init_decisions(generator, self.controller, self.reads_loss) if self.decides else {}
         return theta | (init_entries(generator) if self.network else {})
 
@@ -169,6 +172,7 @@ class Steered(UpdateRule):
     def _init_slots(self, param: Tensor, info: ParamInfo) -> Slots:
         own = directions.init_direction(self.path(info.shape), param, info.shape, self.network)
         own |= {"free": (param == 0).all().to(param.dtype)} if self.keeps_free(info) else {}
+        own |= {"own": param.new_zeros(4)} if self.own else {}
         return own | init_seen(param, self.controller) if self.decides else own
 
     def keeps_free(self, info: ParamInfo) -> bool:
@@ -213,19 +217,15 @@ class Steered(UpdateRule):
         sums = whole_sums(groups, self._sums(groups, times, params), reduce)
         factors = self.factors(theta, shapes)
         shared, decided = steer(theta, state.shared, groups, sums, factors, run, reduce, self.deep)
-        size = self.size(theta, shared, run)
-        sizes = size * decided["factor"].exp() if decided else size
-        squares = unheld(sums["params"], [(g.slots, len(g.names)) for g in groups]) if "params" in sums else size
+        sizes = self.size(theta, shared, run) * own_factors(decided)
+        squares = unheld(sums["params"], [(g.slots, len(g.names)) for g in groups]) if "params" in sums else sizes
         scales = -self.scales(theta, sizes * factors, squares, shapes, tables)
-        now = self.now(theta, run, reduce)
-        slots: dict[str, Slots] = {}
-        updates: Updates = {}
+        now, updates, slots = self.now(theta, run, reduce), dict[str, Tensor](), dict[str, Slots]()
         for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
             scale = own.pop("scale")
             new = self._advance(now, group, age) | own | {k: t for k, t in group.slots.items() if k == "free"}
             d = direction_of(new, group, age and age.after)
-            steps = scale.view(-1, *[1] * (d.ndim - 1)) * d
-            updates.update(zip(group.names, steps.unbind(), strict=True))
+            updates.update(zip(group.names, (scale.view(-1, *[1] * (d.ndim - 1)) * d).unbind(), strict=True))
             slots.update(zip(group.names, unstacked(new, len(d)), strict=True))
         return {name: updates[name] for name in grads}, OptState({name: slots[name] for name in grads}, shared)
 
