@@ -34,7 +34,7 @@ from l2o.extras import require
 from l2o.optim import LearnedOptimizer
 from l2o.types import ConfigurationError
 from meta_train.config.compose import if_interrupted, main_guard, writing
-from meta_train.problems import PROBLEMS
+from meta_train.problems import NOTES, PROBLEMS, SETS
 from meta_train.run.card import commit, hardware
 
 Record = dict[str, Any]
@@ -52,14 +52,11 @@ _TEXT = """# Problems as users write them
 `{command}`, {date}, commit {commit}; {hardware}, one thread.
 
 {count} problems in plain PyTorch, each a function in `meta_train/problems` with a line on what it is; {seeds} seeds.
-
 Losses are training losses, means over seeds and over the last fiftieth of the run, at least ten steps. The target is
-that of Adam at the best of eight constant rates ({rates}), chosen for each problem.
-A speed-up is the steps of the run over those to the first step at which such a mean is at the target or under it, and 0
-where there is none. Learned optimizers are what `l2o.LearnedOptimizer(params, NAME, total_steps=T)` makes: guarded,
-untuned. A run counts as diverged where a loss is not finite, or where such means end above where they began.
-
-**These problems were looked at while `default` was chosen: they are no held-out test.**
+that of Adam at the best of eight constant rates ({rates}), chosen for each problem. A speed-up is the steps of the run over
+those to the first step at which such a mean is at the target or under it, and 0 where there is none. Learned optimizers
+are what `l2o.LearnedOptimizer(params, NAME, total_steps=T)` makes: guarded, untuned. A run counts as diverged where a
+loss is not finite, or where such means end above where they began. **{note}**
 
 {summary}
 
@@ -182,13 +179,14 @@ def speed_up(record: Record) -> float:
 
 
 def page(records: Records, command: str) -> str:
-    """Return tables in Markdown, of problems that all of Adam's rates were tried on."""
+    """Return tables in Markdown, of problems of a set that all of Adam's rates were tried on."""
     names = [name for name in PROBLEMS if all((name, label) in records for label in ADAM)]
     others = list(dict.fromkeys(label for _, label in records if label not in ADAM))
     keys = ("date", "commit", "hardware", "seeds")
     about = {key: ", ".join(dict.fromkeys(str(record[key]) for record in records.values())) for key in keys}
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     summary, table = _summary(records, names, others), _table(records, names, others)
+    about["note"] = next((NOTES[key] for key, known in SETS.items() if set(names) & set(known)), "")
     return _TEXT.format(command=command, count=len(names), rates=rates, summary=summary, table=table, **about)
 
 
@@ -229,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m meta_train.users", description=(__doc__ or "").partition(": ")[2])
     made.add_argument("--out", type=Path, default=Path("docs/results/users"), metavar="FOLDER", help="for both files")
     made.add_argument("--sources", nargs="*", default=["default", "light"], metavar="NAME", help="or path: checkpoints")
+    made.add_argument("--set", choices=SETS, default="first", help="of problems; an --out is of one")
     made.add_argument("--only", default="", metavar="REGEX", help="of names of problems, to be found in them")
     made.add_argument("--seeds", type=int, default=2)
     made.add_argument("--steps", type=int, metavar="MOST", help="of a run, where the problem's own are more; for a try")
@@ -243,11 +242,12 @@ def check(given: argparse.Namespace) -> list[str]:
     for source in given.sources:
         load(source)
     try:
-        names = [name for name in PROBLEMS if re.search(given.only, name)]
+        names = [name for name in SETS[given.set] if re.search(given.only, name)]
     except re.error as error:
         raise ConfigurationError(f"--only {given.only!r}: no regular expression ({error})") from error
     if not names:
-        raise ConfigurationError(f"--only {given.only!r} is in no name of a problem; there are {', '.join(PROBLEMS)}")
+        known = ", ".join(SETS[given.set])
+        raise ConfigurationError(f"--only {given.only!r} is in no name of a problem; there are {known}")
     for name in names:
         PROBLEMS[name].begin(0)  # where data are missing, it says so
     return names

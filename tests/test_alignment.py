@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from plugin import source
 from sklearn.datasets import load_digits
 from tables import generator
 from torch import nn
 
-from l2o.ops.alignment import begin, control, cosine, init_alignment, init_controller
+from l2o.ops.alignment import begin, control, control_each, cosine, init_alignment, init_controller
 from l2o.optim import LearnedOptimizer
+from l2o.rules import Steered
 from l2o.types import Run
 
 T = 1000
@@ -142,6 +144,48 @@ def test_the_cosine_weighs_tensors_and_is_0_without_gradients():
     dots, norms = torch.tensor([3.0, -1.0]), torch.tensor([4.0, 4.0])
     assert cosine(dots.sum(), norms.sum()) == 0.25
     assert cosine(torch.zeros(()), torch.zeros(())) == 0.0
+
+
+def own_steps(cosines, held, steps=300, total=300):
+    """``own`` after as many steps, of tensors whose ``cosines`` are the same at each, or drawn at each."""
+    theta = {k: t.double() for k, t in init_controller(generator()).items()}
+    theta["log_own"], own = torch.tensor(2.0, dtype=torch.float64).log(), torch.zeros(len(held), 4, dtype=torch.float64)
+    for step in range(steps):
+        own = control_each(theta, own, cosines(), torch.tensor(held), Run(torch.tensor(step), torch.tensor(total)))
+    return own
+
+
+def test_tensors_have_log_steps_of_their_own_by_the_same_formula():
+    always = torch.tensor([0.9, 0.9, 0.0, -0.9], dtype=torch.float64)
+    own = own_steps(lambda: always, [False, True, False, False], 60)
+    assert own[:, 0].tolist() == pytest.approx([2.0, 1.0, 0.0, -2.0], abs=0.2)
+    assert (own[0, 0] <= 2.0) & (own[1, 0] <= 1.0) & (own[2, 0] == 0.0)
+    assert own[:, 2].tolist() == pytest.approx(always.tolist(), abs=0.1)
+
+
+def test_a_tensor_that_is_not_sure_hardly_grows():
+    g = generator()
+    own = own_steps(lambda: 0.15 + 0.6 * torch.randn(2, generator=g, dtype=torch.float64), [False, False])
+    assert (own[:, 0].abs() < 0.7).all()
+
+
+@pytest.mark.parametrize("direction", ["eigenbasis", "diagonal"])
+def test_a_bias_far_away_and_weights_nearby_learn_together(direction):
+    """A regression on raw targets: without steps of its own the bias has as far to go as weights at the most."""
+    g = generator()
+    x, ends = torch.randn(64, 3, generator=g), {}
+    y = 0.1 * x @ torch.ones(3, 1) + 3.0
+    for own in (0.0, 2.0):
+        rule = Steered(direction=direction, own=own)
+        weight, bias = nn.Parameter(torch.zeros(1, 3)), nn.Parameter(torch.zeros(1))
+        optimizer = LearnedOptimizer([weight, bias], source(rule), total_steps=200)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(x @ weight.T + bias, y)
+            loss.backward()
+            optimizer.step()
+        ends[own] = loss.item()
+    assert ends[2.0] < 0.3 * ends[0.0]
 
 
 def test_default_learns_in_sixteen_layers_with_layer_norm():

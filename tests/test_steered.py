@@ -258,7 +258,9 @@ def test_every_dtype_descends(dtype, direction):
         ({"fan_in": math.nan}, "fan_in=nan"),
         ({"network": True, "direction": "adam"}, "network=True: expected direction=eigenbasis, diagonal or orthogonal"),
         ({"reads_loss": True}, "reads_loss=True: expected controller=mlp or lstm, not alignment"),
-        ({"deep": 6, "controller": "none"}, "deep: expected controller=alignment, mlp or lstm"),
+        ({"deep": 6, "controller": "none"}, "deep, own: expected controller=alignment, mlp or lstm"),
+        ({"own": 2.0, "controller": "none"}, "deep, own: expected controller=alignment, mlp or lstm"),
+        ({"own": -1.0}, "own=-1.0"),
     ],
 )
 def test_bad_settings_are_refused(setting, message):

@@ -9,7 +9,7 @@
 namespace {
 
 // As in l2o.ops.alignment,
-constexpr double FASTEST = 0.1, LEAST_START = 0.31622776601683794, VARIANCE = 1e-8;
+constexpr double FASTEST = 0.1, LEAST_START = 0.31622776601683794, VARIANCE = 1e-8, OF_HELD = 0.5;
 // l2o.ops.schedules,
 constexpr double SHORT = 150, SHORTEST = 1.0 / 3, FLOOR = 0.01;
 // and l2o.ops.scales.
@@ -41,8 +41,8 @@ inline void begin(const Step& s, Shared& now) {
     now.missing = 2 * std::log(within(s.deep / matrices, LEAST_START, 1));
 }
 
-// See `control`, of all tensors or of one.
-inline void control(const Step& s, double cosine, bool single, Shared& now) {
+// See `control`, of all tensors or of a single one.
+inline void control(const Step& s, double cosine, bool single, double range, Shared& now) {
     if (s.step <= 0) return;
     const auto mean = [&](double& old, double x, double steps) {
         const double keep = std::exp(-1 / steps);
@@ -54,7 +54,7 @@ inline void control(const Step& s, double cosine, bool single, Shared& now) {
     const double deviation = std::sqrt(std::max(square - slow * slow, 0.0) + VARIANCE);
     const double off = 0.5 * (fast + slow), below = -slow / deviation;
     const double error = std::max(off - s.band_up, 0.0) - std::max(-off - s.band_down, 0.0);
-    const double along = single ? within(-below, 0, 1) : 1, range = single ? s.own : s.range;
+    const double along = single ? within(-below, 0, 1) : 1;
     const double push = std::tanh(s.slope * error) * (error < 0 ? within(below - s.sure, 0, 1) : along);
     const double gain = std::min(s.gain / s.total, FASTEST) * std::max(1 - s.step / s.total, 0.0);
     const double stays = 1 - std::min(s.leak / s.total, FASTEST);
@@ -74,12 +74,14 @@ inline double factor(const Step& s, const Tensor& t) {
     return t.width * (t.sized ? s.matrix * std::pow(t.fan / FAN_IN, -s.fan_in) : 1);
 }
 
+inline bool is_held(const Tensor& t) { return !(t.free && *t.free > 0); }
+
 // Of the step before, see `control_each`.
 inline double own_factor(const Tensor& t) { return t.own ? std::exp(double(t.own[0])) : 1; }
 
 // See `limited` and `lengthened`.  scale: of the direction of t.
 inline double bounded(const Step& s, const Tensor& t, double scale) {
-    const bool held = !(t.free && *t.free > 0);
+    const bool held = is_held(t);
     const double squares = held ? t.sums[3] : UNHELD, root = std::sqrt(t.fan);
     const double size = squares >= 0 ? std::sqrt(squares / t.entries) : 0;  // of what is no number as by l2o.ops.numeric.safe_sqrt
     if (t.sized) {
@@ -106,7 +108,7 @@ inline bool steer(const Step& s, Shared& now) {
     if (s.log_step) {
         now = Shared::of(s);
         begin(s, now);
-        control(s, norms > 0 ? dots / norms : dots, false, now);
+        control(s, norms > 0 ? dots / norms : dots, false, s.range, now);
     }
     const double size = scheduled(s) * std::exp(s.log_lr + now.log_step + now.missing);
     for (int64_t i = 0; i < s.tensors; i++) {
@@ -116,7 +118,7 @@ inline bool steer(const Step& s, Shared& now) {
         if (t.own) {
             const double norm = std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]);
             own = {t.own[0], t.own[1], t.own[2], t.own[3]};
-            control(s, norm > 0 ? t.sums[0] / norm : t.sums[0], true, own);
+            control(s, norm > 0 ? t.sums[0] / norm : t.sums[0], true, s.own * (t.is_matrix && is_held(t) ? OF_HELD : 1), own);
             step *= std::exp(own.log_step);
         }
         t.scale = -t.rate * bounded(s, t, step);

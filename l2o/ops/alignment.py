@@ -30,6 +30,9 @@ _START = {
 _FASTEST = 0.1
 _LEAST_START = 0.1**0.5
 _VARIANCE = 1e-8
+_OF_HELD = 0.5
+"""Of the range of a tensor's own log step: where it has a size to be held to, there is less to find out."""
+_OWN = ("log_step", "fast", "slow", "square")
 
 
 def init_controller(generator: torch.Generator) -> Theta:
@@ -59,16 +62,19 @@ def begin(shared: Slots, deep: int, matrices: Tensor) -> Slots:
     return {**shared, "missing": torch.where(shared["missing"] > 0, missing, shared["missing"])}
 
 
-def control_each(theta: Theta, own: Tensor, cosines: Tensor, run: Run) -> Tensor:
+def control_each(theta: Theta, own: Tensor, cosines: Tensor, held: Tensor, run: Run) -> Tensor:
     """Return ``own [tensors, 4]`` once the ``cosines [tensors]`` are known: of each tensor its own log step, beside
     that of all, and means, by the same formula.
+
+    held: bool ``[tensors]``, those that are held to their size, which have half the range, ``log_own`` of θ.
 
     What is an input's weight, a bias, a temperature or a place on a map may have a hundred times as far to go as the
     rest, and is lost in the sum over all tensors.
     """
-    names = ("log_step", "fast", "slow", "square")
-    new = control(theta, dict(zip(names, own.unbind(-1), strict=True)), cosines, run, single=True)
-    return torch.stack([new[name] for name in names], -1)
+    most = torch.where(held, _OF_HELD, constant(1.0, cosines)) * theta["log_own"].exp()
+    slots = dict(zip(_OWN, own.unbind(-1), strict=True))
+    new = control(theta, slots, cosines, run, most=most)
+    return torch.stack([new[name] for name in _OWN], -1)
 
 
 def cosine(dot: Tensor, norm: Tensor) -> Tensor:
@@ -83,14 +89,14 @@ def control(
     cosine: Tensor,
     run: Run,
     more: Tensor | float = 0.0,
-    single: bool = False,
+    most: Tensor | None = None,
 ) -> Slots:
     """Return the slots once the ``cosine`` of the gradient at ``run.step`` and the step before is known; 0-d, or all of
     one shape.
 
     more: push from elsewhere, from -1 to 1 as the signal's own.
-    single: of single tensors, whose cosines are noisier: they grow by as much as the sign is sure, up to one standard
-        deviation, and have a range of their own, ``log_own`` of θ.
+    most: ranges of single tensors, instead of θ's for all. Their cosines are noisier: they grow by as much as the sign
+        is sure, up to one standard deviation.
 
     The target is neutral and the step shrinks only where the sign is sure: with a positive target noise drives it to
     its lower bound, and without the gate runs that are almost exact stop too early. What it grew by in the first steps,
@@ -111,11 +117,11 @@ def control(
     error = torch.relu(error - value["band_up"]) - torch.relu(-error - value["band_down"])
     below = over_root(-mean["slow"], deviation)
     against = (below - value["sure"]).clamp(0.0, 1.0)
-    along = (-below).clamp(0.0, 1.0) if single else constant(1.0, against)
+    along = constant(1.0, against) if most is None else (-below).clamp(0.0, 1.0)
     push = torch.tanh(value["slope"] * error) * torch.where(error < 0, against, along)
     gain = (value["gain"] / total).clamp(max=_FASTEST) * (1.0 - step / total).clamp(min=0.0)
     leak = (value["leak"] / total).clamp(max=_FASTEST)
-    most = theta["log_own"].exp() if single else value["range"]
+    most = value["range"] if most is None else most
     log_step = torch.clamp((1.0 - leak) * slots["log_step"] + gain * (push + more), -most, most)
     moved = {"log_step": log_step, **new}
     if "missing" in slots:

@@ -17,7 +17,7 @@ from l2o.ops.alignment import begin, control, control_each, cosine
 from l2o.ops.groups import Group, tensor_sum
 from l2o.ops.networks import init_linear, init_mlp, linear, lstm_cell, mlp
 from l2o.ops.numeric import constant, entries_of, of_shapes, over_root, safe_sqrt
-from l2o.ops.scales import are_matrices
+from l2o.ops.scales import are_matrices, unheld
 from l2o.types import Reduce, Run, Slots, Theta
 
 OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "begun")
@@ -103,7 +103,11 @@ def steer(
     counted = torch.cat([products, are_matrices(shapes, products).unsqueeze(1)], 1) if deep else products
     dot, norm, *count = tensor_sum(groups, counted, reduce)
     aligned, shared = cosine(dot, norm), begin(shared, deep, *count) if deep else shared
-    own = {"own": control_each(theta, memory["own"], cosine(*products.unbind(1)), run)} if "own" in memory else {}
+    own: Slots = {}
+    if "own" in memory:
+        free = unheld(torch.zeros_like(factors), [(group.slots, len(group.names)) for group in groups]) > 0
+        held = (are_matrices(shapes, products) > 0) & ~free
+        own["own"] = control_each(theta, memory["own"], cosine(*products.unbind(1)), held, run)
     if "long" not in shared:
         return control(theta, shared, aligned, run), own
     growth, decided = decide(theta, shared, _seen(shapes, sums, products), memory, shapes, run)
