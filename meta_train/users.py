@@ -53,10 +53,10 @@ _TEXT = """# Problems as users write them
 
 {count} problems in plain PyTorch, each a function in `meta_train/problems` with a line on what it is; {seeds} seeds.
 Losses are training losses, means over seeds and over the last fiftieth of the run, at least ten steps. The target is
-that of Adam at the best of eight constant rates ({rates}), chosen for each problem. A speed-up is the steps of the run
-over those to the first step at which such a mean is at the target or under it, and 0 where there is none. Learned optimizers
-are what `l2o.LearnedOptimizer(params, NAME, total_steps=T)` makes: guarded, untuned. A run counts as diverged where a
-loss is not finite, or where such means end above where they began. **{note}**
+that of Adam at the best of eight constant rates ({rates}), chosen for each problem. A speed-up is the steps of the
+run over those to the first step at which such a mean is at the target or under it, and 0 where there is none. Learned
+optimizers are what `l2o.LearnedOptimizer(params, NAME, total_steps=T)` makes: guarded, untuned. A run counts as
+diverged where a loss is not finite, or where such means end above where they began. **{note}**
 
 {summary}
 
