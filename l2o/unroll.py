@@ -102,12 +102,14 @@ def inner_step(
 
     Differentiable where grad mode is on; ``second_order=False`` then takes the inner gradients as constants.
     A lane at its horizon is frozen.    in_place: whether a kernel may write the new parameters and the rule's state to
-    those of ``state``, which nobody else then reads.
+    those of ``state``, which nobody else then reads; buffers are kept apart from them.
     """
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
     grads, buffers = checked_gradients(family, grads, buffers, state.data, batch)
     ahead = state.step < state.total_steps
     run, infos = Run(state.step, state.total_steps, loss), lane_infos(params, family.kinds)
+    if in_place:
+        loss, buffers = loss.clone(), _apart(buffers, params)
     if in_place and fused.step_lanes(rule, fused.Inputs(theta, grads, state.opt, params, infos, run), ahead):
         moved, opt = params, state.opt
     else:
@@ -184,6 +186,12 @@ def updates(
         return rule.update(theta, g, opt, p, infos, Run(step, total, loss if needs_loss else None))
 
     return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, run[:3]))
+
+
+def _apart(buffers: Buffers, params: Params) -> Buffers:
+    """``buffers``, with copies of those that a family has in the memory of its parameters: the last iterate, say."""
+    written = {p.untyped_storage().data_ptr() for p in params.values()}
+    return {k: b.clone() if b.untyped_storage().data_ptr() in written else b for k, b in buffers.items()}
 
 
 def _along(mask: Tensor, like: Tensor) -> Tensor:

@@ -246,16 +246,14 @@ def check(given: argparse.Namespace) -> list[str]:
     except re.error as error:
         raise ConfigurationError(f"--only {given.only!r}: no regular expression ({error})") from error
     if not names:
-        known = ", ".join(SETS[given.set])
-        raise ConfigurationError(f"--only {given.only!r} is in no name of a problem; there are {known}")
+        raise ConfigurationError(f"--only {given.only!r} is in no name of {', '.join(SETS[given.set])}")
     for name in names:
         PROBLEMS[name].begin(0)  # where data are missing, it says so
     return names
 
 
 def found(path: Path, given: argparse.Namespace) -> Records:
-    """Return the records of an earlier run by problem and optimizer; raises `ConfigurationError` where it was
-    another's."""
+    """Return the records of an earlier run; raises `ConfigurationError` where it was another's."""
     if not path.exists():
         return {}
     try:
@@ -263,6 +261,8 @@ def found(path: Path, given: argparse.Namespace) -> Records:
         settings = {(r["seeds"], r["limit"]) for r in records.values()}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigurationError(f"{path} cannot be read ({error}); move it away, or name another --out") from error
+    if others := {name for name, _ in records} - SETS[given.set].keys():
+        raise ConfigurationError(f"{path} has {min(others)}, which is not of --set {given.set}; name another --out")
     for seeds, limit in settings - {(given.seeds, given.steps)}:
         raise ConfigurationError(
             f"{path} has runs with --seeds {seeds} and {f'--steps {limit}' if limit else 'no --steps'}; "

@@ -211,6 +211,29 @@ def test_an_unroll_in_place_keeps_what_it_was_given_and_is_its_steps():
     assert torch.equal(after.step, state.step)
 
 
+class Remembering(Quadratic):
+    """Keeps the last iterate in its buffers, in the memory of the parameters, and stays near it."""
+
+    def init(self, data, generator):
+        params, _ = super().init(data, generator)
+        return params, {"last": params["x"].clone()}
+
+    def loss(self, params, buffers, data, batch):
+        near = (params["x"] - buffers["last"]).square().sum()
+        return super().loss(params, {}, data, batch)[0] + 0.1 * near, {"last": params["x"]}
+
+
+@torch.no_grad()
+def test_a_step_in_place_leaves_buffers_as_they_were():
+    rule, family, g = Steered(direction="diagonal"), Remembering(), generator()
+    theta = expand_theta(rule.init_theta(g), LANES)
+    state = sample_runs(rule, theta, family, torch.full((LANES,), 9), g)
+    after, _ = unroll(rule, theta, family, state, 5, generator(2))
+    before, _ = unroll(rule, theta, family, state, 4, generator(2))
+    torch.testing.assert_close(after.buffers["last"], before.params["x"])
+    assert not torch.equal(after.buffers["last"], after.params["x"])
+
+
 @torch.no_grad()
 def test_the_engine_takes_the_kernel_and_knows_kinds(monkeypatch):
     rule, taken, kernels = Steered(direction="diagonal", tables=True, rows=2.0), [], dict(l2o.fused.UPDATES)

@@ -82,6 +82,15 @@ def test_bases_follow_in_place(shape: tuple[int, int, int], carried: bool) -> No
     assert torch.equal(to["v"], kept["v"]) == (not carried)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_bases_follow_whatever_the_scale(scale: float) -> None:
+    mean, basis = side(1, 40)
+    small, large = [t.clone() for t in (basis, basis)]
+    for to, of in ((small, mean), (large, scale * mean)):
+        follow([None, of], [None, to], torch.zeros(1, 1, 40), torch.zeros(1, 1, 40), True)
+    torch.testing.assert_close(small, large, rtol=0.0, atol=1e-5)
+
+
 def test_a_side_that_is_none_of_the_matrix_is_refused() -> None:
     mean, basis = side(1, 3)
     with pytest.raises(L2OError, match=r"expected means of \(1, 4, 4\), got \(1, 3, 3\)"):

@@ -171,11 +171,15 @@ def test_a_checkpoint_that_has_changed_is_run_again_alone(runs: list[int]) -> No
     ("given", "message"),
     [
         (["--only", "["], "--only '[': no regular expression"),
-        (["--only", "no such thing"], "is in no name of a problem; there are simclr, "),
+        (["--only", "no such thing"], "is in no name of simclr, "),
         (["--sources", "ligth"], "unknown checkpoint 'ligth', did you mean 'light'"),
         (["--seeds", "0"], "--seeds=0"),
         (["--steps", "0"], "--steps=0"),
         (["--out", "old"], "has runs with --seeds 3 and no --steps; give the same"),
+        (
+            ["--out", "old", "--set", "second", "--only", "tsne"],
+            "has nmf, which is not of --set second; name another --out",
+        ),
         (["--out", "bad"], "bad/results.json cannot be read"),
     ],
 )

@@ -77,6 +77,8 @@ def step_lanes(rule: Steered, inputs: Inputs, ahead: Tensor) -> bool:
     if layout is None or not all(map(Tensor.is_contiguous, tree_leaves((dict(inputs.params), inputs.state)))):
         return False
     _step_lanes(rule, inputs, layout, ahead.nonzero()[:, 0].numpy())
+    written = tree_leaves((dict(inputs.params), inputs.state))
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
     return True
 
 

@@ -83,7 +83,8 @@ inline double own_factor(const Tensor& t) { return t.own ? std::exp(double(t.own
 inline double bounded(const Step& s, const Tensor& t, double scale) {
     const bool held = is_held(t);
     const double squares = held ? t.sums[3] : UNHELD, root = std::sqrt(t.fan);
-    const double size = squares >= 0 ? std::sqrt(squares / t.entries) : 0;  // of what is no number as by l2o.ops.numeric.safe_sqrt
+    // Of what is no number as by l2o.ops.numeric.safe_sqrt.
+    const double size = squares >= 0 ? std::sqrt(squares / t.entries) : 0;
     if (t.sized) {
         const double gain = s.by_gain && !t.table ? std::pow(std::min(size * root, 1.0), s.by_gain) : 1;
         const double least = LEAST_LIMIT * (s.by_gain ? std::sqrt(FAN_IN) / root : 1);
@@ -118,7 +119,8 @@ inline bool steer(const Step& s, Shared& now) {
         if (t.own) {
             const double norm = std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]);
             own = {t.own[0], t.own[1], t.own[2], t.own[3]};
-            control(s, norm > 0 ? t.sums[0] / norm : t.sums[0], true, s.own * (t.is_matrix && is_held(t) ? OF_HELD : 1), own);
+            const double range = s.own * (t.is_matrix && is_held(t) ? OF_HELD : 1);
+            control(s, norm > 0 ? t.sums[0] / norm : t.sums[0], true, range, own);
             step *= std::exp(own.log_step);
         }
         t.scale = -t.rate * bounded(s, t, step);

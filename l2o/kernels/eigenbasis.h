@@ -1,5 +1,5 @@
 // A direction that a matrix has in the eigenbasis of its gradients: l2o.ops.eigenbasis, of matrices so small that to ask
-// torch for their products takes longer than the products, or of lanes, whose decompositions torch is slow at.
+// torch for their products takes longer than the products, or of lanes; and of any, how bases follow, which torch is slow at.
 #pragma once
 
 #include <algorithm>
@@ -93,8 +93,11 @@ inline void follow_basis(int64_t n, const float* mean, float* basis, float* cosi
     const int64_t ld = padded(n);
     float largest = 0, *next = room;
     for (int64_t i = 0; i < n * n; i++) largest = std::max(largest, std::abs(mean[i]));
-    const float size = largest > 0 ? 1 / largest : 1;
-    product(n, n, n, mean, n, 1, basis, cosines);
+    // Brought to size before the product, which might not be finite, by a power of two, which rounds nothing.
+    const float near = std::ldexp(1.f, -std::min(126, std::max(-126, largest > 0 ? std::ilogb(largest) : 0)));
+    const float size = largest > 0 ? 1 / (largest * near) : 1;
+    for (int64_t i = 0; i < n * n; i++) room[i] = near * mean[i];
+    product(n, n, n, room, n, 1, basis, cosines);
     for (int64_t i = 0; i < n; i++) {
         for (int64_t j = 0; j < n; j++) next[i * ld + j] = size * cosines[i * n + j] + STAY * basis[i * n + j];
         std::fill(next + i * ld + n, next + (i + 1) * ld, 0.f);

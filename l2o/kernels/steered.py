@@ -129,12 +129,11 @@ class Layout:
         entries = [math.prod(kind.shape) for kind in kinds]
         own = [[n, n, *(m for _, m in kind.slots.values())] for n, kind in zip(entries, kinds, strict=True)]
         self.entries = list(chain(*own))
-        self.strides = [
-            kind.stride if m == n else None for n, kind, all_of in zip(entries, kinds, own, strict=True) for m in all_of
-        ]
+        arrays = [["grad", "param", *kind.slots] for kind in kinds]
+        laid = ("grad", "param", "m", "d", "v")
+        self.strides = [k.stride if a in laid else None for k, some in zip(kinds, arrays, strict=True) for a in some]
         self.work = sum(n * sum(kind.shape) for n, kind in zip(entries, kinds, strict=True))
         self.table = np.zeros((len(kinds), _WIDTH), np.int64)
-        arrays = [["grad", "param", *kind.slots] for kind in kinds]
         self.places = np.array([i * _WIDTH + _FIELDS.index(a) for i, some in enumerate(arrays) for a in some])
         numbers, paths = self.table.view(np.float64), list(SLOTS)
         for i, (path, (rows, columns), facts, *_) in enumerate(kinds):

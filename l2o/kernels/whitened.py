@@ -1,6 +1,6 @@
 """`l2o.ops.eigenbasis` over the entries of matrices, in place: one lane, float32, on the CPU.
 
-What is not about entries (products of matrices) stays in torch, before, between and after the two passes.
+Products of matrices stay in torch, before, between and after the two passes; but for those by which bases follow.
 """
 
 from __future__ import annotations

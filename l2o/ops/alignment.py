@@ -31,7 +31,7 @@ _FASTEST = 0.1
 _LEAST_START = 0.1**0.5
 _VARIANCE = 1e-8
 _OF_HELD = 0.5
-"""Of the range of a tensor's own log step: where it has a size to be held to, there is less to find out."""
+"""Of the range of a tensor's own log step: a matrix that has a size to begin with has less to find out."""
 _OWN = ("log_step", "fast", "slow", "square")
 
 
@@ -66,7 +66,7 @@ def control_each(theta: Theta, own: Tensor, cosines: Tensor, held: Tensor, run: 
     """Return ``own [tensors, 4]`` once the ``cosines [tensors]`` are known: of each tensor its own log step, beside
     that of all, and means, by the same formula.
 
-    held: bool ``[tensors]``, those that are held to their size, which have half the range, ``log_own`` of θ.
+    held: bool ``[tensors]``, matrices that did not begin as zeros, which have half the range, ``log_own`` of θ.
 
     What is an input's weight, a bias, a temperature or a place on a map may have a hundred times as far to go as the
     rest, and is lost in the sum over all tensors.
