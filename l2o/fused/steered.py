@@ -27,7 +27,7 @@ from l2o.ops.scales import are_rare, fan_in, width_factors
 from l2o.rules import Steered
 from l2o.types import Grads, Infos, OptState, ParamInfo, Params, Run, Slots, Theta, Updates
 
-_LARGE = 256
+_LARGE = 128
 """Rows or columns from which products are torch's; of as many of both, one by one they are as fast as in a batch, which
 takes more memory."""
 _RENAMED = {"power": ("fall", 1), "beta1": ("fresh1", 3), "beta2": ("fresh2", 3)}
