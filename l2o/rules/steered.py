@@ -68,9 +68,9 @@ class Steered(UpdateRule):
     carried, cautious: whether second moments follow the basis, and momentum rests where the gradient contradicts it.
     by_signal: power of a whitened matrix' own size over 0.3, which its size is instead of one; limits are of one.
     schedule: ``decay``: linear warm-up over the share ``warmup`` of the run, times ``(1 - t / T) ** power``, which ends
-        at 0.01; ``constant``: warm-up alone.    deep: see `l2o.ops.alignment.begin`.    own: range of the logarithm of
-        a factor that each tensor's own cosine moves, see `l2o.ops.alignment.control_each`; 0 for none.
-    iterations: of Newton-Schulz.    period, early, pace: of looks at the basis, see `l2o.ops.eigenbasis.due_at`.
+        at 0.01; ``constant``: warm-up alone.    iterations: of Newton-Schulz.
+    deep, own: see `l2o.ops.alignment`: `begin`, and the range of `control_each`; 0 for neither.
+    period, early, pace: of looks at the basis, see `l2o.ops.eigenbasis.due_at`.
     lr: without a unit, as the parameters.    momentum: of matrices.    beta1, beta2: of Adam.    memory: of a basis.
     matrix, fan_in: the factor of matrices is ``matrix * (fan-in / 64) ** -fan_in``; all else has 1.
     relative: soft limit of a matrix' step: its root mean square is at most this share of the matrix' own, plus 3e-4.
@@ -190,10 +190,8 @@ class Steered(UpdateRule):
         """Return the direction of a tensor."""
         if not is_matrix(shape):
             return "eigenbasis" if self.direction == "eigenbasis" and 1 < math.prod(shape) <= self.turned else "adam"
-        if self.form(shape) != shape:
-            return "adam"
         wide = self.direction == "eigenbasis" and max(as_matrix(shape)) > self.widest
-        return "orthogonal" if wide else self.direction
+        return "adam" if self.form(shape) != shape else "orthogonal" if wide else self.direction
 
     def form(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that a tensor is sized as."""
@@ -220,7 +218,9 @@ class Steered(UpdateRule):
         sizes = self.size(theta, shared, run) * own_factors(decided)
         squares = unheld(sums["params"], [(g.slots, len(g.names)) for g in groups]) if "params" in sums else sizes
         scales = -self.scales(theta, sizes * factors, squares, shapes, tables)
-        now, updates, slots = self.now(theta, run, reduce), dict[str, Tensor](), dict[str, Slots]()
+        now = self.now(theta, run, reduce)
+        slots: dict[str, Slots] = {}
+        updates: Updates = {}
         for group, age, own in zip(groups, times, split({"scale": scales, **decided}, counts), strict=True):
             scale = own.pop("scale")
             new = self._advance(now, group, age) | own | {k: t for k, t in group.slots.items() if k == "free"}
