@@ -107,10 +107,9 @@ def inner_step(
     loss, buffers, grads, params = gradients(family, state, batch, second_order)
     grads, buffers = checked_gradients(family, grads, buffers, state.data, batch)
     ahead = state.step < state.total_steps
-    run, infos = Run(state.step, state.total_steps, loss), lane_infos(params, family.kinds)
     if in_place:
         loss, buffers = loss.clone(), _apart(buffers, params)
-    if in_place and fused.step_lanes(rule, fused.Inputs(theta, grads, state.opt, params, infos, run), ahead):
+    if in_place and _step_in_place(rule, theta, grads, state._replace(params=params), loss, family.kinds):
         moved, opt = params, state.opt
     else:
         moves, opt = updates(rule, theta, grads, state._replace(params=params), loss, family.kinds)
@@ -186,6 +185,15 @@ def updates(
         return rule.update(theta, g, opt, p, infos, Run(step, total, loss if needs_loss else None))
 
     return cast("tuple[Updates, OptState]", vmap(update)(theta, grads, state.opt, state.params, run[:3]))
+
+
+def _step_in_place(
+    rule: UpdateRule, theta: Theta, grads: Grads, state: InnerState, loss: Tensor, kinds: Mapping[str, Kind]
+) -> bool:
+    """Whether a kernel took a step of the lanes that are before their horizon; as `updates`."""
+    run, infos = Run(state.step, state.total_steps, loss), lane_infos(state.params, kinds)
+    inputs = fused.Inputs(theta, grads, state.opt, state.params, infos, run)
+    return fused.step_lanes(rule, inputs, state.step < state.total_steps)
 
 
 def _apart(buffers: Buffers, params: Params) -> Buffers:

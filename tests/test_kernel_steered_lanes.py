@@ -194,8 +194,16 @@ def test_steps_in_place_are_updates_and_leave_other_lanes_alone(rule):
         assert torch.equal(now[1], old[1])
 
 
+@pytest.fixture
+def in_place(monkeypatch):
+    """Whether each step of an unroll was taken in place, in their order."""
+    taken, kernels = [], dict(l2o.fused.LANE_STEPS)
+    monkeypatch.setitem(l2o.fused.LANE_STEPS, Steered, lambda *args: taken.append(kernels[Steered](*args)) or taken[-1])
+    return taken
+
+
 @torch.no_grad()
-def test_an_unroll_in_place_keeps_what_it_was_given_and_is_its_steps():
+def test_an_unroll_in_place_keeps_what_it_was_given_and_is_its_steps(in_place):
     rule, family, g = Steered(direction="eigenbasis", period=3, carried=True), Quadratic(), generator()
     theta = expand_theta(rule.init_theta(g), LANES)
     state = sample_runs(rule, theta, family, torch.tensor([2, 5, 9]), g)
@@ -203,12 +211,14 @@ def test_an_unroll_in_place_keeps_what_it_was_given_and_is_its_steps():
     before = tree_map_only(torch.Tensor, torch.clone, state)
     after, losses = unroll(rule, theta, family, state, 6, generator(2))
     assert identical(state, before)
+    assert in_place == [True] * 7
     g = generator(2)
     for loss in losses:
         state, own = inner_step(rule, theta, family, state, family.batch(state.data, "train", g))
         torch.testing.assert_close(loss, own)
     torch.testing.assert_close(after.params, state.params)
     assert torch.equal(after.step, state.step)
+    assert len(in_place) == 7
 
 
 class Remembering(Quadratic):
@@ -224,12 +234,13 @@ class Remembering(Quadratic):
 
 
 @torch.no_grad()
-def test_a_step_in_place_leaves_buffers_as_they_were():
+def test_a_step_in_place_leaves_buffers_as_they_were(in_place):
     rule, family, g = Steered(direction="diagonal"), Remembering(), generator()
     theta = expand_theta(rule.init_theta(g), LANES)
     state = sample_runs(rule, theta, family, torch.full((LANES,), 9), g)
     after, _ = unroll(rule, theta, family, state, 5, generator(2))
     before, _ = unroll(rule, theta, family, state, 4, generator(2))
+    assert in_place == [True] * 9
     torch.testing.assert_close(after.buffers["last"], before.params["x"])
     assert not torch.equal(after.buffers["last"], after.params["x"])
 

@@ -73,11 +73,10 @@ def step(
 
 def step_lanes(rule: Steered, inputs: Inputs, ahead: Tensor) -> bool:
     """See `l2o.fused.step_lanes`.  Where nothing is differentiated.  ahead: bool ``[lanes]``."""
-    layout = _layout_of_lanes(rule, inputs)
-    if layout is None or not all(map(Tensor.is_contiguous, tree_leaves((dict(inputs.params), inputs.state)))):
+    layout, written = _layout_of_lanes(rule, inputs), tree_leaves((dict(inputs.params), inputs.state))
+    if layout is None or not all(map(Tensor.is_contiguous, written)):
         return False
     _step_lanes(rule, inputs, layout, ahead.nonzero()[:, 0].numpy())
-    written = tree_leaves((dict(inputs.params), inputs.state))
     torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
     return True
 

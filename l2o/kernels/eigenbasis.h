@@ -1,5 +1,5 @@
 // A direction that a matrix has in the eigenbasis of its gradients: l2o.ops.eigenbasis, of matrices so small that to ask
-// torch for their products takes longer than the products, or of lanes; and of any, how bases follow, which torch is slow at.
+// torch for their products takes longer than the products, or of lanes; and of any how bases follow: torch is slow at it.
 #pragma once
 
 #include <algorithm>
@@ -54,7 +54,8 @@ inline void product(int64_t rows, int64_t cols, int64_t depth, const float* a, i
         float packed[DEPTH * PACK];
         for (int64_t next = 0; next < cols; next += PACK) {
             const int64_t n = std::min(next, cols - PACK);  // the last columns, some of them once more
-            const auto old = [=](auto zero, int64_t i, int64_t j) { return load<decltype(zero)>(out + i * cols + n + j); };
+            const float* sums = out + n;
+            const auto old = [=](auto zero, int64_t i, int64_t j) { return load<decltype(zero)>(sums + i * cols + j); };
             for (int64_t k = 0; k < depth; k += DEPTH) {
                 const int64_t some = std::min(DEPTH, depth - k);
                 for (int64_t i = 0; i < some; i++) std::copy_n(b + (k + i) * cols + n, PACK, packed + i * PACK);

@@ -209,7 +209,8 @@ extern "C" int l2o_steered_lanes(const Lanes* l) {
         Shared now;
         steer(*step, now);
         now.keep(*step);
-        for (int64_t j = 0; l->moves && j < step->tensors; j++) {  // seen by now; zero times what is not finite would not be zero
+        // Seen by now; zero times what is not finite would not be zero.
+        for (int64_t j = 0; l->moves && j < step->tensors; j++) {
             const Tensor& t = step->tensor[j];
             std::fill_n(t.param, t.rows * t.cols, 0.f);
         }
@@ -277,11 +278,13 @@ extern "C" void l2o_layout_Settle(int64_t* out) {
 extern "C" void l2o_layout_Tensor(int64_t* out) {
     layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d,
            &Tensor::v, &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::left, &Tensor::right, &Tensor::row_basis,
-           &Tensor::column_basis, &Tensor::free, &Tensor::own, &Tensor::is_matrix, &Tensor::sized, &Tensor::fan, &Tensor::entries,
-           &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::keep, &Tensor::rate, &Tensor::scale, &Tensor::sums);
+           &Tensor::column_basis, &Tensor::free, &Tensor::own, &Tensor::is_matrix, &Tensor::sized, &Tensor::fan,
+           &Tensor::entries, &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::keep, &Tensor::rate, &Tensor::scale, &Tensor::sums);
 }
 
-extern "C" void l2o_layout_Lanes(int64_t* out) { layout(out, &Lanes::lanes, &Lanes::threads, &Lanes::moves, &Lanes::step); }
+extern "C" void l2o_layout_Lanes(int64_t* out) {
+    layout(out, &Lanes::lanes, &Lanes::threads, &Lanes::moves, &Lanes::step);
+}
 
 extern "C" void l2o_layout_Step(int64_t* out) {
     layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::fresh1, &Step::fresh2, &Step::memory,
