@@ -242,14 +242,34 @@ def test_what_is_down_the_slope_is_no_leap():
     assert watch.trouble(watch.alarms(memory, SEEN._replace(slope=-0.1))) is None
 
 
-def test_growth_from_near_zero_is_measured_in_usual_steps_of_the_rule_and_none_down_the_slope():
-    """As of embeddings and points, which begin at a thousandth of where they end; gradients stay as they were."""
-    start = watch.Seen((), gradient=1.0, size=0.01, moved=0.0, base=0.01, steps=0, entries=1, stride=0.014)
-    memory = {**watch.begun(start), "looks": 3.0, "gradient": 1.0}
-    far = start._replace(size=1.0, steps=10)
-    found = [watch.alarms(memory, seen)["growth"] for seen in (far._replace(size=0.5), far, far._replace(slope=-0.1))]
-    assert found[0] < 1.0 < found[1]
-    assert found[2] == 0.0
+def test_a_leap_to_smaller_gradients_is_none_once_it_is_known_what_is_usual():
+    """As of points of a map, which go far to where they belong; early on saturation looks the same."""
+    found = [
+        watch.alarms({"looks": looks, "level": level, "largest": 1.0}, SEEN)["leap"]
+        for looks, level in ((2.0, 100.0), (3.0, 0.5), (3.0, 100.0))
+    ]
+    assert found[0] == found[1] == pytest.approx(100.0 * found[2])
+    assert found[1] > 1.0
+
+
+def test_parameters_whose_gradient_is_a_spike_are_not_worth_going_back_to():
+    """Whoever went back there would skip every step from there on."""
+    memory = {"looks": 5.0, "level": 1.0, "largest": 1.0}
+    still = SEEN._replace(size=1.0, moved=0.0)
+    found = [watch.good(watch.alarms(memory, seen), memory, seen) for seen in (still, still._replace(gradient=101.0))]
+    assert found == [True, False]
+
+
+def test_a_map_that_grows_a_hundredfold_is_no_trouble():
+    """Points begin near zero, and pulls towards places far away never get small: batches of other places each."""
+    points = nn.Parameter(torch.full((8, 2), 1e-3))
+    optimizer = slow([points], Adam(lr=1.0), lr=1.0, guard=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (points - 20.0 * torch.randn(8, 2, generator=generator) - 100.0).abs().sum().backward()
+        optimizer.step()
+    assert events(optimizer) == []
 
 
 def test_one_lucky_look_at_noisy_losses_is_not_what_others_are_held_to():

@@ -166,7 +166,7 @@ def watch_step(
         if event and event.done == "handed over":
             _drop(optimizer, names())
         # That small steps do no harm does not make parameters good.
-        if watch.good(signs, guard["memory"]) and guard["stage"] != "small":
+        if watch.good(signs, guard["memory"], seen) and guard["stage"] != "small":
             guard = _keep_good(optimizer, guard, trained)
     record(optimizer, guard={**guard, "losses": []})
     return event

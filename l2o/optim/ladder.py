@@ -57,7 +57,6 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         signs = {
             "leap": "parameters moved by more than half their norm within ten steps",
-            "growth": "parameters have grown a lot and gradients have not fallen",
             "rise": "the loss has risen",
             "skips": "half the gradients were not finite, or far above all before",
         }

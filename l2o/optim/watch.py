@@ -25,18 +25,14 @@ _LEAP = 0.5
 _LEAP_STEPS = 5.0
 """by so many usual steps of the rule a step at least, so that tensors that start at zero may begin,"""
 _DOWN = -0.02
-"""and not down the slope, where the gradient at the end opposes it by this cosine: a larger step would help there."""
-_GROWTH = 12.0
-"""times their norm at the start is what parameters may not reach unless gradients have fallen."""
-_SMALL, _SMALL_STEPS = 0.03, 5.0
-"""A root mean square of parameters at the start, or so many usual steps of the rule; where it is less, growth is from
-here: embeddings and points that begin near zero have far to go."""
+"""and not down the slope, where the gradient at the end opposes it by this cosine: a larger step would help there.
+That parameters grow is none: points of a map, word vectors, biases on raw targets have far to go."""
 _SPIKE = 100.0
 """A gradient is a spike that is so many times the largest that was seen."""
 _SKIPS = 0.5
 """Share of the steps between two looks: where as many were skipped, it is not the data."""
 _WARM = 3
-"""Looks from which on a gradient can be too large: those before show what is usual."""
+"""Looks from which on a gradient can be too large, or smaller than usual: those before show what is usual."""
 _UNSURE = 0.5
 """Parameters are good at less than this share of what is an alarm."""
 _PROGRESS = 0.05
@@ -47,8 +43,7 @@ _LOSSES = ("first", "best", "kept", "last")
 Memory = dict[str, float]
 """Numbers by name, finite ones, which are all that is kept of earlier looks: ``looks``; ``first``, ``best``, ``noise``
 of losses where there are any, ``last``, ``heard`` (looks that had some since the first), and ``kept``, the best when
-parameters were last good; norms: ``size`` of parameters and ``gradient`` of gradients at the start, ``level`` and
-``largest`` of gradients of late and at most."""
+parameters were last good; norms of gradients: ``level`` of late, ``largest`` at most."""
 
 
 class Seen(NamedTuple):
@@ -81,9 +76,7 @@ class Seen(NamedTuple):
 
 def begun(seen: Seen, memory: Mapping[str, float] = MappingProxyType({})) -> Memory:
     """Return what is kept of the first look at parameters; of losses, what ``memory`` of others knows."""
-    size = max(seen.size, max(_SMALL, _SMALL_STEPS * seen.stride) * math.sqrt(seen.entries))
-    level = seen.gradient if math.isfinite(seen.gradient) else 0.0
-    norms = {"looks": 0.0, "size": size, "gradient": 0.0, "level": level, "largest": 0.0}
+    norms = {"looks": 0.0, "level": seen.gradient if math.isfinite(seen.gradient) else 0.0, "largest": 0.0}
     new = {"heard": 0.0, **memory, **norms}
     return rebased(new, seen.loss) if seen.losses and "first" not in memory else new
 
@@ -109,7 +102,7 @@ def back(memory: Mapping[str, float], seen: Seen) -> Memory:
 
 def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
     """Say by kind how near to an alarm each sign of trouble is: from 1 on it is one."""
-    signs = {"leap": _leap(seen), "growth": _growth(memory, seen), "skips": seen.skips / (_SKIPS * EVERY)}
+    signs = {"leap": _leap(memory, seen), "skips": seen.skips / (_SKIPS * EVERY)}
     if not (seen.losses and "first" in memory):
         return signs
     return {**signs, "rise": _rise(memory, _level(memory, seen))}
@@ -121,10 +114,11 @@ def trouble(signs: Mapping[str, float]) -> str | None:
     return kind if signs[kind] >= 1.0 else None
 
 
-def good(signs: Mapping[str, float], memory: Mapping[str, float]) -> bool:
-    """Say whether parameters are worth going back to: better than those of the start, as far as losses are known."""
+def good(signs: Mapping[str, float], memory: Mapping[str, float], seen: Seen) -> bool:
+    """Say whether parameters are worth going back to: better than those of the start, as far as losses are known, and
+    their gradient no spike, which would be skipped there."""
     progress = "first" not in memory or memory["first"] - memory["best"] >= _PROGRESS * abs(memory["first"])
-    return progress and all(sign < _UNSURE for sign in signs.values())
+    return progress and seen.gradient <= limit(memory) and all(sign < _UNSURE for sign in signs.values())
 
 
 def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
@@ -132,9 +126,8 @@ def learned(memory: Mapping[str, float], seen: Seen) -> Memory:
     looks = memory["looks"] + 1
     usual = math.isfinite(seen.gradient) and seen.gradient <= limit(memory)
     gradient = seen.gradient if usual else memory["level"]
-    early = max(memory["gradient"], gradient) if looks <= _WARM else memory["gradient"]
-    norms = {"gradient": early, "level": 0.8 * memory["level"] + 0.2 * gradient}
-    new = {**memory, **norms, "looks": looks, "largest": max(memory["largest"], gradient)}
+    norms = {"level": 0.8 * memory["level"] + 0.2 * gradient, "largest": max(memory["largest"], gradient)}
+    new = {**memory, **norms, "looks": looks}
     if not seen.losses:
         return new
     if "first" not in memory:
@@ -165,16 +158,11 @@ def _rise(memory: Mapping[str, float], loss: float) -> float:
     return (loss - best) / allowed if allowed > 0.0 else 0.0
 
 
-def _leap(seen: Seen) -> float:
+def _leap(memory: Mapping[str, float], seen: Seen) -> float:
     looks, steps = max(seen.steps / EVERY, 1.0), max(seen.steps, 1)
     least = _LEAP_STEPS * max(seen.stride, YARDSTICK) * steps * math.sqrt(seen.entries)
     if seen.size < 1.1 * seen.base or seen.slope < _DOWN:  # towards the origin, or around it; or still down the slope
         return 0.0
-    return seen.moved / max(_LEAP * looks * seen.base, least, 1e-30)
-
-
-def _growth(memory: Mapping[str, float], seen: Seen) -> float:
-    if memory["looks"] < _WARM or seen.slope < _DOWN:
-        return 0.0
-    fallen = min(1.0, memory["level"] / max(memory["gradient"], 1e-30))
-    return seen.size / memory["size"] * fallen / _GROWTH
+    # A place of smaller gradients is a find, but for early ones, which saturation can look like.
+    fallen = min(seen.gradient / max(memory["level"], 1e-30), 1.0) if memory["looks"] >= _WARM else 1.0
+    return fallen * seen.moved / max(_LEAP * looks * seen.base, least, 1e-30)
