@@ -219,6 +219,7 @@ def test_learned_initial_states_get_a_gradient(make):
         {"horizon": (9, 5)},
         {"horizon": (5,), "truncation": None},
         {"meta_loss": "end"},
+        {"middle": -1.0},
         {"curriculum": -1},
         {"window": "first"},
         {"valid_weight": 1.5},

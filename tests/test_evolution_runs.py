@@ -211,12 +211,14 @@ def test_the_length_of_whole_runs_says_nothing_of_their_tasks():
     assert torch.corrcoef(torch.tensor(runs).T)[0, 1].abs() < 0.5
 
 
-def test_the_end_of_a_run_is_the_mean_of_its_last_twentieth_and_a_quarter_of_its_middle():
+@pytest.mark.parametrize("middle", [None, 0.0, 4.0])
+def test_the_end_of_a_run_is_the_mean_of_its_last_twentieth_and_a_share_of_its_middle(middle):
     losses = torch.linspace(3.0, 1.0, 200, dtype=torch.float64).unsqueeze(1)
     first = losses[0]
     state = dataclasses.make_dataclass("State", ["step", "total_steps"])(torch.tensor([0]), torch.tensor([200]))
-    expected = (losses[-10:].mean() + 3e-3).log() + 0.25 * (losses[66:86].mean() + 3e-3).log()
-    torch.testing.assert_close(whole(log_floor=1e-3).objective(losses, state, first)[0], expected)
+    weight, settings = (0.25, {}) if middle is None else (middle, {"middle": middle})
+    expected = (losses[-10:].mean() + 3e-3).log() + weight * (losses[66:86].mean() + 3e-3).log()
+    torch.testing.assert_close(whole(log_floor=1e-3, **settings).objective(losses, state, first)[0], expected)
 
 
 def test_validation_counts_at_the_end_of_whole_runs_alone(monkeypatch):

@@ -50,7 +50,7 @@ class Episodes(MetaGradient):
         run's first (``relative``), which is blind to the scale alone. Either rises with every loss, of whatever sign,
         see `signed_log` and `scale`; what it weighs most, though, lies near zero, so that ``mean`` suits losses that
         pass it as likelihoods do. ``end`` is of whole runs alone: of the mean over the last twentieth of the run the
-        logarithm, and a quarter of that of the tenth after its first third, so that two ways to one end differ.
+        logarithm, and ``middle`` times that of the tenth after its first third, so that two ways to one end differ.
     window: what a step counts within its run: all the same (``mean``), in proportion to its number (``linear``), or the
         last one alone (``last``). The weights of a run have the mean 1.
     valid_weight: of a loss on validation data (the batch of a fresh draw) in each step's loss; the training loss has
@@ -74,6 +74,7 @@ class Episodes(MetaGradient):
     meta_loss: Literal["mean", "log", "relative", "end"] = "mean"
     window: Literal["mean", "linear", "last"] = "mean"
     valid_weight: float = 0.0
+    middle: float = 0.25
     log_floor: float = 1e-2
     explosion: float = 1e3
 
@@ -95,6 +96,7 @@ class Episodes(MetaGradient):
         check_float("valid_weight", self.valid_weight, least=0.0)
         if self.valid_weight > 1.0:
             raise ConfigurationError(f"valid_weight={self.valid_weight}: expected at most 1")
+        check_float("middle", self.middle, least=0.0)
         check_float("log_floor", self.log_floor, above=0.0, below=1.0)
         check_float("explosion", self.explosion, above=0.0)
 
@@ -187,7 +189,7 @@ class Episodes(MetaGradient):
         The sum over a run's truncations, divided by their number, is the meta-loss of the run.
         """
         if self.meta_loss == "end":
-            return _ends(losses, self.log_floor * scale(first_loss))
+            return _ends(losses, self.log_floor * scale(first_loss), self.middle)
         if self.meta_loss == "log":
             losses = signed_log(losses, self.log_floor * scale(first_loss))
         elif self.meta_loss == "relative":
@@ -225,12 +227,13 @@ def last_steps(steps: int) -> int:
     return min(max(5, steps // 20), steps)
 
 
-def _ends(losses: Tensor, floor: Tensor) -> Tensor:
-    """Of whole runs ``[steps, lanes]``: the logarithm of the mean loss at the end, and 1/4 of that in the middle."""
+def _ends(losses: Tensor, floor: Tensor, weight: float) -> Tensor:
+    """Of whole runs ``[steps, lanes]``: the logarithm of the mean loss at the end, and ``weight`` times that in the
+    middle."""
     steps = len(losses)
     middle = losses[steps // 3 : steps // 3 + max(5, steps // 10)]
     end = losses[-last_steps(steps) :]
-    return signed_log(end.mean(0), floor) + 0.25 * signed_log(middle.mean(0), floor)
+    return signed_log(end.mean(0), floor) + weight * signed_log(middle.mean(0), floor)
 
 
 def scale(first_loss: Tensor) -> Tensor:
