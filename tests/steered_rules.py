@@ -18,6 +18,8 @@ RULES = {
     "adam": Steered(direction="adam"),
     "own": Steered(direction="eigenbasis", period=2, widest=64, turned=6, own=2.0),
     "own diagonal": Steered(direction="diagonal", free_zeros=True, own=0.5),
+    "mlp": Steered(direction="eigenbasis", controller="mlp", period=2, widest=64, turned=6, deep=2, own=2.0),
+    "lstm": Steered(direction="diagonal", controller="lstm", free_zeros=True, cautious=True),
     "uncontrolled": Steered(controller="none", schedule="constant"),
 }
 every_direction = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())

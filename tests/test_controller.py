@@ -8,9 +8,7 @@ from tables import Shapes, generator, random_theta
 from test_steered import tensors, trajectory
 from torch import nn
 
-import l2o.fused
 from l2o.ops.controller import OF_RUN, OF_TENSOR, Seen, decide, init_decisions, init_seen
-from l2o.ops.kinds import infos_of
 from l2o.optim import LearnedOptimizer
 from l2o.rules import Steered
 from l2o.tasks import ImageConv, Reparametrized, WordMLP
@@ -139,14 +137,3 @@ def test_the_whole_update_can_be_differentiated():
     with torch.no_grad():
         difference = (total(w + 1e-5 * way) - total(w - 1e-5 * way)) / 2e-5
     torch.testing.assert_close((by_autograd * way).sum(), difference, rtol=1e-4, atol=1e-8)
-
-
-@every_network
-def test_no_kernel_takes_its_steps(rule):
-    """The plug-in then takes the engine's, see test_optim."""
-    params = {"w": torch.ones(3, 4)}
-    theta = rule.init_theta(generator())
-    state = rule.init(theta, params, infos_of(params))
-    run = Run(torch.tensor(0), torch.tensor(9))
-    inputs = l2o.fused.Inputs(theta, params, state, params, infos_of(params), run)
-    assert l2o.fused.step(rule, inputs, {"w": (1.0, 1.0)}) is None

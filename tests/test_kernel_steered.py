@@ -11,7 +11,7 @@ from tables import generator, identical
 
 import l2o.fused
 from l2o.fused import Inputs
-from l2o.kernels import build, steered
+from l2o.kernels import build, steered_tables
 from l2o.ops.kinds import infos_of
 from l2o.rules import Steered
 from l2o.types import Run
@@ -56,16 +56,22 @@ def gradients(step):
     return grads
 
 
+def decided(theta):
+    """With a network, if there is one, that has something to say."""
+    return {name: t + 0.3 if name == "decide_w1" else t for name, t in theta.items()}
+
+
 def run(rule, factors, in_place, steps=6, start=None):
     """Steps from the start, or from ``step, params, state``, which stay as they are."""
-    theta, first, params, state = rule.init_theta(generator()), 0, tensors(0, scale=0.1), None
+    theta, first, params, state = decided(rule.init_theta(generator())), 0, tensors(0, scale=0.1), None
     infos = infos_of(params, {"same": "embedding"})
     if start is not None:
         first, params, state = copy.deepcopy(start)
     state = state or rule.init(theta, params, infos)
     with torch.no_grad():
         for step in range(first, first + steps):
-            args = (theta, gradients(step), state, params, infos, Run(torch.tensor(step), torch.tensor(60)))
+            now = Run(torch.tensor(step), torch.tensor(60), torch.tensor(1.0 / (step + 1)))
+            args = (theta, gradients(step), state, params, infos, now)
             if in_place:
                 state = l2o.fused.step(rule, Inputs(*args), dict.fromkeys(params, factors))
                 assert state is not None
@@ -94,6 +100,10 @@ def test_the_kernel_steps_as_update_does(rule, factors):
             atol = (1e-2 if slot in ("rows", "columns") else 1e-3) * want.abs().max().item() if want.numel() else 0.0
             torch.testing.assert_close(state.per_param[name][slot], want, rtol=1e-3, atol=atol)
     torch.testing.assert_close(state.shared, slots.shared, rtol=1e-2, atol=1e-5)
+
+
+def test_a_network_that_reads_the_loss_does():
+    test_the_kernel_steps_as_update_does(Steered(direction="adam", controller="lstm", reads_loss=True), (1.0, 1.0))
 
 
 @pytest.mark.parametrize("logit", [-40.0, 40.0])
@@ -211,8 +221,8 @@ def test_structures_are_laid_out_as_the_compiler_does(tmp_path):
     library = tmp_path / "sizes.so"
     build._run([*build._compiler(), *build.FLAGS, *build.LINK, str(tmp_path / "sizes.cpp"), "-o", str(library)])
     out = (ctypes.c_int64 * 4)()
-    assert ctypes.CDLL(str(library)).sizes(out) == len(steered._Tensor().sums)
-    tensor, step = steered._Tensor, steered._Step
+    assert ctypes.CDLL(str(library)).sizes(out) == len(steered_tables._Tensor().sums)
+    tensor, step = steered_tables._Tensor, steered_tables.Step
     assert list(out) == [ctypes.sizeof(tensor), tensor.sums.offset, ctypes.sizeof(step), step.tensor.offset]
 
 

@@ -50,11 +50,12 @@ def started(rule):
 def reference(rule, theta, grads, state, params, run):
     """Return ``update`` of all lanes by the rule itself."""
     infos = lane_infos(params, KINDS)
-    return vmap(lambda *args: rule.update(*args[:4], infos, Run(*args[4:])))(theta, grads, state, params, *run[:2])
+    return vmap(lambda *args: rule.update(*args[:4], infos, Run(*args[4:])))(theta, grads, state, params, *run[:3])
 
 
 def clock(step):
-    return Run(torch.tensor([step, step + 1, step + 4]), torch.tensor([60, 80, 200]))
+    losses = torch.tensor([3.0, 2.0, 1.0]) / (step + 1)
+    return Run(torch.tensor([step, step + 1, step + 4]), torch.tensor([60, 80, 200]), losses)
 
 
 def settled(rule, steps=60):
@@ -93,6 +94,10 @@ def test_updates_of_lanes_are_those_of_the_rule(rule):
         for slot, want in slots.items():
             atol = (1e-2 if slot in ("rows", "columns") else 1e-3) * want.abs().max().item() if want.numel() else 0.0
             torch.testing.assert_close(new.per_param[name][slot], want, rtol=1e-3, atol=atol)
+
+
+def test_a_network_that_reads_the_loss_of_lanes_does():
+    test_updates_of_lanes_are_those_of_the_rule(Steered(direction="diagonal", controller="mlp", reads_loss=True))
 
 
 @every_direction

@@ -7,18 +7,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from inspect import getattr_static
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from l2o.fused.decided import Deciding
 from l2o.fused.inputs import Inputs, copied
 from l2o.kernels import steered as kernels
 from l2o.kernels.arrays import laid_out_as, plain
-from l2o.kernels.steered import CONSTANTS, Kind, Layout, fits_lanes, fused_steps, is_channels_last
+from l2o.kernels.steered import fits_lanes, fused_steps, ordered
+from l2o.kernels.steered_tables import CONSTANTS, Kind, Layout, is_channels_last
 from l2o.kernels.whitened import follow, settle, weigh
+from l2o.ops.controller import OF_NETWORK
 from l2o.ops.eigenbasis import BASES, MEANS, Whitening, due_at, turn, turned_back
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import entries_of
@@ -32,6 +35,7 @@ _LARGE = 128
 takes more memory."""
 _RENAMED = {"power": ("fall", 1), "beta1": ("fresh1", 3), "beta2": ("fresh2", 3)}
 """Constants that have another name than in θ, and which of its columns they are, see `_Sources`."""
+_ONLY = np.zeros(1, np.int64)
 _FORMULAS = ("factors", "scales", "size", "now")
 """Methods of the rule that the kernel does not call: it has their formulas."""
 
@@ -52,10 +56,13 @@ def step(
         return None
     own = [laid_out_as(grads[name], p) for name, p in params.items()]
     slots, rates = [state.per_param[name] for name in params], [factors[name] for name in params]
-    constants = _constants(rule, theta, run, limit)
-    steps = fused_steps(layout, own, list(params.values()), slots, rates, constants, state.shared)
-    if steps is None or not steps.begin():
+    constants, tensors = _constants(rule, theta, run, limit), ordered(layout, own, list(params.values()), slots)
+    steps = fused_steps(layout, tensors, rates, constants, state.shared)
+    deciding = Deciding(rule, tree_map(_one_lane, inputs), _ONLY) if rule.decides else None
+    if steps is None or not steps.begin(deciding):
         return None  # nothing is written, and `update` shows what is wrong
+    if deciding:
+        deciding.keep()
     others = _alike(layout, own)
     if others:
         whitening = rule.now(theta, run).whitening
@@ -101,15 +108,19 @@ def _layout_of_lanes(rule: Steered, inputs: Inputs) -> Layout | None:
     layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), large=math.inf)
     assert layout is not None
     slots, own = [state.per_param[name] for name in params], [grads[name] for name in params]
-    return layout if fits_lanes(layout, own, list(params.values()), slots, state.shared, len(run.step)) else None
+    tensors = ordered(layout, own, list(params.values()), slots)
+    return layout if fits_lanes(layout, tensors, state.shared, len(run.step)) else None
 
 
 def _step_lanes(rule: Steered, inputs: Inputs, layout: Layout, lanes: np.ndarray, moves: bool = False) -> None:
     theta, grads, state, params, _, run = inputs
     slots, own = [state.per_param[name] for name in params], [grads[name].contiguous() for name in params]
-    kernels.step_lanes(
-        layout, own, list(params.values()), slots, _constants(rule, theta, run), state.shared, lanes, moves
-    )
+    tensors = ordered(layout, own, list(params.values()), slots)
+    assert tensors is not None
+    deciding = Deciding(rule, inputs, lanes) if rule.decides and len(lanes) else None
+    kernels.step_lanes(layout, tensors, _constants(rule, theta, run), state.shared, lanes, moves, deciding)
+    if deciding:
+        deciding.keep()
 
 
 def _is_known(rule: Steered, theta: Theta) -> bool:
@@ -118,7 +129,7 @@ def _is_known(rule: Steered, theta: Theta) -> bool:
         hash(rule)  # what is made for it is kept
     except TypeError:
         return False
-    return not (rule.decides or rule.network) and _has_formulas(type(rule)) and plain(theta.values())
+    return not rule.network and _has_formulas(type(rule)) and plain(theta.values())
 
 
 @lru_cache(maxsize=64)
@@ -166,10 +177,11 @@ def _has_formulas(rule: type[Steered]) -> bool:
 
 def _constants(rule: Steered, theta: Theta, run: Run, limit: float = math.inf) -> np.ndarray:
     """``CONSTANTS`` of the kernel, ``[lanes, constants]``, of θ without lanes or ``[lanes]``."""
-    values = torch.stack(list(theta.values()), -1).double().view(-1, len(theta)).numpy()
+    own = {name: t for name, t in theta.items() if not name.startswith(OF_NETWORK)}
+    values = torch.stack(list(own.values()), -1).double().view(-1, len(own)).numpy()
     with np.errstate(over="ignore"):
         powers, shares, fresh = np.exp(values), 1.0 / (1.0 + np.exp(-values)), 1.0 / (1.0 + np.exp(values))
-    found, sources, fixed = np.empty((len(values), len(CONSTANTS))), _sources(tuple(theta)), _fixed(rule)
+    found, sources, fixed = np.empty((len(values), len(CONSTANTS))), _sources(tuple(own)), _fixed(rule)
     found[:] = fixed
     found[:, sources.places] = np.concatenate([values, powers, shares, fresh], 1)[:, sources.columns]
     step, total = (t.numpy() for t in run[:2])
@@ -230,6 +242,10 @@ def _follow(how: Whitening, kept: Slots, means: Slots) -> Slots:
     products, bases = ([of.get(side) for side in sides] for of, sides in ((means, MEANS), (to, BASES)))
     follow(products, bases, to["turned"], to["v"], how.carried)
     return to
+
+
+def _one_lane(x: Any) -> Any:
+    return x.unsqueeze(0) if isinstance(x, Tensor) else x
 
 
 def _orthogonalise(tensors: Sequence[Tensor], iterations: int) -> None:

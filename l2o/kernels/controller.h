@@ -58,7 +58,7 @@ inline void control(const Step& s, double cosine, bool single, double range, Sha
     const double push = std::tanh(s.slope * error) * (error < 0 ? within(below - s.sure, 0, 1) : along);
     const double gain = std::min(s.gain / s.total, FASTEST) * std::max(1 - s.step / s.total, 0.0);
     const double stays = 1 - std::min(s.leak / s.total, FASTEST);
-    now.log_step = within(stays * now.log_step + gain * push, -range, range);
+    now.log_step = within(stays * now.log_step + gain * (push + (single ? 0 : s.more)), -range, range);
     if (s.missing) now.missing = std::min(stays * now.missing + gain * within(-below - s.sure, 0, 1), 0.0);
 }
 
@@ -76,8 +76,8 @@ inline double factor(const Step& s, const Tensor& t) {
 
 inline bool is_held(const Tensor& t) { return !(t.free && *t.free > 0); }
 
-// Of the step before, see `control_each`.
-inline double own_factor(const Tensor& t) { return t.own ? std::exp(double(t.own[0])) : 1; }
+// Of the step before, see `own_factors` of l2o.ops.controller.
+inline double own_factor(const Tensor& t) { return std::exp((t.own ? double(t.own[0]) : 0) + t.before); }
 
 // See `limited` and `lengthened`.  scale: of the direction of t.
 inline double bounded(const Step& s, const Tensor& t, double scale) {
@@ -121,8 +121,8 @@ inline bool steer(const Step& s, Shared& now) {
             own = {t.own[0], t.own[1], t.own[2], t.own[3]};
             const double range = s.own * (t.is_matrix && is_held(t) ? OF_HELD : 1);
             control(s, norm > 0 ? t.sums[0] / norm : t.sums[0], true, range, own);
-            step *= std::exp(own.log_step);
         }
+        step *= std::exp(own.log_step + t.after);
         t.scale = -t.rate * bounded(s, t, step);
         const double kept[SUMS] = {own.log_step, own.fast, own.slow, own.square};
         std::copy_n(kept, SUMS, t.sums);

@@ -10,6 +10,7 @@
 
 #include "controller.h"
 #include "eigenbasis.h"
+#include "steered_layouts.h"
 #include "whitened.h"
 
 namespace {
@@ -178,6 +179,13 @@ template <class F> int each(const Step* s, F f) {
     return 0;
 }
 
+template <class F> int each_lane(const Lanes* l, F f) {
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(l->threads) reduction(| : failed)
+    for (int64_t i = 0; i < l->lanes; i++) failed |= f(l->step + i);
+    return failed;
+}
+
 void take(const Step& s, Tensor& t) {
     switch (t.path) {
         case ADAM: return adam(s, t);
@@ -192,20 +200,25 @@ void take(const Step& s, Tensor& t) {
 // The controller, and of every tensor moments, scales and counts; parameters but those of orthogonal matrices and given
 // directions. Returns 2, with nothing written but scales and sums, where something is not as usual, see `steer`.
 extern "C" int l2o_steered_begin(const Step* step) {
-    if (const int failed = each(step, look)) return failed;
+    if (const int failed = step->looked ? 0 : each(step, look)) return failed;
     Shared now;
     if (!steer(*step, now)) return 2;
     now.keep(*step);
     return each(step, take);
 }
 
-// The same of lanes, whatever their numbers are; none has orthogonal matrices or given directions.
+// The sums of tensors alone, of lanes.
+extern "C" int l2o_steered_look(const Lanes* l) {
+    return each_lane(l, [](Step* step) {
+        step->looked = 1;
+        return each(static_cast<const Step*>(step), look);
+    });
+}
+
+// The same as `begin` of lanes, whatever their numbers are; none has orthogonal matrices or given directions.
 extern "C" int l2o_steered_lanes(const Lanes* l) {
-    int failed = 0;
-#pragma omp parallel for schedule(dynamic) num_threads(l->threads) reduction(| : failed)
-    for (int64_t i = 0; i < l->lanes; i++) {
-        const Step* step = l->step + i;
-        failed |= each(step, look);
+    return each_lane(l, [l](const Step* step) {
+        const int failed = step->looked ? 0 : each(step, look);
         Shared now;
         steer(*step, now);
         now.keep(*step);
@@ -214,9 +227,8 @@ extern "C" int l2o_steered_lanes(const Lanes* l) {
             const Tensor& t = step->tensor[j];
             std::fill_n(t.param, t.rows * t.cols, 0.f);
         }
-        failed |= each(step, take);
-    }
-    return failed;
+        return failed | each(step, take);
+    });
 }
 
 // Once directions are in their place: those of orthogonal matrices brought to size, and parameters of these and given
@@ -258,39 +270,4 @@ extern "C" int l2o_steered_follow(const Follow* w) {
         return 1;
     }
     return 0;
-}
-
-extern "C" void l2o_layout_Follow(int64_t* out) {
-    layout(out, &Follow::matrices, &Follow::rows, &Follow::cols, &Follow::carried, &Follow::left, &Follow::right,
-           &Follow::row_basis, &Follow::column_basis, &Follow::m, &Follow::v);
-}
-
-extern "C" void l2o_layout_Weigh(int64_t* out) {
-    layout(out, &Weigh::matrices, &Weigh::entries, &Weigh::momentum, &Weigh::memory, &Weigh::cautious,
-           &Weigh::least, &Weigh::seen, &Weigh::m, &Weigh::v, &Weigh::scaled);
-}
-
-extern "C" void l2o_layout_Settle(int64_t* out) {
-    layout(out, &Settle::matrices, &Settle::entries, &Settle::sized, &Settle::power,
-           &Settle::direction, &Settle::grad, &Settle::d);
-}
-
-extern "C" void l2o_layout_Tensor(int64_t* out) {
-    layout(out, &Tensor::path, &Tensor::rows, &Tensor::cols, &Tensor::grad, &Tensor::param, &Tensor::m, &Tensor::d,
-           &Tensor::v, &Tensor::row, &Tensor::col, &Tensor::count, &Tensor::left, &Tensor::right, &Tensor::row_basis,
-           &Tensor::column_basis, &Tensor::free, &Tensor::own, &Tensor::is_matrix, &Tensor::sized, &Tensor::fan,
-           &Tensor::entries, &Tensor::table, &Tensor::rare, &Tensor::width, &Tensor::keep, &Tensor::rate, &Tensor::scale, &Tensor::sums);
-}
-
-extern "C" void l2o_layout_Lanes(int64_t* out) {
-    layout(out, &Lanes::lanes, &Lanes::threads, &Lanes::moves, &Lanes::step);
-}
-
-extern "C" void l2o_layout_Step(int64_t* out) {
-    layout(out, &Step::tensors, &Step::threads, &Step::momentum, &Step::fresh1, &Step::fresh2, &Step::memory,
-           &Step::cautious, &Step::by_signal, &Step::due, &Step::carried, &Step::step, &Step::total, &Step::limit,
-           &Step::log_lr, &Step::warmup, &Step::decays, &Step::fall, &Step::haste, &Step::matrix, &Step::fan_in,
-           &Step::relative, &Step::by_gain, &Step::longer, &Step::deep, &Step::gain, &Step::slope, &Step::band_up,
-           &Step::band_down, &Step::fast, &Step::slow, &Step::sure, &Step::range, &Step::leak, &Step::own, &Step::log_step,
-           &Step::fast_mean, &Step::slow_mean, &Step::square_mean, &Step::missing, &Step::tensor);
 }

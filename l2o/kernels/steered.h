@@ -23,6 +23,7 @@ enum Path : int64_t { ADAM, NORMALIZED, DIAGONAL, ORTHOGONAL, GIVEN, EIGENBASIS 
 // free: whether it has no limit; null for no.  own: [4], its own log step and means, or null.
 // param <- keep param + rate update, update = -scale direction, for which a tensor counts as a matrix (is_matrix), is
 // sized as one (sized) of so many inputs (fan), looked up (table), has few gradients (rare), and a factor for its width.
+// before, after: logarithms of its factor by l2o.ops.controller.decide, in the step before and in this one.
 // Written: scale, with the rate, and sums: gradient times direction, and squares of gradient, direction and parameter,
 // once these are known what own is to be.
 constexpr int64_t SUMS = 4;
@@ -30,10 +31,11 @@ struct Tensor {
     int64_t path, rows, cols;
     const float* grad;
     float *param, *m, *d, *v, *row, *col, *count, *left, *right, *row_basis, *column_basis, *free, *own;
-    double is_matrix, sized, fan, entries, table, rare, width, keep, rate, scale;
+    double is_matrix, sized, fan, entries, table, rare, width, before, after, keep, rate, scale;
     double sums[SUMS];
 };
 
+// looked: whether the sums of tensors are known.
 // The constants of l2o.rules.Steered and of its controller, as values, not logarithms, but for log_lr.
 // fresh1, fresh2: one minus beta1 and beta2, which may be too near one for their difference from it.
 // cautious, by_signal: of directions over roots, see l2o.ops.eigenbasis.weighed and l2o.ops.scales.tempered.
@@ -41,11 +43,11 @@ struct Tensor {
 // decays, fall: whether the schedule has a decay, and its power.  longer: factor of what has few gradients.
 // log_step and so on: what the controller keeps, 0-d; null without one, missing also without `deep`.
 struct Step {
-    int64_t tensors, threads;
+    int64_t tensors, threads, looked;
     double momentum, fresh1, fresh2, memory, cautious, by_signal, due, carried;
     double step, total, limit;
     double log_lr, warmup, decays, fall, haste, matrix, fan_in, relative, by_gain, longer;
-    double deep, gain, slope, band_up, band_down, fast, slow, sure, range, leak, own;
+    double deep, gain, slope, band_up, band_down, fast, slow, sure, range, leak, own, more;
     float *log_step, *fast_mean, *slow_mean, *square_mean, *missing;
     Tensor* tensor;
 };

@@ -24,8 +24,12 @@ OF_RUN = ("fast", "slow", "long", "deviation", "log_step", "done", "length", "be
 OF_LOSS = ("trend", "course")
 OF_TENSOR = ("signal", "size", "fan_in", "fan_out", "matrix", "near", "far", "factor")
 """Inputs: what the tensors of a run share, also where the loss is read, and what each has of its own; see `decide`."""
-_PREFIX = "decide_"
-_SLOTS = ("near", "far", "factor", "h", "c", "own")
+OF_NETWORK = "decide_"
+"""What names of its tensors in θ begin with."""
+SLOTS = ("near", "far", "factor", "h", "c", "own")
+"""Of a tensor, what decisions and `own_factors` are of; those that there are."""
+SUMS = ("dots", "grads", "directions", "params", "momenta")
+"""Of a tensor: products of gradient and step before, and squares."""
 _HIDDEN = 16
 _NEAR, _FAR, _LONG = 5.0, 20.0, 100.0
 """Steps that means of cosines go over: of single tensors, and the longest of all together."""
@@ -62,7 +66,7 @@ def init_decisions(generator: torch.Generator, kind: str, reads_loss: bool = Fal
     if kind == "lstm":
         theta["w0"], theta["b0"] = init_linear(generator, inputs + _HIDDEN, 4 * _HIDDEN)
     theta["w1"] = torch.zeros_like(theta["w1"])
-    return {f"{_PREFIX}{name}": t for name, t in theta.items()}
+    return {f"{OF_NETWORK}{name}": t for name, t in theta.items()}
 
 
 def init_seen(like: Tensor, kind: str) -> Slots:
@@ -91,13 +95,13 @@ def steer(
     `l2o.ops.alignment.control_each`, of those that there are.
 
     shared: of `l2o.ops.alignment`, or nothing, and for the network ``long``.    deep: see `l2o.ops.alignment.begin`.
-    sums: of whole tensors, ``[tensors]``, in the order of the groups: of ``dots`` (gradient and step before), of
-    squares ``grads, directions, params``, and for the network ``momenta``.     factors: of their steps, ``[tensors]``.
+    sums: ``SUMS`` of whole tensors, ``[tensors]``, in the order of the groups; ``momenta`` for the network alone.
+    factors: of their steps, ``[tensors]``.
     """
     if not shared:
         return shared, {}
     # The network sees all tensors at once.
-    memory = {name: torch.cat([group.slots[name] for group in groups]) for name in _SLOTS if name in groups[0].slots}
+    memory = {name: torch.cat([group.slots[name] for group in groups]) for name in SLOTS if name in groups[0].slots}
     shapes = [group.shape for group in groups for _ in group.names]
     products = _products(memory, sums, factors)
     counted = torch.cat([products, are_matrices(shapes, products).unsqueeze(1)], 1) if deep else products
@@ -111,10 +115,42 @@ def steer(
     if "long" not in shared:
         return control(theta, shared, aligned, run), own
     growth, decided = decide(theta, shared, _seen(shapes, sums, products), memory, shapes, run)
+    push = _push(tensor_sum(groups, _weighed(growth, products), reduce))
+    return control(theta, shared, aligned, run, push) | _shown(shared, aligned, run), decided | own
+
+
+def decide_alone(
+    theta: Theta,
+    shared: Slots,
+    sums: Slots,
+    memory: Slots,
+    factors: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    run: Run,
+) -> tuple[Tensor, Slots, Slots]:
+    """Return what the network of a run whose tensors are all here adds to the push of `control`, 0-d, what is shared of
+    it after the step, and new slots of tensors.
+
+    sums: ``SUMS [tensors]``.    memory: ``SLOTS [tensors, ...]``.    factors: as of `steer`.
+    """
+    products = _products(memory, sums, factors)
+    growth, decided = decide(theta, shared, _seen(shapes, sums, products), memory, shapes, run)
+    shown = _shown(shared, cosine(*products.sum(0)), run)
+    return _push(_weighed(growth, products).sum(0)), shown, decided
+
+
+def _weighed(growth: Tensor, products: Tensor) -> Tensor:
+    """``[tensors, 2]``, to be summed: of what tensors say, by the size of their steps."""
     weights = products[:, 1]
-    push = torch.tanh(cosine(*tensor_sum(groups, torch.stack([growth * weights, weights], 1), reduce)))
-    shown = {"long": _follow(shared["long"], aligned, _LONG, run.step), **_loss_means(shared, run)}
-    return control(theta, shared, aligned, run, push) | shown, decided | own
+    return torch.stack([growth * weights, weights], 1)
+
+
+def _push(sums: Tensor) -> Tensor:
+    return torch.tanh(cosine(*sums))
+
+
+def _shown(shared: Slots, aligned: Tensor, run: Run) -> Slots:
+    return {"long": _follow(shared["long"], aligned, _LONG, run.step), **_loss_means(shared, run)}
 
 
 def _products(memory: Slots, sums: Slots, factors: Tensor) -> Tensor:
@@ -159,7 +195,7 @@ def decide(
 
 def _network(theta: Theta, inputs: Tensor, of_run: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
     """``[2, tensors]`` of ``inputs [k, tensors]`` and those that all share, and the new state of an LSTM."""
-    own = {name.removeprefix(_PREFIX): t for name, t in theta.items() if name.startswith(_PREFIX)}
+    own = {name.removeprefix(OF_NETWORK): t for name, t in theta.items() if name.startswith(OF_NETWORK)}
     if "h" not in slots:
         return mlp(own, inputs, of_run, torch.tanh), {}
     x = torch.cat([inputs, of_run.unsqueeze(1).expand(-1, inputs.shape[1])])
