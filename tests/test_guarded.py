@@ -234,6 +234,7 @@ def test_a_leap_is_one_beside_the_usual_step_of_the_rule():
     near = [watch.alarms(memory, SEEN._replace(stride=stride))["leap"] for stride in (1e-9, 1e-3, 1.0)]
     assert near[0] == near[1] >= 1.0 > near[2]
     assert ByKind({"vector": Adam()}, Scheduled(Steered(lr=0.02))).stride == 0.02
+    assert Steered(lr=0.02, own=2.0).stride == pytest.approx(0.02 * math.exp(1.0))  # matrices may go so far
 
 
 def test_what_is_down_the_slope_is_no_leap():

@@ -149,7 +149,7 @@ class Steered(UpdateRule):
 
     @property
     def stride(self) -> float:
-        return self.lr
+        return self.lr * math.exp(0.5 * self.own)  # to which matrices may find their own
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
