@@ -166,7 +166,8 @@ class UpdateRule(abc.ABC):
 
     @property
     def stride(self) -> float:
-        """The root mean square of a usual step, in the unit of parameters; 1e-3, that of Adam at its usual rate."""
+        """The root mean square of a step that is nothing unusual, in the unit of parameters; 1e-3, that of Adam at its
+        usual rate."""
         return 1e-3
 
     def is_usual(self, called: int) -> bool:

@@ -106,6 +106,17 @@ def test_a_network_that_reads_the_loss_does():
     test_the_kernel_steps_as_update_does(Steered(direction="adam", controller="lstm", reads_loss=True), (1.0, 1.0))
 
 
+@pytest.mark.parametrize("lost", ["near", "long"])
+def test_a_network_without_its_memory_is_left_to_torch(lost):
+    rule, params = Steered(controller="mlp"), {"weight": torch.ones(4, 4)}
+    theta, infos = rule.init_theta(generator()), infos_of(params)
+    state = rule.init(theta, params, infos)
+    for slots in (state.shared, *state.per_param.values()):
+        slots.pop(lost, None)
+    inputs = Inputs(theta, params, state, params, infos, Run(torch.tensor(0), torch.tensor(9)))
+    assert l2o.fused.step(rule, inputs, {"weight": (1.0, 1.0)}) is None
+
+
 @pytest.mark.parametrize("logit", [-40.0, 40.0])
 def test_shares_that_round_to_one_and_the_range_of_the_controller_are_those_of_update(logit):
     rule, params = Steered(direction="adam"), {"x": torch.ones(3), "y": torch.ones(2, 2)}

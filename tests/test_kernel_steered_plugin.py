@@ -27,7 +27,7 @@ def trained(steps, rule, **settings):
     for step in range(steps):
         for i, p in enumerate(model.parameters()):
             p.grad = torch.randn(p.shape, generator=generator(10 * step + i))
-        optimizer.step()
+        optimizer.step(**({"loss": 1.0 / (step + 1)} if optimizer.rule.needs_loss else {}))
     return optimizer
 
 
@@ -91,6 +91,21 @@ def test_a_gradient_that_is_not_finite_is_skipped_in_place_too(bad, worth):
     assert identical(values(optimizer), start)
     now = snapshot(optimizer)["state"]
     assert identical(now, state)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25])
+def test_a_loss_that_is_not_finite_is_skipped_in_place_too(bad, worth):
+    """What the network reads of it comes a step later: nothing of this step would show it."""
+    optimizer = trained(3, Steered(direction="diagonal", controller="mlp", reads_loss=True))
+    state, start = snapshot(optimizer)["state"], values(optimizer)
+    shared = {name: t.clone() for name, t in optimizer.param_groups[0]["run"]["shared"].items()}
+    with pytest.warns(UserWarning, match="step 4 was skipped"):
+        optimizer.step(loss=bad)
+    assert optimizer.skipped_steps == 1
+    assert identical((values(optimizer), snapshot(optimizer)["state"]), (start, state))
+    assert identical(dict(optimizer.param_groups[0]["run"]["shared"]), shared)
+    optimizer.step(loss=0.2)
+    assert optimizer.skipped_steps == 1
 
 
 @every_direction

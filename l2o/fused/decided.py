@@ -10,21 +10,31 @@ from torch import Tensor
 from torch.func import vmap
 
 from l2o.fused.inputs import Inputs
+from l2o.kernels.arrays import plain
 from l2o.kernels.steered_tables import Decided
 from l2o.ops.controller import SLOTS, SUMS, decide_alone
 from l2o.rules import Steered
 from l2o.types import Run, Slots
 
 
+def remembers(inputs: Inputs) -> bool:
+    """Say whether the state has what a network remembers, in float32 on the CPU."""
+    slots = [inputs.state.per_param[name] for name in inputs.params]
+    if "long" not in inputs.state.shared or not all({"near", "far", "factor"} <= own.keys() for own in slots):
+        return False
+    return plain([own[name] for own in slots for name in SLOTS if name in own])
+
+
 class Deciding:
     """Decisions about one step: called once the sums of tensors are known, and kept once the step is taken.
 
-    inputs: of all lanes, every tensor ``[lanes, ...]``.     lanes: indices of those that take the step, ``[n]``.
+    inputs: without lanes, or of all, every tensor ``[lanes, ...]``.     lanes: indices of those that take the step,
+    ``[n]``.
     """
 
-    def __init__(self, rule: Steered, inputs: Inputs, lanes: np.ndarray) -> None:
-        self._rule, self._inputs, self._all = rule, inputs, len(lanes) == len(inputs.run.step)
-        self._lanes = torch.from_numpy(lanes)
+    def __init__(self, rule: Steered, inputs: Inputs, lanes: np.ndarray | None = None) -> None:
+        self._rule, self._inputs = rule, inputs
+        self._lanes = None if lanes is None else torch.from_numpy(lanes)
         self._new: list[Slots] = []
 
     def __call__(self, sums: np.ndarray) -> Decided:
@@ -40,8 +50,7 @@ class Deciding:
 
         def of_lane(theta: Any, shared: Any, own: Any, known: Any, *clock: Any) -> Any:
             factors, seen = self._rule.factors(theta, shapes), dict(zip(SUMS, known.unbind(1), strict=True))
-            now = Run(clock[0], clock[1], *clock[2:])
-            return decide_alone(theta, shared, seen, own, factors, shapes, now)
+            return decide_alone(theta, shared, seen, own, factors, shapes, Run(clock[0], clock[1], *clock[2:]))
 
         push, *self._new = vmap(of_lane)(theta, shared, own, known, *clock)
         return Decided(push.numpy(), own["factor"].numpy(), self._new[1]["factor"].numpy())
@@ -52,11 +61,14 @@ class Deciding:
         for name, new in shown.items():
             self._write(state.shared[name], new)
         for name, new in decided.items():
-            for slots, own in zip(map(state.per_param.__getitem__, self._inputs.params), new.unbind(1), strict=True):
-                self._write(slots[name], own)
+            for param, own in zip(self._inputs.params, new.unbind(1), strict=True):
+                self._write(state.per_param[param][name], own)
 
     def _own(self, t: Tensor) -> Tensor:
-        return t if self._all else t[self._lanes]
+        return t.unsqueeze(0) if self._lanes is None else t if len(self._lanes) == len(t) else t[self._lanes]
 
     def _write(self, to: Tensor, new: Tensor) -> None:
-        to[... if self._all else self._lanes] = new
+        if self._lanes is None:
+            to.copy_(new[0])
+        else:
+            to[self._lanes] = new

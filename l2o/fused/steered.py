@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from inspect import getattr_static
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from l2o.fused.decided import Deciding
+from l2o.fused.decided import Deciding, remembers
 from l2o.fused.inputs import Inputs, copied
 from l2o.kernels import steered as kernels
 from l2o.kernels.arrays import laid_out_as, plain
@@ -24,7 +24,7 @@ from l2o.kernels.whitened import follow, settle, weigh
 from l2o.ops.controller import OF_NETWORK
 from l2o.ops.eigenbasis import BASES, MEANS, Whitening, due_at, turn, turned_back
 from l2o.ops.groups import stack, tables_of
-from l2o.ops.numeric import entries_of
+from l2o.ops.numeric import entries_of, finite
 from l2o.ops.orthogonal import as_matrix, is_matrix, matrices, polar
 from l2o.ops.scales import are_rare, fan_in, width_factors
 from l2o.rules import Steered
@@ -35,7 +35,6 @@ _LARGE = 128
 takes more memory."""
 _RENAMED = {"power": ("fall", 1), "beta1": ("fresh1", 3), "beta2": ("fresh2", 3)}
 """Constants that have another name than in θ, and which of its columns they are, see `_Sources`."""
-_ONLY = np.zeros(1, np.int64)
 _FORMULAS = ("factors", "scales", "size", "now")
 """Methods of the rule that the kernel does not call: it has their formulas."""
 
@@ -44,9 +43,9 @@ def step(
     rule: Steered, inputs: Inputs, factors: Mapping[str, tuple[float, float]], limit: float = math.inf
 ) -> OptState | None:
     """See `l2o.fused.step`."""
-    if not _is_known(rule, inputs.theta):
-        return None
     theta, grads, state, params, infos, run = inputs
+    if not _is_known(rule, inputs) or (run.loss is not None and not finite([run.loss], [])):
+        return None
     layout = _layout(
         rule,
         tuple(infos[name] for name in params),
@@ -58,7 +57,7 @@ def step(
     slots, rates = [state.per_param[name] for name in params], [factors[name] for name in params]
     constants, tensors = _constants(rule, theta, run, limit), ordered(layout, own, list(params.values()), slots)
     steps = fused_steps(layout, tensors, rates, constants, state.shared)
-    deciding = Deciding(rule, tree_map(_one_lane, inputs), _ONLY) if rule.decides else None
+    deciding = Deciding(rule, inputs) if rule.decides and steps else None
     if steps is None or not steps.begin(deciding):
         return None  # nothing is written, and `update` shows what is wrong
     if deciding:
@@ -102,8 +101,8 @@ def update(
 
 def _layout_of_lanes(rule: Steered, inputs: Inputs) -> Layout | None:
     """That of a lane's tensors, or None where the kernel is not for them."""
-    theta, grads, state, params, infos, run = inputs
-    if torch.is_grad_enabled() or not _is_known(rule, theta):
+    _, grads, state, params, infos, run = inputs
+    if torch.is_grad_enabled() or not _is_known(rule, inputs):
         return None
     layout = _layout(rule, tuple(infos[name] for name in params), (None,) * len(params), large=math.inf)
     assert layout is not None
@@ -123,13 +122,15 @@ def _step_lanes(rule: Steered, inputs: Inputs, layout: Layout, lanes: np.ndarray
         deciding.keep()
 
 
-def _is_known(rule: Steered, theta: Theta) -> bool:
-    """Whether the kernel has the formulas of the rule, and reads its θ."""
+def _is_known(rule: Steered, inputs: Inputs) -> bool:
+    """Whether the kernel has the formulas of the rule, and reads its θ, and a network what it remembers."""
     try:
         hash(rule)  # what is made for it is kept
     except TypeError:
         return False
-    return not rule.network and _has_formulas(type(rule)) and plain(theta.values())
+    if rule.network or not _has_formulas(type(rule)) or not plain(inputs.theta.values()):
+        return False
+    return not rule.decides or remembers(inputs)
 
 
 @lru_cache(maxsize=64)
@@ -242,10 +243,6 @@ def _follow(how: Whitening, kept: Slots, means: Slots) -> Slots:
     products, bases = ([of.get(side) for side in sides] for of, sides in ((means, MEANS), (to, BASES)))
     follow(products, bases, to["turned"], to["v"], how.carried)
     return to
-
-
-def _one_lane(x: Any) -> Any:
-    return x.unsqueeze(0) if isinstance(x, Tensor) else x
 
 
 def _orthogonalise(tensors: Sequence[Tensor], iterations: int) -> None:

@@ -41,6 +41,7 @@ struct Tensor {
 // cautious, by_signal: of directions over roots, see l2o.ops.eigenbasis.weighed and l2o.ops.scales.tempered.
 // due, carried: of bases, see l2o.ops.eigenbasis.Whitening.  limit: of the norm of all gradients.
 // decays, fall: whether the schedule has a decay, and its power.  longer: factor of what has few gradients.
+// more: push of the controller from elsewhere.
 // log_step and so on: what the controller keeps, 0-d; null without one, missing also without `deep`.
 struct Step {
     int64_t tensors, threads, looked;

@@ -35,6 +35,7 @@ class FusedSteps:
         """Advance controller and moments, and parameters but of ``orthogonal`` and ``given`` tensors.
 
         Orthogonal matrices find Nesterov's momentum in ``d``, where their new direction is to be before `finish`.
+        decide: what a network says once the kernel has looked, if there is one.
         Returns False, with nothing written, where a number is not finite, or the norm of all gradients over its limit.
         """
         _decide(self._tables, decide)

@@ -30,7 +30,7 @@ _START = {
 _FASTEST = 0.1
 _LEAST_START = 0.1**0.5
 _VARIANCE = 1e-8
-_OF_HELD = 0.5
+OF_HELD = 0.5
 """Of the range of a tensor's own log step: a matrix that has a size to begin with has less to find out."""
 _OWN = ("log_step", "fast", "slow", "square")
 
@@ -71,7 +71,7 @@ def control_each(theta: Theta, own: Tensor, cosines: Tensor, held: Tensor, run: 
     What is an input's weight, a bias, a temperature or a place on a map may have a hundred times as far to go as the
     rest, and is lost in the sum over all tensors.
     """
-    most = torch.where(held, _OF_HELD, constant(1.0, cosines)) * theta["log_own"].exp()
+    most = torch.where(held, OF_HELD, constant(1.0, cosines)) * theta["log_own"].exp()
     slots = dict(zip(_OWN, own.unbind(-1), strict=True))
     new = control(theta, slots, cosines, run, most=most)
     return torch.stack([new[name] for name in _OWN], -1)

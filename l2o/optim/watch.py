@@ -25,8 +25,9 @@ _LEAP = 0.5
 _LEAP_STEPS = 5.0
 """by so many usual steps of the rule a step at least, so that tensors that start at zero may begin,"""
 _DOWN = -0.02
-"""and not down the slope, where the gradient at the end opposes it by this cosine: a larger step would help there.
-That parameters grow is none: points of a map, word vectors, biases on raw targets have far to go."""
+"""and not down the slope, where the gradient at the end opposes it by this cosine: a larger step would help there."""
+_FOUND = 0.5
+"""A leap to where gradients are smaller counts so much at least: it may have found a better place, or saturation."""
 _SPIKE = 100.0
 """A gradient is a spike that is so many times the largest that was seen."""
 _SKIPS = 0.5
@@ -53,7 +54,7 @@ class Seen(NamedTuple):
     and of all parameters.     moved: the norm of what parameters moved by since they were last good.
     base: their norm there.     steps: since then.     entries: of all parameters.     skips: steps that were skipped
     since the last look.     slope: the gradient along that move, as a cosine: below 0, more of it would help.
-    stride: of the rule, the root mean square of its usual step.
+    stride: of the rule, see `UpdateRule.stride`.
     """
 
     losses: tuple[float, ...]
@@ -102,6 +103,7 @@ def back(memory: Mapping[str, float], seen: Seen) -> Memory:
 
 def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
     """Say by kind how near to an alarm each sign of trouble is: from 1 on it is one."""
+    # That parameters grow is no sign: points of a map, word vectors, biases on raw targets have far to go.
     signs = {"leap": _leap(memory, seen), "skips": seen.skips / (_SKIPS * EVERY)}
     if not (seen.losses and "first" in memory):
         return signs
@@ -110,8 +112,8 @@ def alarms(memory: Mapping[str, float], seen: Seen) -> dict[str, float]:
 
 def trouble(signs: Mapping[str, float]) -> str | None:
     """Return the kind of the gravest alarm, if there is one."""
-    kind = max(signs, key=lambda kind: signs[kind])
-    return kind if signs[kind] >= 1.0 else None
+    kind, sign = max(signs.items(), key=lambda item: -math.inf if math.isnan(item[1]) else item[1])
+    return kind if sign >= 1.0 else None
 
 
 def good(signs: Mapping[str, float], memory: Mapping[str, float], seen: Seen) -> bool:
@@ -163,6 +165,6 @@ def _leap(memory: Mapping[str, float], seen: Seen) -> float:
     least = _LEAP_STEPS * max(seen.stride, YARDSTICK) * steps * math.sqrt(seen.entries)
     if seen.size < 1.1 * seen.base or seen.slope < _DOWN:  # towards the origin, or around it; or still down the slope
         return 0.0
-    # A place of smaller gradients is a find, but for early ones, which saturation can look like.
-    fallen = min(seen.gradient / max(memory["level"], 1e-30), 1.0) if memory["looks"] >= _WARM else 1.0
+    known = memory["looks"] >= _WARM and math.isfinite(seen.gradient)
+    fallen = min(1.0, max(_FOUND, seen.gradient / max(memory["level"], 1e-30))) if known else 1.0
     return fallen * seen.moved / max(_LEAP * looks * seen.base, least, 1e-30)

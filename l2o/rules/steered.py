@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l2o.checks import check_choice, check_float, check_int
 from l2o.ops import directions
-from l2o.ops.alignment import init_alignment, init_controller
+from l2o.ops.alignment import OF_HELD, init_alignment, init_controller
 from l2o.ops.controller import init_decisions, init_seen, init_shown, own_factors, steer
 from l2o.ops.directions import Age, Now, direction_of
 from l2o.ops.eigenbasis import Whitening, due_at, is_due, whiten
@@ -149,7 +149,7 @@ class Steered(UpdateRule):
 
     @property
     def stride(self) -> float:
-        return self.lr * math.exp(0.5 * self.own)  # to which matrices may find their own
+        return self.lr * math.exp(OF_HELD * self.own)  # as far as matrices may find that they have to go
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         start = {f"log_{name}": log_of(name, getattr(self, name)) for name in ("lr", "matrix", "relative", "power")}
