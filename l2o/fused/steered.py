@@ -19,9 +19,9 @@ from l2o.fused.inputs import Inputs, copied
 from l2o.kernels import steered as kernels
 from l2o.kernels.arrays import laid_out_as, plain
 from l2o.kernels.steered import fits_lanes, fused_steps, ordered
-from l2o.kernels.steered_tables import CONSTANTS, Kind, Layout, is_channels_last
+from l2o.kernels.steered_tables import CONSTANTS, NETWORK, Kind, Layout, is_channels_last
 from l2o.kernels.whitened import follow, settle, weigh
-from l2o.ops.controller import OF_NETWORK
+from l2o.ops.controller import OF_NETWORK, fan_inputs
 from l2o.ops.eigenbasis import BASES, MEANS, Whitening, due_at, turn, turned_back
 from l2o.ops.groups import stack, tables_of
 from l2o.ops.numeric import entries_of, finite
@@ -56,8 +56,8 @@ def step(
     own = [laid_out_as(grads[name], p) for name, p in params.items()]
     slots, rates = [state.per_param[name] for name in params], [factors[name] for name in params]
     constants, tensors = _constants(rule, theta, run, limit), ordered(layout, own, list(params.values()), slots)
-    steps = fused_steps(layout, tensors, rates, constants, state.shared)
-    deciding = Deciding(rule, inputs) if rule.decides and steps else None
+    steps = fused_steps(layout, tensors, rates, constants, _shared(rule, inputs))
+    deciding = Deciding(rule, inputs) if _asks(rule) and steps else None
     if steps is None or not steps.begin(deciding):
         return None  # nothing is written, and `update` shows what is wrong
     if deciding:
@@ -108,7 +108,7 @@ def _layout_of_lanes(rule: Steered, inputs: Inputs) -> Layout | None:
     assert layout is not None
     slots, own = [state.per_param[name] for name in params], [grads[name] for name in params]
     tensors = ordered(layout, own, list(params.values()), slots)
-    return layout if fits_lanes(layout, tensors, state.shared, len(run.step)) else None
+    return layout if fits_lanes(layout, tensors, _shared(rule, inputs), len(run.step)) else None
 
 
 def _step_lanes(rule: Steered, inputs: Inputs, layout: Layout, lanes: np.ndarray, moves: bool = False) -> None:
@@ -116,10 +116,26 @@ def _step_lanes(rule: Steered, inputs: Inputs, layout: Layout, lanes: np.ndarray
     slots, own = [state.per_param[name] for name in params], [grads[name].contiguous() for name in params]
     tensors = ordered(layout, own, list(params.values()), slots)
     assert tensors is not None
-    deciding = Deciding(rule, inputs, lanes) if rule.decides and len(lanes) else None
-    kernels.step_lanes(layout, tensors, _constants(rule, theta, run), state.shared, lanes, moves, deciding)
+    deciding = Deciding(rule, inputs, lanes) if _asks(rule) and len(lanes) else None
+    kernels.step_lanes(layout, tensors, _constants(rule, theta, run), _shared(rule, inputs), lanes, moves, deciding)
     if deciding:
         deciding.keep()
+
+
+def _has_perceptron(rule: Steered) -> bool:
+    """Whether a network decides that the kernel has."""
+    return rule.controller == "mlp" and not rule.reads_loss
+
+
+def _asks(rule: Steered) -> bool:
+    """Whether a network decides that the kernel has to be told of."""
+    return rule.decides and not _has_perceptron(rule)
+
+
+def _shared(rule: Steered, inputs: Inputs) -> Mapping[str, Tensor]:
+    """What the kernel's controller keeps, and a perceptron of it."""
+    weights = NETWORK.values() if _has_perceptron(rule) else ()
+    return {**inputs.state.shared, **{name: inputs.theta[name].contiguous() for name in weights}}
 
 
 def _is_known(rule: Steered, inputs: Inputs) -> bool:
@@ -166,8 +182,10 @@ def _layout(
             "table": rule.tables and table,
             "rare": own,
             "width": width,
+            **dict(zip(("columns_in", "rows_in"), fan_inputs(info.shape), strict=True)),
         }
-        kinds.append(Kind("given" if torchs else path, shape, facts, rule.keeps_free(info), rule.own > 0, stride))
+        kept = rule.keeps_free(info), rule.own > 0, _has_perceptron(rule)
+        kinds.append(Kind("given" if torchs else path, shape, facts, *kept, stride))
     return Layout(kinds)
 
 

@@ -68,6 +68,12 @@ void look(const Step& s, Tensor& t) {
     blocks({s, t}, [&](int64_t i, int64_t first, int64_t last) { look_rows(s, t, first, last, &parts[SUMS * i]); });
     std::fill(t.sums, t.sums + SUMS, 0.0);
     for (size_t i = 0; i < parts.size(); i++) t.sums[i % SUMS] += parts[i];
+    if (!t.near) return;
+    t.momenta = total({s, t}, [&](int64_t first, int64_t last) {
+        double squares = 0;
+        for (int64_t i = first; i < last; i++) squares += double(t.m[i]) * t.m[i];
+        return squares;
+    });
 }
 
 void adam(const Step& s, Tensor& t) {

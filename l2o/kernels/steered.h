@@ -24,14 +24,17 @@ enum Path : int64_t { ADAM, NORMALIZED, DIAGONAL, ORTHOGONAL, GIVEN, EIGENBASIS 
 // param <- keep param + rate update, update = -scale direction, for which a tensor counts as a matrix (is_matrix), is
 // sized as one (sized) of so many inputs (fan), looked up (table), has few gradients (rare), and a factor for its width.
 // before, after: logarithms of its factor by l2o.ops.controller.decide, in the step before and in this one.
-// Written: scale, with the rate, and sums: gradient times direction, and squares of gradient, direction and parameter,
+// near, far, factor: what a perceptron that decides remembers, or null; columns_in, rows_in: its inputs of the shape.
+// Written: near_new, far_new; momenta, the squares of m, where a perceptron decides; scale, with the rate, and sums: gradient times direction, and squares of gradient, direction and parameter,
 // once these are known what own is to be.
 constexpr int64_t SUMS = 4;
 struct Tensor {
     int64_t path, rows, cols;
     const float* grad;
     float *param, *m, *d, *v, *row, *col, *count, *left, *right, *row_basis, *column_basis, *free, *own;
-    double is_matrix, sized, fan, entries, table, rare, width, before, after, keep, rate, scale;
+    float *near, *far, *factor;
+    double is_matrix, sized, fan, entries, table, rare, width, columns_in, rows_in;
+    double before, after, near_new, far_new, momenta, keep, rate, scale;
     double sums[SUMS];
 };
 
@@ -43,6 +46,7 @@ struct Tensor {
 // decays, fall: whether the schedule has a decay, and its power.  longer: factor of what has few gradients.
 // more: push of the controller from elsewhere.
 // log_step and so on: what the controller keeps, 0-d; null without one, missing also without `deep`.
+// long_mean, w0 [16, 16], b0 [16], w1 [16, 2], b1 [2]: of a perceptron that decides, or null.
 struct Step {
     int64_t tensors, threads, looked;
     double momentum, fresh1, fresh2, memory, cautious, by_signal, due, carried;
@@ -50,6 +54,7 @@ struct Step {
     double log_lr, warmup, decays, fall, haste, matrix, fan_in, relative, by_gain, longer;
     double deep, gain, slope, band_up, band_down, fast, slow, sure, range, leak, own, more;
     float *log_step, *fast_mean, *slow_mean, *square_mean, *missing;
+    float *long_mean, *w0, *b0, *w1, *b1;
     Tensor* tensor;
 };
 

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from l2o.kernels.arrays import plain
 from l2o.kernels.build import available, run
-from l2o.kernels.steered_tables import SHARED, Decided, Layout, Step, Tables
+from l2o.kernels.steered_tables import NETWORK, SHARED, Decided, Layout, Step, Tables
 
 Decide = Callable[[np.ndarray], Decided]
 """Of the sums of tensors ``[lanes, tensors, 4]``: gradient times direction, and squares of gradient, direction and
 parameter."""
 
 _UNUSUAL = 2
+_WEIGHTS = (16 * 16, 16, 16 * 2, 2)
+"""Entries of ``NETWORK`` in the kernel."""
 _WORTH_THREADS = 1 << 23
 """Products of entries, some 0.1 ms of one thread, from which several are sooner done: they wait for one another."""
 
@@ -65,8 +67,9 @@ def ordered(
 
 def _are_kept(shared: Mapping[str, Tensor], lanes: int) -> bool:
     """Whether these are what the controller keeps of so many lanes, or nothing."""
-    known = not shared or shared.keys() >= set(SHARED.values()) - {"missing"}
-    return known and plain(shared.values()) and all(t.numel() == lanes for t in shared.values())
+    known = not shared or shared.keys() >= set(SHARED.values()) - {"missing", "long"}
+    entries = {name: lanes * n for name, n in zip(NETWORK.values(), _WEIGHTS, strict=True)}
+    return known and plain(shared.values()) and all(t.numel() == entries.get(n, lanes) for n, t in shared.items())
 
 
 def fused_steps(

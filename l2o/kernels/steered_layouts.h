@@ -24,8 +24,10 @@ extern "C" void l2o_layout_Settle(int64_t* out) {
 extern "C" void l2o_layout_Tensor(int64_t* out) {
     using T = Tensor;
     layout(out, &T::path, &T::rows, &T::cols, &T::grad, &T::param, &T::m, &T::d, &T::v, &T::row, &T::col, &T::count,
-           &T::left, &T::right, &T::row_basis, &T::column_basis, &T::free, &T::own, &T::is_matrix, &T::sized, &T::fan,
-           &T::entries, &T::table, &T::rare, &T::width, &T::before, &T::after, &T::keep, &T::rate, &T::scale, &T::sums);
+           &T::left, &T::right, &T::row_basis, &T::column_basis, &T::free, &T::own, &T::near, &T::far,
+           &T::factor, &T::is_matrix, &T::sized, &T::fan,
+           &T::entries, &T::table, &T::rare, &T::width, &T::columns_in, &T::rows_in, &T::before, &T::after, &T::near_new,
+           &T::far_new, &T::momenta, &T::keep, &T::rate, &T::scale, &T::sums);
 }
 
 extern "C" void l2o_layout_Lanes(int64_t* out) {
@@ -38,5 +40,6 @@ extern "C" void l2o_layout_Step(int64_t* out) {
            &S::by_signal, &S::due, &S::carried, &S::step, &S::total, &S::limit, &S::log_lr, &S::warmup, &S::decays,
            &S::fall, &S::haste, &S::matrix, &S::fan_in, &S::relative, &S::by_gain, &S::longer, &S::deep, &S::gain,
            &S::slope, &S::band_up, &S::band_down, &S::fast, &S::slow, &S::sure, &S::range, &S::leak, &S::own, &S::more,
-           &S::log_step, &S::fast_mean, &S::slow_mean, &S::square_mean, &S::missing, &S::tensor);
+           &S::log_step, &S::fast_mean, &S::slow_mean, &S::square_mean, &S::missing, &S::long_mean, &S::w0,
+           &S::b0, &S::w1, &S::b1, &S::tensor);
 }

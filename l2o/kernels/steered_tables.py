@@ -26,7 +26,7 @@ SLOTS: Mapping[str, Mapping[str, str]] = {
 are there; the direction of ``given`` ones comes from elsewhere before `FusedSteps.finish`."""
 _BASES = ({"left": "left", "row_basis": "rows"}, {"right": "right", "column_basis": "columns"})
 """Further ones of a basis, of each side that has more than one entry."""
-FACTS = ("is_matrix", "sized", "fan", "entries", "table", "rare", "width")
+FACTS = ("is_matrix", "sized", "fan", "entries", "table", "rare", "width", "columns_in", "rows_in")
 """Numbers that say how far a tensor goes, see steered.h."""
 CONSTANTS = (
     *("momentum", "fresh1", "fresh2", "memory", "cautious", "by_signal", "due", "carried", "step", "total", "limit"),
@@ -35,14 +35,17 @@ CONSTANTS = (
 )
 """Of a step, see steered.h."""
 SHARED = {"log_step": "log_step", "fast_mean": "fast", "slow_mean": "slow", "square_mean": "square"}
-SHARED |= {"missing": "missing"}
+SHARED |= {"missing": "missing", "long_mean": "long"}
+NETWORK = {"w0": "decide_w0", "b0": "decide_b0", "w1": "decide_w1", "b1": "decide_b1"}
+"""What of θ a perceptron that decides is, by field."""
 """What the controller keeps, by field."""
 _SIZES = ("path", "rows", "cols")
 _ARRAYS = (
     *("grad", "param", "m", "d", "v", "row", "col", "count"),
     *("left", "right", "row_basis", "column_basis", "free", "own"),
+    *("near", "far", "factor"),
 )
-_NUMBERS = (*FACTS, "before", "after", "keep", "rate", "scale")
+_NUMBERS = (*FACTS, "before", "after", "near_new", "far_new", "momenta", "keep", "rate", "scale")
 _HEAD = ("tensors", "threads", "looked")
 _SUMS = 4
 _ONLY = np.zeros(1, np.int64)
@@ -73,7 +76,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in _HEAD),
         *((name, ctypes.c_double) for name in CONSTANTS),
-        *((name, ctypes.c_void_p) for name in SHARED),
+        *((name, ctypes.c_void_p) for name in (*SHARED, *NETWORK)),
         ("tensor", ctypes.POINTER(_Tensor)),
     )
 
@@ -91,6 +94,7 @@ class Kind(NamedTuple):
     """What of a tensor stays from step to step.
 
     path: of ``SLOTS``.     shape: as a matrix.     facts: ``FACTS``, by name.     free, own: whether it has such slots.
+    decides: whether the kernel's perceptron decides about it.
     stride: of the parameter and all that is like it, where it is not contiguous: of channels that are last in memory.
         Columns in another order are the same to every formula, but for those of a basis; ``col`` is then in that order,
         and only the kernel's next step reads it.
@@ -101,6 +105,7 @@ class Kind(NamedTuple):
     facts: Mapping[str, float]
     free: bool = False
     own: bool = False
+    decides: bool = False
     stride: tuple[int, ...] | None = None
 
     @property
@@ -110,6 +115,9 @@ class Kind(NamedTuple):
         of_one = {"row": rows, "col": columns, "count": 1}
         found = {array: (slot, of_one.get(array, rows * columns)) for array, slot in SLOTS[self.path].items()}
         found |= {name: (name, n) for name, n, kept in (("free", 1, self.free), ("own", 4, self.own)) if kept}
+        if self.decides:
+            found |= {name: (name, 1) for name in ("near", "far", "factor")}
+            found |= {"m": ("turned", rows * columns)} if self.path == "given" else {}
         if self.path == "eigenbasis":
             for side, n in zip(_BASES, self.shape, strict=True):
                 arrays = _BASES[1] if columns == 1 else side  # to the kernel a column of entries is a row
@@ -135,8 +143,9 @@ class Layout:
         own = [[n, n, *(m for _, m in kind.slots.values())] for n, kind in zip(entries, kinds, strict=True)]
         self.entries = list(chain(*own))
         arrays = [["grad", "param", *kind.slots] for kind in kinds]
-        laid = ("grad", "param", "m", "d", "v")
-        self.strides = [k.stride if a in laid else None for k, some in zip(kinds, arrays, strict=True) for a in some]
+        laid = [{"grad", "param", "m", "d", "v"} - ({"m"} if k.path == "given" else set()) for k in kinds]  # in a basis
+        each = zip(kinds, arrays, laid, strict=True)
+        self.strides = [k.stride if a in here else None for k, some, here in each for a in some]
         self.work = sum(n * sum(kind.shape) for n, kind in zip(entries, kinds, strict=True))
         self.table = np.zeros((len(kinds), _WIDTH), np.int64)
         self.places = np.array([i * _WIDTH + _FIELDS.index(a) for i, some in enumerate(arrays) for a in some])
@@ -172,7 +181,8 @@ class Tables:
     """What the kernel reads of a step: a table of tensors and one of ``steps``, ``[lanes, ...]``. Keeps no tensors.
 
     factors: ``lr, keep`` of ``param <- keep param + lr update``.    constants: ``CONSTANTS``, ``[lanes, constants]``.
-    shared: what the controller keeps, 0-d, by the names of `l2o.ops.alignment.init_alignment`; written.
+    shared: what the controller keeps, 0-d, by the names of `l2o.ops.alignment.init_alignment`; written. Of a perceptron
+        that decides also ``long``, and ``NETWORK`` of θ.
     chosen: which lanes of ``tensors`` and ``shared`` these are; by default the only one.
     """
 
@@ -193,10 +203,11 @@ class Tables:
         self.steps = np.zeros((lanes, ctypes.sizeof(Step) // 8), np.int64)
         self.steps[:, :2] = len(layout.kinds), threads
         self.steps.view(np.float64)[:, _FIRST : _FIRST + len(CONSTANTS)] = constants
-        kept = [i for i, name in enumerate(SHARED.values(), _FIRST + len(CONSTANTS)) if name in shared]
+        fields = enumerate((*SHARED.values(), *NETWORK.values()), _FIRST + len(CONSTANTS))
+        kept = {i: shared[name] for i, name in fields if name in shared}
         if kept:
-            own = [shared[name] for name in SHARED.values() if name in shared]
-            self.steps[:, kept] = _addresses(own, [1] * len(own), chosen)
+            own, every = list(kept.values()), shared["log_step"].numel()
+            self.steps[:, list(kept)] = _addresses(own, [t.numel() // every for t in own], chosen)
         tensor_tables = self._tensors.ctypes.data + self._tensors.strides[0] * np.arange(lanes)
         self.steps[:, -1] = tensor_tables
 

@@ -242,10 +242,15 @@ def _of_loss(shared: Slots) -> list[Tensor]:
     return [torch.stack([over_root(x, x.square() + shared["loss_square"]) for x in differences])]
 
 
+def fan_inputs(shape: tuple[int, ...]) -> tuple[float, float]:
+    """Return the inputs ``fan_in`` and ``fan_out``, of columns and rows; 0 for 64."""
+    columns, rows = (0.5 * math.log(max(math.prod(part), 1) / 64.0) for part in (shape[1:], shape[:1]))
+    return columns, rows
+
+
 def _of_tensors(seen: Seen, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Inputs of each tensor, ``[tensors]`` each; 0 for a matrix of 64 inputs and outputs with entries of 1/8."""
-    rows, columns = ([math.prod(shape[part]) for shape in shapes] for part in (slice(1), slice(1, None)))
-    fans = [constant([0.5 * math.log(max(n, 1) / 64.0) for n in sizes], seen.sizes) for sizes in (columns, rows)]
-    kinds = constant([float(min(both) > 1) for both in zip(rows, columns, strict=True)], seen.sizes)
+    fans = [constant(own, seen.sizes) for own in zip(*map(fan_inputs, shapes), strict=True)]
+    kinds = are_matrices(shapes, seen.sizes)
     sizes = 0.25 * torch.log(seen.sizes + 1e-5) + 0.25 * math.log(8.0)
     return [1.0 + torch.log(seen.signal.clamp(min=_LEAST_SIGNAL)), sizes, *fans, kinds]
