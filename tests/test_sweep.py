@@ -1,5 +1,6 @@
 """``python -m meta_train.sweep``: a number of θ at several values, beside tuned Adam on the same problems."""
 
+import dataclasses
 import json
 import math
 
@@ -23,12 +24,14 @@ SETTINGS = ["--set", "experiment=default", "rule.controller=alignment"]
 SHORT = ["--steps", "20", "--seeds", "2", "--only", "^(softmax|ravine)$"]
 
 
-def test_the_experiment_begins_as_what_default_is():
+def test_the_experiment_makes_the_rule_of_steered_mlp_from_default():
     config = OmegaConf.to_container(composed("train", SETTINGS[1:]), resolve=True)
-    start = make(config["rule"], "rule", UpdateRule)
-    rule, theta = load("default")
-    assert start == rule
-    assert identical(start.init_theta(generator()), theta)
+    start, (by_hand, constants) = make(config["rule"], "rule", UpdateRule), load("default")
+    rule, theta = load("steered-mlp")
+    assert (start, dataclasses.replace(start, controller=by_hand.controller)) == (rule, by_hand)
+    begun = start.init_theta(generator())
+    assert begun.keys() == theta.keys()
+    assert identical({name: begun[name] for name in constants}, constants)
 
 
 def test_a_trial_is_what_the_rule_does_with_that_number():
