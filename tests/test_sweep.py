@@ -25,7 +25,7 @@ SHORT = ["--steps", "20", "--seeds", "2", "--only", "^(softmax|ravine)$"]
 
 
 def test_the_experiment_makes_the_rule_of_steered_mlp_from_default():
-    config = OmegaConf.to_container(composed("train", SETTINGS[1:]), resolve=True)
+    config = OmegaConf.to_container(composed("train", ["experiment=default"]), resolve=True)
     start, (by_hand, constants) = make(config["rule"], "rule", UpdateRule), load("default")
     rule, theta = load("steered-mlp")
     assert (start, dataclasses.replace(start, controller=by_hand.controller)) == (rule, by_hand)
