@@ -58,7 +58,9 @@ def gradients(step):
 
 def decided(theta):
     """With a network, if there is one, that has something to say."""
-    return {name: t + 0.3 if name == "decide_w1" else t for name, t in theta.items()}
+    g = generator(5)
+    said = {name: 0.4 * torch.randn(t.shape, generator=g) for name, t in theta.items() if name.startswith("decide_")}
+    return theta | {name: theta[name] + more for name, more in said.items()}
 
 
 def run(rule, factors, in_place, steps=6, start=None):
@@ -100,6 +102,27 @@ def test_the_kernel_steps_as_update_does(rule, factors):
             atol = (1e-2 if slot in ("rows", "columns") else 1e-3) * want.abs().max().item() if want.numel() else 0.0
             torch.testing.assert_close(state.per_param[name][slot], want, rtol=1e-3, atol=atol)
     torch.testing.assert_close(state.shared, slots.shared, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["eigenbasis", "orthogonal"])
+def test_a_perceptron_sees_momentum_where_directions_are_torchs(direction):
+    rule = Steered(direction=direction, controller="mlp", period=2, turned=6)
+    test_the_kernel_steps_as_update_does(rule, (1.0, 1.0))
+
+
+def test_weights_that_lie_in_memory_in_another_order_are_the_same():
+    """Their copies live until the kernel has read them."""
+    rule, params = Steered(direction="diagonal", controller="mlp"), tensors(0, scale=0.1)
+    theta, infos = decided(rule.init_theta(generator())), infos_of(params)
+    found = []
+    for weights in (theta, {name: t.mT.contiguous().mT if t.ndim == 2 else t for name, t in theta.items()}):
+        own, state = copy.deepcopy(params), rule.init(theta, params, infos)
+        with torch.no_grad():
+            for step in range(4):
+                inputs = Inputs(weights, gradients(step), state, own, infos, Run(torch.tensor(step), torch.tensor(60)))
+                state = l2o.fused.step(rule, inputs, dict.fromkeys(own, (1.0, 1.0)))
+        found.append((own, state))
+    assert identical(*found)
 
 
 def test_a_network_that_reads_the_loss_does():
@@ -238,14 +261,16 @@ def test_structures_are_laid_out_as_the_compiler_does(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "limit", "taken"), [(1.0, 5.0, True), (1.0, 3.0, False), (1e30, math.inf, False)])
-def test_gradients_above_the_limit_are_left_to_torch_with_nothing_written(size, limit, taken):
+@pytest.mark.parametrize("rule", [Steered(), Steered(controller="mlp", own=2.0)], ids=["alignment", "mlp"])
+def test_gradients_above_the_limit_are_left_to_torch_with_nothing_written(rule, size, limit, taken):
     """Of 16 entries, whose norm is 4 times their size; the square of 1e30 is no float32."""
-    rule, params = Steered(), {"weight": torch.ones(4, 4)}
+    params = {"weight": torch.ones(4, 4)}
     theta = rule.init_theta(generator())
     state, grads = rule.init(theta, params, infos_of(params)), {"weight": torch.full((4, 4), size)}
     run = Run(torch.tensor(0), torch.tensor(20))
     with torch.no_grad():
-        inputs = Inputs(theta, grads, state, params, infos_of(params), run)
+        inputs, before = Inputs(theta, grads, state, params, infos_of(params), run), copy.deepcopy(state)
         found = l2o.fused.step(rule, inputs, {"weight": (1.0, 1.0)}, limit)
     assert (found is not None) == taken
+    assert identical(state, before) != taken
     assert params["weight"].eq(1.0).all().item() != taken

@@ -1,4 +1,4 @@
-"""What the network of `l2o.ops.controller` says of a step that a kernel takes, of all lanes at once."""
+"""What a network says of a step that a kernel takes, where the kernel has to ask: an LSTM, or one that reads the loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def remembers(inputs: Inputs) -> bool:
 
 
 class Deciding:
-    """Decisions about one step: called once the sums of tensors are known, and kept once the step is taken.
+    """Decisions about one step, of all lanes at once: called once the sums of tensors are known, and kept once the step
+    is taken.
 
     inputs: without lanes, or of all, every tensor ``[lanes, ...]``.     lanes: indices of those that take the step,
     ``[n]``.

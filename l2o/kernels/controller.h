@@ -22,7 +22,7 @@ inline double within(double x, double least, double most) { return x < least ? l
 
 // What the controller keeps from step to step.
 struct Shared {
-    double log_step = 0, fast = 0, slow = 0, square = 0, missing = 0, far = 0, more = 0;  // far: of all
+    double log_step = 0, fast = 0, slow = 0, square = 0, missing = 0, longest = 0, more = 0;
 
     static Shared of(const Step& s) {
         return {*s.log_step, *s.fast_mean, *s.slow_mean, *s.square_mean, s.missing ? *s.missing : 0,
@@ -38,7 +38,7 @@ struct Shared {
         }
         *s.log_step = log_step, *s.fast_mean = fast, *s.slow_mean = slow, *s.square_mean = square;
         if (s.missing) *s.missing = missing;
-        if (s.w0) *s.long_mean = far;
+        if (s.w0) *s.long_mean = longest;
     }
 };
 
@@ -113,7 +113,7 @@ inline double follow(const Step& s, double mean, double x, double steps) {
 // Perceptrons' inputs that all tensors share, times their weights, see `_of_run` of l2o.ops.controller.
 inline void of_run(const Step& s, const Shared& now, double* hidden) {
     const double variance = std::max(now.square - now.slow * now.slow, 0.0), done = std::min(s.step / s.total, 1.0);
-    const double x[OF_RUN] = {UNIT * now.fast, UNIT * now.slow, UNIT * now.far, UNIT * std::sqrt(variance),
+    const double x[OF_RUN] = {UNIT * now.fast, UNIT * now.slow, UNIT * now.longest, UNIT * std::sqrt(variance),
                               0.5 * now.log_step, done, 0.5 * std::log(s.total / 300), std::exp(-s.step / 20)};
     for (int j = 0; j < HIDDEN; j++) {
         hidden[j] = s.b0[j];
@@ -130,7 +130,7 @@ inline double decide(const Step& s, const Shared& now) {
         t.before = *t.factor;
         const double norm = std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]), cosine = norm > 0 ? t.sums[0] / norm : t.sums[0];
         t.near_new = follow(s, *t.near, cosine, NEAR), t.far_new = follow(s, *t.far, cosine, FAR);
-        const double signal = t.sums[1] > 0 ? std::sqrt(t.momenta / t.sums[1]) : 0;
+        const double signal = t.sums[1] > 0 && t.momenta >= 0 ? std::sqrt(t.momenta / t.sums[1]) : 0;
         const double size = 0.25 * std::log((t.sums[3] >= 0 ? std::sqrt(t.sums[3] / t.entries) : 0) + 1e-5);
         const double x[OF_TENSOR] = {1 + std::log(std::max(signal, LEAST_SIGNAL)), size + 0.25 * std::log(8.0),
                                      t.columns_in, t.rows_in, t.is_matrix, UNIT * t.near_new, UNIT * t.far_new, t.before};
@@ -155,6 +155,7 @@ inline bool steer(const Step& s, Shared& now) {
     for (int64_t i = 0; i < s.tensors; i++) {
         const Tensor& t = s.tensor[i];
         for (double x : t.sums) all += std::abs(float(x));
+        all += std::abs(float(t.momenta));
         const double weight = factor(s, t) * own_factor(t);
         dots += weight * t.sums[0];
         norms += weight * std::sqrt(t.sums[1]) * std::sqrt(t.sums[2]);
@@ -165,7 +166,7 @@ inline bool steer(const Step& s, Shared& now) {
         const double cosine = norms > 0 ? dots / norms : dots;
         if (s.w0) {
             now.more = decide(s, now);
-            now.far = follow(s, now.far, cosine, LONG);
+            now.longest = follow(s, now.longest, cosine, LONG);
         }
         begin(s, now);
         control(s, cosine, false, s.range, now);

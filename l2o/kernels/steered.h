@@ -17,7 +17,7 @@ namespace {
 enum Path : int64_t { ADAM, NORMALIZED, DIAGONAL, ORTHOGONAL, GIVEN, EIGENBASIS };
 
 // A tensor as a matrix.  grad, param, m, d, v: [rows, cols].
-// A given one has no m: its direction comes from elsewhere before `finish`, at its size.
+// A given one's direction comes from elsewhere before `finish`, at its size; it has an m only where a perceptron decides.
 // row, col: scales of a normalized one.  count: updates before this one, on Adam's path.
 // left, right, row_basis, column_basis: of one in a basis, those of sides that have one; its m is momentum there.
 // free: whether it has no limit; null for no.  own: [4], its own log step and means, or null.
@@ -25,8 +25,8 @@ enum Path : int64_t { ADAM, NORMALIZED, DIAGONAL, ORTHOGONAL, GIVEN, EIGENBASIS 
 // sized as one (sized) of so many inputs (fan), looked up (table), has few gradients (rare), and a factor for its width.
 // before, after: logarithms of its factor by l2o.ops.controller.decide, in the step before and in this one.
 // near, far, factor: what a perceptron that decides remembers, or null; columns_in, rows_in: its inputs of the shape.
-// Written: near_new, far_new; momenta, the squares of m, where a perceptron decides; scale, with the rate, and sums: gradient times direction, and squares of gradient, direction and parameter,
-// once these are known what own is to be.
+// Written: scale, with the rate; near_new, far_new and momenta, the squares of m, where a perceptron decides; and sums:
+// gradient times direction, and squares of gradient, direction and parameter, once these are known what own is to be.
 constexpr int64_t SUMS = 4;
 struct Tensor {
     int64_t path, rows, cols;

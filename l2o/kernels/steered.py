@@ -27,17 +27,20 @@ _WORTH_THREADS = 1 << 23
 
 
 class FusedSteps:
-    """One step of some tensors. The methods are called in their order, and write to the tensors."""
+    """One step of some tensors. The methods are called in their order, and write to the tensors.
 
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
+    shared: kept until then, for ``tables`` have addresses alone, and weights may be copies.
+    """
+
+    def __init__(self, tables: Tables, shared: Mapping[str, Tensor]) -> None:
+        self._tables, self._shared = tables, shared
         self._step = Step.from_buffer(tables.steps.data)
 
     def begin(self, decide: Decide | None = None) -> bool:
         """Advance controller and moments, and parameters but of ``orthogonal`` and ``given`` tensors.
 
         Orthogonal matrices find Nesterov's momentum in ``d``, where their new direction is to be before `finish`.
-        decide: what a network says once the kernel has looked, if there is one.
+        decide: what a network says once the kernel has looked, if one has to be asked.
         Returns False, with nothing written, where a number is not finite, or the norm of all gradients over its limit.
         """
         _decide(self._tables, decide)
@@ -66,7 +69,7 @@ def ordered(
 
 
 def _are_kept(shared: Mapping[str, Tensor], lanes: int) -> bool:
-    """Whether these are what the controller keeps of so many lanes, or nothing."""
+    """Whether these are what the controller keeps of so many lanes, and a perceptron's weights, or nothing."""
     known = not shared or shared.keys() >= set(SHARED.values()) - {"missing", "long"}
     entries = {name: lanes * n for name, n in zip(NETWORK.values(), _WEIGHTS, strict=True)}
     return known and plain(shared.values()) and all(t.numel() == entries.get(n, lanes) for n, t in shared.items())
@@ -85,7 +88,7 @@ def fused_steps(
     """
     if tensors is None or not (layout.fits(tensors) and _are_kept(shared, 1) and available("steered")):
         return None
-    return FusedSteps(Tables(layout, tensors, factors, constants, shared, torch.get_num_threads()))
+    return FusedSteps(Tables(layout, tensors, factors, constants, shared, torch.get_num_threads()), shared)
 
 
 def fits_lanes(layout: Layout, tensors: Sequence[Tensor] | None, shared: Mapping[str, Tensor], lanes: int) -> bool:

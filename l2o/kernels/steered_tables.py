@@ -36,9 +36,9 @@ CONSTANTS = (
 """Of a step, see steered.h."""
 SHARED = {"log_step": "log_step", "fast_mean": "fast", "slow_mean": "slow", "square_mean": "square"}
 SHARED |= {"missing": "missing", "long_mean": "long"}
+"""What the controller keeps, by field."""
 NETWORK = {"w0": "decide_w0", "b0": "decide_b0", "w1": "decide_w1", "b1": "decide_b1"}
 """What of θ a perceptron that decides is, by field."""
-"""What the controller keeps, by field."""
 _SIZES = ("path", "rows", "cols")
 _ARRAYS = (
     *("grad", "param", "m", "d", "v", "row", "col", "count"),
@@ -182,7 +182,7 @@ class Tables:
 
     factors: ``lr, keep`` of ``param <- keep param + lr update``.    constants: ``CONSTANTS``, ``[lanes, constants]``.
     shared: what the controller keeps, 0-d, by the names of `l2o.ops.alignment.init_alignment`; written. Of a perceptron
-        that decides also ``long``, and ``NETWORK`` of θ.
+        that decides also ``long``, and ``NETWORK`` of θ, which is only read. All have to outlive the kernel's calls.
     chosen: which lanes of ``tensors`` and ``shared`` these are; by default the only one.
     """
 
