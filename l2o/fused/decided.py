@@ -1,4 +1,4 @@
-"""What a network says of a step that a kernel takes, where the kernel has to ask: an LSTM, or one that reads the loss."""
+"""What a network says of a step that a kernel takes, if the kernel has to ask: an LSTM, or one that reads the loss."""
 
 from __future__ import annotations
 
