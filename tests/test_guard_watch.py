@@ -28,7 +28,7 @@ def test_what_is_down_the_slope_is_no_leap():
     assert watch.trouble(watch.alarms(memory, SEEN._replace(slope=-0.1))) is None
 
 
-def test_a_leap_to_smaller_gradients_is_none_once_it_is_known_what_is_usual():
+def test_a_leap_to_smaller_gradients_counts_half_at_least_once_it_is_known_what_is_usual():
     """As of points of a map, which go far to where they belong; early on saturation looks the same."""
     found = [
         watch.alarms({"looks": looks, "level": level, "largest": 1.0}, SEEN)["leap"]

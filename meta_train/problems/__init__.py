@@ -27,7 +27,8 @@ NOTES = {
     "until `steered-paced`. What it missed of them is what `own` of `Steered` is for: since then they are no held-out "
     "test.",
     "third": "These problems were written by somebody who knew neither the rules nor what they miss, and were run once "
-    "`default` was chosen: a held-out test of it, as long as nothing is chosen by them.",
+    "`default` was chosen: a held-out test of it. They had a part in turning down `steered-mlp`, and chose nothing "
+    "else.",
 }
 """What a set of problems may say, by its name."""
 
